@@ -1,0 +1,34 @@
+"""Checks of options and arguments: one message form for all of them.
+Knows: names, rules, values. Must not know: torch, files, models.
+"""
+from __future__ import annotations
+
+import difflib
+from typing import Any, Iterable
+
+
+def check(condition: bool, name: str, rule: str, value: Any) -> None:
+    """Raise ValueError ``name must rule, but is value`` unless the condition holds.
+
+    Args:
+        condition: what has to be true.
+        name: the argument as the caller knows it, e.g. ``PrefixSearchOptions.beam``.
+        rule: completes "must ...", e.g. ``be at least 1``.
+        value: what was given.
+    """
+    if not condition:
+        raise ValueError(f"{name} must {rule}, but is {value!r}")
+
+
+def check_choice(value: Any, choices: Iterable[Any], name: str) -> None:
+    """Raise ValueError, naming the nearest choice, unless ``value`` is one of ``choices``."""
+    choices = list(choices)
+    if value in choices:
+        return
+    raise ValueError(f"{name} must be one of {choices}, but is {value!r}{nearest(str(value), choices)}")
+
+
+def nearest(word: str, choices: Iterable[Any]) -> str:
+    """Return "; did you mean 'x'?" for the choice most like ``word``, or an empty string."""
+    found = difflib.get_close_matches(word, [str(choice) for choice in choices], n=1, cutoff=0.5)
+    return f"; did you mean {found[0]!r}?" if found else ""

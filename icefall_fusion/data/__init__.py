@@ -1,0 +1,1 @@
+"""Corpora: text, synthetic speech, lhotse manifests, features."""

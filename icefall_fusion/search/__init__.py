@@ -1,0 +1,1 @@
+"""Search: greedy and batched prefix beam search over CTC log-probs."""
