@@ -1,0 +1,283 @@
+"""Hypotheses and N-best lists: what every search, fusion and rescoring leaves; sort, reweight, JSON lines.
+Knows: tokens, words, times and one raw score per source. Must not know: torch, k2, models, WER.
+
+Every score is a natural logarithm, summed over the utterance and unweighted; ``total`` alone is weighted:
+``total = sum_s weights[s] * scores[s]``. The score of the source ``words`` is the number of words, so
+that its weight is the word bonus. Each source is kept apart: weights can be retuned without decoding again.
+"""
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Iterable, Iterator, Mapping, Sequence, Union
+
+from icefall_fusion.files import PathLike, atomic_path
+
+TOTAL = "total"
+WORDS = "words"
+
+
+@dataclass(frozen=True)
+class WordTime:
+    """A word and where it was heard: ``start`` and ``end`` in seconds."""
+
+    word: str
+    start: float
+    end: float
+
+
+@dataclass
+class Hypothesis:
+    """One transcript of an utterance.
+
+    Args:
+        tokens: acoustic piece ids, no blank.
+        text: words joined by one space.
+        scores: raw natural-log score per source (``ctc``, ``nlm``, ``llm``, ``attention``), ``words`` = the
+            number of words, and ``total``, the weighted sum (always present).
+        times: one entry per word, or empty when the search keeps no times.
+    """
+
+    tokens: list[int]
+    text: str
+    scores: dict[str, float]
+    times: list[WordTime] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if TOTAL not in self.scores:
+            raise ValueError(f"Hypothesis.scores must hold {TOTAL!r}, but holds {sorted(self.scores)}")
+
+    @property
+    def total(self) -> float:
+        """The weighted sum of the scores."""
+        return self.scores[TOTAL]
+
+    def words(self) -> list[str]:
+        """The words of the text."""
+        return self.text.split()
+
+
+@dataclass
+class NBest:
+    """The hypotheses of one utterance, best first.
+
+    Args:
+        utterance: the utterance's id.
+        hypotheses: sorted by ``total``, descending.
+        weights: the weights that made ``total``, per source.
+    """
+
+    utterance: str
+    hypotheses: list[Hypothesis]
+    weights: dict[str, float] = field(default_factory=lambda: {"ctc": 1.0})
+
+    def __getitem__(self, rank: int) -> Hypothesis:
+        return self.hypotheses[rank]
+
+    def __len__(self) -> int:
+        return len(self.hypotheses)
+
+    def __iter__(self) -> Iterator[Hypothesis]:
+        return iter(self.hypotheses)
+
+    def sources(self) -> list[str]:
+        """The sources that every hypothesis has a score of (``total`` left out), in order of mention."""
+        if not self.hypotheses:
+            return []
+        names = [name for name in self.hypotheses[0].scores if name != TOTAL]
+        return [name for name in names if all(name in h.scores for h in self.hypotheses)]
+
+    def with_scores(self, source: str, values: Sequence[float]) -> NBest:
+        """Return a copy in which ``source`` has the given raw score per hypothesis; totals stay as they are.
+
+        Args:
+            source: e.g. ``llm``.
+            values: one natural-log score per hypothesis, in the order of this list.
+
+        Raises:
+            ValueError: the number of values is not the number of hypotheses, or ``source`` is ``total``.
+        """
+        if source == TOTAL:
+            raise ValueError(f"source must be a raw source, but is {source!r}")
+        if len(values) != len(self.hypotheses):
+            raise ValueError(
+                f"values must have one score per hypothesis of {self.utterance} ({len(self.hypotheses)}), "
+                f"but has {len(values)}"
+            )
+        hypotheses = [
+            Hypothesis(h.tokens, h.text, {**h.scores, source: float(value)}, h.times)
+            for h, value in zip(self.hypotheses, values)
+        ]
+        return NBest(self.utterance, hypotheses, dict(self.weights))
+
+    def reweight(self, weights: Mapping[str, float]) -> NBest:
+        """Return a copy whose totals are made by ``weights`` and which is sorted by them (stable for ties).
+
+        Args:
+            weights: weight per source; the weight of ``words`` is the bonus per word in nats. A source left
+                out counts nothing; a weight of exactly 0 counts nothing even where the score is infinite.
+
+        Raises:
+            ValueError: a source with a weight other than 0 is missing in a hypothesis, or is ``total``.
+        """
+        hypotheses = [
+            Hypothesis(h.tokens, h.text, {**h.scores, TOTAL: self._total(h, weights)}, h.times)
+            for h in self.hypotheses
+        ]
+        hypotheses.sort(key=_best_first)
+        return NBest(self.utterance, hypotheses, {name: float(value) for name, value in weights.items()})
+
+    def _total(self, hypothesis: Hypothesis, weights: Mapping[str, float]) -> float:
+        total = 0.0
+        for source, weight in weights.items():
+            if source == TOTAL or (weight != 0 and source not in hypothesis.scores):
+                scored = [name for name in hypothesis.scores if name != TOTAL]
+                raise ValueError(
+                    f"weights must name scored sources, but {source!r} has no score in a hypothesis of "
+                    f"utterance {self.utterance} (it has {scored})"
+                )
+            if weight != 0:
+                total += float(weight) * hypothesis.scores[source]
+        return total
+
+    def to_json(self) -> str:
+        """Return the list as one line of JSON (-inf is written as ``-Infinity``, which Python reads back)."""
+        return json.dumps(
+            {
+                "utterance": self.utterance,
+                "weights": self.weights,
+                "hypotheses": [_hypothesis_to_dict(h) for h in self.hypotheses],
+            },
+            ensure_ascii=False,
+            separators=(",", ":"),
+        )
+
+    @classmethod
+    def from_json(cls, line: str) -> NBest:
+        """Read what :meth:`to_json` wrote; floats come back exactly.
+
+        Raises:
+            ValueError: the line is no JSON or lacks a field.
+        """
+        try:
+            value = json.loads(line)
+            hypotheses = [_hypothesis_from_dict(h) for h in value["hypotheses"]]
+            return cls(value["utterance"], hypotheses, dict(value["weights"]))
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            message = f"line must be an N-best list in JSON, but is {line[:80]!r} ({error!r})"
+            raise ValueError(message) from error
+
+
+def _best_first(hypothesis: Hypothesis) -> float:
+    total = hypothesis.total
+    return math.inf if math.isnan(total) else -total
+
+
+def _hypothesis_to_dict(hypothesis: Hypothesis) -> dict[str, Any]:
+    return {
+        "text": hypothesis.text,
+        "tokens": list(hypothesis.tokens),
+        "scores": hypothesis.scores,
+        "times": [[t.word, t.start, t.end] for t in hypothesis.times],
+    }
+
+
+def _hypothesis_from_dict(value: Mapping[str, Any]) -> Hypothesis:
+    times = [WordTime(word, start, end) for word, start, end in value.get("times", [])]
+    return Hypothesis(list(value["tokens"]), value["text"], dict(value["scores"]), times)
+
+
+def write_nbests(path: PathLike, nbests: Iterable[NBest]) -> None:
+    """Write N-best lists as JSON lines, whole or not at all."""
+    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        for nbest in nbests:
+            file.write(nbest.to_json() + "\n")
+
+
+def read_nbests(path: PathLike) -> list[NBest]:
+    """Read a file of JSON lines.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a line is not an N-best list; the message names file and line.
+    """
+    nbests = []
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                nbests.append(NBest.from_json(line))
+            except ValueError as error:
+                raise ValueError(f"{path} line {number}: {error}") from error
+    return nbests
+
+
+class NBestLog:
+    """N-best lists written as JSON lines and flushed one by one, so that a killed run can go on.
+
+    On opening, lists already there are read and a last line that a kill cut short is dropped.
+
+    Args:
+        path: the file; its folder is made.
+    """
+
+    def __init__(self, path: Union[str, Path]) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._drop_partial_line()
+        self.done: dict[str, NBest] = {}
+        if self.path.exists():
+            self.done = {nbest.utterance: nbest for nbest in read_nbests(self.path)}
+        self._file = open(self.path, "a", encoding="utf-8")
+
+    def _drop_partial_line(self) -> None:
+        if not self.path.exists():
+            return
+        data = self.path.read_bytes()
+        whole = data.rfind(b"\n") + 1
+        if whole < len(data):
+            with open(self.path, "r+b") as file:
+                file.truncate(whole)
+
+    def append(self, nbests: Iterable[NBest]) -> None:
+        """Write lists and flush them to the operating system."""
+        for nbest in nbests:
+            self._file.write(nbest.to_json() + "\n")
+            self.done[nbest.utterance] = nbest
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def __enter__(self) -> NBestLog:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def oracle(nbest: NBest, reference: str) -> Hypothesis:
+    """Return the hypothesis with the fewest word errors against ``reference`` (the first of equals).
+
+    Raises:
+        ValueError: the list is empty.
+    """
+    if not nbest.hypotheses:
+        raise ValueError(f"nbest must hold a hypothesis, but {nbest.utterance} has none")
+    words = reference.split()
+    return min(nbest.hypotheses, key=lambda h: word_edits(words, h.words()))
+
+
+def word_edits(reference: Sequence[str], hypothesis: Sequence[str]) -> int:
+    """Return the Levenshtein distance of two word lists (unit costs), without any package."""
+    previous = list(range(len(hypothesis) + 1))
+    for row, word in enumerate(reference, 1):
+        current = [row]
+        for column, other in enumerate(hypothesis, 1):
+            current.append(min(previous[column] + 1, current[-1] + 1, previous[column - 1] + (word != other)))
+        previous = current
+    return previous[-1]

@@ -1,0 +1,108 @@
+"""N-best lists: reweighting, JSON lines, logs that survive a kill, oracle.
+Knows: icefall_fusion.nbest. Must not know: searches and models.
+"""
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from icefall_fusion.nbest import (
+    Hypothesis,
+    NBest,
+    NBestLog,
+    WordTime,
+    oracle,
+    read_nbests,
+    word_edits,
+    write_nbests,
+)
+
+finite = st.floats(-1e4, 0, allow_nan=False)
+
+
+def make(utterance: str = "u1") -> NBest:
+    scores = {"ctc": -2.0, "llm": -9.0, "words": 2, "total": -2.0}
+    first = Hypothesis([3, 4], "a b", scores, [WordTime("a", 0, 0.5)])
+    second = Hypothesis([5], "ab", {"ctc": -3.0, "llm": -4.0, "words": 1, "total": -3.0})
+    return NBest(utterance, [first, second])
+
+
+def test_reweight_sums_sources_and_sorts() -> None:
+    nbest = make()
+    again = nbest.reweight({"ctc": 1.0, "llm": 0.5, "words": 0.25})
+    assert [h.text for h in again] == ["ab", "a b"]
+    assert again[0].total == pytest.approx(-3.0 - 2.0 + 0.25)
+    assert again.weights == {"ctc": 1.0, "llm": 0.5, "words": 0.25}
+    assert [h.text for h in nbest] == ["a b", "ab"] and nbest[0].total == -2.0  # the first list is untouched
+
+
+def test_missing_source_is_an_error_unless_its_weight_is_zero() -> None:
+    with pytest.raises(ValueError, match="'nlm' has no score in a hypothesis of utterance u1"):
+        make().reweight({"ctc": 1.0, "nlm": 0.3})
+    assert make().reweight({"ctc": 1.0, "nlm": 0.0})[0].text == "a b"
+    with pytest.raises(ValueError, match="total"):
+        make().reweight({"total": 1.0})
+
+
+def test_zero_weight_ignores_infinite_scores() -> None:
+    nbest = NBest("u", [Hypothesis([], "", {"ctc": -1.0, "llm": -math.inf, "total": -1.0})])
+    assert nbest.reweight({"ctc": 1.0, "llm": 0.0})[0].total == -1.0
+    assert nbest.reweight({"ctc": 1.0, "llm": 0.1})[0].total == -math.inf
+
+
+def test_total_is_always_there() -> None:
+    with pytest.raises(ValueError, match="'total'"):
+        Hypothesis([1], "a", {"ctc": -1.0})
+
+
+def test_with_scores_adds_a_source() -> None:
+    nbest = make().with_scores("attention", [-1.0, -5.0])
+    assert [h.scores["attention"] for h in nbest] == [-1.0, -5.0]
+    assert "attention" in nbest.sources() and "total" not in nbest.sources()
+    with pytest.raises(ValueError, match="one score per hypothesis of u1"):
+        make().with_scores("attention", [0.0])
+
+
+@given(st.lists(st.tuples(finite, finite, st.integers(0, 30)), min_size=1, max_size=6), st.text(max_size=8))
+def test_json_round_trip_is_exact(rows, name) -> None:
+    hypotheses = [
+        Hypothesis([i], f"w{i}", {"ctc": c, "llm": m, "words": w, "total": c})
+        for i, (c, m, w) in enumerate(rows)
+    ]
+    nbest = NBest(name, hypotheses, {"ctc": 1.0})
+    line = nbest.to_json()
+    assert "\n" not in line
+    assert NBest.from_json(line) == nbest
+
+
+def test_files(tmp_path) -> None:
+    path = tmp_path / "sub" / "nbest.jsonl"
+    write_nbests(path, [make("u1"), make("u2")])
+    assert read_nbests(path) == [make("u1"), make("u2")]
+    path.write_text("{}\n")
+    with pytest.raises(ValueError, match="nbest.jsonl line 1"):
+        read_nbests(path)
+
+
+def test_log_goes_on_after_a_kill(tmp_path) -> None:
+    path = tmp_path / "nbest.jsonl"
+    with NBestLog(path) as log:
+        log.append([make("u1")])
+    with open(path, "a") as file:
+        file.write(make("u2").to_json()[:40])  # what a kill leaves
+    with NBestLog(path) as log:
+        assert set(log.done) == {"u1"}
+        log.append([make("u2")])
+    assert [n.utterance for n in read_nbests(path)] == ["u1", "u2"]
+
+
+def test_oracle_and_edits() -> None:
+    assert oracle(make(), "ab").text == "ab"
+    assert oracle(make(), "a b c").text == "a b"
+    assert word_edits("a b c".split(), "a x c d".split()) == 2
+    assert word_edits([], ["a"]) == 1 and word_edits(["a"], []) == 1
+    with pytest.raises(ValueError, match="u9 has none"):
+        oracle(NBest("u9", []), "a")
