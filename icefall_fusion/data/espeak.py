@@ -1,0 +1,188 @@
+"""Knows: eSpeak NG's C library through ctypes, its voices and parameters; the only importer of espeakng_loader.
+Must not know: manifests, noise, models.
+
+eSpeak NG is GPL-3. Only the making of synthetic speech needs it (``pip install espeakng-loader``: library and
+voices inside, no system package); nothing else of this package imports it or this file.
+"""
+from __future__ import annotations
+
+import _ctypes
+import ctypes
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, List, Tuple
+
+import numpy as np
+from scipy.signal import resample_poly
+
+from icefall_fusion.checks import check, check_choice
+
+SAMPLE_RATE = 16_000  # Hz, what `speak` returns
+#: English accents: our name -> eSpeak NG's file. ("en-gb" by name would be ambiguous to the engine.)
+ACCENTS: Dict[str, str] = {
+    "en-us": "gmw/en-US",
+    "en-us-nyc": "gmw/en-US-nyc",
+    "en-gb": "gmw/en",
+    "en-gb-scotland": "gmw/en-GB-scotland",
+    "en-gb-x-rp": "gmw/en-GB-x-rp",
+    "en-gb-x-gbclan": "gmw/en-GB-x-gbclan",
+    "en-gb-x-gbcwmd": "gmw/en-GB-x-gbcwmd",
+    "en-029": "gmw/en-029",
+}
+# speak_lib.h: enumerations by value.
+_SYNCHRONOUS, _DONT_EXIT = 2, 0x8000
+_RATE, _VOLUME, _PITCH, _RANGE = 1, 2, 3, 4
+_CHARS_UTF8 = 1
+_CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
+
+
+@dataclass(frozen=True)
+class Voice:
+    """A synthetic speaker.
+
+    Args:
+        accent: a key of ``ACCENTS``.
+        variant: a name of ``variants()``, or an empty string for the accent's plain voice.
+        speed: words a minute, 80..450.
+        pitch: base pitch, 0..100 (50 is the voice's own).
+        pitch_range: liveliness of the melody, 0..100 (0 is monotonous).
+        volume: 1..200 (100 is the engine's own).
+    """
+
+    accent: str = "en-us"
+    variant: str = ""
+    speed: int = 175
+    pitch: int = 50
+    pitch_range: int = 50
+    volume: int = 60
+
+    def __post_init__(self) -> None:
+        check_choice(self.accent, ACCENTS, "Voice.accent")
+        check(80 <= self.speed <= 450, "Voice.speed", "lie in 80..450 words a minute", self.speed)
+        for name in ("pitch", "pitch_range"):
+            check(0 <= getattr(self, name) <= 100, f"Voice.{name}", "lie in 0..100", getattr(self, name))
+        check(0 < self.volume <= 200, "Voice.volume", "lie in 1..200", self.volume)
+
+    @classmethod
+    def named(cls, name: str, **others: int) -> Voice:
+        """Return the voice ``accent`` or ``accent+variant``, e.g. ``en-us+f3``."""
+        accent, _, variant = name.partition("+")
+        return cls(accent, variant, **others)
+
+    @property
+    def name(self) -> str:
+        """Accent and variant, e.g. ``en-us+f3``."""
+        return f"{self.accent}+{self.variant}" if self.variant else self.accent
+
+
+class Engine:
+    """eSpeak NG, started afresh for every utterance. Not thread-safe; take it from :func:`engine`.
+
+    The library keeps flutter, echo and noise positions in static variables, so what it says depends on all that it
+    said before. To make audio a function of text, voice and seed alone, the library is unloaded after every utterance
+    and loaded again for the next one (about 1 ms), and the C library's random numbers are seeded.
+    """
+
+    def __init__(self) -> None:
+        loader = _loader()
+        self._library_path = loader.get_library_path()
+        self._data_path = loader.get_data_path()
+        self._c = ctypes.CDLL(None)
+        self._chunks: List[np.ndarray] = []
+        self._callback = _CALLBACK(self._receive)  # kept: ctypes does not hold a reference
+
+    def _receive(self, samples: Any, count: int, events: Any) -> int:
+        if samples and count > 0:
+            self._chunks.append(np.ctypeslib.as_array(samples, (count,)).copy())
+        return 0
+
+    def speak_native(self, text: str, voice: Voice, seed: int = 0) -> Tuple[np.ndarray, int]:
+        """Return (int16 samples at the engine's own rate, that rate in Hz)."""
+        library = ctypes.CDLL(self._library_path)
+        try:
+            rate = library.espeak_Initialize(_SYNCHRONOUS, 0, self._data_path.encode(), _DONT_EXIT)
+            if rate <= 0:
+                raise RuntimeError(f"eSpeak NG does not start with its data in {self._data_path} (code {rate})")
+            library.espeak_SetSynthCallback(self._callback)
+            self._select(library, voice)
+            if hasattr(library, "espeak_ng_SetRandSeed"):
+                library.espeak_ng_SetRandSeed(ctypes.c_long(seed & 0x7FFFFFFF))
+            self._c.srand(ctypes.c_uint(seed & 0x7FFFFFFF))
+            self._chunks = []
+            data = text.encode("utf-8") + b"\0"
+            code = library.espeak_Synth(data, ctypes.c_size_t(len(data)), 0, 0, 0, _CHARS_UTF8, None, None)
+            if code != 0:
+                raise RuntimeError(f"eSpeak NG cannot speak {text[:60]!r} (code {code})")
+            chunks, self._chunks = self._chunks, []
+        finally:
+            library.espeak_Terminate()
+            _ctypes.dlclose(library._handle)
+        return np.concatenate(chunks) if chunks else np.zeros(0, np.int16), rate
+
+    @staticmethod
+    def _select(library: ctypes.CDLL, voice: Voice) -> None:
+        check_choice(voice.variant, ["", *variants()], "Voice.variant")
+        name = ACCENTS[voice.accent] + (f"+{voice.variant}" if voice.variant else "")
+        if library.espeak_SetVoiceByName(name.encode()) != 0:
+            raise ValueError(f"Voice {voice.name!r} cannot be loaded by eSpeak NG as {name!r}")
+        for parameter, value in (
+            (_RATE, voice.speed),
+            (_PITCH, voice.pitch),
+            (_RANGE, voice.pitch_range),
+            (_VOLUME, voice.volume),
+        ):
+            library.espeak_SetParameter(parameter, value, 0)
+
+
+def _loader() -> Any:
+    """Return the module espeakng_loader, or raise ModuleNotFoundError that says what to install."""
+    try:
+        import espeakng_loader
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(
+            "synthetic speech needs eSpeak NG (GPL-3): pip install espeakng-loader", name="espeakng_loader"
+        ) from None
+    return espeakng_loader
+
+
+def available() -> bool:
+    """Tell whether espeakng-loader is installed."""
+    try:
+        _loader()
+    except ModuleNotFoundError:
+        return False
+    return True
+
+
+@functools.lru_cache(maxsize=1)
+def engine() -> Engine:
+    """Return this process's engine."""
+    return Engine()
+
+
+@functools.lru_cache(maxsize=1)
+def variants() -> Tuple[str, ...]:
+    """Return the names of all voice variants, sorted (about 104)."""
+    folder = Path(_loader().get_data_path()) / "voices" / "!v"
+    return tuple(sorted(path.name for path in folder.iterdir() if path.is_file()))
+
+
+def speak(text: str, voice: Voice, seed: int = 0) -> np.ndarray:
+    """Return ``text`` spoken by ``voice``: float32 [samples] at 16 kHz, in [-1, 1].
+
+    The same text, voice and seed give the same samples, whatever was spoken before.
+
+    Args:
+        text: what to say; punctuation shapes the melody.
+        voice: who says it.
+        seed: of the voice's breath and flutter, any int.
+
+    Raises:
+        ModuleNotFoundError: espeakng-loader is not installed.
+        ValueError: a variant that eSpeak NG does not have.
+    """
+    samples, rate = engine().speak_native(text, voice, seed)
+    speech = samples.astype(np.float32) / 32768.0
+    divisor = int(np.gcd(SAMPLE_RATE, rate))
+    return resample_poly(speech, SAMPLE_RATE // divisor, rate // divisor).astype(np.float32)
