@@ -1,0 +1,206 @@
+"""The command line ``python -m icefall_fusion JOB``: options are generated from each job's dataclass.
+Knows: names of jobs, where their options live, exit codes, the log format. Must not know: what a job does.
+
+Exit codes: 0 done; 1 failed (the last line says why); 2 refused (an option or an input is wrong); 3 done,
+but some inputs were skipped (they are listed); 130 stopped by the keyboard.
+"""
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import inspect
+import logging
+import re
+import sys
+from typing import Any, Callable, Iterable, NamedTuple, Sequence
+
+from icefall_fusion.checks import nearest
+
+DONE, FAILED, REFUSED, SKIPPED_SOME, INTERRUPTED = 0, 1, 2, 3, 130
+LOG_FORMAT = "%(asctime)s %(levelname)s [%(filename)s:%(lineno)d] %(message)s"
+
+
+class Job(NamedTuple):
+    """Where a job lives: its module, its options class there, one line of help, its function there.
+
+    ``positional`` is the field of the options that takes the arguments without a name.
+    """
+
+    module: str
+    options: str
+    help: str
+    function: str = "run"
+    positional: str = ""
+
+
+JOBS: dict[str, Job] = {
+    "train": Job("icefall_fusion.train", "TrainOptions", "train the CTC-AED acoustic model"),
+    "train-lm": Job("icefall_fusion.train_lm", "TrainLmOptions", "train a causal language model (NLM, LLM)"),
+    "decode": Job("icefall_fusion.decode", "DecodeOptions", "decode test sets by any methods; WER and times"),
+    "transcribe": Job(
+        "icefall_fusion.transcribe", "TranscribeOptions", "print the text of audio files", positional="files"
+    ),
+    "tune": Job("icefall_fusion.tune", "TuneOptions", "find fusion weights on dev from stored N-best scores"),
+    "score": Job("icefall_fusion.wer", "ScoreOptions", "word error rate of hypotheses against references"),
+    "report": Job("icefall_fusion.report", "ReportOptions", "collect decode runs into a table and a plot"),
+    "demo": Job("icefall_fusion.demo", "DemoOptions", "speak and decode the built-in stories by all methods"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one job.
+
+    Args:
+        arguments: as after ``python -m icefall_fusion``; None takes them from the command line.
+
+    Returns:
+        The exit code (see the top of the file).
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
+    logging.captureWarnings(True)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_list_of_jobs())
+        return DONE if arguments else REFUSED
+    name, rest = arguments[0], arguments[1:]
+    if name not in JOBS:
+        return _refuse(f"there is no job {name!r}{nearest(name, JOBS)}\n\n{_list_of_jobs()}")
+    job = JOBS[name]
+    module = importlib.import_module(job.module)
+    options_class = getattr(module, job.options)
+    try:
+        options = parse_options(options_class, rest, f"python -m icefall_fusion {name}", job)
+    except (ValueError, TypeError, FileNotFoundError, argparse.ArgumentError) as error:
+        return _refuse(f"{name}: {error}")
+    return _run(getattr(module, job.function), options)
+
+
+def _run(function: Callable[[Any], int], options: Any) -> int:
+    try:
+        return int(function(options) or DONE)
+    except KeyboardInterrupt:
+        print("stopped by the keyboard", file=sys.stderr)
+        return INTERRUPTED
+    except (ValueError, FileNotFoundError) as error:  # a wrong input: the message says which
+        logging.debug("refused", exc_info=True)
+        return _refuse(str(error))
+    except Exception:
+        logging.exception("the job failed")
+        return FAILED
+
+
+def _refuse(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return REFUSED
+
+
+def _list_of_jobs() -> str:
+    width = max(map(len, JOBS)) + 2
+    lines = [f"  {name:{width}}{job.help}" for name, job in JOBS.items()]
+    head = "usage: python -m icefall_fusion JOB [--config FILE.yaml] [--section.option VALUE ...]\n\njobs:\n"
+    return head + "\n".join(lines) + "\n\nThe options of a job: python -m icefall_fusion JOB --help"
+
+
+# --- options from dataclasses -------------------------------------------------------------------------
+
+
+def parse_options(options_class: type, arguments: Iterable[str], program: str, job: Job | None = None) -> Any:
+    """Make an options object from command-line arguments and the YAML file that ``--config`` names.
+
+    Args:
+        options_class: a frozen dataclass; nested dataclasses become ``--section.option``.
+        arguments: the command line after the job's name.
+        program: shown by ``--help``.
+        job: which field takes the arguments without a name.
+
+    Raises:
+        ValueError: an option is unknown (the message gives the nearest name), ill-typed or out of its range.
+    """
+    parser = _make_parser(options_class, program, job.positional if job else "", job.help if job else "")
+    try:
+        values = parser.parse_args(list(arguments))
+        made = parser.instantiate(values)
+    except argparse.ArgumentError as error:
+        raise ValueError(_explain(str(error), _option_names(options_class))) from error
+    names = {field.name for field in dataclasses.fields(options_class)}
+    return options_class(**{name: value for name, value in vars(made).items() if name in names})
+
+
+def _make_parser(options_class: type, program: str, positional: str, description: str) -> Any:
+    import jsonargparse
+
+    text = inspect.cleandoc(options_class.__doc__ or "").split("\n\nArgs:")[0]
+    description = f"{description}\n{text}"
+    parser = jsonargparse.ArgumentParser(prog=program, description=description, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="a YAML file of these options")
+    parser.add_class_arguments(options_class, skip={positional} if positional else set())
+    if positional:
+        parser.add_argument(positional, nargs="+", type=str)
+    texts = dict(_field_texts(options_class))
+    for action in parser._actions:
+        if texts.get(action.dest):
+            action.help = texts[action.dest]
+    return parser
+
+
+def _field_texts(options_class: type, prefix: str = "") -> Iterable[tuple[str, str]]:
+    """Yield option name and description, read from the "Args:" sections of the (nested) dataclasses."""
+    described = _args_section(options_class)
+    for name, nested in _fields(options_class):
+        yield prefix + name, described.get(name, "")
+        if nested is not None:
+            yield from _field_texts(nested, f"{prefix}{name}.")
+
+
+def _args_section(options_class: type) -> dict[str, str]:
+    text = inspect.cleandoc(options_class.__doc__ or "")
+    _, found, section = text.partition("Args:\n")
+    texts: dict[str, str] = {}
+    name = ""
+    for line in section.splitlines() if found else []:
+        if not line.strip() or not line.startswith(" "):
+            break
+        start = re.match(r" {4}(\w+)(?: \([^)]*\))?: +(.*)", line)
+        if start:
+            name = start.group(1)
+            texts[name] = start.group(2)
+        elif name:
+            texts[name] += " " + line.strip()
+    return texts
+
+
+def _fields(options_class: type) -> Iterable[tuple[str, type | None]]:
+    """Yield each field's name and, where it is itself an options dataclass, that class."""
+    import typing
+
+    hints = typing.get_type_hints(options_class)
+    for field in dataclasses.fields(options_class):
+        choices = [hints[field.name], *typing.get_args(hints[field.name])]
+        nested = [choice for choice in choices if dataclasses.is_dataclass(choice)]
+        yield field.name, nested[0] if nested else None
+
+
+def _option_names(options_class: type) -> list[str]:
+    return ["config", *(name for name, _ in _field_texts(options_class))]
+
+
+_UNKNOWN = [
+    re.compile(r"unrecognized arguments: +--([\w.\-]+)", re.IGNORECASE),
+    re.compile(r"Option '([\w.\-]+)' is not accepted"),
+]
+_UNKNOWN_IN_GROUP = re.compile(r"Group '([\w.\-]+)' does not accept option '([\w.\-]+)'")
+
+
+def _explain(message: str, names: list[str]) -> str:
+    """Add the nearest option to a message about an unknown one."""
+    grouped = _UNKNOWN_IN_GROUP.search(message)
+    unknown = [f"{grouped.group(1)}.{grouped.group(2)}"] if grouped else []
+    unknown += [found.group(1) for pattern in _UNKNOWN if (found := pattern.search(message))]
+    if not unknown:
+        return re.sub(r'Parser key "([\w.\-]+)":\s*', r"--\1: ", message)
+    return f"there is no option --{unknown[0]}{nearest(unknown[0], names)}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
