@@ -1,0 +1,215 @@
+"""Books to utterances: splits by book, paragraphs to sentences to clauses that take 2-20 s to say.
+Knows: plain-text books, JSON lines. Must not know: audio, tokenizers, models.
+"""
+from __future__ import annotations
+
+import json
+import multiprocessing
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Dict, Iterator, List, Sequence, Tuple
+
+from tqdm import tqdm
+
+from icefall_fusion.checks import check
+from icefall_fusion.files import PathLike, atomic_path
+from icefall_fusion.text import normalize
+
+SPLITS = ("train", "dev", "test")
+
+
+@dataclass(frozen=True)
+class PrepareTextOptions:
+    """Options of ``prepare-text``.
+
+    Args:
+        text: folder of UTF-8 books, one ``.txt`` file each, one paragraph a line.
+        data_dir: where ``text/{train,dev,test}.jsonl`` are written.
+        test_books: how many books, the last of the alphabet, are for test.
+        dev_books: how many books before those are for dev.
+        min_characters: shorter sentences are joined with the next of their paragraph, or left out.
+        max_characters: longer sentences are split at their joints (14.5 characters take about a second).
+        workers: processes; the result does not depend on it.
+    """
+
+    text: str
+    data_dir: str = "egs/minibooks/ASR/data"
+    test_books: int = 12
+    dev_books: int = 8
+    min_characters: int = 25
+    max_characters: int = 230
+    workers: int = 2
+
+    def __post_init__(self) -> None:
+        check(self.test_books >= 1, "PrepareTextOptions.test_books", "be at least 1", self.test_books)
+        check(self.dev_books >= 1, "PrepareTextOptions.dev_books", "be at least 1", self.dev_books)
+        check(self.min_characters >= 1, "PrepareTextOptions.min_characters", "be at least 1", self.min_characters)
+        rule = "be at least 4 times min_characters"
+        long_enough = self.max_characters >= 4 * self.min_characters
+        check(long_enough, "PrepareTextOptions.max_characters", rule, self.max_characters)
+        check(self.workers >= 1, "PrepareTextOptions.workers", "be at least 1", self.workers)
+
+
+def run(options: PrepareTextOptions) -> int:
+    """Write ``text/{train,dev,test}.jsonl`` in book order; return the exit status 0.
+
+    Raises:
+        FileNotFoundError: the folder of books does not exist.
+        ValueError: it has too few books for the three splits.
+    """
+    splits = split_books(options.text, options.test_books, options.dev_books)
+    jobs = [(split, path, options) for split in SPLITS for path in splits[split]]
+    counts = {split: [0, 0] for split in SPLITS}  # utterances, words
+    target = Path(options.data_dir) / "text"
+    with multiprocessing.Pool(options.workers) as pool:
+        done = pool.imap(_book_job, jobs)  # in order of jobs: the files do not depend on the workers
+        with tqdm(total=len(jobs), desc="books", unit="book") as progress:
+            for split in SPLITS:
+                with atomic_path(target / f"{split}.jsonl") as path, open(path, "wb") as file:
+                    for _ in splits[split]:
+                        lines, utterances, words = next(done)
+                        file.write(lines)
+                        counts[split][0] += utterances
+                        counts[split][1] += words
+                        progress.update()
+    for split in SPLITS:
+        utterances, words = counts[split]
+        print(f"{split}: {len(splits[split])} books, {utterances} utterances, {words} words")
+    return 0
+
+
+def split_books(folder: PathLike, test_books: int, dev_books: int) -> Dict[str, List[Path]]:
+    """Return the books of train, dev and test: by alphabet, whole books only."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"folder of books not found: {str(folder)!r}")
+    books = sorted(folder.glob("*.txt"), key=lambda path: path.stem)
+    rule = f"hold more than {test_books} + {dev_books} books (*.txt)"
+    check(len(books) > test_books + dev_books, f"folder {str(folder)!r}", rule, len(books))
+    first_test = len(books) - test_books
+    first_dev = first_test - dev_books
+    return {"train": books[:first_dev], "dev": books[first_dev:first_test], "test": books[first_test:]}
+
+
+def read_jsonl(path: PathLike) -> Iterator[Dict]:
+    """Yield the objects of a JSON lines file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"utterance file not found: {str(path)!r}; run prepare-text first")
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            yield json.loads(line)
+
+
+def write_jsonl(path: PathLike, items: Sequence[Dict]) -> None:
+    """Write objects as JSON lines, whole or not at all."""
+    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
+
+
+def book_utterances(text: str, book: str, options: PrepareTextOptions) -> List[Dict]:
+    """Return the utterances of one book in order: ``id, book, index, cased, text`` (normalized)."""
+    utterances = []
+    for paragraph in text.splitlines():
+        for cased in paragraph_utterances(paragraph, options.min_characters, options.max_characters):
+            words = normalize(cased)
+            if len(words) < options.min_characters * 0.8 or _is_foreign(words):
+                continue
+            index = len(utterances)
+            name = f"{book}-{index:06d}"
+            utterances.append({"id": name, "book": book, "index": index, "cased": cased, "text": words})
+    return utterances
+
+
+def paragraph_utterances(paragraph: str, min_characters: int, max_characters: int) -> List[str]:
+    """Return the sentences and clauses of a paragraph, each within the two bounds; none for a heading."""
+    paragraph = " ".join(_DASHES.sub(" ", paragraph).split())
+    if _is_heading(paragraph):
+        return []
+    utterances = []
+    waiting = ""  # a sentence too short to stand alone
+    for sentence in sentences(paragraph):
+        sentence = f"{waiting} {sentence}" if waiting else sentence
+        waiting = ""
+        if len(sentence) < min_characters:
+            waiting = sentence
+        else:
+            utterances.extend(split_sentence(sentence, min_characters, max_characters))
+    if waiting and utterances and len(utterances[-1]) + 1 + len(waiting) <= max_characters:
+        utterances[-1] += " " + waiting
+    return utterances
+
+
+def sentences(paragraph: str) -> List[str]:
+    """Split a paragraph after sentence-ending marks that a capital follows; titles and initials do not end one."""
+    found = []
+    start = 0
+    for match in _SENTENCE_END.finditer(paragraph):
+        if match.group(1) == "." and _NOT_AN_END.search(paragraph[max(0, match.start() - 8) : match.start()]):
+            continue
+        found.append(paragraph[start : match.end()].strip())
+        start = match.end()
+    found.append(paragraph[start:].strip())
+    return [sentence for sentence in found if sentence]
+
+
+def split_sentence(sentence: str, min_characters: int, max_characters: int) -> List[str]:
+    """Split a sentence at the joint nearest its middle until every part fits; none if it has no joint."""
+    if len(sentence) <= max_characters:
+        return [sentence]
+    middle = len(sentence) / 2
+    for joints in _JOINTS:
+        cuts = [match.end() for match in joints.finditer(sentence)]
+        cuts = [cut for cut in cuts if min_characters <= cut <= len(sentence) - min_characters]
+        if cuts:
+            cut = min(cuts, key=lambda cut: abs(cut - middle))
+            parts = (sentence[:cut].strip(), sentence[cut:].strip())
+            return [piece for part in parts for piece in split_sentence(part, min_characters, max_characters)]
+    return []
+
+
+_DASHES = re.compile("[—–]|--+")
+_SENTENCE_END = re.compile(r"""([.!?])["'’”)\]]*\s+(?=["'‘“(\[]*[A-Z])""")
+_NOT_AN_END = re.compile(
+    r"(?:^|[^A-Za-z])(?:[A-Za-z]|Mr|Mrs|Dr|St|Messrs|Mme|Mlle|Capt|Col|Gen|Lieut|Lt|Sergt|Prof|Rev|Hon|No|Vol)$"
+)
+#: From the best place to breathe to the last resort; a cut is made at the end of the match.
+_JOINTS = (
+    re.compile(r"""[;:]["'’”)]*\s"""),
+    re.compile(r"""[,.!?]["'’”)]*\s"""),
+    re.compile(r"\s(?=(?:and|but|or|for|nor|yet|so|which|who|that|when|where|while|as|if|because|than)\s)"),
+)
+_CHAPTER = re.compile(r"^(?:chapter|book|part|volume|scene|act|letter|the end|note|footnote|illustration)\b", re.I)
+_COMMON = frozenset(
+    "the a an of to and in he she it i was were is are be that you they we his her my your for with had have has not"
+    " as at but on this him me no so all there what from or by if one would do did".split()
+)
+
+
+def _is_heading(paragraph: str) -> bool:
+    letters = [letter for letter in paragraph if letter.isalpha()]
+    if not letters or len(letters) < 0.6 * len(paragraph):  # empty lines, rows of stars, tables
+        return True
+    if sum(letter.isupper() for letter in letters) > 0.5 * len(letters):
+        return True
+    if len(paragraph) < 60 and (_CHAPTER.match(paragraph) or paragraph[-1] not in ".!?\"'’”):;,"):
+        return True
+    return False
+
+
+def _is_foreign(words: str) -> bool:
+    spoken = words.split()
+    common = sum(word in _COMMON for word in spoken)
+    return len(spoken) >= 7 and common == 0 or len(spoken) >= 16 and common < 2
+
+
+def _book_job(job: Tuple[str, Path, PrepareTextOptions]) -> Tuple[bytes, int, int]:
+    _, path, options = job
+    utterances = book_utterances(path.read_text(encoding="utf-8"), path.stem, options)
+    lines = "".join([json.dumps(utterance, ensure_ascii=False) + "\n" for utterance in utterances])
+    words = sum(utterance["text"].count(" ") + 1 for utterance in utterances)
+    return lines.encode("utf-8"), len(utterances), words

@@ -1,0 +1,137 @@
+"""Which utterances are spoken: hours for train, dev and the two tests, spread evenly over the books.
+Knows: utterance files, lengths in characters. Must not know: audio, voices, models.
+"""
+from __future__ import annotations
+
+import random
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Dict, List, Sequence, Set, Tuple
+
+from icefall_fusion.checks import check
+from icefall_fusion.data.books import read_jsonl, write_jsonl
+
+
+@dataclass(frozen=True)
+class SelectOptions:
+    """Options of ``select-utterances``.
+
+    Args:
+        data_dir: has ``text/{train,dev,test}.jsonl``; gets ``text/selected_{train,dev,test-clean,test-other}.jsonl``.
+        train_hours: speech for training, estimated from characters.
+        dev_hours: speech for development.
+        test_hours: speech for test-clean, and as much again for test-other.
+        characters_per_second: how fast the voices read.
+        min_words: utterances with fewer words are not spoken.
+        seed: of the choice.
+    """
+
+    data_dir: str = "egs/minibooks/ASR/data"
+    train_hours: float = 30.0
+    dev_hours: float = 1.2
+    test_hours: float = 1.7
+    characters_per_second: float = 14.5
+    min_words: int = 4
+    seed: int = 17
+
+    def __post_init__(self) -> None:
+        for name in ("train_hours", "dev_hours", "test_hours", "characters_per_second"):
+            check(getattr(self, name) > 0, f"SelectOptions.{name}", "be greater than 0", getattr(self, name))
+        check(self.min_words >= 1, "SelectOptions.min_words", "be at least 1", self.min_words)
+
+
+def run(options: SelectOptions) -> int:
+    """Write the four files of selected utterances; return the exit status 0.
+
+    Raises:
+        FileNotFoundError: the utterance files are not there.
+        ValueError: a split has less text than the hours asked for.
+    """
+    folder = Path(options.data_dir) / "text"
+    used: Set[str] = set()  # no sentence is in two sets, nor twice in one
+    plans = (
+        ("test", (("test-clean", options.test_hours), ("test-other", options.test_hours))),
+        ("dev", (("dev", options.dev_hours),)),
+        ("train", (("train", options.train_hours),)),
+    )
+    for split, sets in plans:
+        books = _speakable_by_book(folder / f"{split}.jsonl", options.min_words)
+        chosen = select_utterances(books, [hours for _, hours in sets], used, options)
+        for (name, hours), utterances in zip(sets, chosen):
+            write_jsonl(folder / f"selected_{name}.jsonl", utterances)
+            words = sum(utterance["text"].count(" ") + 1 for utterance in utterances)
+            print(f"{name}: {len(utterances)} utterances, {words} words, about {hours:.2f} h")
+    return 0
+
+
+def select_utterances(
+    books: Dict[str, List[Dict]], hours: Sequence[float], used: Set[str], options: SelectOptions
+) -> List[List[Dict]]:
+    """Deal utterances to the sets, one of each book in turn, until every set has its hours.
+
+    Args:
+        books: the utterances of each book.
+        hours: what each set needs.
+        used: texts that may not be taken; those that are taken are added.
+        options: seed and reading speed.
+
+    Returns:
+        for each set its utterances, in book order.
+
+    Raises:
+        ValueError: the books do not hold enough text.
+    """
+    budgets = [amount * 3600 * options.characters_per_second for amount in hours]  # characters
+    chosen: List[List[Dict]] = [[] for _ in hours]
+    sizes = [0.0] * len(budgets)
+    for utterance in _one_of_each_book(books, options.seed):
+        hungry = min(range(len(budgets)), key=lambda index: sizes[index] / budgets[index])
+        if sizes[hungry] >= budgets[hungry]:
+            break
+        if utterance["text"] in used:
+            continue
+        used.add(utterance["text"])
+        chosen[hungry].append(utterance)
+        sizes[hungry] += len(utterance["text"])
+    available = sum(sizes) / 3600 / options.characters_per_second
+    enough = all(size >= budget for size, budget in zip(sizes, budgets))
+    check(enough, "hours", f"not exceed the speakable text of the books, about {available:.3f} h", list(hours))
+    for utterances in chosen:
+        utterances.sort(key=lambda utterance: (utterance["book"], utterance["index"]))
+    return chosen
+
+
+#: What a reader and the normalizer could say in two ways: digits, signs, numerals, initials, rarer titles.
+_AMBIGUOUS = re.compile(
+    r"[^A-Za-z ,.;:!?\"'()-]|\b[A-Z]{2,}\b|\b[A-HJ-Z]\.|\b(?:St|Messrs|Mme|Mlle|Capt|Col|Gen|Lieut|Lt|Sergt|Sgt)\."
+    r"|\b(?:Prof|Rev|Hon|Esq|Jr|Sr|Co|Vol|No|viz|etc)\."
+)
+
+
+def is_speakable(cased: str) -> bool:
+    """Return whether a reader says the text just as `icefall_fusion.text.normalize` spells it."""
+    return _AMBIGUOUS.search(cased) is None
+
+
+def _speakable_by_book(path: Path, min_words: int) -> Dict[str, List[Dict]]:
+    books: Dict[str, List[Dict]] = {}
+    for utterance in read_jsonl(path):
+        if utterance["text"].count(" ") + 1 >= min_words and is_speakable(utterance["cased"]):
+            books.setdefault(utterance["book"], []).append(utterance)
+    return books
+
+
+def _one_of_each_book(books: Dict[str, List[Dict]], seed: int):
+    """Yield a random utterance of each book in turn, none twice, until all books are empty."""
+    queues: List[Tuple[str, List[Dict]]] = []
+    for book in sorted(books):
+        queue = list(books[book])
+        random.Random(f"{seed} {book}").shuffle(queue)
+        queues.append((book, queue))
+    order = random.Random(seed)
+    while queues:
+        order.shuffle(queues)
+        for _, queue in queues:
+            yield queue.pop()
+        queues = [(book, queue) for book, queue in queues if queue]
