@@ -1,0 +1,291 @@
+"""What a batched prefix beam search carries from frame to frame, and how language models join it.
+Knows: tensors, prefixes, the Fusion protocol. Must not know: language models, tokenizers, the frame step.
+
+Legend of dimensions (used all over the package):
+    B utterances   K beam slots   T frames   V pieces (blank included)   C candidate pieces of a frame
+    N tree or arena nodes   S fusions (index; in an LLM's cache: slots)   L layers of a language model
+"""
+from __future__ import annotations
+
+from typing import Any, Optional, Protocol, Sequence, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from icefall_fusion.checks import check
+
+# node, last, content hash, content hash of the parent, "repeats its parent's last piece"
+_NODE, _LAST, _HASH, _PARENT_HASH, _REPEATS = range(5)
+
+
+class PrefixArena:
+    """All prefixes that ever entered a beam, as a forest of integer nodes (append only).
+
+    Node ids are int64 and unique over the batch: ``(row * B + b) * K + k``. Row 0 holds the roots
+    (``root(b)`` is the empty prefix of utterance ``b``), row ``t + 1`` the prefixes born at frame ``t``. Ids
+    are sparse: only ids that a beam holds, and their ancestors, mean anything. Because nothing is counted,
+    growing needs no synchronization with the device. A prefix that was pruned and is born again gets a second
+    node.
+
+    Args:
+        batch: B.
+        beam: K.
+        device: where the beam lives.
+        starts_word: [V] bool, or None when nothing asks for boundaries.
+        rows: rows to reserve at first; grows by doubling.
+    """
+
+    def __init__(self, batch: int, beam: int, device: torch.device,
+                 starts_word: Optional[Tensor] = None, rows: int = 64) -> None:
+        self.batch, self.beam, self.row_size = batch, beam, batch * beam
+        self.rows = 1
+        self._starts_word = None if starts_word is None else starts_word.to(device)
+        size = (max(2, rows), batch, beam)
+        self._parent = torch.zeros(size, dtype=torch.int64, device=device)
+        self._piece = torch.zeros(size, dtype=torch.int64, device=device)
+        self._boundary = torch.zeros(size if starts_word is not None else (0, batch, beam),
+                                     dtype=torch.int64, device=device)
+        self.first_ids = torch.arange(self.row_size, device=device).view(batch, beam)
+        self._parent[0] = self.first_ids
+        self._piece[0] = -1
+        if starts_word is not None:
+            self._boundary[0] = self.first_ids
+        self._host: dict[str, Any] = {}
+
+    @property
+    def has_boundaries(self) -> bool:
+        return self._starts_word is not None
+
+    def root(self, utterance: int) -> int:
+        """Return the node of the empty prefix of utterance ``utterance``."""
+        return utterance * self.beam
+
+    def utterance_of(self, nodes: Tensor) -> Tensor:
+        """Return the utterance index of each node (any shape)."""
+        return torch.div(nodes % self.row_size, self.beam, rounding_mode="floor")
+
+    # -- vectorized gathers; every one takes int64 nodes of any shape and gives the same shape
+    def parent(self, nodes: Tensor) -> Tensor:
+        """Return the prefix without its last piece (a root's parent is itself)."""
+        return self._parent.view(-1)[nodes]
+
+    def piece(self, nodes: Tensor) -> Tensor:
+        """Return the last piece of each prefix (-1 at a root)."""
+        return self._piece.view(-1)[nodes]
+
+    def frame(self, nodes: Tensor) -> Tensor:
+        """Return the frame at which each prefix was born (-1 at a root)."""
+        return torch.div(nodes, self.row_size, rounding_mode="floor") - 1
+
+    def boundary(self, nodes: Tensor) -> Tensor:
+        """Return the closed part of each prefix: the prefix before the word that is still open.
+
+        ``boundary(child by v) = parent if starts_word[v] else boundary(parent)``; a root is its own boundary.
+        So the closed words of a prefix are all words of its boundary, and a boundary's own boundary is
+        exactly one word shorter (no word shorter where a vocabulary allows empty words).
+        """
+        check(self.has_boundaries, "tokens", "be given when word boundaries are asked for", None)
+        return self._boundary.view(-1)[nodes]
+
+    # -- host side
+    def pieces(self, node: int) -> list[int]:
+        """Return all pieces of one prefix, first to last."""
+        return self.pieces_between(node, -1)
+
+    def pieces_between(self, node: int, ancestor: int) -> list[int]:
+        """Return the pieces after ``ancestor`` up to ``node``, first to last (host work, one step a piece).
+
+        Raises:
+            ValueError: ``ancestor`` is not -1 and not on the way from ``node`` to its root.
+        """
+        parent, piece = self._on_host("_parent"), self._on_host("_piece")
+        found: list[int] = []
+        while node != ancestor and node >= self.row_size:
+            found.append(int(piece[node]))
+            node = int(parent[node])
+        check(ancestor < 0 or node == ancestor, "ancestor", "be a prefix of node", ancestor)
+        return found[::-1]
+
+    def trace(self, nodes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Trace many prefixes back at once.
+
+        Args:
+            nodes: [n] int64.
+
+        Returns:
+            pieces [n, longest] (first to last, left-aligned, -1 after the end), birth frames [n, longest] and
+            lengths [n]; on the CPU.
+        """
+        nodes = nodes.reshape(-1).cpu()
+        parents, all_pieces = (torch.as_tensor(self._on_host(name)) for name in ("_parent", "_piece"))
+        steps: list[Tensor] = []
+        while bool((nodes >= self.row_size).any()):
+            steps.append(nodes)
+            nodes = parents[nodes]
+        if not steps:
+            empty = torch.zeros(nodes.numel(), 0, dtype=torch.int64)
+            return empty, empty, torch.zeros(nodes.numel(), dtype=torch.int64)
+        path = torch.stack(steps[::-1], dim=1)  # [n, longest], right-aligned: roots stand in front
+        real = path >= self.row_size
+        order = real.to(torch.int8).sort(dim=1, descending=True, stable=True).indices
+        path, real = path.gather(1, order), real.gather(1, order)
+        pieces = torch.where(real, all_pieces[path], torch.full_like(path, -1))
+        frames = torch.where(real, self.frame(path), torch.full_like(path, -1))
+        return pieces, frames, real.sum(1)
+
+    # -- growing; only the search calls these
+    def add_row(self, parents: Tensor, pieces: Tensor) -> Tensor:
+        """Append one row of possible nodes and return their ids [B, K] (used for the slots that grew)."""
+        row = self.rows
+        if row == self._parent.shape[0]:
+            self._grow()
+        self._parent[row].copy_(parents)
+        self._piece[row].copy_(pieces)
+        if self._starts_word is not None:
+            flat = self._boundary.view(-1)
+            torch.where(self._starts_word[pieces], parents, flat[parents], out=self._boundary[row])
+        self.rows = row + 1
+        return self.first_ids + row * self.row_size
+
+    def _grow(self) -> None:
+        for name in ("_parent", "_piece", "_boundary"):
+            old = getattr(self, name)
+            if old.shape[0]:
+                setattr(self, name, torch.cat([old, torch.zeros_like(old)]))
+        self._host.clear()
+
+    def _on_host(self, name: str) -> Any:
+        """Return one field as a flat numpy array: shared memory on a CPU, else a mirror."""
+        tensor = getattr(self, name)
+        if tensor.device.type == "cpu":
+            if name not in self._host:
+                self._host[name] = tensor.view(-1).numpy()
+            return self._host[name]
+        mirror, rows = self._host.get(name, (None, 0))
+        if mirror is None:
+            mirror = torch.empty(tensor.shape, dtype=tensor.dtype)
+        if rows < self.rows:
+            mirror[rows:self.rows] = tensor[rows:self.rows].cpu()
+            self._host[name] = (mirror, self.rows)
+        return mirror.view(-1).numpy()
+
+
+class Beam:
+    """The hypotheses of a batch between two frames; dense tensors, all on the device of the log-probs.
+
+    Rows belong to utterances, columns to slots. A slot whose ``log_total`` is -inf is dead (``alive`` False)
+    and its other values mean nothing. The search only moves these values (one gather a frame); where an
+    extension and a stay meet in one prefix, the masses add and the stay's node, lm, words and state are kept.
+    Slots are in no promised order while fusions take part.
+
+    Attributes:
+        arena: where prefixes are spelled out.
+        node: [B, K] int64, arena node of each prefix.
+        last: [B, K] int64, last piece (blank at the root).
+        log_blank, log_nonblank: [B, K] float32, natural-log mass of the alignments that end in blank / not.
+        log_total: [B, K] float32, their log-sum. These three are relative to ``offset`` of the utterance.
+        offset: [B] float64, log-probability of the best path so far; ``log_total + offset`` is absolute.
+        lm: [B, K, S] float32, RAW (unweighted) natural-log score that fusion s has given.
+        words: [B, K, S] int64, words whose bonus fusion s has paid.
+        state: [B, K, S] int64, one integer of the fusion's own (its tree node).
+        fused: [B, K] float32, ``sum_s weight_s * lm_s + word_bonus_s * words_s``. Whoever changes lm or words
+            changes fused too.
+        lens: [B] int64, frames of each utterance; a row is frozen from its own end on.
+        frame: the frame just searched (-1 before the first).
+        blank: id of blank.
+    """
+
+    def __init__(self, arena: PrefixArena, lens: Tensor, blank: int, fusions: int = 0) -> None:
+        batch, beam, device = arena.batch, arena.beam, lens.device
+        self.arena, self.lens, self.blank, self.frame = arena, lens, blank, -1
+        self._ints = torch.zeros(batch, 5, beam, dtype=torch.int64, device=device)
+        self._ints[:, _NODE] = arena.first_ids[:, :1]
+        self._ints[:, _LAST] = blank
+        self._ints[:, _HASH] = 1
+        self.log_blank = torch.full((batch, beam), -torch.inf, device=device)
+        self.log_blank[:, 0] = 0.0
+        self.log_nonblank = torch.full_like(self.log_blank, -torch.inf)
+        self.log_total = self.log_blank.clone()
+        self.offset = torch.zeros(batch, dtype=torch.float64, device=device)
+        self.lm = torch.zeros(batch, beam, fusions, device=device)
+        self.words = torch.zeros(batch, beam, fusions, dtype=torch.int64, device=device)
+        self.state = torch.zeros(batch, beam, fusions, dtype=torch.int64, device=device)
+        self.fused = torch.zeros(batch, beam, device=device)
+
+    @property
+    def node(self) -> Tensor:
+        return self._ints[:, _NODE]
+
+    @property
+    def last(self) -> Tensor:
+        return self._ints[:, _LAST]
+
+    @property
+    def alive(self) -> Tensor:
+        """[B, K] bool."""
+        return self.log_total > -torch.inf
+
+    @property
+    def boundary(self) -> Tensor:
+        """[B, K] int64, arena node of the closed part of each prefix."""
+        return self.arena.boundary(self.node)
+
+    @property
+    def score(self) -> Tensor:
+        """[B, K] float32, what ranks the slots: ``log_total + fused`` (relative to ``offset``)."""
+        return self.log_total + self.fused
+
+
+@runtime_checkable
+class Fusion(Protocol):
+    """A language model that takes part in the search. Per frame the driver does extend, merge, prune, fuse.
+
+    Attributes:
+        source: name of its score in N-best lists, e.g. ``"llm"``; unique among the fusions of a search.
+        weight: factor of its log-score, >= 0.
+        word_bonus: added for each word.
+        index: s, its column in ``beam.lm / words / state``; ``begin`` sets it.
+
+    An implementation may also have ``ceiling: float`` (default 0.0): the largest raw score that
+    ``extension_scores`` can give. The search leaves out candidate pieces that cannot survive even so.
+    """
+
+    source: str
+    weight: float
+    word_bonus: float
+    index: int
+
+    def begin(self, beam: Beam, index: int, tokens: Any, ids: Sequence[str]) -> None:
+        """Start a batch: keep ``index``, set ``beam.state[..., index]`` to the root nodes, reset counters.
+
+        Called once per search, before the first frame. ``tokens`` is the AcousticTokens (or None), ``ids``
+        are the utterance names.
+        """
+
+    def extension_scores(self, beam: Beam, pieces: Tensor, active: Tensor) -> Optional[Tensor]:
+        """Return raw log-probs [B, K, C] of extending each slot by ``pieces`` [B, C]; None adds nothing.
+
+        Asked only on frames where an extension can survive; ``active`` [B] bool tells for which utterances.
+        The values of other rows and of dead slots are not read (NaN elsewhere is an error of the fusion). A
+        fusion that answers None to the first call of a batch (delayed fusion) is not asked again.
+        """
+
+    def advance(self, beam: Beam, source: Tensor, grew: Tensor) -> None:
+        """Move states after prune and re-order; called each frame.
+
+        ``source`` [B, K] is the slot each slot came from, ``grew`` [B, K] bool tells which were extended by
+        ``beam.last``. ``beam.state`` is already re-ordered (a grown slot has its parent's state); lm, words
+        and fused of grown slots already hold the extension's score and word.
+        """
+
+    def fuse(self, beam: Beam, frame: int, active: Tensor) -> None:
+        """Change ``beam.lm / words / fused / state`` in place after frame ``frame``, if a condition holds.
+
+        ``active`` [B] bool: utterances that have this frame; other rows must not change.
+        """
+
+    def finish(self, beam: Beam) -> None:
+        """Score what is left (last words, end of sentence) of every live hypothesis, once, at the end."""
+
+    def stats(self) -> dict[str, float]:
+        """Return the counters since ``begin``: lm_forwards, lm_tokens_forwarded, lm_tokens_scored, ..."""
