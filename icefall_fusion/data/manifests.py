@@ -1,0 +1,92 @@
+"""Knows: lhotse cuts of one utterance each, JSON lines of utterances, where manifests lie.
+Must not know: how audio or features are made, models.
+"""
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any, Dict, Iterable, List, Mapping, Sequence
+
+from lhotse import AudioSource, MonoCut, Recording, SupervisionSegment
+
+from icefall_fusion.checks import check
+from icefall_fusion.files import PathLike, atomic_path
+
+SAMPLE_RATE = 16_000  # Hz
+
+
+def cuts_path(folder: PathLike, split: str) -> Path:
+    """Return the name of a split's manifest in ``folder``."""
+    return Path(folder) / f"minibooks_cuts_{split}.jsonl.gz"
+
+
+def read_jsonl(path: PathLike, required: Sequence[str]) -> List[Dict[str, Any]]:
+    """Return the objects of a JSON-lines file, each of which must have the keys ``required`` and an id of its own.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a broken line, a missing key, or an id that occurs twice.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no list of utterances at {path}")
+    rows, seen = [], set()
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
+            for key in required:
+                check(key in row, f"{path}, line {number}", f"have the key {key!r}", sorted(row))
+            check(row["id"] not in seen, f"{path}, line {number}", "have an id of its own", row["id"])
+            seen.add(row["id"])
+            rows.append(row)
+    return rows
+
+
+def cut_of(utterance: Mapping[str, Any], audio: Path, num_samples: int, made: Mapping[str, Any]) -> MonoCut:
+    """Return the cut of one utterance.
+
+    Args:
+        utterance: id and text, maybe cased, book, index (kept as the supervision's custom fields).
+        audio: the file.
+        num_samples: its length at 16 kHz.
+        made: how it was made; ``voice`` becomes the speaker, the rest custom fields.
+    """
+    seconds = num_samples / SAMPLE_RATE
+    id = utterance["id"]
+    source = AudioSource(type="file", channels=[0], source=str(audio))
+    recording = Recording(id, [source], SAMPLE_RATE, num_samples, seconds)
+    custom = {key: utterance[key] for key in ("cased", "book", "index") if key in utterance}
+    custom.update({key: value for key, value in made.items() if key != "voice"})
+    supervision = SupervisionSegment(
+        id, id, 0.0, seconds, 0, text=utterance["text"], language="English", speaker=made["voice"], custom=custom
+    )
+    return MonoCut(id, 0.0, seconds, 0, recording=recording, supervisions=[supervision])
+
+
+def write_cuts(cuts: Iterable[MonoCut], path: PathLike) -> None:
+    """Write a manifest at once."""
+    with atomic_path(path) as temporary, gzip.open(temporary, "wt", encoding="utf-8", compresslevel=5) as lines:
+        for cut in cuts:
+            lines.write(json.dumps(cut.to_dict(), ensure_ascii=False) + "\n")
+
+
+def join_shards(shards: Sequence[Path], target: PathLike) -> Dict[str, Any]:
+    """Join manifests into one, at once, and return its totals: hours, utterances, words, speakers."""
+    seconds, utterances, words = 0.0, 0, 0
+    speakers = set()
+    with atomic_path(target) as temporary, gzip.open(temporary, "wt", encoding="utf-8", compresslevel=5) as out:
+        for shard in shards:
+            with gzip.open(shard, "rt", encoding="utf-8") as lines:
+                for line in lines:
+                    cut = json.loads(line)
+                    supervision = cut["supervisions"][0]
+                    seconds += cut["duration"]
+                    utterances += 1
+                    words += len(supervision["text"].split())
+                    speakers.add(supervision.get("speaker"))
+                    out.write(line)
+    return {"hours": seconds / 3600, "utterances": utterances, "words": words, "speakers": len(speakers)}
