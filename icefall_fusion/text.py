@@ -6,24 +6,25 @@ from __future__ import annotations
 import functools
 import re
 import unicodedata
-from typing import List, Sequence
+from typing import Sequence
 
 from icefall_fusion.checks import check, check_choice
 
 TEXT_STYLES = ("as-is", "lower", "sentence")
 
-_QUOTES = str.maketrans({mark: "'" for mark in "’‘ʼ‛´ʹ"})
+_QUOTES = str.maketrans(dict.fromkeys("’‘ʼ‛´ʹ", "'"))
 _FRACTIONS = str.maketrans({"½": " 1/2", "¼": " 1/4", "¾": " 3/4", "⅓": " 1/3", "⅔": " 2/3", "⅛": " 1/8"})
-_LETTERS = str.maketrans({"æ": "ae", "œ": "oe", "ß": "ss", "ł": "l", "ø": "o", "đ": "d", "ð": "th", "þ": "th"})
+_LETTERS = str.maketrans({"æ": "ae", "œ": "oe", "ß": "ss", "ł": "l", "ø": "o", "ð": "th", "þ": "th"})
 #: Written with a dot; what they stand for. ``st`` is read as saint: streets are rarely shortened in books.
 _DOTTED = {
     "mr": "mister", "mrs": "missus", "dr": "doctor", "st": "saint", "messrs": "messieurs", "mme": "madame",
     "mlle": "mademoiselle", "capt": "captain", "col": "colonel", "gen": "general", "lieut": "lieutenant",
     "lt": "lieutenant", "sergt": "sergeant", "sgt": "sergeant", "prof": "professor", "rev": "reverend",
-    "hon": "honorable", "esq": "esquire", "jr": "junior", "etc": "et cetera", "co": "company", "vol": "volume",
+    "hon": "honorable", "esq": "esquire", "jr": "junior", "etc": "et cetera", "co": "company",
+    "vol": "volume",
 }
 #: No English word is spelled so; they are expanded with or without the dot.
-_BARE = {"mr": "mister", "mrs": "missus", "dr": "doctor", "st": "saint", "messrs": "messieurs", "etc": "et cetera"}
+_BARE = {word: _DOTTED[word] for word in ("mr", "mrs", "dr", "st", "messrs", "mme", "mlle", "etc")}
 _JOINED = re.compile(r"\bto-(?=(?:day|night|morrow)\b)")
 _DOTTED_PATTERN = re.compile(r"\b(%s)\." % "|".join(_DOTTED))
 _NUMBER_SIGN = re.compile(r"\bno\.\s*(?=[0-9])")
@@ -101,7 +102,7 @@ def _to_ascii(text: str) -> str:
     return "".join([letter for letter in text if not unicodedata.combining(letter)])
 
 
-def _clean_words(words: List[str]) -> List[str]:
+def _clean_words(words: list[str]) -> list[str]:
     cleaned = []
     for word in words:
         if word[0] == "'" or word[-1] == "'":
@@ -133,7 +134,9 @@ _FRACTION = re.compile(r"(?:\b([0-9]+)\s+)?\b([0-9]{1,2})[/⁄]([0-9]{1,2})\b")
 _MONEY = re.compile(
     r"([£$€])\s?([0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(\.[0-9]+)?(\s(?:hundred|thousand|million|billion)\b)?"
 )
-_NUMBER = re.compile(r"([0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(\.[0-9]+)?(?:(st|nd|rd|th|d|'?s)\b)?(\s?%)?")
+_NUMBER = re.compile(
+    r"([0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(\.[0-9]+)?(?:(st|nd|rd|th|d|'?s)\b)?(\s?%)?"
+)
 _MONEY_NAMES = {"£": ("pound", "pence"), "$": ("dollar", "cents"), "€": ("euro", "cents")}
 _FRACTION_NAMES = {2: "half", 4: "quarter"}
 _MAX_DIGITS = 15

@@ -8,7 +8,7 @@ import multiprocessing
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, Iterator, List, Sequence, Tuple
+from typing import Iterator, Sequence
 
 from tqdm import tqdm
 
@@ -44,7 +44,8 @@ class PrepareTextOptions:
     def __post_init__(self) -> None:
         check(self.test_books >= 1, "PrepareTextOptions.test_books", "be at least 1", self.test_books)
         check(self.dev_books >= 1, "PrepareTextOptions.dev_books", "be at least 1", self.dev_books)
-        check(self.min_characters >= 1, "PrepareTextOptions.min_characters", "be at least 1", self.min_characters)
+        rule = "be at least 1"
+        check(self.min_characters >= 1, "PrepareTextOptions.min_characters", rule, self.min_characters)
         rule = "be at least 4 times min_characters"
         long_enough = self.max_characters >= 4 * self.min_characters
         check(long_enough, "PrepareTextOptions.max_characters", rule, self.max_characters)
@@ -79,7 +80,7 @@ def run(options: PrepareTextOptions) -> int:
     return 0
 
 
-def split_books(folder: PathLike, test_books: int, dev_books: int) -> Dict[str, List[Path]]:
+def split_books(folder: PathLike, test_books: int, dev_books: int) -> dict[str, list[Path]]:
     """Return the books of train, dev and test: by alphabet, whole books only."""
     folder = Path(folder)
     if not folder.is_dir():
@@ -92,7 +93,7 @@ def split_books(folder: PathLike, test_books: int, dev_books: int) -> Dict[str, 
     return {"train": books[:first_dev], "dev": books[first_dev:first_test], "test": books[first_test:]}
 
 
-def read_jsonl(path: PathLike) -> Iterator[Dict]:
+def read_jsonl(path: PathLike) -> Iterator[dict]:
     """Yield the objects of a JSON lines file.
 
     Raises:
@@ -105,13 +106,13 @@ def read_jsonl(path: PathLike) -> Iterator[Dict]:
             yield json.loads(line)
 
 
-def write_jsonl(path: PathLike, items: Sequence[Dict]) -> None:
+def write_jsonl(path: PathLike, items: Sequence[dict]) -> None:
     """Write objects as JSON lines, whole or not at all."""
     with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
 
 
-def book_utterances(text: str, book: str, options: PrepareTextOptions) -> List[Dict]:
+def book_utterances(text: str, book: str, options: PrepareTextOptions) -> list[dict]:
     """Return the utterances of one book in order: ``id, book, index, cased, text`` (normalized)."""
     utterances = []
     for paragraph in text.splitlines():
@@ -125,7 +126,7 @@ def book_utterances(text: str, book: str, options: PrepareTextOptions) -> List[D
     return utterances
 
 
-def paragraph_utterances(paragraph: str, min_characters: int, max_characters: int) -> List[str]:
+def paragraph_utterances(paragraph: str, min_characters: int, max_characters: int) -> list[str]:
     """Return the sentences and clauses of a paragraph, each within the two bounds; none for a heading."""
     paragraph = " ".join(_DASHES.sub(" ", paragraph).split())
     if _is_heading(paragraph):
@@ -144,8 +145,8 @@ def paragraph_utterances(paragraph: str, min_characters: int, max_characters: in
     return utterances
 
 
-def sentences(paragraph: str) -> List[str]:
-    """Split a paragraph after sentence-ending marks that a capital follows; titles and initials do not end one."""
+def sentences(paragraph: str) -> list[str]:
+    """Split a paragraph after sentence marks that a capital follows; titles and initials do not end one."""
     found = []
     start = 0
     for match in _SENTENCE_END.finditer(paragraph):
@@ -157,7 +158,7 @@ def sentences(paragraph: str) -> List[str]:
     return [sentence for sentence in found if sentence]
 
 
-def split_sentence(sentence: str, min_characters: int, max_characters: int) -> List[str]:
+def split_sentence(sentence: str, min_characters: int, max_characters: int) -> list[str]:
     """Split a sentence at the joint nearest its middle until every part fits; none if it has no joint."""
     if len(sentence) <= max_characters:
         return [sentence]
@@ -183,10 +184,10 @@ _JOINTS = (
     re.compile(r"""[,.!?]["'’”)]*\s"""),
     re.compile(r"\s(?=(?:and|but|or|for|nor|yet|so|which|who|that|when|where|while|as|if|because|than)\s)"),
 )
-_CHAPTER = re.compile(r"^(?:chapter|book|part|volume|scene|act|letter|the end|note|footnote|illustration)\b", re.I)
+_CHAPTER = re.compile(r"^(?:chapter|book|part|volume|scene|act|letter|the end|footnote|illustration)\b", re.I)
 _COMMON = frozenset(
-    "the a an of to and in he she it i was were is are be that you they we his her my your for with had have has not"
-    " as at but on this him me no so all there what from or by if one would do did".split()
+    "the a an of to and in he she it i was were is are be that you they we his her my your for with had"
+    " have has not as at but on this him me no so all there what from or by if one would do did".split()
 )
 
 
@@ -207,7 +208,7 @@ def _is_foreign(words: str) -> bool:
     return len(spoken) >= 7 and common == 0 or len(spoken) >= 16 and common < 2
 
 
-def _book_job(job: Tuple[str, Path, PrepareTextOptions]) -> Tuple[bytes, int, int]:
+def _book_job(job: tuple[str, Path, PrepareTextOptions]) -> tuple[bytes, int, int]:
     _, path, options = job
     utterances = book_utterances(path.read_text(encoding="utf-8"), path.stem, options)
     lines = "".join([json.dumps(utterance, ensure_ascii=False) + "\n" for utterance in utterances])

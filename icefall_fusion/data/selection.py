@@ -7,7 +7,7 @@ import random
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, List, Sequence, Set, Tuple
+from typing import Sequence
 
 from icefall_fusion.checks import check
 from icefall_fusion.data.books import read_jsonl, write_jsonl
@@ -18,7 +18,8 @@ class SelectOptions:
     """Options of ``select-utterances``.
 
     Args:
-        data_dir: has ``text/{train,dev,test}.jsonl``; gets ``text/selected_{train,dev,test-clean,test-other}.jsonl``.
+        data_dir: has ``text/{train,dev,test}.jsonl``; gets ``text/selected_*.jsonl`` for train, dev,
+            test-clean and test-other.
         train_hours: speech for training, estimated from characters.
         dev_hours: speech for development.
         test_hours: speech for test-clean, and as much again for test-other.
@@ -49,7 +50,7 @@ def run(options: SelectOptions) -> int:
         ValueError: a split has less text than the hours asked for.
     """
     folder = Path(options.data_dir) / "text"
-    used: Set[str] = set()  # no sentence is in two sets, nor twice in one
+    used: set[str] = set()  # no sentence is in two sets, nor twice in one
     plans = (
         ("test", (("test-clean", options.test_hours), ("test-other", options.test_hours))),
         ("dev", (("dev", options.dev_hours),)),
@@ -66,8 +67,8 @@ def run(options: SelectOptions) -> int:
 
 
 def select_utterances(
-    books: Dict[str, List[Dict]], hours: Sequence[float], used: Set[str], options: SelectOptions
-) -> List[List[Dict]]:
+    books: dict[str, list[dict]], hours: Sequence[float], used: set[str], options: SelectOptions
+) -> list[list[dict]]:
     """Deal utterances to the sets, one of each book in turn, until every set has its hours.
 
     Args:
@@ -83,7 +84,7 @@ def select_utterances(
         ValueError: the books do not hold enough text.
     """
     budgets = [amount * 3600 * options.characters_per_second for amount in hours]  # characters
-    chosen: List[List[Dict]] = [[] for _ in hours]
+    chosen: list[list[dict]] = [[] for _ in hours]
     sizes = [0.0] * len(budgets)
     for utterance in _one_of_each_book(books, options.seed):
         hungry = min(range(len(budgets)), key=lambda index: sizes[index] / budgets[index])
@@ -96,7 +97,8 @@ def select_utterances(
         sizes[hungry] += len(utterance["text"])
     available = sum(sizes) / 3600 / options.characters_per_second
     enough = all(size >= budget for size, budget in zip(sizes, budgets))
-    check(enough, "hours", f"not exceed the speakable text of the books, about {available:.3f} h", list(hours))
+    rule = f"not exceed the speakable text of the books, about {available:.3f} h"
+    check(enough, "hours", rule, list(hours))
     for utterances in chosen:
         utterances.sort(key=lambda utterance: (utterance["book"], utterance["index"]))
     return chosen
@@ -104,8 +106,8 @@ def select_utterances(
 
 #: What a reader and the normalizer could say in two ways: digits, signs, numerals, initials, rarer titles.
 _AMBIGUOUS = re.compile(
-    r"[^A-Za-z ,.;:!?\"'()-]|\b[A-Z]{2,}\b|\b[A-HJ-Z]\.|\b(?:St|Messrs|Mme|Mlle|Capt|Col|Gen|Lieut|Lt|Sergt|Sgt)\."
-    r"|\b(?:Prof|Rev|Hon|Esq|Jr|Sr|Co|Vol|No|viz|etc)\."
+    r"[^A-Za-z ,.;:!?\"'()-]|\b[A-Z]{2,}\b|\b[A-HJ-Z]\."
+    r"|\b(?:St|Messrs|Mme|Mlle|Capt|Col|Gen|Lieut|Lt|Sergt|Sgt|Prof|Rev|Hon|Esq|Jr|Sr|Co|Vol|No|viz|etc)\."
 )
 
 
@@ -114,17 +116,17 @@ def is_speakable(cased: str) -> bool:
     return _AMBIGUOUS.search(cased) is None
 
 
-def _speakable_by_book(path: Path, min_words: int) -> Dict[str, List[Dict]]:
-    books: Dict[str, List[Dict]] = {}
+def _speakable_by_book(path: Path, min_words: int) -> dict[str, list[dict]]:
+    books: dict[str, list[dict]] = {}
     for utterance in read_jsonl(path):
         if utterance["text"].count(" ") + 1 >= min_words and is_speakable(utterance["cased"]):
             books.setdefault(utterance["book"], []).append(utterance)
     return books
 
 
-def _one_of_each_book(books: Dict[str, List[Dict]], seed: int):
+def _one_of_each_book(books: dict[str, list[dict]], seed: int):
     """Yield a random utterance of each book in turn, none twice, until all books are empty."""
-    queues: List[Tuple[str, List[Dict]]] = []
+    queues: list[tuple[str, list[dict]]] = []
     for book in sorted(books):
         queue = list(books[book])
         random.Random(f"{seed} {book}").shuffle(queue)

@@ -1,0 +1,209 @@
+"""Token streams for language models: documents of consecutive utterances, normalized and cased.
+Knows: utterance files, the two vocabularies. Must not know: audio, acoustic models, language models.
+"""
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable, Iterator
+
+import numpy as np
+from tqdm import tqdm
+
+from icefall_fusion.checks import check
+from icefall_fusion.data.books import read_jsonl
+from icefall_fusion.files import atomic_path, write_json
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Tokenized documents laid end to end.
+
+    Args:
+        tokens: uint16, ``bos ... eos`` of one document after the other.
+        lengths: tokens of each document, bos and eos included.
+        words: words of all documents.
+    """
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    words: int
+
+
+@dataclass(frozen=True)
+class LmTextOptions:
+    """Options of ``prepare-lm-text``.
+
+    Args:
+        data_dir: has ``text/*.jsonl`` and both vocabularies; gets ``lm/{nlm,llm,matched_llm}/*.npy``.
+        pieces: size of the acoustic vocabulary (names its folder).
+        spoken_train: utterances of the NLM: those of the acoustic training audio (JSON lines, in data_dir).
+        spoken_dev: the NLM's dev utterances (JSON lines, in data_dir).
+        max_group: longest document, in consecutive utterances; half of the documents are one utterance.
+        cased_fraction: share of the LLM's training tokens that keep case and punctuation (0 to 0.5).
+        seed: of groups and order.
+        workers: processes; the result does not depend on it.
+    """
+
+    data_dir: str = "egs/minibooks/ASR/data"
+    pieces: int = 500
+    spoken_train: str = "text/selected_train.jsonl"
+    spoken_dev: str = "text/selected_dev.jsonl"
+    max_group: int = 8
+    cased_fraction: float = 0.25
+    seed: int = 17
+    workers: int = 2
+
+    def __post_init__(self) -> None:
+        check(self.max_group >= 2, "LmTextOptions.max_group", "be at least 2", self.max_group)
+        fraction = self.cased_fraction
+        check(0.0 <= fraction <= 0.5, "LmTextOptions.cased_fraction", "be between 0 and 0.5", fraction)
+        check(self.workers >= 1, "LmTextOptions.workers", "be at least 1", self.workers)
+
+
+def run(options: LmTextOptions) -> int:
+    """Write the six token streams (and ``llm/dev_cased``) and their counts; return the exit status 0.
+
+    The dev streams of llm and matched_llm are the same normalized documents: losses per word compare.
+
+    Raises:
+        FileNotFoundError: utterances or vocabularies are not there.
+    """
+    root = Path(options.data_dir)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process a core already
+    for split, spoken in (("train", options.spoken_train), ("dev", options.spoken_dev)):
+        utterances = list(read_jsonl(root / spoken))
+        tokenize = piece_tokenizer(root / f"lang_bpe_{options.pieces}")
+        documents = tokenize([utterance["text"] for utterance in utterances])
+        _write_stream(root / "lm" / "nlm" / split, [documents], options.seed)
+        _write_book_streams(root, split, options)
+    return 0
+
+
+def _write_book_streams(root: Path, split: str, options: LmTextOptions) -> None:
+    parts: dict[str, list[Documents]] = {"normalized": [], "cased": [], "pieces": []}
+    books = _books(root / "text" / f"{split}.jsonl")
+    with multiprocessing.Pool(options.workers, _start_worker, (options, split)) as pool:
+        for streams in tqdm(pool.imap(_tokenize_book, books), desc=f"tokenize {split}", unit="book"):
+            for name, documents in streams.items():
+                parts[name].append(documents)
+    folder = root / "lm"
+    _write_stream(folder / "matched_llm" / split, parts["pieces"], options.seed)
+    if split == "train":
+        _write_stream(folder / "llm" / split, parts["normalized"] + parts["cased"], options.seed)
+    else:
+        _write_stream(folder / "llm" / split, parts["normalized"], options.seed)
+        _write_stream(folder / "llm" / f"{split}_cased", parts["cased"], options.seed)
+
+
+def _write_stream(path: Path, parts: list[Documents], seed: int) -> None:
+    """Write ``<path>.npy`` (shuffled documents, uint16) and ``<path>.json`` (documents, words, tokens)."""
+    tokens = np.concatenate([part.tokens for part in parts])
+    lengths = np.concatenate([part.lengths for part in parts])
+    starts = np.cumsum(lengths) - lengths
+    order = np.random.default_rng(seed).permutation(len(lengths))
+    shuffled = np.empty_like(tokens)
+    position = 0
+    for start, length in zip(starts[order].tolist(), lengths[order].tolist()):
+        shuffled[position : position + length] = tokens[start : start + length]
+        position += length
+    with atomic_path(path.with_suffix(".npy")) as temporary, open(temporary, "wb") as file:
+        np.save(file, shuffled)
+    words = sum(part.words for part in parts)
+    write_json(path.with_suffix(".json"), {"documents": len(lengths), "words": words, "tokens": len(tokens)})
+    print(f"{path.parent.name}/{path.name}: {len(lengths)} documents, {words} words, {len(tokens)} tokens")
+
+
+def document_groups(count: int, max_group: int, generator: random.Random) -> list[tuple[int, int]]:
+    """Cut ``count`` consecutive utterances into documents; return each one's first and last + 1 utterance.
+
+    Half of the documents are one utterance (a language model must know how one begins and ends), the
+    others 2 to ``max_group``.
+    """
+    groups = []
+    start = 0
+    while start < count:
+        size = 1 if generator.random() < 0.5 else generator.randint(2, max_group)
+        groups.append((start, min(count, start + size)))
+        start += size
+    return groups
+
+
+def book_documents(utterances: list[dict], split: str, options: LmTextOptions) -> tuple[list[str], list[str]]:
+    """Return the normalized and the cased documents of one book; a pure function of book, split and seed."""
+    book = utterances[0]["book"]
+    generator = random.Random(f"{options.seed} {book}")
+    normalized = [
+        " ".join([utterance["text"] for utterance in utterances[start:stop]])
+        for start, stop in document_groups(len(utterances), options.max_group, generator)
+    ]
+    share = options.cased_fraction / (1.0 - options.cased_fraction) if split == "train" else 1.0
+    cased = [
+        " ".join([utterance["cased"] for utterance in utterances[start:stop]])
+        for start, stop in document_groups(len(utterances), options.max_group, generator)
+        if generator.random() < share
+    ]
+    return normalized, cased
+
+
+def piece_tokenizer(folder: Path) -> Callable[[list[str]], Documents]:
+    """Return a function from texts to acoustic pieces, each text between two ``<sos/eos>``."""
+    import sentencepiece
+
+    path = folder / "bpe.model"
+    if not path.is_file():
+        raise FileNotFoundError(f"acoustic pieces not found: {str(path)!r}; run train-tokenizers first")
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    sos_eos = processor.piece_to_id("<sos/eos>")
+    return lambda texts: _lay_out(texts, processor.encode(texts, num_threads=1), sos_eos, sos_eos)
+
+
+def llm_tokenizer(folder: Path) -> Callable[[list[str]], Documents]:
+    """Return a function from texts to LLM tokens, each text between ``<s>`` and ``</s>``."""
+    from tokenizers import Tokenizer
+
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"LLM tokenizer not found: {str(path)!r}; run train-tokenizers first")
+    tokenizer = Tokenizer.from_file(str(path))
+    bos, eos = tokenizer.token_to_id("<s>"), tokenizer.token_to_id("</s>")
+
+    def tokenize(texts: list[str]) -> Documents:
+        encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return _lay_out(texts, [encoding.ids for encoding in encodings], bos, eos)
+
+    return tokenize
+
+
+def _lay_out(texts: list[str], ids: list[list[int]], bos: int, eos: int) -> Documents:
+    tokens = np.array([token for document in ids for token in (bos, *document, eos)], dtype=np.uint16)
+    lengths = np.array([len(document) + 2 for document in ids], dtype=np.int64)
+    return Documents(tokens, lengths, sum(len(text.split()) for text in texts))
+
+
+def _books(path: Path) -> Iterator[list[dict]]:
+    for _, utterances in itertools.groupby(read_jsonl(path), key=lambda utterance: utterance["book"]):
+        yield list(utterances)
+
+
+_worker: dict[str, Any] = {}  # a process's own tokenizers and options
+
+
+def _start_worker(options: LmTextOptions, split: str) -> None:
+    root = Path(options.data_dir)
+    _worker["options"], _worker["split"] = options, split
+    _worker["pieces"] = piece_tokenizer(root / f"lang_bpe_{options.pieces}")
+    _worker["llm"] = llm_tokenizer(root / "llm_tokenizer")
+
+
+def _tokenize_book(utterances: list[dict]) -> dict[str, Documents]:
+    normalized, cased = book_documents(utterances, _worker["split"], _worker["options"])
+    return {
+        "normalized": _worker["llm"](normalized),
+        "cased": _worker["llm"](cased),
+        "pieces": _worker["pieces"](normalized),
+    }

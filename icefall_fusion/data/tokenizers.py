@@ -1,0 +1,141 @@
+"""Trains the two vocabularies: SentencePiece pieces of the acoustic model, byte-level BPE of the LLM.
+Knows: utterance files. Must not know: audio, acoustic models, language models.
+"""
+from __future__ import annotations
+
+import random
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Iterator
+
+from icefall_fusion.checks import check
+from icefall_fusion.data.books import read_jsonl
+from icefall_fusion.files import atomic_path, write_text
+
+BLANK, SOS_EOS, UNKNOWN = "<blk>", "<sos/eos>", "<unk>"  # ids 0, 1, 2: icefall's convention
+LLM_BOS, LLM_EOS = "<s>", "</s>"  # ids 0, 1
+
+
+@dataclass(frozen=True)
+class TokenizerOptions:
+    """Options of ``train-tokenizers``.
+
+    Args:
+        data_dir: has ``text/train.jsonl``; gets ``lang_bpe_<pieces>/`` and ``llm_tokenizer/``.
+        pieces: size of the acoustic vocabulary, blank included.
+        piece_lines: normalized utterances that the acoustic pieces are learned from.
+        llm_tokens: size of the LLM's vocabulary.
+        llm_cased_lines: cased utterances that the LLM's tokens are learned from.
+        llm_normalized_lines: normalized utterances beside them, so that both forms are spelled well.
+        seed: of the samples.
+    """
+
+    data_dir: str = "egs/minibooks/ASR/data"
+    pieces: int = 500
+    piece_lines: int = 200_000
+    llm_tokens: int = 8192
+    llm_cased_lines: int = 300_000
+    llm_normalized_lines: int = 100_000
+    seed: int = 17
+
+    def __post_init__(self) -> None:
+        check(self.pieces >= 32, "TokenizerOptions.pieces", "be at least 32", self.pieces)
+        check(self.piece_lines >= 1, "TokenizerOptions.piece_lines", "be at least 1", self.piece_lines)
+        rule = "be from 258 (bytes, <s>, </s>) to 65536 (uint16)"
+        check(258 <= self.llm_tokens <= 65536, "TokenizerOptions.llm_tokens", rule, self.llm_tokens)
+        lines = self.llm_cased_lines + self.llm_normalized_lines
+        rule = "be at least 1 (with llm_normalized_lines)"
+        check(lines >= 1, "TokenizerOptions.llm_cased_lines", rule, lines)
+
+
+def run(options: TokenizerOptions) -> int:
+    """Train both vocabularies from ``text/train.jsonl``; return the exit status 0.
+
+    Raises:
+        FileNotFoundError: the utterance file is not there.
+    """
+    root = Path(options.data_dir)
+    utterances = root / "text" / "train.jsonl"
+    normalized, cased = [], []
+    for utterance in read_jsonl(utterances):
+        normalized.append(utterance["text"])
+        cased.append(utterance["cased"])
+    spoken = _sample(normalized, options.piece_lines, options.seed)
+    train_pieces(spoken, options.pieces, root / f"lang_bpe_{options.pieces}")
+    print(f"{options.pieces} acoustic pieces from {len(spoken)} utterances")
+    written = _sample(cased, options.llm_cased_lines, options.seed)
+    written += _sample(normalized, options.llm_normalized_lines, options.seed + 1)
+    size = train_llm_tokenizer(written, options.llm_tokens, root / "llm_tokenizer")
+    print(f"{size} LLM tokens from {len(written)} utterances")
+    return 0
+
+
+def train_pieces(lines: list[str], size: int, folder: Path) -> None:
+    """Train SentencePiece unigram pieces and write ``bpe.model`` and ``tokens.txt`` (piece and id a line).
+
+    Args:
+        lines: normalized utterances.
+        size: pieces in all; 0 is the blank, 1 start and end of sentence, 2 unknown.
+        folder: where both files go.
+    """
+    import sentencepiece
+
+    with atomic_path(folder / "bpe.model") as path, open(path, "wb") as model:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines), model_writer=model, vocab_size=size, model_type="unigram",
+            user_defined_symbols=[BLANK, SOS_EOS], unk_id=2, unk_piece=UNKNOWN, bos_id=-1, eos_id=-1,
+            pad_id=-1, normalization_rule_name="identity", character_coverage=1.0, num_threads=1,
+            minloglevel=1,
+        )
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / "bpe.model"))
+    pieces = [processor.id_to_piece(index) for index in range(processor.get_piece_size())]
+    table = "".join(f"{piece} {index}\n" for index, piece in enumerate(pieces))
+    write_text(folder / "tokens.txt", table)
+
+
+def train_llm_tokenizer(lines: list[str], size: int, folder: Path) -> int:
+    """Train byte-level BPE and write a folder that ``AutoTokenizer`` loads; return the size reached.
+
+    A text's first word has no leading space, other words have one; no special token is ever added.
+
+    Args:
+        lines: cased and normalized utterances.
+        size: tokens in all; 0 is ``<s>``, 1 is ``</s>``, every byte is a token.
+        folder: where the files go.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=[LLM_BOS, LLM_EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_with_leading_spaces(lines), trainer)
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=LLM_BOS,
+        eos_token=LLM_EOS,
+        clean_up_tokenization_spaces=False,
+        add_prefix_space=False,
+    )
+    with tempfile.TemporaryDirectory() as temporary:
+        wrapped.save_pretrained(temporary)
+        for path in sorted(Path(temporary).iterdir()):
+            write_text(folder / path.name, path.read_text(encoding="utf-8"))
+    return len(wrapped)
+
+
+def _with_leading_spaces(lines: list[str]) -> Iterator[str]:
+    """Yield each line twice in three with a space before: most words of a document have one."""
+    for index, line in enumerate(lines):
+        yield line if index % 3 == 0 else " " + line
+
+
+def _sample(lines: list[str], count: int, seed: int) -> list[str]:
+    return lines if len(lines) <= count else random.Random(seed).sample(lines, count)
