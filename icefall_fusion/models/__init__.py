@@ -1,0 +1,25 @@
+"""Acoustic models: Conformer encoder, CTC head, attention decoder."""
+from __future__ import annotations
+
+from icefall_fusion.models.conformer import ChunkOptions, ConformerEncoder, EncoderOptions, StreamingState
+from icefall_fusion.models.ctc import CtcHead, greedy_pieces
+from icefall_fusion.models.ctc_aed import CtcAed, ModelOptions, load, save
+from icefall_fusion.models.decoder import AttentionDecoder, DecoderOptions
+from icefall_fusion.models.spec_augment import SpecAugmentOptions, spec_augment
+
+__all__ = [
+    "AttentionDecoder",
+    "ChunkOptions",
+    "ConformerEncoder",
+    "CtcAed",
+    "CtcHead",
+    "DecoderOptions",
+    "EncoderOptions",
+    "ModelOptions",
+    "SpecAugmentOptions",
+    "StreamingState",
+    "greedy_pieces",
+    "load",
+    "save",
+    "spec_augment",
+]

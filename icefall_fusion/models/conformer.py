@@ -1,0 +1,343 @@
+"""Conformer encoder that runs whole, whole with a chunk mask, or chunk by chunk with caches.
+Knows: features and frames. Must not know: data, search, fusion, tokens.
+
+Legend: B utterances, T frames (of the layer's own rate), D model size, H heads, E head size.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import List, Optional, Tuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from icefall_fusion.checks import check
+from icefall_fusion.models.attention import SelfAttention, masked_bias, rotary_table
+from icefall_fusion.models.subsampling import FACTOR, HISTORY, Subsampling
+
+
+@dataclass(frozen=True)
+class EncoderOptions:
+    """The shape of the encoder.
+
+    Args:
+        bins: mel bins of a feature frame.
+        size: model size D.
+        heads: attention heads; D / heads must be even.
+        feedforward: inner size of the two feed-forward modules of a layer.
+        layers: numbers of layers at 40 ms, then at 80 ms, then at 40 ms again.
+        kernel: taps of the depthwise convolution, odd.
+        dropout: probability of dropping a value of a module's output in training.
+    """
+
+    bins: int = 80
+    size: int = 256
+    heads: int = 4
+    feedforward: int = 768
+    layers: Tuple[int, int, int] = (2, 4, 1)
+    kernel: int = 15
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("bins", "size", "heads", "feedforward"):
+            check(getattr(self, name) >= 1, f"EncoderOptions.{name}", "be at least 1", getattr(self, name))
+        even = self.size % (2 * self.heads) == 0
+        check(even, "EncoderOptions.size", f"be a multiple of {2 * self.heads}", self.size)
+        object.__setattr__(self, "layers", tuple(self.layers))
+        check(len(self.layers) == 3 and min(self.layers) >= 0 and sum(self.layers) > 0,
+              "EncoderOptions.layers", "be three counts, not all zero", self.layers)
+        check(self.kernel % 2 == 1, "EncoderOptions.kernel", "be odd", self.kernel)
+        check(0 <= self.dropout < 1, "EncoderOptions.dropout", "be in [0, 1)", self.dropout)
+
+
+@dataclass(frozen=True)
+class ChunkOptions:
+    """How far an encoder frame may look when the encoder works in chunks.
+
+    Args:
+        size: 40 ms frames of a chunk; even, because some layers run at 80 ms.
+        left_chunks: earlier chunks that attention sees; None is all of them.
+    """
+
+    size: int = 16
+    left_chunks: Optional[int] = 8
+
+    def __post_init__(self) -> None:
+        check(self.size >= 2 and self.size % 2 == 0, "ChunkOptions.size", "be even and at least 2", self.size)
+        left = self.left_chunks
+        check(left is None or left >= 0, "ChunkOptions.left_chunks", "be None or at least 0", left)
+
+
+@dataclass
+class LayerCache:
+    """What one layer keeps between chunks: keys and values [B,H,P,E], convolution input [B,kernel//2,D]."""
+
+    keys: Tensor
+    values: Tensor
+    conv: Tensor
+
+
+@dataclass
+class StreamingState:
+    """Everything that the encoder keeps between two chunks; made by ``ConformerEncoder.start``."""
+
+    chunk: ChunkOptions
+    frames: int  # 40 ms frames seen so far
+    features: Tensor  # [B,HISTORY,bins], normalized
+    valid: List[Tensor]  # per rate (40 ms, 80 ms): which cached keys are real [B,P]
+    layers: List[LayerCache] = field(default_factory=list)
+
+
+@dataclass
+class _Frames:
+    """What all layers of one rate share in one call."""
+
+    valid: Tensor  # [B,T,1] in the dtype of the frames
+    bias: Tensor  # [B,1,1 or T,P+T]
+    rotary: Tuple[Tensor, Tensor]
+    chunk: Optional[int]  # frames of this rate; None: no chunks
+
+
+class ConvModule(nn.Module):
+    """Gated depthwise convolution (Gulati et al. 2020, section 2.2) with layer norm and dynamic chunks.
+
+    In chunks, a frame sees the true frames on its left and only its own chunk on the right (Li et al. 2023,
+    arXiv 2304.09325): the same symmetric kernel serves whole utterances and streams.
+    """
+
+    def __init__(self, size: int, kernel: int) -> None:
+        super().__init__()
+        self.pad = kernel // 2
+        self.gate = nn.Linear(size, 2 * size)
+        self.depthwise = nn.Conv1d(size, size, kernel, groups=size)
+        self.norm = nn.LayerNorm(size)
+        self.out = nn.Linear(size, size)
+
+    def forward(self, x: Tensor, frames: _Frames, past: Optional[Tensor] = None) -> Tuple[Tensor, Tensor]:
+        """Return the output [B,T,D] and the convolution's last inputs, for the next chunk."""
+        x = F.glu(self.gate(x), dim=-1)
+        x = x * frames.valid.to(x.dtype)
+        if past is None:
+            past = x.new_zeros(x.shape[0], self.pad, x.shape[2])
+        joined = torch.cat((past.to(x.dtype), x), dim=1)
+        if frames.chunk is None or x.shape[1] <= frames.chunk:
+            y = self.depthwise(F.pad(joined, (0, 0, 0, self.pad)).transpose(1, 2)).transpose(1, 2)
+        else:
+            y = self._by_chunks(joined, x.shape[1], frames.chunk)
+        y = self.out(F.silu(self.norm(y)))
+        return y, joined[:, joined.shape[1] - self.pad :]
+
+    def _by_chunks(self, joined: Tensor, length: int, chunk: int) -> Tensor:
+        batch, _, size = joined.shape
+        chunks = -(-length // chunk)
+        joined = F.pad(joined, (0, 0, 0, chunks * chunk - length))
+        windows = joined.unfold(1, self.pad + chunk, chunk)  # [B,chunks,D,pad+chunk]
+        y = self.depthwise(F.pad(windows, (0, self.pad)).flatten(0, 1))  # [B*chunks,D,chunk]
+        return y.transpose(1, 2).reshape(batch, chunks * chunk, size)[:, :length]
+
+
+class FeedForward(nn.Sequential):
+    """LayerNorm, linear, SiLU, linear."""
+
+    def __init__(self, size: int, inner: int) -> None:
+        super().__init__(nn.LayerNorm(size), nn.Linear(size, inner), nn.SiLU(), nn.Linear(inner, size))
+
+
+class ConformerLayer(nn.Module):
+    """Half feed-forward, self-attention, convolution, half feed-forward; pre-norm residuals.
+
+    Layer norm only (no batch norm), so that neither padding nor batch matters.
+    """
+
+    def __init__(self, options: EncoderOptions) -> None:
+        super().__init__()
+        self.before = FeedForward(options.size, options.feedforward)
+        self.attention_norm = nn.LayerNorm(options.size)
+        self.attention = SelfAttention(options.size, options.heads)
+        self.conv_norm = nn.LayerNorm(options.size)
+        self.conv = ConvModule(options.size, options.kernel)
+        self.after = FeedForward(options.size, options.feedforward)
+        self.dropout = nn.Dropout(options.dropout) if options.dropout > 0 else nn.Identity()
+
+    def forward(self, x: Tensor, frames: _Frames, cache: Optional[LayerCache] = None) -> Tensor:
+        """Return [B,T,D]; a given cache is read and replaced."""
+        x = x + 0.5 * self.dropout(self.before(x))
+        past = None if cache is None else (cache.keys, cache.values)
+        y, seen = self.attention(self.attention_norm(x), frames.bias, frames.rotary, past)
+        x = x + self.dropout(y)
+        y, conv = self.conv(self.conv_norm(x), frames, None if cache is None else cache.conv)
+        if cache is not None:
+            cache.keys, cache.values, cache.conv = seen[0], seen[1], conv
+        x = x + self.dropout(y)
+        return x + 0.5 * self.dropout(self.after(x))
+
+
+class ConformerEncoder(nn.Module):
+    """Conformer (Gulati et al. 2020) whose middle layers run at half the frame rate.
+
+    The middle stack adds what it changed to the 40 ms frames (temporal U-Net, Kim et al. 2022, Squeezeformer,
+    section 3.1.1): it costs half, and a quarter in attention. Features are normalized by the global mean and
+    deviation of the training data, kept with the weights.
+    """
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, options: EncoderOptions) -> None:
+        super().__init__()
+        self.options = options
+        self.register_buffer("mean", torch.zeros(options.bins))
+        self.register_buffer("deviation", torch.ones(options.bins))
+        self.subsampling = Subsampling(options.bins, options.size)
+        self.stacks = nn.ModuleList(
+            nn.ModuleList(ConformerLayer(options) for _ in range(count)) for count in options.layers
+        )
+        self.norm = nn.LayerNorm(options.size)
+
+    @staticmethod
+    def out_lens(lens: Tensor) -> Tensor:
+        """Return the numbers of 40 ms frames for numbers of 10 ms frames: ceil(lens / 4)."""
+        return Subsampling.out_lens(lens)
+
+    def forward(
+        self, features: Tensor, lens: Tensor, chunk: Optional[ChunkOptions] = None
+    ) -> Tuple[Tensor, Tensor]:
+        """Encode whole utterances, with a chunk mask when ``chunk`` is given.
+
+        Args:
+            features: [B,T,bins] log-mel features, padded at the end with anything.
+            lens: [B] real frames of each, 0..T.
+
+        Returns:
+            frames [B,T',D] (zero beyond the end) with T' = ceil(T/4), and their numbers [B].
+        """
+        out, out_lens, _ = self.forward_with_middle(features, lens, chunk)
+        return out, out_lens
+
+    def forward_with_middle(
+        self, features: Tensor, lens: Tensor, chunk: Optional[ChunkOptions] = None
+    ) -> Tuple[Tensor, Tensor, Tensor]:
+        """As ``forward``; also return the 80 ms frames half-way up the middle stack (for an auxiliary loss)."""
+        self._check(features, lens)
+        x = self._normalize(features, lens)
+        if x.shape[1] == 0:
+            nothing = x.new_zeros(x.shape[0], 0, self.options.size)
+            return nothing, self.out_lens(lens), nothing
+        x = self.subsampling(F.pad(x, (0, 0, HISTORY, -x.shape[1] % FACTOR)))
+        lens = self.out_lens(lens)
+        full = self._whole_frames(x, lens, None if chunk is None else chunk.size, chunk)
+        half_lens = torch.div(lens + 1, 2, rounding_mode="floor")
+        half_length = (x.shape[1] + 1) // 2
+        half = self._whole_frames(
+            x.new_empty(x.shape[0], half_length, 0), half_lens, None if chunk is None else chunk.size // 2, chunk
+        )
+        x, middle = self._run(x, full, half, None)
+        return x, lens, middle
+
+    def start(self, batch: int, chunk: ChunkOptions) -> StreamingState:
+        """Return the state before the first chunk of ``batch`` parallel streams."""
+        heads, size = self.options.heads, self.options.size
+        mean = self.mean
+        state = StreamingState(
+            chunk=chunk,
+            frames=0,
+            features=mean.new_zeros(batch, HISTORY, self.options.bins),
+            valid=[mean.new_zeros(batch, 0, dtype=torch.bool) for _ in range(2)],
+        )
+        for _ in range(sum(self.options.layers)):
+            nothing = mean.new_zeros(batch, heads, 0, size // heads)
+            conv = mean.new_zeros(batch, self.options.kernel // 2, size)
+            state.layers.append(LayerCache(nothing, nothing, conv))
+        return state
+
+    def forward_chunk(self, features: Tensor, lens: Tensor, state: StreamingState) -> Tuple[Tensor, Tensor]:
+        """Encode the next chunk; equal to ``forward`` with ``state.chunk``, frame for frame.
+
+        Args:
+            features: [B,n,bins] with n <= 4 * chunk size; fewer only in the last chunk of all streams.
+            lens: [B] real frames; less than 4 * chunk size means that the stream has ended.
+
+        Returns:
+            frames [B,size,D] (zero beyond the end) and their numbers [B]. The state is updated.
+        """
+        self._check(features, lens)
+        size = state.chunk.size
+        most = FACTOR * size
+        check(features.shape[1] <= most, "features", f"hold at most {most} frames a chunk", features.shape[1])
+        x = self._normalize(features, lens)
+        x = torch.cat((state.features, F.pad(x, (0, 0, 0, FACTOR * size - x.shape[1]))), dim=1)
+        state.features = x[:, -HISTORY:]
+        x = self.subsampling(x)
+        lens = self.out_lens(lens)
+        full = self._chunk_frames(x, lens, size, state, 0)
+        half = self._chunk_frames(x, torch.div(lens + 1, 2, rounding_mode="floor"), size // 2, state, 1)
+        x, _ = self._run(x, full, half, state.layers)
+        state.frames += size
+        self._forget(state)
+        return x, lens
+
+    def _run(
+        self, x: Tensor, full: _Frames, half: _Frames, layer_caches: Optional[List[LayerCache]]
+    ) -> Tuple[Tensor, Tensor]:
+        """The three stacks and the last norm; caches are in the order of the layers."""
+        caches: List[Optional[LayerCache]] = [None] * sum(self.options.layers)
+        caches[:] = layer_caches or caches
+        first, second = self.options.layers[0], sum(self.options.layers[:2])
+        for layer, cache in zip(self.stacks[0], caches[:first]):
+            x = layer(x, full, cache)
+        x = x * full.valid
+        down = F.pad(x, (0, 0, 0, x.shape[1] % 2)).unflatten(1, (-1, 2)).mean(dim=2)
+        y = middle = down
+        for index, (layer, cache) in enumerate(zip(self.stacks[1], caches[first:second])):
+            y = layer(y, half, cache)
+            if index + 1 == (len(self.stacks[1]) + 1) // 2:
+                middle = y
+        x = x + (y - down).repeat_interleave(2, dim=1)[:, : x.shape[1]]
+        for layer, cache in zip(self.stacks[2], caches[second:]):
+            x = layer(x, full, cache)
+        return self.norm(x) * full.valid, middle
+
+    def _normalize(self, features: Tensor, lens: Tensor) -> Tensor:
+        real = torch.arange(features.shape[1], device=features.device) < lens[:, None]
+        x = (features - self.mean) / self.deviation
+        return torch.where(real[:, :, None], x, x.new_zeros(()))  # not a product: padding may be NaN
+
+    def _whole_frames(self, x: Tensor, lens: Tensor, size: Optional[int], chunk: Optional[ChunkOptions]) -> _Frames:
+        length = x.shape[1]
+        index = torch.arange(length, device=x.device)
+        valid = index < lens[:, None]  # [B,T]
+        allowed = valid[:, None, None, :]
+        if chunk is not None:
+            own = torch.div(index, size, rounding_mode="floor")
+            back = own[:, None] - own[None, :]
+            sees = (back >= 0) if chunk.left_chunks is None else (back >= 0) & (back <= chunk.left_chunks)
+            allowed = allowed & sees
+        rotary = rotary_table(0, length, self.options.size // self.options.heads, x)
+        return _Frames(valid[:, :, None].to(x.dtype), masked_bias(allowed, x.dtype), rotary, size)
+
+    def _chunk_frames(self, x: Tensor, lens: Tensor, size: int, state: StreamingState, rate: int) -> _Frames:
+        valid = torch.arange(size, device=x.device) < lens[:, None]
+        state.valid[rate] = torch.cat((state.valid[rate], valid), dim=1)
+        start = state.frames // (rate + 1)
+        rotary = rotary_table(start, size, self.options.size // self.options.heads, x)
+        bias = masked_bias(state.valid[rate][:, None, None, :], x.dtype)
+        return _Frames(valid[:, :, None].to(x.dtype), bias, rotary, size)
+
+    def _forget(self, state: StreamingState) -> None:
+        """Drop keys that no later chunk sees."""
+        if state.chunk.left_chunks is None:
+            return
+        keep = [state.chunk.left_chunks * state.chunk.size // (rate + 1) for rate in range(2)]
+        state.valid = [valid[:, max(valid.shape[1] - keep[rate], 0) :] for rate, valid in enumerate(state.valid)]
+        first, second = self.options.layers[0], sum(self.options.layers[:2])
+        for index, cache in enumerate(state.layers):
+            drop = max(cache.keys.shape[2] - keep[int(first <= index < second)], 0)
+            cache.keys, cache.values = cache.keys[:, :, drop:], cache.values[:, :, drop:]
+
+    def _check(self, features: Tensor, lens: Tensor) -> None:
+        good = features.dim() == 3 and features.shape[2] == self.options.bins
+        check(good, "features", f"be [B,T,{self.options.bins}]", tuple(features.shape))
+        check(lens.shape == features.shape[:1], "lens", f"be [{features.shape[0]}]", tuple(lens.shape))
+        in_range = bool((lens >= 0).all()) and bool((lens <= features.shape[1]).all())
+        check(in_range, "lens", f"be in 0..{features.shape[1]}", lens.tolist())
