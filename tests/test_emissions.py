@@ -1,0 +1,203 @@
+"""Log-probs of every kind of source: shapes, batch invariance, empty input, errors that name the utterance.
+Knows: emissions and tiny real models. Must not know: search, fusion.
+"""
+from __future__ import annotations
+
+import json
+import math
+from typing import Tuple  # TorchScript reads this one
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from icefall_fusion.emission_batch import Emissions, SavedSource, save_emissions
+from icefall_fusion.emissions import EmissionOptions, open_source
+from icefall_fusion.tokens import AcousticTokens
+
+PIECES = ["<blk>", "<sos/eos>", "<unk>", "▁", "▁a", "b", "▁c", "d"]
+TOKENS = AcousticTokens.from_pieces(PIECES, blank_id=0)
+
+
+def emissions(lens=(3, 5, 0), ids=("u1", "u2", "u3")) -> Emissions:
+    torch.manual_seed(1)
+    log_probs = torch.randn(len(lens), max(lens), len(PIECES)).log_softmax(2)
+    return Emissions(list(ids), log_probs, torch.tensor(lens), TOKENS, 0.04)
+
+
+def same_one_by_one(source, inputs: list[Tensor], atol: float) -> Emissions:
+    ids = [f"u{i}" for i in range(len(inputs))]
+    together = source.emit(ids, inputs)
+    for row, (name, one) in enumerate(zip(ids, inputs)):
+        alone = source.emit([name], [one])
+        frames = int(alone.lens[0])
+        assert frames == int(together.lens[row])
+        mine = together.log_probs[row, :frames]
+        torch.testing.assert_close(alone.log_probs[0, :frames], mine, atol=atol, rtol=0)
+    mass = together.log_probs.exp().sum(2)
+    assert all(torch.allclose(m[:n], torch.ones(n), atol=1e-4) for m, n in zip(mass, together.lens))
+    return together
+
+
+def test_nan_and_inf_name_the_utterance_but_minus_inf_is_legal() -> None:
+    good = emissions()
+    for value in (math.nan, math.inf):
+        bad = good.log_probs.clone()
+        bad[1, 4, 2] = value
+        with pytest.raises(ValueError, match="utterance u2"):
+            Emissions(good.ids, bad, good.lens, TOKENS, 0.04)
+        outside = good.log_probs.clone()
+        outside[0, 4, 2] = value  # beyond u1's three frames
+        Emissions(good.ids, outside, good.lens, TOKENS, 0.04)
+    legal = good.log_probs.clone()
+    legal[1, 4, 2] = -math.inf
+    Emissions(good.ids, legal, good.lens, TOKENS, 0.04)
+
+
+def test_vocabulary_of_another_size_gives_both_sizes() -> None:
+    with pytest.raises(ValueError, match="has 8 pieces, but the log-probs have 9"):
+        Emissions(["u"], torch.zeros(1, 2, 9), torch.tensor([2]), TOKENS, 0.04)
+
+
+def test_select_keeps_rows_and_drops_padding() -> None:
+    made = emissions()
+    part = made.select([2, 0])
+    assert part.ids == ["u3", "u1"] and part.lens.tolist() == [0, 3] and part.log_probs.shape == (2, 3, 8)
+    assert torch.equal(part.log_probs[1], made.log_probs[0, :3])
+    assert made.select([2]).log_probs.shape == (1, 0, 8)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_saved_log_probs_come_back(tmp_path, half) -> None:
+    made = emissions()
+    save_emissions(tmp_path / "a.npz", made.select([0, 1]), half)
+    save_emissions(tmp_path / "b.npz", made.select([2]), half)
+    source = SavedSource(tmp_path, TOKENS)
+    assert source.ids == ["u1", "u2", "u3"] and source.frame_shift == 0.04
+    back = source.emit(["u3", "u2"])
+    assert back.lens.tolist() == [0, 5]
+    torch.testing.assert_close(back.log_probs[1], made.log_probs[1], atol=2e-3 if half else 0.0, rtol=0)
+    with pytest.raises(ValueError, match=r"lack \['u9'\]"):
+        source.emit(["u9"])
+    with pytest.raises(ValueError, match="another vocabulary"):
+        SavedSource(tmp_path, AcousticTokens.from_pieces([*PIECES[:-1], "x"], blank_id=0))
+    with pytest.raises(FileNotFoundError):
+        SavedSource(tmp_path / "none.npz", TOKENS)
+
+
+def test_plain_npz_of_others(tmp_path) -> None:
+    np.savez(tmp_path / "x.npz", u1=np.zeros((4, 8), np.float32), u2=np.zeros((4, 7), np.float32))
+    source = SavedSource(tmp_path / "x.npz", TOKENS)
+    assert source.emit(["u1"]).log_probs.shape == (1, 4, 8)
+    with pytest.raises(ValueError, match="has 8 pieces, but the log-probs of u2 have 7"):
+        source.emit(["u2"])
+
+
+def test_what_is_no_model_is_refused(tmp_path) -> None:
+    with pytest.raises(ValueError, match="EmissionOptions.model must name"):
+        open_source(EmissionOptions())
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        open_source(EmissionOptions(model=str(tmp_path / "nowhere")))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="must be a model folder"):
+        open_source(EmissionOptions(model=str(tmp_path / "empty")))
+    with pytest.raises(ValueError, match="did you mean 'torchscript'"):
+        EmissionOptions(kind="torchscrip")
+
+
+# --- TorchScript --------------------------------------------------------------------------------------
+
+
+class ToyEncoder(nn.Module):
+    def forward(self, features: Tensor, lens: Tensor) -> Tuple[Tensor, Tensor]:  # noqa: UP006
+        frames = features[:, : features.shape[1] // 4 * 4]
+        return frames.reshape(frames.shape[0], -1, 320), torch.div(lens, 4, rounding_mode="floor")
+
+
+class ToyExport(nn.Module):
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.encoder = ToyEncoder()
+        self.ctc_output = nn.Sequential(nn.Linear(320, size), nn.LogSoftmax(dim=-1))
+
+
+@pytest.fixture(scope="module")
+def bpe(tmp_path_factory):
+    import sentencepiece
+
+    folder = tmp_path_factory.mktemp("bpe")
+    lines = ["the cat sat on the mat", "a dog and a cat", "we saw the sea at dawn"] * 20
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_prefix=str(folder / "bpe"), vocab_size=30, model_type="unigram",
+        user_defined_symbols=["<blk>", "<sos/eos>"], unk_id=2, bos_id=-1, eos_id=-1, minloglevel=2,
+        hard_vocab_limit=False,
+    )  # fmt: skip
+    return folder
+
+
+def test_torchscript_export(tmp_path, bpe) -> None:
+    torch.manual_seed(2)
+    tokens = AcousticTokens.load(bpe)
+    path = tmp_path / "jit_script.pt"
+    torch.jit.script(ToyExport(tokens.size)).save(str(path))
+    with pytest.raises(FileNotFoundError, match="bpe.model"):
+        open_source(EmissionOptions(model=str(path)))
+    source = open_source(EmissionOptions(model=str(path), tokens=str(bpe)))
+    assert source.wants == "features"
+    inputs = [torch.randn(n, 80) for n in (41, 100, 3, 0)]
+    made = same_one_by_one(source, inputs, 1e-6)
+    assert made.lens.tolist() == [10, 25, 0, 0] and made.frame_shift == 0.04
+    torch.jit.script(ToyEncoder()).save(str(path))
+    with pytest.raises(ValueError, match=r"lacks \['encoder', 'ctc_output'\]"):
+        open_source(EmissionOptions(model=str(path), tokens=str(bpe)))
+
+
+# --- our checkpoint -----------------------------------------------------------------------------------
+
+
+def test_our_checkpoint(tmp_path, bpe) -> None:
+    from icefall_fusion import models
+
+    tokens = AcousticTokens.load(bpe)
+    options = models.ModelOptions(
+        vocab_size=tokens.size,
+        encoder=models.EncoderOptions(size=32, heads=2, feedforward=64, layers=(1, 1, 1)),
+        decoder=models.DecoderOptions(heads=2, feedforward=64, layers=1),
+    )
+    torch.manual_seed(3)
+    models.save(models.CtcAed(options, bpe / "bpe.model").eval(), tmp_path)
+    source = open_source(EmissionOptions(model=str(tmp_path)))
+    inputs = [torch.randn(n, 80) for n in (60, 33, 1, 0)]
+    made = same_one_by_one(source, inputs, 1e-4)
+    assert made.lens.tolist()[:2] == source.model.encoder.out_lens(torch.tensor([60, 33])).tolist()
+    assert made.encoder_out.shape[2] == 32 and made.lens[3] == 0
+    assert source.emit(["u"], [torch.zeros(0, 80)]).lens.tolist() == [0]
+
+
+# --- Hugging Face -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_any_hugging_face_ctc_model(tmp_path, masked) -> None:
+    from transformers import Wav2Vec2Config, Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor, Wav2Vec2ForCTC
+
+    letters = ["<pad>", "<s>", "</s>", "<unk>", "|", *"ABCDE'"]
+    (tmp_path / "vocab.json").write_text(json.dumps({letter: i for i, letter in enumerate(letters)}))
+    Wav2Vec2CTCTokenizer(str(tmp_path / "vocab.json")).save_pretrained(tmp_path)
+    Wav2Vec2FeatureExtractor(return_attention_mask=masked).save_pretrained(tmp_path)
+    torch.manual_seed(4)
+    config = Wav2Vec2Config(
+        vocab_size=len(letters), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, pad_token_id=0,
+        intermediate_size=32, conv_dim=(8, 8, 8), conv_stride=(5, 4, 4), conv_kernel=(10, 4, 4),
+        num_feat_extract_layers=3, num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2,
+        feat_extract_norm="layer" if masked else "group",
+    )  # fmt: skip
+    Wav2Vec2ForCTC(config).eval().save_pretrained(tmp_path)
+    source = open_source(EmissionOptions(model=str(tmp_path)))
+    assert (source.wants, source.sample_rate, source.tokens.size) == ("audio", 16000, len(letters))
+    assert source.tokens.blank_id == 0
+    assert source.tokens.decode([letters.index(c) for c in "AB|C"]) == "AB C"
+    made = same_one_by_one(source, [torch.randn(n) for n in (4000, 1600, 5, 0)], 1e-4)
+    assert made.lens[2] == made.lens[3] == 0 and made.lens[0] > made.lens[1] > 0
+    assert made.frame_shift == pytest.approx(0.005)
