@@ -28,6 +28,7 @@ _BARE = {word: _DOTTED[word] for word in ("mr", "mrs", "dr", "st", "messrs", "mm
 _JOINED = re.compile(r"\bto-(?=(?:day|night|morrow)\b)")
 _DOTTED_PATTERN = re.compile(r"\b(%s)\." % "|".join(_DOTTED))
 _NUMBER_SIGN = re.compile(r"\bno\.\s*(?=[0-9])")
+_OPENING_QUOTES = re.compile(r"(?<![a-z])'{2,}(?=[a-z])")  # a quotation that begins with an elision: ''tis
 _NOT_TEXT = re.compile(r"[^a-z']+|'{2,}")
 #: An apostrophe at the edge of a word is taken for a quotation mark, except in these.
 _ELISIONS = frozenset(
@@ -56,6 +57,8 @@ def normalize(text: str) -> str:
         text = _spell_numbers(text)
     if "." in text:
         text = _DOTTED_PATTERN.sub(_expand_dotted, text)
+    if "''" in text:
+        text = _OPENING_QUOTES.sub("'", text)
     return " ".join(_clean_words(_NOT_TEXT.sub(" ", text).split()))
 
 

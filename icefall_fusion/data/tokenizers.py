@@ -3,6 +3,7 @@ Knows: utterance files. Must not know: audio, acoustic models, language models.
 """
 from __future__ import annotations
 
+import io
 import random
 import tempfile
 from dataclasses import dataclass
@@ -78,16 +79,24 @@ def train_pieces(lines: list[str], size: int, folder: Path) -> None:
         lines: normalized utterances.
         size: pieces in all; 0 is the blank, 1 start and end of sentence, 2 unknown.
         folder: where both files go.
+
+    Raises:
+        ValueError: the text is too small for so many pieces.
     """
     import sentencepiece
 
-    with atomic_path(folder / "bpe.model") as path, open(path, "wb") as model:
+    model = io.BytesIO()
+    try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(lines), model_writer=model, vocab_size=size, model_type="unigram",
             user_defined_symbols=[BLANK, SOS_EOS], unk_id=2, unk_piece=UNKNOWN, bos_id=-1, eos_id=-1,
             pad_id=-1, normalization_rule_name="identity", character_coverage=1.0, num_threads=1,
             minloglevel=1,
         )
+    except RuntimeError as error:
+        raise ValueError(f"pieces must fit {len(lines)} lines of text, but is {size}: {error}") from error
+    with atomic_path(folder / "bpe.model") as path:
+        path.write_bytes(model.getvalue())
     processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / "bpe.model"))
     pieces = [processor.id_to_piece(index) for index in range(processor.get_piece_size())]
     table = "".join(f"{piece} {index}\n" for index, piece in enumerate(pieces))
