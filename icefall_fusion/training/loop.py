@@ -1,0 +1,453 @@
+"""One training loop for every model: steps, accumulation, bf16, data parallel, limits, resume, logs.
+Knows: a module, a loss function, batch sources. Must not know: audio, text, what the model computes.
+"""
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any, Callable, Iterable, Iterator, Mapping, Optional, Protocol, Union
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from icefall_fusion.checks import check, check_choice
+from icefall_fusion.training.checkpoints import (
+    checkpoint_path,
+    load_checkpoint,
+    newest_checkpoint,
+    random_states,
+    save_checkpoint,
+    seed_everything,
+    set_random_states,
+)
+from icefall_fusion.training.schedule import SCHEDULES, learning_rate
+
+Metrics = dict[str, Any]
+#: (model, batch) -> (summed loss, number of items it was summed over, further sums over the same batch).
+LossFunction = Callable[[nn.Module, Any], tuple[Tensor, Union[int, float, Tensor], Metrics]]
+
+
+class BatchSource(Protocol):
+    """Batches that can be put back to where a killed run had been.
+
+    ``__iter__`` goes on from the current position to the end of the epoch; the next ``__iter__`` begins
+    the next epoch. ``state_dict()``, asked while batch n is in use, must lead on to batch n + 1.
+    """
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainerOptions:
+    """How to optimize, how long, and what to write meanwhile.
+
+    Args:
+        lr: peak learning rate of AdamW.
+        min_lr: learning rate at the end of the cosine (floor of the inverse square root).
+        warmup_steps: steps of linear growth to ``lr``.
+        schedule: "cosine" (ends at ``max_steps``) or "inverse-sqrt".
+        max_steps: optimizer steps in all.
+        max_minutes: wall-clock limit of this run in minutes: it stops with a checkpoint; 0 = none.
+        beta1: AdamW's first moment decay.
+        beta2: AdamW's second moment decay.
+        weight_decay: AdamW's decay, for parameters with two or more dimensions.
+        grad_clip: largest gradient norm; 0 = no clipping.
+        accumulate: batches in one optimizer step.
+        precision: "bf16" (autocast, float32 weights) or "float32".
+        save_every_steps: checkpoint each so many steps; 0 = never by steps.
+        save_every_minutes: checkpoint each so many minutes; 0 = never by time.
+        keep_checkpoints: newest checkpoints to keep.
+        valid_every_steps: validate each so many steps (and at the end); 0 = at the end only.
+        log_every_steps: steps between training lines in tensorboard.
+        tensorboard: write event files.
+        seed: of the random generators (the rank is added).
+        nan_limit: stop with an error after so many steps in a row with a non-finite loss or gradient.
+    """
+
+    lr: float = 1e-3
+    min_lr: float = 1e-5
+    warmup_steps: int = 100
+    schedule: str = "cosine"
+    max_steps: int = 1000
+    max_minutes: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.98
+    weight_decay: float = 0.01
+    grad_clip: float = 1.0
+    accumulate: int = 1
+    precision: str = "bf16"
+    save_every_steps: int = 0
+    save_every_minutes: float = 10.0
+    keep_checkpoints: int = 3
+    valid_every_steps: int = 500
+    log_every_steps: int = 20
+    tensorboard: bool = True
+    seed: int = 1
+    nan_limit: int = 10
+
+    def __post_init__(self) -> None:
+        check_choice(self.schedule, SCHEDULES, "TrainerOptions.schedule")
+        check_choice(self.precision, ("bf16", "float32"), "TrainerOptions.precision")
+        check(self.lr > 0, "TrainerOptions.lr", "be above 0", self.lr)
+        check(0 <= self.min_lr <= self.lr, "TrainerOptions.min_lr", "be between 0 and lr", self.min_lr)
+        for name in ("max_steps", "accumulate", "keep_checkpoints", "log_every_steps", "nan_limit"):
+            check(getattr(self, name) >= 1, f"TrainerOptions.{name}", "be at least 1", getattr(self, name))
+        for name in ("warmup_steps", "max_minutes", "weight_decay", "grad_clip", "save_every_steps",
+                     "save_every_minutes", "valid_every_steps"):
+            check(getattr(self, name) >= 0, f"TrainerOptions.{name}", "be at least 0", getattr(self, name))
+        for name in ("beta1", "beta2"):
+            check(0 <= getattr(self, name) < 1, f"TrainerOptions.{name}", "be in [0, 1)", getattr(self, name))
+
+
+def init_distributed(device: str = "auto") -> tuple[int, int, torch.device]:
+    """Return (rank, world size, device); joins the process group when torchrun has set WORLD_SIZE > 1.
+
+    Args:
+        device: "auto" (CUDA when there is one), "cpu", "cuda" or "cuda:N".
+    """
+    world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    chosen = torch.device(device)
+    if chosen.type == "cuda" and chosen.index is None:
+        chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    return rank, world, chosen
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """Move the tensors of a tensor, dict, list or tuple; leave everything else as it is."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, Mapping):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(to_device(value, device) for value in batch))
+    if type(batch) in (list, tuple):
+        return type(batch)(to_device(value, device) for value in batch)
+    return batch
+
+
+def make_optimizer(model: nn.Module, options: TrainerOptions) -> torch.optim.AdamW:
+    """AdamW with decay on matrices only, fused (one pass over memory) on CPU and CUDA alike."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": options.weight_decay},
+        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    betas = (options.beta1, options.beta2)
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=options.lr, betas=betas, fused=True)
+
+
+class Trainer:
+    """Train until ``max_steps``, ``max_minutes`` or a signal, going on from the newest checkpoint.
+
+    Args:
+        options: see TrainerOptions.
+        model: on ``device``; its ``forward`` must be what ``compute_loss`` calls (data parallel needs it).
+        compute_loss: see LossFunction; runs under autocast when ``precision`` is bf16.
+        train_batches: a BatchSource; with several processes each has its own share of the batches.
+        valid_batches: can be iterated again and again.
+        folder: gets checkpoints, ``log.jsonl`` and tensorboard events.
+        device: of the model.
+        on_save: called (first process only) with the step after each checkpoint, e.g. to export the model.
+        describe: turns validation means ({"loss", "weight", metrics...}) into further values to log.
+    """
+
+    def __init__(
+        self,
+        options: TrainerOptions,
+        model: nn.Module,
+        compute_loss: LossFunction,
+        train_batches: BatchSource,
+        valid_batches: Iterable[Any],
+        folder: Union[str, Path],
+        device: Union[str, torch.device] = "cpu",
+        on_save: Optional[Callable[[int], None]] = None,
+        describe: Optional[Callable[[dict[str, float]], dict[str, float]]] = None,
+    ) -> None:
+        self.options, self.model, self.compute_loss = options, model, compute_loss
+        self.train_batches, self.valid_batches = train_batches, valid_batches
+        self.folder, self.device = Path(folder), torch.device(device)
+        self.on_save, self.describe = on_save, describe
+        self.world = dist.get_world_size() if dist.is_initialized() else 1
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.optimizer = make_optimizer(model, options)
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.step = self.items_seen = self.skipped = self.skipped_in_row = 0
+        self.seconds_before = 0.0
+        self.last_valid: dict[str, float] = {}
+        self.stop_signal, self.agreed_stop = False, ""
+        self.wrapped: nn.Module = model
+        if self.world > 1:
+            ids = [self.device.index] if self.device.type == "cuda" else None
+            self.wrapped = nn.parallel.DistributedDataParallel(model, device_ids=ids)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        seed_everything(options.seed + self.rank)
+        self.resume()
+
+    # The loop.
+
+    def run(self) -> dict[str, Any]:
+        """Train; return {"step", "reason", "valid", "skipped", "minutes"}.
+
+        ``reason`` is "max_steps", "max_minutes" or "signal".
+
+        Raises:
+            RuntimeError: ``nan_limit`` steps in a row had a non-finite loss or gradient norm.
+            ValueError: the source gives no batches.
+        """
+        self.started = self.saved_at = time.monotonic()
+        saved_step = self.step if newest_checkpoint(self.folder) else -1
+        batches, reason = self._endless(), ""
+        with self._reporting() as (bar, board), self._listening():
+            while not (reason := self._reason_to_stop()):
+                values = self._train_step(batches)
+                self._report_step(values, bar, board)
+                if self.options.valid_every_steps and self.step % self.options.valid_every_steps == 0:
+                    self.validate(board)
+                if self._time_to_save(values["save"]):
+                    self.save()
+                    saved_step = self.step
+            if self.last_valid.get("step") != self.step:
+                self.validate(board)
+            if saved_step != self.step:
+                self.save()
+        minutes = self._seconds() / 60
+        return {"step": self.step, "reason": reason, "valid": self.last_valid, "skipped": self.skipped,
+                "minutes": minutes}
+
+    def _train_step(self, batches: Iterator[Any]) -> dict[str, float]:
+        """One optimizer step over ``accumulate`` batches; gradients are of the mean over all items."""
+        lr = learning_rate(self.step, self.options.schedule, self.options.lr, self.options.warmup_steps,
+                           self.options.max_steps, self.options.min_lr)
+        self.model.train()
+        totals: dict[str, Any] = {"loss": 0.0, "weight": 0.0}
+        for part in range(self.options.accumulate):
+            batch = to_device(next(batches), self.device)
+            last = part == self.options.accumulate - 1
+            # Gradients travel between processes once a step, with the last batch.
+            quiet = contextlib.nullcontext() if last or self.world == 1 else self.wrapped.no_sync()
+            with quiet:
+                with self._autocast():
+                    loss, weight, metrics = self.compute_loss(self.wrapped, batch)
+                loss.backward()
+            for name, value in {"loss": loss.detach(), "weight": weight, **metrics}.items():
+                totals[name] = totals.get(name, 0.0) + value
+        wishes = self._wishes()
+        values = self._sum_over_processes({**totals, **wishes})
+        wishes = {name: values.pop(name) for name in wishes}
+        self.agreed_stop = "max_minutes" if wishes["late"] else "signal" if wishes["signal"] else ""
+        norm = self._apply_gradients(values["weight"], math.isfinite(values["loss"]), lr)
+        self.step += 1
+        self.items_seen += int(values["weight"])
+        means = {name: value / max(values["weight"], 1.0) for name, value in values.items()}
+        return {**means, "weight": values["weight"], "lr": lr, "grad_norm": norm, "save": wishes["save"]}
+
+    def _apply_gradients(self, weight: float, loss_is_finite: bool, lr: float) -> float:
+        """Scale summed gradients to the mean, clip, step or skip; return the norm of the mean gradient."""
+        grads = [p.grad for p in self.parameters if p.grad is not None]
+        scale = self.world / max(weight, 1.0)  # data parallel has divided the sum by the world size
+        norm = float(nn.utils.get_total_norm(grads)) * scale
+        if not (loss_is_finite and math.isfinite(norm)):
+            self._skip_step()
+        else:
+            self.skipped_in_row = 0
+            clip = self.options.grad_clip
+            torch._foreach_mul_(grads, scale * min(1.0, clip / (norm + 1e-6)) if clip else scale)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def _skip_step(self) -> None:
+        self.skipped += 1
+        self.skipped_in_row += 1
+        self._log({"skipped": self.skipped, "skipped_in_row": self.skipped_in_row})
+        if self.skipped_in_row >= self.options.nan_limit:
+            raise RuntimeError(
+                f"training stopped at step {self.step}: the loss or the gradient norm was not finite in "
+                f"{self.skipped_in_row} steps in a row (nan_limit={self.options.nan_limit}); "
+                f"newest checkpoint: {newest_checkpoint(self.folder)}"
+            )
+
+    @torch.no_grad()
+    def validate(self, board: Any = None) -> dict[str, float]:
+        """Mean loss and metrics over the validation batches; one line in ``log.jsonl``."""
+        self.model.eval()
+        totals: dict[str, Any] = {"loss": 0.0, "weight": 0.0}
+        for batch in self.valid_batches:
+            with self._autocast():
+                loss, weight, metrics = self.compute_loss(self.model, to_device(batch, self.device))
+            for name, value in {"loss": loss, "weight": weight, **metrics}.items():
+                totals[name] = totals.get(name, 0.0) + value
+        sums = self._sum_over_processes(totals)
+        means = {name: value / max(sums["weight"], 1.0) for name, value in sums.items()}
+        means["weight"] = sums["weight"]
+        if self.describe:
+            means.update(self.describe(means))
+        self.last_valid = {"step": self.step, **means}
+        self._log({f"valid_{name}": value for name, value in means.items()})
+        if board is not None:
+            for name, value in means.items():
+                board.add_scalar(f"valid/{name}", value, self.step)
+        return means
+
+    # Checkpoints.
+
+    def save(self) -> None:
+        """Write ``checkpoint-STEP.pt`` (first process) and call ``on_save``."""
+        states = [{"rng": random_states(), "batches": self.train_batches.state_dict()}]
+        if self.world > 1:
+            mine, states = states[0], [None] * self.world
+            dist.all_gather_object(states, mine)
+        if self.rank == 0:
+            state = {
+                "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+                "step": self.step, "items_seen": self.items_seen, "skipped": self.skipped,
+                "seconds": self._seconds(), "processes": states, "last_valid": self.last_valid,
+                "options": dataclasses.asdict(self.options),
+            }
+            save_checkpoint(state, checkpoint_path(self.folder, self.step), self.options.keep_checkpoints)
+            if self.on_save:
+                self.on_save(self.step)
+        self.saved_at = time.monotonic()
+
+    def resume(self) -> None:
+        """Go on from the newest checkpoint of the folder, if there is one."""
+        path = newest_checkpoint(self.folder)
+        if path is None:
+            return
+        state = load_checkpoint(path)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.items_seen, self.skipped = state["step"], state["items_seen"], state["skipped"]
+        self.seconds_before, self.last_valid = state["seconds"], state["last_valid"]
+        processes = state["processes"]
+        same_world = len(processes) == self.world
+        mine = processes[self.rank] if same_world else processes[0]
+        self.train_batches.load_state_dict(mine["batches"])
+        if same_world:
+            set_random_states(mine["rng"])
+        if self.rank == 0:
+            print(f"resumed from {path} at step {self.step}", file=sys.stderr, flush=True)
+
+    # Small parts.
+
+    def _endless(self) -> Iterator[Any]:
+        empty_epochs = 0  # a run resumed exactly at the end of an epoch sees one, never two in a row
+        while empty_epochs < 2:
+            empty_epochs += 1
+            for batch in self.train_batches:
+                empty_epochs = 0
+                yield batch
+        raise ValueError("train_batches must yield at least one batch an epoch, but yields none")
+
+    def _autocast(self) -> Any:
+        enabled = self.options.precision == "bf16"
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
+
+    def _seconds(self) -> float:
+        return self.seconds_before + time.monotonic() - self.started
+
+    def _reason_to_stop(self) -> str:
+        if self.step >= self.options.max_steps:
+            return "max_steps"
+        return self.agreed_stop
+
+    def _wishes(self) -> dict[str, float]:
+        """What this process wants next; summed over processes, so that all stop and save together."""
+        now = time.monotonic()
+        late = 0 < self.options.max_minutes * 60 <= now - self.started
+        save = 0 < self.options.save_every_minutes * 60 <= now - self.saved_at
+        return {"late": float(late), "signal": float(self.stop_signal), "save": float(save)}
+
+    def _time_to_save(self, wish: float) -> bool:
+        every = self.options.save_every_steps
+        return wish > 0 or (every > 0 and self.step % every == 0)
+
+    def _sum_over_processes(self, totals: dict[str, Any]) -> dict[str, float]:
+        """Sum every value over the processes with one message and one wait for the device."""
+        if self.device.type == "cpu":
+            values = torch.tensor([float(value) for value in totals.values()], dtype=torch.float64)
+        else:
+            tensors = [torch.as_tensor(value, device=self.device) for value in totals.values()]
+            values = torch.stack([tensor.double().reshape(()) for tensor in tensors])
+        if self.world > 1:
+            dist.all_reduce(values)
+        return dict(zip(totals, values.tolist()))
+
+    def _report_step(self, values: dict[str, float], bar: Any, board: Any) -> None:
+        if bar is not None:
+            bar.update(1)
+        if self.step % self.options.log_every_steps or bar is None:
+            return
+        rate = self.items_seen / max(self._seconds(), 1e-9)
+        bar.set_postfix_str(f"loss {values['loss']:.3f} norm {values['grad_norm']:.2f} {rate:.0f} items/s")
+        if board is not None:
+            for name, value in {**values, "skipped": self.skipped, "items_per_second": rate}.items():
+                board.add_scalar(f"train/{name}", value, self.step)
+
+    def _log(self, values: dict[str, Any]) -> None:
+        if self.rank != 0:
+            return
+        minutes = round(self._seconds() / 60, 3)
+        line = {"step": self.step, "items": self.items_seen, "minutes": minutes, **values}
+        with open(self.folder / "log.jsonl", "a", encoding="utf-8") as log:
+            log.write(json.dumps(line) + "\n")
+
+    @contextlib.contextmanager
+    def _reporting(self) -> Iterator[tuple[Any, Any]]:
+        """Progress bar and tensorboard writer of the first process."""
+        if self.rank != 0:
+            yield None, None
+            return
+        from tqdm import tqdm
+
+        board = None
+        if self.options.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            board = SummaryWriter(str(self.folder / "tensorboard"))
+        interval = 0.5 if sys.stderr.isatty() else 30.0  # a log file needs no animation
+        try:
+            total, done = self.options.max_steps, self.step
+            with tqdm(total=total, initial=done, mininterval=interval, unit="step") as bar:
+                yield bar, board
+        finally:
+            if board is not None:
+                board.close()
+
+    @contextlib.contextmanager
+    def _listening(self) -> Iterator[None]:
+        """Turn SIGTERM and SIGINT into a stop after the current step (main thread only)."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def stop(number: int, frame: Any) -> None:
+            self.stop_signal = True
+
+        before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
