@@ -1,0 +1,100 @@
+"""What shallow and delayed fusion share: settings, the tree of a batch, writing scores into the beam.
+Knows: the Fusion protocol, token trees. Must not know: which LM it is, words, when to score.
+"""
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Optional, Sequence
+
+import torch
+
+from icefall_fusion.checks import check
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from icefall_fusion.lm import CausalLm, TreeScorer
+    from icefall_fusion.search.beam import Beam
+
+#: Names that an N-best list has of its own.
+RESERVED_SOURCES = ("ctc", "words", "total")
+#: Stands for log 0: a sum of scores stays a number, so that a weight of 0 stays without effect.
+LOG_ZERO = -1e30
+
+
+class LmFusion:
+    """A language model that takes part in the search (the parts of ``Fusion`` common to all).
+
+    Args:
+        lm: the language model.
+        weight: factor of its natural-log score, at least 0.
+        word_bonus: added per word, in nats; below 0 it is a penalty.
+        eos: whether the end of the utterance is scored too.
+        source: name of the score in N-best lists.
+
+    Raises:
+        ValueError: a weight below 0 or not finite, a bonus not finite, a reserved source, or an end to be
+            scored by an LM that has no end-of-sentence token.
+    """
+
+    def __init__(self, lm: CausalLm, weight: float, word_bonus: float, eos: bool, source: str) -> None:
+        name = type(self).__name__
+        check(math.isfinite(weight) and weight >= 0, f"{name}.weight", "be finite and at least 0", weight)
+        check(math.isfinite(word_bonus), f"{name}.word_bonus", "be finite", word_bonus)
+        good = bool(source) and source not in RESERVED_SOURCES
+        check(good, f"{name}.source", f"be a name, none of {list(RESERVED_SOURCES)}", source)
+        check(not eos or lm.eos_id is not None, f"{name}.eos", "be False for an LM without an end token", eos)
+        self.lm, self.eos, self.source = lm, bool(eos), source
+        self.weight, self.word_bonus = float(weight), float(word_bonus)
+        self.index = -1
+        self._tree: Optional[TreeScorer] = None
+        self._ids: Sequence[str] = ()
+
+    def _open(self, beam: Beam, index: int, ids: Sequence[str], prompts: Optional[list[list[int]]]) -> None:
+        self.index, self._ids = index, ids
+        self._tree = self.lm.open_tree(beam.arena.batch, prompts)
+        beam.state[..., index] = self._tree.roots().to(beam.state.device)[:, None]
+
+    def extension_scores(self, beam: Beam, pieces: Tensor, active: Tensor) -> Optional[Tensor]:
+        """Score nothing in extensions."""
+        return None
+
+    def advance(self, beam: Beam, source: Tensor, grew: Tensor) -> None:
+        """Leave states as the search has re-ordered them."""
+
+    def fuse(self, beam: Beam, frame: int, active: Tensor) -> None:
+        """Leave scores as they are."""
+
+    def stats(self) -> dict[str, float]:
+        """Return the tree's counters since ``begin``."""
+        return dict(self._tree.stats()) if self._tree is not None else {}
+
+    def _write(self, beam: Beam, slots: Tensor, scores: Tensor, words: Optional[Tensor] = None) -> None:
+        """Give slots (flat indices [n] into [B, K]) new raw scores and numbers of paid words."""
+        scores = self._numbers(beam, slots, scores).clamp(min=LOG_ZERO)
+        lm, fused = beam.lm[..., self.index], beam.fused
+        row, column = torch.div(slots, lm.shape[1], rounding_mode="floor"), slots % lm.shape[1]
+        gain = self.weight * (scores - lm[row, column])
+        lm[row, column] = scores
+        if words is not None:
+            paid = beam.words[..., self.index]
+            gain = gain + self.word_bonus * (words - paid[row, column])
+            paid[row, column] = words
+        fused[row, column] += gain
+
+    def _numbers(self, beam: Beam, slots: Tensor, scores: Tensor) -> Tensor:
+        scores = scores.to(beam.lm.device, torch.float32)
+        bad = torch.isnan(scores)
+        if bool(bad.any()):
+            utterance = int(slots[bad.nonzero()[0, 0]]) // beam.lm.shape[1]
+            raise ValueError(
+                f"scores of the language model {self.lm.name!r} must be numbers, but utterance "
+                f"{self._ids[utterance]!r} has NaN"
+            )
+        return scores
+
+
+def live_slots(beam: Beam, utterances: Optional[Tensor] = None) -> Tensor:
+    """Return the flat indices [n] into [B, K] of live slots, of all utterances or of the marked [B]."""
+    alive = beam.alive if utterances is None else beam.alive & utterances[:, None]
+    return alive.reshape(-1).nonzero().squeeze(1)

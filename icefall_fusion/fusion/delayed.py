@@ -1,0 +1,171 @@
+"""Delayed fusion: at an event the closed words of all survivors are scored by an LLM, in one call.
+Knows: closed words, their LLM tokens, the tree, triggers. Must not know: which LM it is, the frame step.
+
+Hori, Kocour, Haider, McDermott, Zhuang: "Delayed fusion: integrating large language models into first-pass
+decoding in end-to-end speech recognition", ICASSP 2025 (arXiv 2501.09258), section 3.
+"""
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Mapping, Sequence, Union
+
+import torch
+
+from icefall_fusion.checks import check
+from icefall_fusion.fusion.base import LmFusion, live_slots
+from icefall_fusion.fusion.retokenize import prompt_tokens, sample_words, tokenizer_for
+from icefall_fusion.fusion.triggers import ShortestHypothesis, Trigger
+from icefall_fusion.fusion.words import ClosedWords, History
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from icefall_fusion.lm import CausalLm
+    from icefall_fusion.search.beam import Beam
+
+Prompt = Union[None, str, Mapping[str, str]]
+_KEEP_AFTER = 32  # new tokens an utterance between two clean-ups of the tree
+
+
+class DelayedFusion(LmFusion):
+    """An LLM with any tokenizer joins the search, a word late.
+
+    When the trigger fires for an utterance, the closed words of each live hypothesis are re-tokenized and
+    scored; ``log P(closed words | prompt)`` becomes the hypothesis's raw score. At the end of the utterance
+    the last words follow, and the end of the sentence if asked for.
+
+    Args:
+        lm: the language model, of any vocabulary.
+        weight: factor of its natural-log score, at least 0; 0 leaves the search as it is, bit for bit.
+        word_bonus: added per scored word, in nats.
+        trigger: when to score (see ``triggers.py``).
+        text: how the LM sees words: ``as-is``, ``lower`` or ``sentence``.
+        prompt: earlier text, for all utterances or by utterance id; it is read, not scored.
+        eos: whether the end of the utterance is scored too.
+        source: name of the score in N-best lists.
+
+    Raises:
+        ValueError: a bad weight, bonus, trigger, text style or source (see `LmFusion`).
+    """
+
+    def __init__(
+        self,
+        lm: CausalLm,
+        weight: float,
+        word_bonus: float = 0.0,
+        trigger: Trigger = ShortestHypothesis(),  # noqa: B008 (a frozen value)
+        text: str = "as-is",
+        prompt: Prompt = None,
+        eos: bool = True,
+        source: str = "llm",
+    ) -> None:
+        super().__init__(lm, weight, word_bonus, eos, source)
+        check(isinstance(trigger, Trigger), "DelayedFusion.trigger", "be a trigger", trigger)
+        self.trigger, self.text, self.prompt = trigger, text, prompt
+        self._tokenizer = tokenizer_for(lm, text)
+        self._checked: Any = None
+
+    def begin(self, beam: Beam, index: int, tokens: Any, ids: Sequence[str]) -> None:
+        """Start a batch (see ``Fusion.begin``).
+
+        Raises:
+            ValueError: the search has no acoustic vocabulary, or an utterance has no prompt.
+        """
+        check(tokens is not None, "tokens", "be given to the search for delayed fusion", None)
+        if tokens is not self._checked:
+            self._tokenizer.check(sample_words(tokens))
+            self._checked = tokens
+        prompts = prompt_tokens(self.lm, self.prompt, ids)
+        self._prompted = [bool(prompt) for prompt in prompts] if prompts else [False] * len(ids)
+        self._open(beam, index, ids, prompts)
+        self._words = ClosedWords(beam.arena, tokens)
+        for utterance, node in enumerate(self._tree.roots().tolist()):
+            self._words.root(utterance).node = node
+        self._run = self.trigger.start(beam, tokens)
+        self._events = self._new_tokens = 0
+        self._scored: set[int] = set()
+
+    def advance(self, beam: Beam, source: Tensor, grew: Tensor) -> None:
+        """Let the trigger count (see ``Fusion.advance``)."""
+        self._run.advance(beam, source, grew)
+
+    def fuse(self, beam: Beam, frame: int, active: Tensor) -> None:
+        """Score the closed words of every live hypothesis of the utterances that fuse now."""
+        fires = self._run.fires(beam, frame, active)
+        if fires is None:
+            return
+        slots = live_slots(beam, fires)
+        if not slots.numel():
+            return
+        self._events += 1
+        boundaries, where = beam.boundary.reshape(-1)[slots].cpu().unique(return_inverse=True)
+        histories = self._words.closed(boundaries.tolist())
+        nodes, counts = self._place(histories, where)
+        state = beam.state[..., self.index]
+        scores = self._tree.score(nodes, state.reshape(-1)[slots].cpu())
+        self._write(beam, slots, scores, counts.to(slots.device))
+        self._move(beam, slots, nodes)
+        if self._new_tokens > _KEEP_AFTER * beam.arena.batch:
+            self._clean(beam)
+
+    def finish(self, beam: Beam) -> None:
+        """Score all words, and the end, of every live hypothesis of the batch in one call."""
+        slots = live_slots(beam)
+        if not slots.numel():
+            return
+        histories = self._words.complete(beam.node.reshape(-1)[slots].tolist())
+        nodes, counts = self._place(histories, torch.arange(len(histories)))
+        previous = beam.state[..., self.index].reshape(-1)[slots].cpu()
+        scores = self._tree.score(nodes, previous, eos=self.eos)
+        self._write(beam, slots, scores, counts.to(slots.device))
+        self._move(beam, slots, nodes)
+
+    def stats(self) -> dict[str, float]:
+        """Return the tree's counters, events, histories_scored and those of re-tokenization."""
+        own = {"events": self._events, "histories_scored": len(self._scored)} if self._tree else {}
+        return {**super().stats(), **own, **self._tokenizer.stats()}
+
+    def _place(self, histories: Sequence[History], where: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the tree nodes and numbers of words of ``histories[where]``, two int64 [n] on the CPU."""
+        for history in histories:
+            self._insert(history)
+        self._scored.update(history.node for history in histories if history.count)
+        nodes = torch.tensor([history.node for history in histories], dtype=torch.int64)
+        counts = torch.tensor([history.count for history in histories], dtype=torch.int64)
+        return nodes[where], counts[where]
+
+    def _insert(self, history: History) -> None:
+        """Find the tree node of a history and of all it goes back to."""
+        chain = []
+        while history.node < 0:
+            chain.append(history)
+            history = history.before
+        for after in reversed(chain):
+            after.node = self._extend(history, after)
+            history = after
+
+    def _extend(self, before: History, history: History) -> int:
+        node, prompted = before.node, self._prompted[history.utterance]
+        for index, word in enumerate(history.words, before.count):
+            ids = self._tokenizer.word_ids(word, index, prompted)
+            if ids is None:  # this tokenizer may change the tokens of earlier words: walk from the root
+                ids = self._tokenizer.encode_whole(history.all_words(), prompted)
+                self._new_tokens += 1
+                return self._tree.insert(self._words.root(history.utterance).node, ids)
+            node = self._tree.insert(node, ids)
+            self._new_tokens += len(ids)
+        return node
+
+    def _move(self, beam: Beam, slots: Tensor, nodes: Tensor) -> None:
+        width = beam.state.shape[1]
+        row = torch.div(slots, width, rounding_mode="floor")
+        beam.state[row, slots % width, self.index] = nodes.to(slots.device)
+
+    def _clean(self, beam: Beam) -> None:
+        """Free what no live hypothesis can come back to, in the tree and here."""
+        boundaries = beam.boundary.reshape(-1)[live_slots(beam)].unique().tolist()
+        self._words.keep(boundaries)
+        live = self._words.closed(boundaries)
+        for history in live:
+            self._insert(history)
+        self._tree.keep([history.node for history in live])
+        self._new_tokens = 0

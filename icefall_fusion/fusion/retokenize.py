@@ -1,0 +1,296 @@
+"""Words -> token ids of a language model, exact for every prefix of the words, cached word by word.
+Knows: words, a tokenizer (a Hugging Face one, or the acoustic pieces). Must not know: beams, trees, models.
+
+The ids of a prefix of words must be what the tokenizer gives for that text. Where a token never depends on
+what stands on the other side of a space, a word's ids can be found once and kept ("word by word"); that is
+checked for the loaded tokenizer, on the words at hand and on every vocabulary entry that crosses a space.
+A tokenizer that fails the check has each prefix tokenized whole, and a warning shows an example.
+"""
+from __future__ import annotations
+
+import random
+import re
+import unicodedata
+import warnings
+import weakref
+from typing import TYPE_CHECKING, Any, Iterable, Mapping, MutableMapping, Optional, Sequence, Union
+
+from icefall_fusion.checks import check, check_choice
+from icefall_fusion.text import TEXT_STYLES, adapt, adapt_word
+
+if TYPE_CHECKING:
+    from icefall_fusion.tokens import AcousticTokens
+
+#: Words that any check includes: short, long, doubled, with apostrophes.
+COMMON_WORDS = (
+    "the of and to a in that it is i i'm i'll it's don't won't o'clock he she was his with as for had you "
+    "not be at on by which have or from this him but all were my are me one their so an said them we who "
+    "would been will no when there if more out up into do any your what has man could other than our some "
+    "very time upon about may its only now like little then can made should did us such great before must "
+    "two these see know over much down after first mr good men own never most old shall day where those "
+    "came 'tis thou'rt king's boys' jabberwocky antidisestablishmentarianism xylophone zzz aaa aa ab ba "
+).split()
+_WORDS_A_TEXT = 7
+_MAX_CROSSING = 300
+_MADE: MutableMapping[Any, dict[str, WordTokenizer]] = weakref.WeakKeyDictionary()
+
+
+class WordTokenizer:
+    """Words -> token ids such that a prefix of words has exactly the ids of its text (no special tokens).
+
+    Args:
+        tokenizer: a Hugging Face tokenizer, or :class:`AcousticTokens` for a language model over pieces.
+        style: how the language model sees words: ``as-is``, ``lower`` or ``sentence`` (see ``text.py``).
+        vocabulary: more words for the check of word-by-word tokenization, e.g. :func:`sample_words`.
+
+    Raises:
+        ValueError: the style is unknown.
+    """
+
+    def __init__(self, tokenizer: Any, style: str = "as-is", vocabulary: Iterable[str] = ()) -> None:
+        check_choice(style, TEXT_STYLES, "text")
+        self.style = style
+        self.word_by_word = True
+        self._tokenizer = tokenizer
+        self._acoustic = not hasattr(tokenizer, "convert_ids_to_tokens")
+        # Acoustic pieces: <unk> is a piece like any other there, and the model was trained with it.
+        self._unk_id: Optional[int] = None if self._acoustic else getattr(tokenizer, "unk_token_id", None)
+        self._ids_of: dict[tuple[str, bool], tuple[int, ...]] = {}
+        self._context = ""
+        self._context_ids: list[int] = []
+        self._spelled: set[str] = set()  # by whole texts
+        self.hits = 0
+        self.misses = 0
+        self.check(vocabulary)
+
+    def word_ids(self, word: str, index: int, prompted: bool = False) -> Optional[tuple[int, ...]]:
+        """Return the ids that ``word`` adds to any text, or None when only whole texts may be tokenized.
+
+        Args:
+            word: an acoustic word, not empty.
+            index: its position in the utterance, from 0.
+            prompted: whether the utterance goes on after an earlier text (its first word then has a space).
+
+        Raises:
+            ValueError: the tokenizer cannot spell the word.
+        """
+        if not self.word_by_word:
+            return None
+        key = (adapt_word(word, index, self.style), index == 0 and not prompted)
+        ids = self._ids_of.get(key)
+        if ids is not None:
+            self.hits += 1
+            return ids
+        self.misses += 1
+        found = self._spell(*key)
+        if found is None:
+            return None
+        self._refuse_unknown(word, found)
+        ids = self._ids_of[key] = tuple(found)
+        return ids
+
+    def encode(self, words: Sequence[str], prompted: bool = False) -> list[int]:
+        """Return the ids of a text given as words (nothing for no words).
+
+        Raises:
+            ValueError: the tokenizer cannot spell a word.
+        """
+        ids: list[int] = []
+        for index, word in enumerate(words):
+            more = self.word_ids(word, index, prompted)
+            if more is None:
+                return self.encode_whole(words, prompted)
+            ids.extend(more)
+        return ids
+
+    def encode_whole(self, words: Sequence[str], prompted: bool = False) -> list[int]:
+        """Return the ids of a text given as words, tokenized in one piece: the slow twin of `encode`.
+
+        After a prompt the text is tokenized as after any word; no token reaches back into the prompt.
+
+        Raises:
+            ValueError: the tokenizer cannot spell a word.
+        """
+        if not words:
+            return []
+        text = adapt(words, self.style)
+        ids = self._tokenize(text)
+        if prompted:
+            joined = self._tokenize(f"{self._context} {text}")
+            known = len(self._context_ids)
+            ids = joined[known:] if joined[:known] == self._context_ids else ids
+        for index, word in enumerate(words):
+            if word not in self._spelled:
+                self._refuse_unknown(word, self._tokenize(adapt_word(word, index, self.style)))
+                self._spelled.add(word)
+        return ids
+
+    def stats(self) -> dict[str, float]:
+        """Return ``retokenize_words`` (words asked for) and ``retokenize_hit_rate`` (from 0 to 1)."""
+        asked = self.hits + self.misses
+        return {
+            "retokenize_words": asked,
+            "retokenize_hit_rate": self.hits / asked if asked else 0.0,
+        }
+
+    def check(self, vocabulary: Iterable[str] = ()) -> None:
+        """Check that word by word gives the ids of whole texts; else tokenize whole texts from now on.
+
+        Args:
+            vocabulary: words that hypotheses may hold, beside :data:`COMMON_WORDS`.
+        """
+        if not self.word_by_word:
+            return
+        words = [word for word in [*COMMON_WORDS, *vocabulary] if self._can_spell(word)]
+        if not words:
+            self._fall_back("no sample word can be spelled by it")
+            return
+        if not self._context:
+            # A word that begins a text has other ids than the same word in a text: ids inside a text are
+            # taken from "context word", whatever the tokenizer does with a space in front.
+            self._context = adapt_word(words[0], 0, self.style)
+            self._context_ids = self._tokenize(self._context)
+        for text in [*_sample_texts(words), *self._crossing_texts(words)]:
+            self._compare(text)
+            if not self.word_by_word:
+                return
+
+    def _compare(self, words: Sequence[str]) -> None:
+        joined: list[int] = []
+        for index, word in enumerate(words):
+            more = self._spell(adapt_word(word, index, self.style), index == 0)
+            if more is None:
+                return
+            joined.extend(more)
+        text = adapt(words, self.style)
+        whole = self._tokenize(text)
+        if joined != whole:
+            self._fall_back(f"{text!r} has the ids {whole}, but word by word {joined}")
+
+    def _spell(self, text: str, begins: bool) -> Optional[list[int]]:
+        """Return the ids of one adapted word that begins a text, or goes on."""
+        if begins:
+            return self._tokenize(text)
+        ids = self._tokenize(f"{self._context} {text}")
+        known = len(self._context_ids)
+        if ids[:known] != self._context_ids:
+            self._fall_back(f"the ids of {self._context!r} change when {text!r} follows")
+            return None
+        return ids[known:]
+
+    def _fall_back(self, example: str) -> None:
+        self.word_by_word = False
+        warnings.warn(
+            "the language model's tokenizer cannot be used word by word, so each text is tokenized whole "
+            f"(exact, but slower); example: {example}",
+            stacklevel=2,
+        )
+
+    def _crossing_texts(self, words: Sequence[str]) -> list[list[str]]:
+        """Texts that would use the vocabulary entries that reach over a space, if there are any."""
+        if self._acoustic or not hasattr(self._tokenizer, "get_vocab"):
+            return []
+        letters = {letter for word in words for letter in word + word.upper()}
+        texts = []
+        for entry in self._tokenizer.get_vocab():
+            text = entry.replace("Ġ", " ").replace("▁", " ")
+            if re.search(r"\S\s", text) and letters.issuperset(text.replace(" ", "")):
+                texts.append([words[0], *text.split(), words[-1]])
+                if len(texts) == _MAX_CROSSING:
+                    break
+        return texts
+
+    def _tokenize(self, text: str) -> list[int]:
+        if self._acoustic:
+            return list(self._tokenizer.encode(text))
+        return list(self._tokenizer.encode(text, add_special_tokens=False))
+
+    def _can_spell(self, word: str) -> bool:
+        ids = self._tokenize(adapt_word(word, 1, self.style))
+        return bool(ids) and (self._unk_id is None or self._unk_id not in ids)
+
+    def _refuse_unknown(self, word: str, ids: Sequence[int]) -> None:
+        if self._acoustic:
+            return
+        if self._unk_id is not None and self._unk_id in ids:
+            raise ValueError(
+                f"the language model's tokenizer must spell every word, but {word!r} has an unknown token; "
+                "take a tokenizer with byte fallback, or another text style"
+            )
+        # A tokenizer with neither an unknown token nor bytes drops characters without a word.
+        if len(_letters(self._tokenizer.decode(list(ids)))) < len(_letters(word)):
+            raise ValueError(
+                f"the language model's tokenizer must spell every word, but of {word!r} it keeps only "
+                f"{self._tokenizer.decode(list(ids))!r}"
+            )
+
+
+def tokenizer_for(lm: Any, style: str) -> WordTokenizer:
+    """Return the word tokenizer of a language model and text style; made and checked once, then shared.
+
+    Args:
+        lm: a `CausalLm` (its acoustic pieces serve where it has no tokenizer).
+        style: see `WordTokenizer`.
+
+    Raises:
+        ValueError: the style is unknown.
+    """
+    made = _MADE.setdefault(lm, {})
+    if style not in made:
+        made[style] = WordTokenizer(lm.tokenizer if lm.tokenizer is not None else lm.pieces, style)
+    return made[style]
+
+
+def prompt_tokens(
+    lm: Any, prompt: Union[None, str, Mapping[str, str]], ids: Sequence[str]
+) -> Optional[list[list[int]]]:
+    """Return the token ids of each utterance's prompt, or None where there is none.
+
+    Args:
+        lm: a `CausalLm`.
+        prompt: earlier text, for all utterances or by utterance id.
+        ids: the utterances.
+
+    Raises:
+        ValueError: an utterance has no prompt.
+    """
+    if prompt is None:
+        return None
+    if isinstance(prompt, str):
+        texts = [prompt] * len(ids)
+    else:
+        for name in ids:
+            check(name in prompt, "prompt", "have a text for each utterance", name)
+        texts = [prompt[name] for name in ids]
+    known = {text: list(lm.encode(text)) for text in dict.fromkeys(texts)}
+    return [known[text] for text in texts]
+
+
+def sample_words(tokens: AcousticTokens, seed: int = 0) -> list[str]:
+    """Return words made of the acoustic pieces: each piece alone, and random runs of two to four.
+
+    Args:
+        tokens: the acoustic vocabulary.
+        seed: of the random runs.
+    """
+    special = {tokens.blank_id, tokens.sos_eos_id}
+    ids = [i for i in range(tokens.size) if i not in special and not tokens.pieces[i].startswith("<")]
+    chance = random.Random(seed)
+    runs = [[i] for i in ids] + [chance.choices(ids, k=chance.randint(2, 4)) for _ in ids]
+    return sorted({word for run in runs for word in tokens.words(run)})
+
+
+def _sample_texts(words: Sequence[str]) -> list[list[str]]:
+    """Texts in which every word stands first, inside and last somewhere, in a fixed random order."""
+    chance = random.Random(0)
+    texts = []
+    for _ in range(2):
+        order = list(words)
+        chance.shuffle(order)
+        texts += [order[start : start + _WORDS_A_TEXT] for start in range(0, len(order), _WORDS_A_TEXT)]
+    texts += [[word, word] for word in words]
+    return texts
+
+
+def _letters(text: str) -> str:
+    return "".join(unicodedata.normalize("NFKC", text).casefold().split())
