@@ -3,11 +3,64 @@ Knows: integers of the tree, KV slots, one batched forward. Must not know: token
 """
 from __future__ import annotations
 
-from typing import Optional, Sequence, Union
+import contextlib
+import time
+from dataclasses import dataclass
+from typing import Iterator, Optional, Protocol, Sequence, Union
 
+import numpy as np
+import torch
+from numpy import ndarray
 from torch import Tensor
 
-Nodes = Union[Tensor, Sequence[int]]
+from icefall_fusion.checks import check
+from icefall_fusion.lm.counters import TreeCounters
+from icefall_fusion.lm.slots import SLOT_BUCKET
+from icefall_fusion.lm.token_tree import NONE, TokenTree
+from icefall_fusion.lm.tree_cache import DistributionStore, ForwardPlan, TreeCache
+
+Nodes = Union[Tensor, ndarray, Sequence[int]]
+
+
+@dataclass(frozen=True)
+class TreeOptions:
+    """Bounds on memory.
+
+    Args:
+        max_forward_tokens: tokens in one model call; more are split over several calls.
+        max_distribution_bytes: next-token distributions kept for later children; what does not fit is
+            computed again when needed (and counted).
+    """
+
+    max_forward_tokens: int = 2048
+    max_distribution_bytes: int = 2**29
+
+    def __post_init__(self) -> None:
+        check(self.max_forward_tokens >= 1, "TreeOptions.max_forward_tokens", "be at least 1", self.max_forward_tokens)
+        check(
+            self.max_distribution_bytes >= 0,
+            "TreeOptions.max_distribution_bytes",
+            "be at least 0",
+            self.max_distribution_bytes,
+        )
+
+
+class TreeModel(Protocol):
+    """What the scorer needs of a model; `CausalLm` is one."""
+
+    vocab_size: int
+    eos_id: Optional[int]
+    device: torch.device
+    layers: int
+    packed: bool
+    window: Optional[int]
+    max_tokens: Optional[int]
+
+    def tree_logits(
+        self, tokens: Tensor, positions: Tensor, mask: Tensor, window_mask: Optional[Tensor], cache: TreeCache,
+        wanted: Tensor,
+    ) -> Tensor:
+        """Return logits [n, V] after the tokens of index ``wanted`` [n]; writes the cache at its plan."""
 
 
 class TreeScorer:
@@ -15,28 +68,70 @@ class TreeScorer:
 
     Made by `CausalLm.open_tree`. A node is a global integer: a token after a distinct prefix. Nodes are never
     renumbered and stay valid for the life of the scorer: `keep` frees memory only, a freed node that is asked
-    for again is computed again (and counted).
+    for again is computed again (and counted as recomputed).
+
+    Args:
+        model: the language model.
+        prompts: tokens of each utterance before its text, bos included, at least one each.
+        options: bounds on memory.
     """
+
+    def __init__(self, model: TreeModel, prompts: Sequence[Sequence[int]], options: TreeOptions) -> None:
+        self.model, self.options = model, options
+        self.tree = TokenTree(model.vocab_size, len(prompts))
+        self.counters = TreeCounters()
+        self._cache = TreeCache(model.layers, len(prompts), self.tree.slots.capacity)
+        self._store = DistributionStore(model.vocab_size, model.device, options.max_distribution_bytes)
+        logit_rows = max(1, options.max_distribution_bytes // (4 * model.vocab_size))
+        self._chunk = min(options.max_forward_tokens, logit_rows)
+        for b, prompt in enumerate(prompts):
+            self.tree.add_root(b, prompt)
+
+    # --- the tree ----------------------------------------------------------------------------------------
 
     def root(self, utterance: int) -> int:
         """Return the node of ``bos + prompt`` of one utterance; its score is 0."""
+        return int(self.tree.roots[utterance])
 
     def roots(self) -> Tensor:
         """Return all roots [B] int64 (CPU)."""
+        return torch.from_numpy(self.tree.roots.copy())
 
     def insert(self, node: int, token_ids: Sequence[int]) -> int:
         """Walk or create the path ``token_ids`` below ``node`` and return its last node; computes nothing."""
+        check(0 <= node < len(self.tree), "node", f"lie between 0 and {len(self.tree) - 1}", node)
+        return self.tree.insert(int(node), token_ids)
 
     def insert_many(self, nodes: Sequence[int], paths: Sequence[Sequence[int]]) -> list[int]:
         """Do `insert` for each pair."""
+        check(len(nodes) == len(paths), "paths", f"be as many as the {len(nodes)} nodes", len(paths))
+        return [self.insert(node, path) for node, path in zip(nodes, paths)]
 
     def child(self, nodes: Tensor, tokens: Tensor) -> Tensor:
         """Return the children [n] int64 (device of ``nodes``) of ``nodes`` [n] by ``tokens`` [n], made as needed.
 
         Each child made here counts as one scored token (shallow fusion has read its log-prob already).
         """
+        above = self._nodes(nodes)
+        found, made = self.tree.children(above, _integers(tokens))
+        self.counters.lm_tokens_scored += made
+        self.counters.eager_tokens += made
+        return torch.from_numpy(found).to(nodes.device)
 
-    def score(self, nodes: Nodes, previous: Optional[Nodes] = None) -> Tensor:
+    def keep(self, live: Union[Nodes, Sequence[Sequence[int]]]) -> None:
+        """Free all that no node of ``live`` (flat, or one list for each utterance) or root can reach upwards.
+
+        Slots are reused, distributions dropped unless they lie at or below a live node.
+        """
+        if not isinstance(live, (Tensor, ndarray)) and len(live) and not np.isscalar(live[0]):
+            live = np.concatenate([_integers(nodes).reshape(-1) for nodes in live])
+        with self._timed():
+            self._store.free(self.tree.release(self._nodes(live)))
+
+    # --- scores ------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def score(self, nodes: Nodes, previous: Optional[Nodes] = None, eos: bool = False) -> Tensor:
         """Return log P(path from root | prompt) [n] float32; one lazy forward for all that is missing.
 
         Args:
@@ -44,17 +139,185 @@ class TreeScorer:
                 `path_kv_tokens` and `full_text_tokens` count each; the work is done once).
             previous: the node [n] that each of these hypotheses had at its last event; makes `path_kv_tokens`
                 exact. Without it the new tokens of a hypothesis are those that nobody has scored before.
+            eos: add log P(eos | path), in the same forward.
         """
+        with self._timed():
+            wanted = self._nodes(nodes)
+            tree = self.tree
+            self.counters.count_event(tree, wanted, None if previous is None else self._nodes(previous))
+            new = tree.unscored(wanted)
+            at, tokens = tree.parent[new], tree.token[new]
+            ends = np.unique(wanted) if eos else wanted[:0]
+            log_probs = self._token_log_probs(
+                np.concatenate([at, ends]), np.concatenate([tokens, self._eos(len(ends))])
+            )
+            tree.set_scores(new, log_probs[: len(new)])
+            self.counters.lm_tokens_scored += len(new)
+            self.counters.eager_tokens += len(new)
+            totals = tree.score[wanted]
+            if eos:
+                totals = totals + log_probs[len(new) :][np.searchsorted(ends, wanted)]
+            return self._like(nodes, totals)
 
-    def next_log_probs(self, nodes: Nodes) -> Tensor:
-        """Return log P(token | path of node) [n, vocab] float32 on the model's device; at most one forward."""
-
+    @torch.inference_mode()
     def eos_scores(self, nodes: Nodes) -> Tensor:
-        """Return log P(eos | path of node) [n] float32; at most one forward."""
+        """Return log P(eos | path of node) [n] float32; at most one lazy forward."""
+        with self._timed():
+            wanted = self._nodes(nodes)
+            return self._like(nodes, self._token_log_probs(wanted, self._eos(len(wanted))))
 
-    def keep(self, live: Nodes | Sequence[Sequence[int]]) -> None:
-        """Free all that no node of ``live`` can reach upwards: slots are reused, distributions dropped."""
+    @torch.inference_mode()
+    def next_log_probs(self, nodes: Nodes) -> Tensor:
+        """Return log P(token | path of node) [n, V] float32 on the model's device; at most one lazy forward."""
+        with self._timed():
+            wanted = self._nodes(nodes)
+            missing = wanted[self.tree.row[wanted] < 0]
+            if len(missing):
+                self.counters.count_frame(self.tree, missing)
+                for at, log_probs in self._distributions(np.unique(missing)):
+                    self._keep_distributions(at, log_probs)
+            rows = torch.from_numpy(self.tree.row[wanted]).to(self.model.device)
+            return self._store.log_probs.index_select(0, rows)
 
     def stats(self) -> dict[str, float]:
-        """Return lm_forwards, lm_tokens_forwarded, lm_tokens_scored, kv_bytes_peak, lm_seconds,
-        eager_tokens, path_kv_tokens, full_text_tokens, lm_tokens_recomputed, oom_backoffs."""
+        """Return the counters (see `TreeCounters`) and the bytes of keys, values and distributions."""
+        return {
+            **vars(self.counters),
+            "kv_bytes_peak": self._cache.kv_bytes,  # buffers never shrink
+            "distribution_bytes_peak": self._store.log_probs.numel() * 4,
+        }
+
+    # --- inside ------------------------------------------------------------------------------------------
+
+    def _token_log_probs(self, at: ndarray, tokens: ndarray) -> ndarray:
+        """Return log P(token | path of node) [n] float64 for pairs of ``at`` [n] and ``tokens`` [n]."""
+        rows = self.tree.row[at]
+        known, missing = np.flatnonzero(rows >= 0), np.flatnonzero(rows < 0)
+        index, values = [known], [_pick(self._store.log_probs, rows[known], tokens[known])]
+        for nodes, log_probs in self._distributions(np.unique(at[missing])):
+            place = np.minimum(np.searchsorted(nodes, at[missing]), len(nodes) - 1)
+            here = nodes[place] == at[missing]
+            index.append(missing[here])
+            values.append(_pick(log_probs, place[here], tokens[missing[here]]))
+            if self._store.in_use + len(nodes) <= self._store.max_rows:
+                self._keep_distributions(nodes, log_probs)
+        result = np.empty(len(at))
+        result[np.concatenate(index)] = torch.cat(values).double().cpu().numpy()  # the event's only wait
+        return result
+
+    def _distributions(self, nodes: ndarray) -> Iterator[tuple[ndarray, Tensor]]:
+        """Yield (some of ``nodes`` [n] sorted, their log-probs [n, V]) until all had a forward."""
+        if not len(nodes):
+            return
+        tree = self.tree
+        todo = tree.uncached(nodes)
+        if self.model.max_tokens is not None:
+            longest = int(tree.depth[todo].max()) + 1
+            check(longest <= self.model.max_tokens, "the text", f"have at most {self.model.max_tokens} tokens "
+                  "(the model's context), prompt included", longest)
+        tree.assign_slots(todo)
+        self._cache.ensure(tree.slots.capacity)
+        self.counters.count_forward(tree, todo)
+        tree.was_forwarded[todo] = True
+        wanted = np.isin(todo, nodes)
+        start = 0
+        while start < len(todo):
+            end = start + self._chunk
+            try:
+                log_probs = self._forward(todo[start:end], np.flatnonzero(wanted[start:end]))
+            except torch.OutOfMemoryError:
+                count = min(self._chunk, len(todo) - start)
+                if count == 1:
+                    raise
+                self._chunk = count // 2
+                self.counters.oom_backoffs += 1
+                continue
+            self.counters.lm_forwards += 1
+            yield todo[start:end][wanted[start:end]], log_probs
+            start = end
+
+    def _forward(self, nodes: ndarray, wanted: ndarray) -> Tensor:
+        """Run the model over ``nodes`` [Q] (parents first) and return log-probs [n, V] after ``wanted`` [n] of them."""
+        tree, slots, model = self.tree, self.tree.slots, self.model
+        owner, depth = tree.utterance[nodes], tree.depth[nodes]
+        utterances, row = np.unique(owner, return_inverse=True)
+        width = int(np.bincount(row).max())
+        valid = row * width + _rank_within(row)
+        padded = np.zeros(len(utterances) * width, np.int64)
+        padded[valid] = np.arange(len(nodes))
+        length = -(-int(slots.used[utterances].max()) // SLOT_BUCKET) * SLOT_BUCKET
+        seen = slots.visible(owner, nodes, length)
+        near = None
+        if model.window is not None and depth.max() >= model.window:
+            near = seen & slots.in_window(owner, depth, length, model.window)
+        cells = owner * self._cache.slots + slots.of_node[nodes]
+        tokens, positions, cells, valid_, padded, utterances_, wanted = _to_device(
+            model.device, tree.token[nodes], depth, cells, valid, padded, utterances, wanted
+        )
+        whole = len(utterances) == self._cache.utterances
+        self._cache.plan = ForwardPlan(
+            cells, None if whole else utterances_, valid_, padded, length, model.packed
+        )
+        shape = (len(utterances), 1, width, length)
+        masks = [None if x is None else _spread(x, valid, shape).to(model.device) for x in (seen, near)]
+        logits = model.tree_logits(tokens, positions, masks[0], masks[1], self._cache, wanted)
+        return torch.log_softmax(logits.float(), dim=-1)
+
+    def _keep_distributions(self, nodes: ndarray, log_probs: Tensor) -> None:
+        rows = self._store.take(len(nodes))
+        self._store.log_probs.index_copy_(0, torch.from_numpy(rows).to(log_probs.device), log_probs)
+        self.tree.assign_rows(nodes, rows)
+
+    def _eos(self, count: int) -> ndarray:
+        check(count == 0 or self.model.eos_id is not None, "eos", "be off for a model without eos", True)
+        return np.full(count, NONE if self.model.eos_id is None else self.model.eos_id, np.int64)
+
+    def _nodes(self, nodes: Nodes) -> ndarray:
+        found = _integers(nodes)
+        self.tree.check_nodes(found)
+        return found
+
+    def _like(self, nodes: Nodes, values: ndarray) -> Tensor:
+        return torch.from_numpy(values).float().to(nodes.device if isinstance(nodes, Tensor) else "cpu")
+
+    @contextlib.contextmanager
+    def _timed(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)
+        self.counters.lm_seconds += time.perf_counter() - start
+
+
+def _integers(values: Nodes) -> ndarray:
+    if isinstance(values, Tensor):
+        values = values.detach().cpu().numpy()
+    return np.asarray(values, np.int64).reshape(-1)
+
+
+def _pick(log_probs: Tensor, rows: ndarray, tokens: ndarray) -> Tensor:
+    """Return ``log_probs[rows, tokens]`` [n]."""
+    rows_, tokens_ = _to_device(log_probs.device, rows, tokens)
+    return log_probs[rows_, tokens_]
+
+
+def _to_device(device: torch.device, *arrays: ndarray) -> Sequence[Tensor]:
+    """Copy integer arrays to ``device`` in one transfer."""
+    whole = torch.from_numpy(np.concatenate(arrays)).to(device)
+    return whole.split([len(array) for array in arrays])
+
+
+def _rank_within(row: ndarray) -> ndarray:
+    """Return for each entry how many earlier entries have the same value [n]."""
+    order = np.argsort(row, kind="stable")
+    starts = np.concatenate([[0], np.cumsum(np.bincount(row))[:-1]])
+    rank = np.empty_like(row)
+    rank[order] = np.arange(len(row)) - starts[row[order]]
+    return rank
+
+
+def _spread(seen: ndarray, valid: ndarray, shape: tuple[int, ...]) -> Tensor:
+    """Return the mask [R, 1, W, S] bool with rows ``seen`` [Q, S] at the places ``valid`` [Q]."""
+    mask = np.zeros((shape[0] * shape[2], shape[3]), bool)
+    mask[valid] = seen
+    return torch.from_numpy(mask).view(shape)
