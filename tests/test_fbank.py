@@ -1,4 +1,5 @@
 """Knows: features of whole and chunked audio, and of torchaudio. Must not know: models."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -12,7 +13,9 @@ def _noise(count: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).uniform(-0.3, 0.3, count).astype(np.float32)
 
 
-@pytest.mark.parametrize("count", [16_000 * 3, 16_000 * 3 + 79, 16_000 * 3 + 81, 16_000 * 2 + 700, 16_000 + 1, 47_999])
+@pytest.mark.parametrize(
+    "count", [16_000 * 3, 16_000 * 3 + 79, 16_000 * 3 + 81, 16_000 * 2 + 700, 16_000 + 1, 47_999]
+)
 def test_chunked_is_whole(count: int) -> None:
     samples = _noise(count)
     whole = extract(samples)

@@ -1,10 +1,10 @@
 """Knows: audio files in, mono float32 at 16 kHz out; what can be wrong with a file.
 Must not know: features, manifests, models.
 """
+
 from __future__ import annotations
 
 from pathlib import Path
-from typing import List
 
 import numpy as np
 import soundfile
@@ -35,14 +35,14 @@ def load_audio(path: PathLike, allow_empty: bool = False) -> np.ndarray:
 
     Raises:
         FileNotFoundError: no such file.
-        AudioError: a file that holds no samples, fewer than its header says, or no audio; the message names it.
+        AudioError: the file holds no samples, fewer than its header says, or no audio.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no audio file at {path}")
     if path.stat().st_size == 0:
         raise AudioError(f"audio file {path} is empty (0 bytes)")
-    blocks: List[np.ndarray] = []
+    blocks: list[np.ndarray] = []
     try:
         with soundfile.SoundFile(path) as file:
             rate, declared = file.samplerate, file.frames
@@ -57,7 +57,9 @@ def load_audio(path: PathLike, allow_empty: bool = False) -> np.ndarray:
     if len(samples) == 0 and not allow_empty:
         raise AudioError(f"audio file {path} holds no samples")
     if path.suffix.lower() in (".wav", ".flac") and len(samples) < declared < 2**40:
-        raise AudioError(f"audio file {path} is truncated: {len(samples)} of {declared} samples could be read")
+        raise AudioError(
+            f"audio file {path} is truncated: {len(samples)} of {declared} samples could be read"
+        )
     if not np.isfinite(samples).all():
         raise AudioError(f"audio file {path} holds samples that are not finite numbers")
     return resample(samples, rate)

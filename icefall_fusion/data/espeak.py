@@ -1,9 +1,10 @@
-"""Knows: eSpeak NG's C library through ctypes, its voices and parameters; the only importer of espeakng_loader.
+"""Knows: eSpeak NG's C library through ctypes, its voices; the only importer of espeakng_loader.
 Must not know: manifests, noise, models.
 
 eSpeak NG is GPL-3. Only the making of synthetic speech needs it (``pip install espeakng-loader``: library and
 voices inside, no system package); nothing else of this package imports it or this file.
 """
+
 from __future__ import annotations
 
 import _ctypes
@@ -11,7 +12,7 @@ import ctypes
 import functools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import Any
 
 import numpy as np
 from scipy.signal import resample_poly
@@ -20,7 +21,7 @@ from icefall_fusion.checks import check, check_choice
 
 SAMPLE_RATE = 16_000  # Hz, what `speak` returns
 #: English accents: our name -> eSpeak NG's file. ("en-gb" by name would be ambiguous to the engine.)
-ACCENTS: Dict[str, str] = {
+ACCENTS: dict[str, str] = {
     "en-us": "gmw/en-US",
     "en-us-nyc": "gmw/en-US-nyc",
     "en-gb": "gmw/en",
@@ -79,9 +80,9 @@ class Voice:
 class Engine:
     """eSpeak NG, started afresh for every utterance. Not thread-safe; take it from :func:`engine`.
 
-    The library keeps flutter, echo and noise positions in static variables, so what it says depends on all that it
-    said before. To make audio a function of text, voice and seed alone, the library is unloaded after every utterance
-    and loaded again for the next one (about 1 ms), and the C library's random numbers are seeded.
+    The library keeps flutter, echo and noise positions in static variables, so what it says depends on all
+    that it said before. To make audio a function of text, voice and seed alone, the library is unloaded after
+    every utterance and loaded again for the next one (about 3 ms), and the C library's random numbers are seeded.
     """
 
     def __init__(self) -> None:
@@ -89,7 +90,7 @@ class Engine:
         self._library_path = loader.get_library_path()
         self._data_path = loader.get_data_path()
         self._c = ctypes.CDLL(None)
-        self._chunks: List[np.ndarray] = []
+        self._chunks: list[np.ndarray] = []
         self._callback = _CALLBACK(self._receive)  # kept: ctypes does not hold a reference
 
     def _receive(self, samples: Any, count: int, events: Any) -> int:
@@ -97,13 +98,15 @@ class Engine:
             self._chunks.append(np.ctypeslib.as_array(samples, (count,)).copy())
         return 0
 
-    def speak_native(self, text: str, voice: Voice, seed: int = 0) -> Tuple[np.ndarray, int]:
+    def speak_native(self, text: str, voice: Voice, seed: int = 0) -> tuple[np.ndarray, int]:
         """Return (int16 samples at the engine's own rate, that rate in Hz)."""
         library = ctypes.CDLL(self._library_path)
         try:
             rate = library.espeak_Initialize(_SYNCHRONOUS, 0, self._data_path.encode(), _DONT_EXIT)
             if rate <= 0:
-                raise RuntimeError(f"eSpeak NG does not start with its data in {self._data_path} (code {rate})")
+                raise RuntimeError(
+                    f"eSpeak NG does not start with its data in {self._data_path} (code {rate})"
+                )
             library.espeak_SetSynthCallback(self._callback)
             self._select(library, voice)
             if hasattr(library, "espeak_ng_SetRandSeed"):
@@ -162,7 +165,7 @@ def engine() -> Engine:
 
 
 @functools.lru_cache(maxsize=1)
-def variants() -> Tuple[str, ...]:
+def variants() -> tuple[str, ...]:
     """Return the names of all voice variants, sorted (about 104)."""
     folder = Path(_loader().get_data_path()) / "voices" / "!v"
     return tuple(sorted(path.name for path in folder.iterdir() if path.is_file()))

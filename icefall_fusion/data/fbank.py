@@ -1,6 +1,7 @@
-"""Knows: 80-dimensional log-mel filter banks, by lhotse or kaldifeat, of samples and of manifests; job `compute-fbank`.
+"""Knows: 80-dimensional log-mel filter banks (lhotse or kaldifeat) of samples and manifests; job `compute-fbank`.
 Must not know: models (they normalize features themselves), how audio was made.
 """
+
 from __future__ import annotations
 
 import functools
@@ -10,7 +11,7 @@ import logging
 import multiprocessing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Tuple
+from typing import Any, Iterator
 
 import numpy as np
 import torch
@@ -43,12 +44,12 @@ class FbankOptions:
         shard_size: cuts in one resumable piece of work.
         backend: lhotse, or kaldifeat (faster on a GPU; built by hand, see the README).
         device: for kaldifeat, e.g. cpu or cuda:0.
-        speed_perturb: add copies of the training split at 0.9 and 1.1 of its speed, as icefall does. Off: synthesis
-            already varies the speed of speech.
+        speed_perturb: add copies of the training split at 0.9 and 1.1 of its speed, as icefall does. Off:
+            synthesis already varies the speed of speech.
     """
 
     data_dir: Path = Path("data")
-    splits: Tuple[str, ...] = ("train", "dev", "test-clean", "test-other")
+    splits: tuple[str, ...] = ("train", "dev", "test-clean", "test-other")
     jobs: int = 2
     shard_size: int = 500
     backend: str = "lhotse"
@@ -72,8 +73,8 @@ def extractor(backend: str = "lhotse", device: str = "cpu") -> FeatureExtractor:
         import kaldifeat  # noqa: F401
     except ModuleNotFoundError:
         raise ModuleNotFoundError(
-            "backend kaldifeat is not installed; it is built from source (see README, 'k2 and kaldifeat'), or choose "
-            "backend lhotse, which gives the same features",
+            "backend kaldifeat is not installed; it is built from source (see README, 'k2 and kaldifeat'), "
+            "or choose backend lhotse, which gives the same features",
             name="kaldifeat",
         ) from None
     from lhotse import KaldifeatFbank, KaldifeatFbankConfig
@@ -89,11 +90,16 @@ def num_frames(samples: int) -> int:
 
 
 def extract(
-    samples: np.ndarray, rate: int = SAMPLE_RATE, chunk_seconds: float = 300.0, backend: str = "lhotse", device: str = "cpu"
+    samples: np.ndarray,
+    rate: int = SAMPLE_RATE,
+    chunk_seconds: float = 300.0,
+    backend: str = "lhotse",
+    device: str = "cpu",
 ) -> torch.Tensor:
     """Return the features of one channel of audio of any length.
 
-    Long audio is taken in chunks that overlap by a few frames: memory stays bounded, the frames are those of the whole.
+    Long audio is taken in chunks that overlap by a few frames: memory stays bounded and the frames are those
+    of the whole.
 
     Args:
         samples: float [samples] in about [-1, 1].
@@ -134,7 +140,7 @@ def _frames(compute: FeatureExtractor, samples: np.ndarray) -> torch.Tensor:
 
 
 def run(options: FbankOptions) -> int:
-    """Write ``fbank/minibooks_cuts_SPLIT.jsonl.gz`` and its archives; return 0, or 3 when audio had to be skipped."""
+    """Write ``fbank/minibooks_cuts_SPLIT.jsonl.gz`` and its archives; return 0, or 3 when audio was skipped."""
     extractor(options.backend, options.device)  # fails here, not in a process of its own
     skipped = 0
     for split in options.splits:
@@ -155,13 +161,15 @@ def _run_split(options: FbankOptions, split: str) -> int:
             bar.update(done)
     target = cuts_path(options.data_dir / "fbank", split)
     totals = join_shards([shard.manifest for shard in shards], target)
-    skipped: List[Dict[str, Any]] = []
+    skipped: list[dict[str, Any]] = []
     for shard in shards:
         skipped += json.loads(shard.manifest.with_suffix(".skipped").read_text())
     write_json(target.parent / f"compute-fbank-{split}.json", {**totals, "skipped": skipped})
     for entry in skipped:
         logging.warning("skipped %s: %s", entry["id"], entry["error"])
-    print(f"{split}: {totals['hours']:.2f} h, {totals['utterances']} cuts, {len(skipped)} skipped -> {target}")
+    print(
+        f"{split}: {totals['hours']:.2f} h, {totals['utterances']} cuts, {len(skipped)} skipped -> {target}"
+    )
     return len(skipped)
 
 
@@ -169,23 +177,28 @@ def _run_split(options: FbankOptions, split: str) -> int:
 class _Shard:
     manifest: Path
     archive: Path
-    cuts: List[MonoCut]
+    cuts: list[MonoCut]
 
 
-def _plan(options: FbankOptions, split: str, cuts: List[MonoCut]) -> List[_Shard]:
+def _plan(options: FbankOptions, split: str, cuts: list[MonoCut]) -> list[_Shard]:
     if options.speed_perturb and split == "train":
         cuts = [copy for cut in cuts for copy in (cut, cut.perturb_speed(0.9), cut.perturb_speed(1.1))]
     folder = options.data_dir / "fbank"
     shards = []
     for number, start in enumerate(range(0, len(cuts), options.shard_size)):
         chunk = cuts[start : start + options.shard_size]
-        content = [options.backend, [(cut.id, cut.duration, cut.recording.sources[0].source) for cut in chunk]]
+        content = [
+            options.backend,
+            [(cut.id, cut.duration, cut.recording.sources[0].source) for cut in chunk],
+        ]
         name = f"{number:05d}-{hashlib.sha1(json.dumps(content).encode()).hexdigest()[:8]}"
-        shards.append(_Shard(folder / ".parts" / split / f"{name}.jsonl.gz", folder / split / f"{name}.lca", chunk))
+        shards.append(
+            _Shard(folder / ".parts" / split / f"{name}.jsonl.gz", folder / split / f"{name}.lca", chunk)
+        )
     return shards
 
 
-def _each(options: FbankOptions, todo: List[_Shard]) -> Iterator[int]:
+def _each(options: FbankOptions, todo: list[_Shard]) -> Iterator[int]:
     make = functools.partial(_make_shard, options)
     if options.jobs == 1 or len(todo) < 2 or options.device != "cpu":
         yield from map(make, todo)
@@ -202,7 +215,7 @@ def _make_shard(options: FbankOptions, shard: _Shard) -> int:
     with atomic_path(shard.archive) as temporary, LilcomChunkyWriter(str(temporary)) as writer:
         for cut in shard.cuts:
             try:
-                features = extract(_samples(cut), SAMPLE_RATE, backend=options.backend, device=options.device)
+                features = extract(cut_samples(cut), SAMPLE_RATE, backend=options.backend, device=options.device)
             except (AudioError, FileNotFoundError) as error:
                 skipped.append({"id": cut.id, "error": str(error)})
                 continue
@@ -232,7 +245,7 @@ def _with_features(cut: MonoCut, frames: int, kind: str, archive: str, key: str)
     return replace(cut, features=features)
 
 
-def _samples(cut: MonoCut) -> np.ndarray:
+def cut_samples(cut: MonoCut) -> np.ndarray:
     """Return the audio of a cut, [samples] at 16 kHz; a file shorter than its manifest says is an error."""
     if cut.recording.transforms:  # speed perturbation: lhotse's business
         return cut.load_audio()[0]
@@ -240,5 +253,7 @@ def _samples(cut: MonoCut) -> np.ndarray:
     samples = load_audio(path)
     first, count = round(cut.start * SAMPLE_RATE), cut.num_samples
     if len(samples) < first + count - HOP:
-        raise AudioError(f"audio file {path} is truncated: {len(samples)} samples, the manifest needs {first + count}")
+        raise AudioError(
+            f"audio file {path} is truncated: {len(samples)} samples, the manifest needs {first + count}"
+        )
     return samples[first : first + count]

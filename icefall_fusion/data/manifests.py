@@ -1,12 +1,13 @@
 """Knows: lhotse cuts of one utterance each, JSON lines of utterances, where manifests lie.
 Must not know: how audio or features are made, models.
 """
+
 from __future__ import annotations
 
 import gzip
 import json
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Mapping, Sequence
+from typing import Any, Iterable, Mapping, Sequence
 
 from lhotse import AudioSource, MonoCut, Recording, SupervisionSegment
 
@@ -21,8 +22,8 @@ def cuts_path(folder: PathLike, split: str) -> Path:
     return Path(folder) / f"minibooks_cuts_{split}.jsonl.gz"
 
 
-def read_jsonl(path: PathLike, required: Sequence[str]) -> List[Dict[str, Any]]:
-    """Return the objects of a JSON-lines file, each of which must have the keys ``required`` and an id of its own.
+def read_jsonl(path: PathLike, required: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the objects of a JSON-lines file, each of which must have the keys ``required`` and its own id.
 
     Raises:
         FileNotFoundError: no such file.
@@ -62,23 +63,37 @@ def cut_of(utterance: Mapping[str, Any], audio: Path, num_samples: int, made: Ma
     custom = {key: utterance[key] for key in ("cased", "book", "index") if key in utterance}
     custom.update({key: value for key, value in made.items() if key != "voice"})
     supervision = SupervisionSegment(
-        id, id, 0.0, seconds, 0, text=utterance["text"], language="English", speaker=made["voice"], custom=custom
+        id,
+        id,
+        0.0,
+        seconds,
+        0,
+        text=utterance["text"],
+        language="English",
+        speaker=made["voice"],
+        custom=custom,
     )
     return MonoCut(id, 0.0, seconds, 0, recording=recording, supervisions=[supervision])
 
 
 def write_cuts(cuts: Iterable[MonoCut], path: PathLike) -> None:
     """Write a manifest at once."""
-    with atomic_path(path) as temporary, gzip.open(temporary, "wt", encoding="utf-8", compresslevel=5) as lines:
+    with (
+        atomic_path(path) as temporary,
+        gzip.open(temporary, "wt", encoding="utf-8", compresslevel=5) as lines,
+    ):
         for cut in cuts:
             lines.write(json.dumps(cut.to_dict(), ensure_ascii=False) + "\n")
 
 
-def join_shards(shards: Sequence[Path], target: PathLike) -> Dict[str, Any]:
+def join_shards(shards: Sequence[Path], target: PathLike) -> dict[str, Any]:
     """Join manifests into one, at once, and return its totals: hours, utterances, words, speakers."""
     seconds, utterances, words = 0.0, 0, 0
     speakers = set()
-    with atomic_path(target) as temporary, gzip.open(temporary, "wt", encoding="utf-8", compresslevel=5) as out:
+    with (
+        atomic_path(target) as temporary,
+        gzip.open(temporary, "wt", encoding="utf-8", compresslevel=5) as out,
+    ):
         for shard in shards:
             with gzip.open(shard, "rt", encoding="utf-8") as lines:
                 for line in lines:

@@ -1,10 +1,11 @@
 """Knows: what rooms, noise and channels do to samples; numpy, scipy and seeds only.
 Must not know: files, manifests, synthesis, models.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Dict, Optional, Sequence, Tuple
+from typing import Any, Optional, Sequence
 
 import numpy as np
 from scipy.fft import irfft, next_fast_len, rfft
@@ -21,7 +22,7 @@ LOWEST = 50.0  # Hz: noise is flat below, so that brown noise is heard and not j
 
 @dataclass(frozen=True)
 class Conditions:
-    """What may happen between mouth and microphone. Ranges are (low, high), drawn uniformly for each utterance.
+    """What may happen between mouth and microphone. Ranges are (low, high), drawn for each utterance.
 
     Args:
         snr: signal-to-noise ratio in dB over the active speech.
@@ -37,17 +38,17 @@ class Conditions:
         level: final RMS in dB relative to full scale.
     """
 
-    snr: Tuple[float, float] = (0.0, 25.0)
+    snr: tuple[float, float] = (0.0, 25.0)
     mild_share: float = 0.4
-    mild_snr: Tuple[float, float] = (15.0, 30.0)
+    mild_snr: tuple[float, float] = (15.0, 30.0)
     reverb_share: float = 0.5
-    rt60: Tuple[float, float] = (0.05, 0.6)
-    direct_to_reverb: Tuple[float, float] = (-3.0, 10.0)
-    noises: Tuple[str, ...] = NOISES
-    babble_talkers: Tuple[int, int] = (3, 6)
+    rt60: tuple[float, float] = (0.05, 0.6)
+    direct_to_reverb: tuple[float, float] = (-3.0, 10.0)
+    noises: tuple[str, ...] = NOISES
+    babble_talkers: tuple[int, int] = (3, 6)
     band_limit_share: float = 0.1
-    band_limit: Tuple[float, float] = (3000.0, 6000.0)
-    level: Tuple[float, float] = (-32.0, -20.0)
+    band_limit: tuple[float, float] = (3000.0, 6000.0)
+    level: tuple[float, float] = (-32.0, -20.0)
 
     def __post_init__(self) -> None:
         for name in ("snr", "mild_snr", "rt60", "direct_to_reverb", "babble_talkers", "band_limit", "level"):
@@ -57,7 +58,12 @@ class Conditions:
             value = getattr(self, name)
             check(0 <= value <= 1, f"Conditions.{name}", "lie in 0..1", value)
         check(self.rt60[0] > 0, "Conditions.rt60", "be positive seconds", self.rt60)
-        check(self.babble_talkers[0] >= 1, "Conditions.babble_talkers", "start at 1 or more", self.babble_talkers)
+        check(
+            self.babble_talkers[0] >= 1,
+            "Conditions.babble_talkers",
+            "start at 1 or more",
+            self.babble_talkers,
+        )
         check(self.level[1] <= 0, "Conditions.level", "be at most 0 dB", self.level)
         check(len(self.noises) > 0, "Conditions.noises", "name at least one kind", self.noises)
         for noise in self.noises:
@@ -68,14 +74,24 @@ class Conditions:
 TRAIN = Conditions()
 #: A quiet place that is still not a studio.
 CLEAN = Conditions(
-    snr=(10.0, 20.0), mild_share=0.0, reverb_share=0.7, rt60=(0.1, 0.3), direct_to_reverb=(3.0, 10.0), band_limit_share=0.0
+    snr=(10.0, 20.0),
+    mild_share=0.0,
+    reverb_share=0.7,
+    rt60=(0.1, 0.3),
+    direct_to_reverb=(3.0, 10.0),
+    band_limit_share=0.0,
 )
 #: Noisy and reverberant: low SNR, always a room.
 OTHER = Conditions(
-    noises=("white", "pink", "speech", "babble"),
-    snr=(0.0, 12.0), mild_share=0.0, reverb_share=1.0, rt60=(0.25, 0.7), direct_to_reverb=(-3.0, 6.0), band_limit_share=0.15
+    noises=("pink", "brown", "speech", "babble"),  # white hides low voices altogether
+    snr=(4.0, 14.0),
+    mild_share=0.0,
+    reverb_share=1.0,
+    rt60=(0.25, 0.6),
+    direct_to_reverb=(-1.0, 8.0),
+    band_limit_share=0.15,
 )
-CONDITIONS: Dict[str, Conditions] = {"train": TRAIN, "clean": CLEAN, "other": OTHER}
+CONDITIONS: dict[str, Conditions] = {"train": TRAIN, "clean": CLEAN, "other": OTHER}
 
 
 def colored_noise(count: int, color: str, rng: np.random.Generator) -> np.ndarray:
@@ -83,7 +99,8 @@ def colored_noise(count: int, color: str, rng: np.random.Generator) -> np.ndarra
 
     Args:
         count: number of samples, at least 1.
-        color: white (flat), pink (-3 dB an octave), brown (-6 dB an octave) or speech (see ``SPEECH_CORNER``).
+        color: white (flat), pink (-3 dB an octave), brown (-6 dB an octave) or speech
+            (see ``SPEECH_CORNER``).
         rng: source of randomness.
 
     Returns:
@@ -125,7 +142,7 @@ def babble(count: int, voices: Sequence[np.ndarray], talkers: int, rng: np.rando
 
 
 def room_response(rt60: float, direct_to_reverb: float, rng: np.random.Generator) -> np.ndarray:
-    """Return the impulse response of a room: a direct sound at sample 0, then noise that decays exponentially.
+    """Return the impulse response of a room: direct sound at sample 0, then exponentially decaying noise.
 
     Args:
         rt60: seconds until the tail has fallen by 60 dB.
@@ -146,7 +163,7 @@ def room_response(rt60: float, direct_to_reverb: float, rng: np.random.Generator
 
 
 def reverberate(samples: np.ndarray, response: np.ndarray) -> np.ndarray:
-    """Return ``samples`` heard through ``response``, with the same length (the last echoes are cut) and RMS."""
+    """Return ``samples`` heard through ``response``, with the same length (last echoes are cut) and RMS."""
     wet = oaconvolve(samples, response)[: len(samples)].astype(np.float32)
     return wet * (_rms(samples) / max(_rms(wet), 1e-9))
 
@@ -160,7 +177,7 @@ def band_limit(samples: np.ndarray, edge: float) -> np.ndarray:
 
 
 def active_rms(samples: np.ndarray) -> float:
-    """Return the RMS over 20 ms frames that are at most 30 dB below the loudest one: the level of speech, not of pauses."""
+    """Return the RMS over 20 ms frames at most 30 dB below the loudest one: the level of speech, not of pauses."""
     frame = SAMPLE_RATE // 50
     whole = len(samples) // frame * frame
     if whole == 0:
@@ -180,7 +197,7 @@ def distort(
     conditions: Conditions,
     rng: np.random.Generator,
     voices: Optional[Sequence[np.ndarray]] = None,
-) -> Tuple[np.ndarray, Dict[str, Any]]:
+) -> tuple[np.ndarray, dict[str, Any]]:
     """Return ``samples`` under conditions drawn from ``conditions``, and what was drawn.
 
     Args:
@@ -195,7 +212,12 @@ def distort(
     mild = rng.random() < conditions.mild_share
     snr = rng.uniform(*(conditions.mild_snr if mild else conditions.snr))
     kinds = [kind for kind in conditions.noises if kind != "babble" or voices]
-    check(len(kinds) > 0, "Conditions.noises", "name more than babble when no voices are given", conditions.noises)
+    check(
+        len(kinds) > 0,
+        "Conditions.noises",
+        "name more than babble when no voices are given",
+        conditions.noises,
+    )
     kind = kinds[rng.integers(len(kinds))]
     record = {"snr": round(snr, 1), "noise": kind, "rt60": 0.0, "band": 0}
     if len(samples) == 0:

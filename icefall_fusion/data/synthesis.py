@@ -1,6 +1,7 @@
-"""Knows: selected utterances in, noisy synthetic speech (16 kHz FLAC) and lhotse cuts out; the job `synthesize`.
+"""Knows: utterances in, noisy synthetic speech (16 kHz FLAC) and lhotse cuts out; the job `synthesize`.
 Must not know: features, models, how utterances were selected.
 """
+
 from __future__ import annotations
 
 import functools
@@ -11,7 +12,7 @@ import re
 import zlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Iterator, Mapping, Optional, Sequence
 
 import numpy as np
 import soundfile
@@ -26,7 +27,7 @@ from icefall_fusion.files import atomic_path, write_json
 
 SPLITS = ("train", "dev", "test-clean", "test-other")
 #: Conditions of each split; where there are several, utterances take one of them by lot.
-CONDITIONS: Dict[str, Tuple[Conditions, ...]] = {
+CONDITIONS: dict[str, tuple[Conditions, ...]] = {
     "train": (TRAIN,),
     "dev": (CLEAN, OTHER),
     "test-clean": (CLEAN,),
@@ -79,13 +80,16 @@ class SynthesizeOptions:
             self.min_seconds,
         )
         check(
-            self.max_hours is None or self.max_hours > 0, "SynthesizeOptions.max_hours", "be positive", self.max_hours
+            self.max_hours is None or self.max_hours > 0,
+            "SynthesizeOptions.max_hours",
+            "be positive",
+            self.max_hours,
         )
 
 
 @dataclass
 class Synthesizer:
-    """Speaks utterances of one population under given conditions; what it returns depends on seed and id alone.
+    """Speaks utterances of one population under given conditions; chance depends on seed and id alone.
 
     Args:
         speakers: who may speak.
@@ -100,7 +104,7 @@ class Synthesizer:
     seed: int = 0
     babble_texts: Sequence[str] = ()
     prosody: bool = True
-    _voices: Optional[List[np.ndarray]] = field(default=None, repr=False)
+    _voices: Optional[list[np.ndarray]] = field(default=None, repr=False)
 
     @classmethod
     def for_split(cls, split: str, seed: int = 0, babble_texts: Sequence[str] = ()) -> Synthesizer:
@@ -108,7 +112,7 @@ class Synthesizer:
         check_choice(split, SPLITS, "split")
         return cls(SPEAKERS[split], CONDITIONS[split], seed, babble_texts)
 
-    def say(self, id: str, text: str, cased: Optional[str] = None) -> Tuple[np.ndarray, Dict[str, Any]]:
+    def say(self, id: str, text: str, cased: Optional[str] = None) -> tuple[np.ndarray, dict[str, Any]]:
         """Return an utterance and how it was made.
 
         Args:
@@ -127,7 +131,7 @@ class Synthesizer:
         samples, record = distort(samples, conditions, rng, self._background())
         return samples, {"voice": voice.name, "speed": voice.speed, "pitch": voice.pitch, **record}
 
-    def _background(self) -> List[np.ndarray]:
+    def _background(self) -> list[np.ndarray]:
         if self._voices is None:
             rng = np.random.default_rng([self.seed, 1])
             texts = [self.babble_texts[i] for i in rng.permutation(len(self.babble_texts))[:_BABBLE_VOICES]]
@@ -137,9 +141,10 @@ class Synthesizer:
 
 
 def punctuated(text: str, cased: str) -> str:
-    """Return ``text`` with the punctuation of ``cased`` where both have word for word the same letters, else ``text``.
+    """Return ``text`` with the punctuation of ``cased`` if both have the same letters word for word, else ``text``.
 
-    Nothing but , ; : ! ? after a word and the last full stop is taken over, so the words spoken stay those of ``text``.
+    Nothing but , ; : ! ? after a word and the last full stop is taken over: the words spoken stay those of
+    ``text``.
     """
     words = text.split()
     tokens = [token for token in re.split(r"[\s\-–—]+", cased) if re.search(r"\w", token)]
@@ -176,11 +181,11 @@ def run(options: SynthesizeOptions) -> int:
 class _Shard:
     manifest: Path
     audio_dir: Path
-    utterances: List[Dict[str, Any]]
+    utterances: list[dict[str, Any]]
 
 
-def _plan(options: SynthesizeOptions, utterances: List[Dict[str, Any]], parts: Path) -> List[_Shard]:
-    """Cut the work into shards, each named by what goes into it, so that changed options or texts are not mixed up."""
+def _plan(options: SynthesizeOptions, utterances: list[dict[str, Any]], parts: Path) -> list[_Shard]:
+    """Cut the work into shards, each named by what goes into it: changed options or texts are never mixed."""
     shards = []
     settings = {key: str(getattr(options, key)) for key in ("seed", "min_seconds", "max_seconds", "prosody")}
     for number, start in enumerate(range(0, len(utterances), options.shard_size)):
@@ -192,12 +197,12 @@ def _plan(options: SynthesizeOptions, utterances: List[Dict[str, Any]], parts: P
     return shards
 
 
-def _population(options: SynthesizeOptions) -> Tuple[Speakers, Tuple[Conditions, ...]]:
+def _population(options: SynthesizeOptions) -> tuple[Speakers, tuple[Conditions, ...]]:
     conditions = (options.conditions,) if options.conditions else CONDITIONS[options.split]
     return options.speakers or SPEAKERS[options.split], conditions
 
 
-def _each(options: SynthesizeOptions, utterances: List[Dict[str, Any]], todo: List[_Shard]) -> Iterator[int]:
+def _each(options: SynthesizeOptions, utterances: list[dict[str, Any]], todo: list[_Shard]) -> Iterator[int]:
     speakers, conditions = _population(options)
     texts = [utterance["text"] for utterance in utterances]
     chosen = np.random.default_rng(options.seed).permutation(len(texts))[:_BABBLE_VOICES]
@@ -228,21 +233,21 @@ def _make_shard(maker: Synthesizer, options: SynthesizeOptions, shard: _Shard) -
     return len(shard.utterances)
 
 
-def _finish(options: SynthesizeOptions, shards: List[_Shard]) -> int:
+def _finish(options: SynthesizeOptions, shards: list[_Shard]) -> int:
     target = cuts_path(options.data_dir / "manifests", options.split)
     totals = join_shards([shard.manifest for shard in shards], target)
-    dropped: List[Mapping[str, Any]] = []
+    dropped: list[Mapping[str, Any]] = []
     for shard in shards:
         dropped += json.loads(shard.manifest.with_suffix(".dropped").read_text())
     summary = {**totals, "dropped": len(dropped), "dropped_utterances": dropped, "options": _plain(options)}
     write_json(target.parent / f"synthesize-{options.split}.json", summary)
     print(
         f"{options.split}: {totals['hours']:.2f} h, {totals['utterances']} utterances, {totals['words']} words, "
-        f"{totals['speakers']} speakers; {len(dropped)} dropped as shorter than {options.min_seconds} s or longer "
-        f"than {options.max_seconds} s -> {target}"
+        f"{totals['speakers']} speakers; {len(dropped)} dropped as shorter than {options.min_seconds} s or "
+        f"longer than {options.max_seconds} s -> {target}"
     )
     return 0
 
 
-def _plain(options: SynthesizeOptions) -> Dict[str, Any]:
+def _plain(options: SynthesizeOptions) -> dict[str, Any]:
     return json.loads(json.dumps(asdict(options), default=str))

@@ -3,10 +3,10 @@ Must not know: how speech is made, files, models.
 
 No voice variant is shared between splits, so every test speaker is unseen in training whatever its accent.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Dict, Tuple
 
 import numpy as np
 
@@ -16,11 +16,24 @@ from icefall_fusion.data.espeak import ACCENTS, Voice, variants
 #: Not intelligible (by ear-substitute: spectra unlike any other voice's), or the plain voice again.
 DROPPED = ("AnxiousAndy", "Demonic", "Marco", "fast")
 DEV = ("Gene", "Gene2", "belinda", "edward", "edward2", "m7", "pablo", "robosoft4", "shelby", "whisperf")
-TEST_CLEAN = ("Alex", "Henrique", "Mike", "adam", "f1", "john", "m4", "steph", "steph2", "steph3", "victor", "grandpa")
+TEST_CLEAN = (
+    "Alex",
+    "Henrique",
+    "Mike",
+    "adam",
+    "f1",
+    "john",
+    "m4",
+    "steph",
+    "steph2",
+    "steph3",
+    "victor",
+    "grandpa",
+)
 #: Whispering, croaking, robot-like, very high or very old.
 TEST_OTHER = (
-    "Alicia", "Lee", "Storm", "Tweaky", "UniRobot", "anikaRobot", "croak", "f5", "grandma", "klatt4", "robosoft3",
-    "whisper", "zac",
+    "Alicia", "Lee", "Storm", "Tweaky", "UniRobot", "anikaRobot", "croak", "f5", "grandma", "klatt4",
+    "robosoft3", "whisper", "zac",
 )  # fmt: skip
 
 
@@ -29,19 +42,19 @@ class Speakers:
     """A population of speakers. Ranges are (low, high), drawn uniformly for each utterance.
 
     Args:
-        variants: names of eSpeak NG voice variants; an empty name is the accent's plain voice. Empty: all that no
-            other split owns.
+        variants: names of eSpeak NG voice variants; an empty name is the accent's plain voice. Empty: all that
+            no other split owns.
         accents: accents to combine them with. Default: all eight.
         speed: words a minute by eSpeak NG's count.
         pitch: 0..100.
         pitch_range: 0..100.
     """
 
-    variants: Tuple[str, ...] = ()
-    accents: Tuple[str, ...] = tuple(ACCENTS)
-    speed: Tuple[int, int] = (110, 190)
-    pitch: Tuple[int, int] = (25, 75)
-    pitch_range: Tuple[int, int] = (25, 75)
+    variants: tuple[str, ...] = ()
+    accents: tuple[str, ...] = tuple(ACCENTS)
+    speed: tuple[int, int] = (95, 172)
+    pitch: tuple[int, int] = (25, 75)
+    pitch_range: tuple[int, int] = (25, 75)
 
     def __post_init__(self) -> None:
         for name in ("speed", "pitch", "pitch_range"):
@@ -61,15 +74,15 @@ class Speakers:
         )
 
 
-def training_variants() -> Tuple[str, ...]:
+def training_variants() -> tuple[str, ...]:
     """Return the plain voice and all variants that neither dev nor a test set owns."""
     owned = {*DROPPED, *DEV, *TEST_CLEAN, *TEST_OTHER}
     return ("", *(name for name in variants() if name not in owned))
 
 
-SPEAKERS: Dict[str, Speakers] = {
+SPEAKERS: dict[str, Speakers] = {
     "train": Speakers(),
     "dev": Speakers(DEV, speed=(115, 180)),
     "test-clean": Speakers(TEST_CLEAN, speed=(115, 180)),
-    "test-other": Speakers(TEST_OTHER, speed=(125, 200)),
+    "test-other": Speakers(TEST_OTHER, speed=(105, 170)),
 }

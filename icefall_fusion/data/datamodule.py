@@ -1,0 +1,317 @@
+"""Batches of features and token ids from lhotse manifests, for training (resumable) and for evaluation (fixed order).
+Knows: cuts, stored features, SpecAugment, workers. Must not know: models, search, how features were stored.
+
+Legend: B utterances, T frames (10 ms).
+"""
+from __future__ import annotations
+
+import contextlib
+import logging
+import random
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable, Optional
+
+import numpy as np
+import torch
+from lhotse import CutSet, MonoCut
+from lhotse.dataset import DynamicBucketingSampler, SpecAugment
+from torch.utils.data import DataLoader, Dataset
+
+from icefall_fusion.checks import check
+from icefall_fusion.data.fbank import DIM, cut_samples, extract
+from icefall_fusion.files import PathLike
+
+PADDING = float(np.log(1e-10))  # the log energy of digital silence, as lhotse pads features
+Batch = dict[str, Any]
+Encode = Callable[[str], list[int]]
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """How utterances become batches.
+
+    Args:
+        max_duration: seconds of audio in a training batch.
+        eval_duration: seconds of audio, padding included, in an evaluation batch.
+        num_buckets: groups of like duration, from each of which batches are made.
+        min_seconds: shorter training utterances are left out.
+        max_seconds: longer training utterances are left out.
+        workers: processes that load features; 0 loads in the main process. Batches do not depend on it.
+        prefetch: batches that each worker holds ready.
+        spec_augment: mask and warp training features (Park et al., 2019).
+        time_warp: frames, 0 is off.
+        feature_masks: number of bands masked.
+        feature_mask_size: widest band, in filters.
+        frame_masks: number of stretches masked.
+        frame_mask_size: longest stretch, in frames.
+        frame_mask_fraction: most of an utterance that may be masked in time.
+        spec_augment_share: part of the utterances that are augmented.
+        seed: of order and augmentation.
+    """
+
+    max_duration: float = 200.0
+    eval_duration: float = 200.0
+    num_buckets: int = 20
+    min_seconds: float = 1.0
+    max_seconds: float = 25.0
+    workers: int = 1
+    prefetch: int = 4
+    spec_augment: bool = True
+    time_warp: int = 80
+    feature_masks: int = 2
+    feature_mask_size: int = 27
+    frame_masks: int = 10
+    frame_mask_size: int = 100
+    frame_mask_fraction: float = 0.15
+    spec_augment_share: float = 0.9
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("max_duration", "eval_duration", "max_seconds", "feature_mask_size", "frame_mask_size"):
+            check(getattr(self, name) > 0, f"DataOptions.{name}", "be positive", getattr(self, name))
+        for name in ("min_seconds", "workers", "time_warp", "feature_masks", "frame_masks"):
+            check(getattr(self, name) >= 0, f"DataOptions.{name}", "be at least 0", getattr(self, name))
+        for name in ("num_buckets", "prefetch"):
+            check(getattr(self, name) >= 1, f"DataOptions.{name}", "be at least 1", getattr(self, name))
+        for name in ("frame_mask_fraction", "spec_augment_share"):
+            check(0 <= getattr(self, name) <= 1, f"DataOptions.{name}", "lie in 0..1", getattr(self, name))
+        rule = "be at least max_seconds, else long utterances would never be used"
+        check(self.max_duration >= self.max_seconds, "DataOptions.max_duration", rule, self.max_duration)
+
+
+class TrainBatches:
+    """Shuffled batches of like duration, without end over epochs; resumable at any batch (a BatchSource).
+
+    Iterating goes on from the current position to the end of the epoch; the next iteration begins the next
+    epoch. A batch is {"features" float [B, T, 80], "lens" int64 [B] in frames, "tokens" list of B id lists,
+    "texts", "ids", "seconds": lists of B}.
+
+    Args:
+        manifest: a lhotse manifest of cuts with features (or with audio only: features are then computed).
+        options: see there.
+        encode: text to token ids, e.g. ``AcousticTokens.encode``; None gives empty lists.
+
+    Attributes:
+        skipped: [{"id", "error"}], the utterances whose features or audio could not be read so far.
+    """
+
+    def __init__(self, manifest: PathLike, options: DataOptions, encode: Optional[Encode] = None) -> None:
+        self.options = options
+        self.skipped: list[dict[str, str]] = []
+        self._order = _Order(_existing(manifest), options)
+        self._loader = _loader(_Loading(encode, options), self._order, options)
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that the next batch belongs to, from 0."""
+        return self._order.epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Begin ``epoch`` from its first batch."""
+        check(epoch >= 0, "epoch", "be at least 0", epoch)
+        self._order.epoch, self._order.used = epoch, 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield the rest of the epoch; a position at its very end leads into the next one."""
+        resumed = self._order.used > 0
+        any_left = False
+        for batch in self._loader:
+            any_left = True
+            self._order.used += 1
+            _note_skipped(batch, self.skipped)
+            if batch["ids"]:
+                yield batch
+        self.set_epoch(self._order.epoch + 1)
+        if resumed and not any_left:
+            yield from self
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position after the batch that was yielded last (prefetched batches do not count)."""
+        return {"epoch": self._order.epoch, "used": self._order.used, "seed": self.options.seed}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to a position; the batches after it are those that would have followed."""
+        rule = f"be the saved one, {state['seed']}, to go on with the same batches"
+        check(state["seed"] == self.options.seed, "DataOptions.seed", rule, self.options.seed)
+        self._order.epoch, self._order.used = state["epoch"], state["used"]
+
+
+class EvalBatches:
+    """All utterances of a manifest in a fixed order, longest first; can be iterated again and again.
+
+    A batch is as in :class:`TrainBatches`, without augmentation. What cannot be read is skipped and listed.
+
+    Args:
+        manifest: a lhotse manifest of cuts with features or with audio.
+        options: see there; only ``eval_duration``, ``workers`` and ``prefetch`` matter.
+        encode: text to token ids, or None.
+        limit: only the first so many utterances of the manifest; None takes all.
+        done: ids to leave out, e.g. those that a killed run has decoded.
+
+    Attributes:
+        skipped: [{"id", "error"}] of the last iteration.
+    """
+
+    def __init__(
+        self,
+        manifest: PathLike,
+        options: DataOptions,
+        encode: Optional[Encode] = None,
+        limit: Optional[int] = None,
+        done: Sequence[str] = (),
+    ) -> None:
+        self.skipped: list[dict[str, str]] = []
+        left_out = set(done)
+        cuts = [cut for cut in list(CutSet.from_jsonl_lazy(_existing(manifest)))[:limit] if cut.id not in left_out]
+        self.utterances = len(cuts)
+        self._batches = _batches_by_duration(cuts, options.eval_duration)
+        self._loader = _loader(_Loading(encode, None), self._batches, options)
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.skipped = []
+        for batch in self._loader:
+            _note_skipped(batch, self.skipped)
+            if batch["ids"]:
+                yield batch
+
+
+def load_features(cut: MonoCut) -> torch.Tensor:
+    """Return the features of a cut, float32 [T, 80]: those stored, or else computed from its audio.
+
+    Raises:
+        FileNotFoundError: the file is gone.
+        ValueError: the file is truncated or broken; the message names it.
+    """
+    if not cut.has_features:
+        return extract(cut_samples(cut))
+    try:
+        features = torch.from_numpy(np.array(cut.load_features(), dtype=np.float32))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no feature archive at {cut.features.storage_path}") from None
+    except Exception as error:  # lilcom raises its own kinds on truncated data
+        raise ValueError(f"feature archive {cut.features.storage_path} is broken: {error}") from error
+    if features.shape != (cut.num_frames, DIM):
+        raise ValueError(
+            f"feature archive {cut.features.storage_path} is broken: utterance {cut.id} has shape "
+            f"{tuple(features.shape)}, the manifest says {(cut.num_frames, DIM)}"
+        )
+    return features
+
+
+class _Order:
+    """The sampler: (seed of the batch, cuts) of an epoch from its batch ``used`` on."""
+
+    def __init__(self, manifest: Path, options: DataOptions) -> None:
+        self.epoch, self.used = 0, 0
+        self._manifest, self._options = manifest, options
+
+    def __iter__(self) -> Iterator[tuple[int, list[MonoCut]]]:
+        options = self._options
+        shortest, longest = options.min_seconds, options.max_seconds
+        kept = CutSet.from_jsonl_lazy(self._manifest).filter(lambda cut: shortest <= cut.duration <= longest)
+        sampler = DynamicBucketingSampler(
+            kept,
+            max_duration=options.max_duration,
+            num_buckets=options.num_buckets,
+            shuffle=True,
+            seed=options.seed,
+        )
+        sampler.set_epoch(self.epoch)
+        epoch, skip = self.epoch, self.used
+        for number, cuts in enumerate(sampler):
+            if number >= skip:
+                yield zlib.crc32(f"{options.seed} {epoch} {number}".encode()), list(cuts)
+
+
+class _Loading(Dataset):
+    """Turns (seed, cuts) into a batch, in a worker; ``options`` None means no augmentation."""
+
+    def __init__(self, encode: Optional[Encode], options: Optional[DataOptions]) -> None:
+        self._encode = encode
+        self._augment = None
+        if options is not None and options.spec_augment:
+            self._augment = SpecAugment(
+                time_warp_factor=options.time_warp,
+                num_feature_masks=options.feature_masks,
+                features_mask_size=options.feature_mask_size,
+                num_frame_masks=options.frame_masks,
+                frames_mask_size=options.frame_mask_size,
+                max_frames_mask_fraction=options.frame_mask_fraction,
+                p=options.spec_augment_share,
+            )
+
+    def __getitem__(self, item: tuple[int, list[MonoCut]]) -> Batch:
+        seed, cuts = item
+        features, kept, skipped = [], [], []
+        with _seeded(seed):
+            for cut in cuts:
+                try:
+                    one = load_features(cut)
+                except (FileNotFoundError, ValueError) as error:
+                    skipped.append({"id": cut.id, "error": str(error)})
+                    continue
+                if self._augment is not None and len(one) > 0:  # before padding: independent of the batch
+                    one = self._augment(one[None])[0]
+                features.append(one)
+                kept.append(cut)
+        texts = [" ".join(supervision.text or "" for supervision in cut.supervisions) for cut in kept]
+        padded = torch.zeros(0, 0, DIM)
+        if features:
+            padded = torch.nn.utils.rnn.pad_sequence(features, batch_first=True, padding_value=PADDING)
+        return {
+            "features": padded,  # [B, T, 80]
+            "lens": torch.tensor([len(one) for one in features], dtype=torch.int64),
+            "tokens": [self._encode(text) if self._encode else [] for text in texts],
+            "texts": texts,
+            "ids": [cut.id for cut in kept],
+            "seconds": [cut.duration for cut in kept],
+            "skipped": skipped,
+        }
+
+
+def _batches_by_duration(cuts: list[MonoCut], seconds: float) -> list[tuple[int, list[MonoCut]]]:
+    batches: list[tuple[int, list[MonoCut]]] = []
+    for cut in sorted(cuts, key=lambda cut: (-cut.duration, cut.id)):
+        if batches and (len(batches[-1][1]) + 1) * batches[-1][1][0].duration <= seconds:
+            batches[-1][1].append(cut)
+        else:
+            batches.append((0, [cut]))
+    return batches
+
+
+def _loader(loading: _Loading, sampler: Any, options: DataOptions) -> DataLoader:
+    workers = {"prefetch_factor": options.prefetch, "persistent_workers": True} if options.workers else {}
+    return DataLoader(loading, batch_size=None, sampler=sampler, num_workers=options.workers, **workers)
+
+
+def _existing(manifest: PathLike) -> Path:
+    if not Path(manifest).is_file():
+        raise FileNotFoundError(f"no manifest at {manifest}: prepare the data first (prepare.sh)")
+    return Path(manifest)
+
+
+def _note_skipped(batch: Batch, skipped: list[dict[str, str]]) -> None:
+    for entry in batch.pop("skipped"):
+        logging.warning("skipped %s: %s", entry["id"], entry["error"])
+        skipped.append(entry)
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seed the three generators that lhotse's SpecAugment may draw from; give them back as they were."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            random.seed(seed)
+            np.random.seed(seed)
+            torch.manual_seed(seed)
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
