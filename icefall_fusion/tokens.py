@@ -1,4 +1,4 @@
-"""Pieces of the acoustic model: blank, start/end of sentence, which pieces start a word, text to ids and back.
+"""Pieces of the acoustic model: blank, sentence mark, which pieces start a word, text to ids and back.
 Knows: SentencePiece models, lists of pieces. Must not know: transformers, torch, models, search.
 """
 from __future__ import annotations
@@ -31,7 +31,12 @@ class AcousticTokens:
     """
 
     def __init__(
-        self, pieces: Sequence[str], blank_id: int, word_start: str, delimiter: Optional[str], processor: Any = None
+        self,
+        pieces: Sequence[str],
+        blank_id: int,
+        word_start: str,
+        delimiter: Optional[str],
+        processor: Any = None,
     ) -> None:
         check(len(pieces) >= 2, "pieces", "hold a blank and at least one more piece", len(pieces))
         check(0 <= blank_id < len(pieces), "blank_id", f"be in 0..{len(pieces) - 1}", blank_id)
@@ -76,14 +81,18 @@ class AcousticTokens:
         try:
             processor.LoadFromSerializedProto(path.read_bytes())
         except RuntimeError as error:
-            raise ValueError(f"{str(path)!r} must be a SentencePiece model, but reading it says: {error}") from error
+            raise ValueError(f"{str(path)!r} must be a SentencePiece model, but it says: {error}") from error
         pieces = [processor.id_to_piece(index) for index in range(processor.get_piece_size())]
         check(pieces[0] in _BLANKS, f"piece 0 of {str(path)!r}", f"be a blank, one of {_BLANKS}", pieces[0])
         return cls(pieces, 0, WORD_START, None, processor)
 
     @classmethod
     def from_pieces(
-        cls, pieces: Sequence[str], blank_id: int, word_start: str = WORD_START, delimiter: Optional[str] = None
+        cls,
+        pieces: Sequence[str],
+        blank_id: int,
+        word_start: str = WORD_START,
+        delimiter: Optional[str] = None,
     ) -> "AcousticTokens":
         """Make the vocabulary of any CTC model from its pieces in id order.
 
@@ -119,7 +128,8 @@ class AcousticTokens:
 
     def words(self, ids: Sequence[int]) -> list[str]:
         """Return the words that ids spell."""
-        return ["".join([self._texts[index] for index in ids[start:stop]]) for start, stop in self.word_spans(ids)]
+        texts = self._texts
+        return ["".join([texts[index] for index in ids[start:stop]]) for start, stop in self.word_spans(ids)]
 
     def word_spans(self, ids: Sequence[int]) -> list[tuple[int, int]]:
         """Return, for each word, its first piece and one past its last as positions in ``ids``.
