@@ -1,4 +1,4 @@
-"""Batches of features and token ids from lhotse manifests, for training (resumable) and for evaluation (fixed order).
+"""Batches of features and token ids from lhotse manifests, resumable for training, in fixed order otherwise.
 Knows: cuts, stored features, SpecAugment, workers. Must not know: models, search, how features were stored.
 
 Legend: B utterances, T frames (10 ms).
@@ -165,7 +165,8 @@ class EvalBatches:
     ) -> None:
         self.skipped: list[dict[str, str]] = []
         left_out = set(done)
-        cuts = [cut for cut in list(CutSet.from_jsonl_lazy(_existing(manifest)))[:limit] if cut.id not in left_out]
+        chosen = list(CutSet.from_jsonl_lazy(_existing(manifest)))[:limit]
+        cuts = [cut for cut in chosen if cut.id not in left_out]
         self.utterances = len(cuts)
         self._batches = _batches_by_duration(cuts, options.eval_duration)
         self._loader = _loader(_Loading(encode, None), self._batches, options)

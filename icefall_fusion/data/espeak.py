@@ -82,7 +82,8 @@ class Engine:
 
     The library keeps flutter, echo and noise positions in static variables, so what it says depends on all
     that it said before. To make audio a function of text, voice and seed alone, the library is unloaded after
-    every utterance and loaded again for the next one (about 3 ms), and the C library's random numbers are seeded.
+    every utterance and loaded again for the next one (about 3 ms), and the C library's random numbers are
+    seeded.
     """
 
     def __init__(self) -> None:

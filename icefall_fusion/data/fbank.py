@@ -1,4 +1,4 @@
-"""Knows: 80-dimensional log-mel filter banks (lhotse or kaldifeat) of samples and manifests; job `compute-fbank`.
+"""Knows: log-mel filter banks (lhotse or kaldifeat) of samples and of manifests; the job `compute-fbank`.
 Must not know: models (they normalize features themselves), how audio was made.
 """
 
@@ -140,7 +140,7 @@ def _frames(compute: FeatureExtractor, samples: np.ndarray) -> torch.Tensor:
 
 
 def run(options: FbankOptions) -> int:
-    """Write ``fbank/minibooks_cuts_SPLIT.jsonl.gz`` and its archives; return 0, or 3 when audio was skipped."""
+    """Write ``fbank/minibooks_cuts_SPLIT.jsonl.gz`` and archives; return 0, or 3 when audio was skipped."""
     extractor(options.backend, options.device)  # fails here, not in a process of its own
     skipped = 0
     for split in options.splits:
@@ -215,7 +215,7 @@ def _make_shard(options: FbankOptions, shard: _Shard) -> int:
     with atomic_path(shard.archive) as temporary, LilcomChunkyWriter(str(temporary)) as writer:
         for cut in shard.cuts:
             try:
-                features = extract(cut_samples(cut), SAMPLE_RATE, backend=options.backend, device=options.device)
+                features = extract(cut_samples(cut), backend=options.backend, device=options.device)
             except (AudioError, FileNotFoundError) as error:
                 skipped.append({"id": cut.id, "error": str(error)})
                 continue

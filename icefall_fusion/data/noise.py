@@ -177,7 +177,7 @@ def band_limit(samples: np.ndarray, edge: float) -> np.ndarray:
 
 
 def active_rms(samples: np.ndarray) -> float:
-    """Return the RMS over 20 ms frames at most 30 dB below the loudest one: the level of speech, not of pauses."""
+    """Return the RMS over 20 ms frames at most 30 dB below the loudest: the level of speech, not pauses."""
     frame = SAMPLE_RATE // 50
     whole = len(samples) // frame * frame
     if whole == 0:

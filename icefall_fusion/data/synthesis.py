@@ -141,7 +141,7 @@ class Synthesizer:
 
 
 def punctuated(text: str, cased: str) -> str:
-    """Return ``text`` with the punctuation of ``cased`` if both have the same letters word for word, else ``text``.
+    """Return ``text`` with the punctuation of ``cased`` if their words have the same letters, else ``text``.
 
     Nothing but , ; : ! ? after a word and the last full stop is taken over: the words spoken stay those of
     ``text``.
@@ -242,9 +242,9 @@ def _finish(options: SynthesizeOptions, shards: list[_Shard]) -> int:
     summary = {**totals, "dropped": len(dropped), "dropped_utterances": dropped, "options": _plain(options)}
     write_json(target.parent / f"synthesize-{options.split}.json", summary)
     print(
-        f"{options.split}: {totals['hours']:.2f} h, {totals['utterances']} utterances, {totals['words']} words, "
-        f"{totals['speakers']} speakers; {len(dropped)} dropped as shorter than {options.min_seconds} s or "
-        f"longer than {options.max_seconds} s -> {target}"
+        f"{options.split}: {totals['hours']:.2f} h, {totals['utterances']} utterances, "
+        f"{totals['words']} words, {totals['speakers']} speakers; {len(dropped)} dropped as shorter "
+        f"than {options.min_seconds} s or longer than {options.max_seconds} s -> {target}"
     )
     return 0
 

@@ -42,8 +42,8 @@ class Speakers:
     """A population of speakers. Ranges are (low, high), drawn uniformly for each utterance.
 
     Args:
-        variants: names of eSpeak NG voice variants; an empty name is the accent's plain voice. Empty: all that
-            no other split owns.
+        variants: names of eSpeak NG voice variants; an empty name is the accent's plain voice. Empty: all
+            that no other split owns.
         accents: accents to combine them with. Default: all eight.
         speed: words a minute by eSpeak NG's count.
         pitch: 0..100.

@@ -1,0 +1,177 @@
+"""Knows: batches, resuming, broken files. Must not know: models."""
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from lhotse import CutSet
+
+from icefall_fusion.data.audio import AudioError, load_audio
+from icefall_fusion.data.datamodule import DataOptions, EvalBatches, TrainBatches
+from icefall_fusion.data.fbank import FbankOptions, extract, run
+from icefall_fusion.data.manifests import cut_of, cuts_path, write_cuts
+
+OPTIONS = DataOptions(
+    max_duration=6, eval_duration=6, num_buckets=2, min_seconds=0.1, max_seconds=3, workers=0
+)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 utterances of noise, 0.5-2.8 s, with features."""
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    cuts = []
+    for index in range(24):
+        samples = rng.uniform(-0.2, 0.2, int(16_000 * (0.5 + 0.1 * index)))
+        path = folder / f"{index}.flac"
+        soundfile.write(path, samples, 16_000)
+        utterance = {"id": f"u{index}", "text": f"word {index}"}
+        cuts.append(cut_of(utterance, path, len(samples), {"voice": "noise"}))
+    write_cuts(cuts, cuts_path(folder / "manifests", "train"))
+    assert run(FbankOptions(folder, ("train",), jobs=1, shard_size=10)) == 0
+    return folder
+
+
+def _manifest(data: Path) -> Path:
+    return cuts_path(data / "fbank", "train")
+
+
+def _encode(text: str) -> list:
+    return [ord(letter) for letter in text]
+
+
+def test_stored_features_are_those_of_the_audio(data: Path) -> None:
+    for cut in CutSet.from_jsonl_lazy(_manifest(data)):
+        fresh = extract(load_audio(cut.recording.sources[0].source))
+        assert np.abs(cut.load_features() - fresh.numpy()).max() < 0.05  # lilcom's step is 1/32
+
+
+def test_eval_batches_are_complete_and_fixed(data: Path) -> None:
+    batches = EvalBatches(_manifest(data), OPTIONS, _encode)
+    first, second = list(batches), list(batches)
+    ids = [id for batch in first for id in batch["ids"]]
+    assert sorted(ids) == sorted(f"u{index}" for index in range(24)) and len(first) == len(batches)
+    for one, two in zip(first, second):
+        assert one["ids"] == two["ids"] and torch.equal(one["features"], two["features"])
+        assert one["features"].shape == (len(one["ids"]), int(one["lens"].max()), 80)
+        assert one["tokens"] == [_encode(text) for text in one["texts"]]
+        assert one["features"].shape[1] * len(one["ids"]) <= 600
+    fewer = EvalBatches(_manifest(data), OPTIONS, limit=5, done=["u1"])
+    assert sum(len(batch["ids"]) for batch in fewer) == fewer.utterances == 4
+
+
+@pytest.mark.parametrize("stop", [0, 1, 4])
+def test_resume_goes_on_with_the_same_batches(data: Path, stop: int) -> None:
+    whole = TrainBatches(_manifest(data), OPTIONS, _encode)
+    expected = [batch for _ in range(2) for batch in whole]
+    killed = TrainBatches(_manifest(data), OPTIONS, _encode)
+    source = iter(killed)
+    for _ in range(stop):
+        next(source)
+    resumed = TrainBatches(_manifest(data), OPTIONS, _encode)
+    resumed.load_state_dict(json.loads(json.dumps(killed.state_dict())))
+    rest = [batch for _ in range(2) for batch in resumed]
+    assert len(rest) == len(expected) - stop
+    for one, two in zip(expected[stop:], rest):
+        assert one["ids"] == two["ids"] and torch.equal(one["features"], two["features"])
+    assert [batch["ids"] for batch in expected[: len(expected) // 2]] != [
+        batch["ids"] for batch in expected[len(expected) // 2 :]
+    ]
+
+
+def test_position_at_the_end_leads_into_the_next_epoch(data: Path) -> None:
+    batches = TrainBatches(_manifest(data), OPTIONS)
+    source = iter(batches)
+    for _ in range(sum(1 for _ in TrainBatches(_manifest(data), OPTIONS))):
+        next(source)
+    resumed = TrainBatches(_manifest(data), OPTIONS)
+    resumed.load_state_dict(batches.state_dict())
+    assert sum(len(batch["ids"]) for batch in resumed) == 24 and resumed.epoch == 2
+
+
+def test_workers_do_not_change_batches(data: Path) -> None:
+    alone = list(TrainBatches(_manifest(data), OPTIONS))
+    helped = list(TrainBatches(_manifest(data), dataclasses.replace(OPTIONS, workers=2)))
+    assert [batch["ids"] for batch in alone] == [batch["ids"] for batch in helped]
+    assert all(torch.equal(one["features"], two["features"]) for one, two in zip(alone, helped))
+
+
+def test_spec_augment_changes_training_only(data: Path) -> None:
+    plain = {}
+    for batch in EvalBatches(_manifest(data), OPTIONS):
+        plain.update(zip(batch["ids"], batch["features"]))
+    changed = 0
+    for batch in TrainBatches(_manifest(data), OPTIONS):
+        for id, features, length in zip(batch["ids"], batch["features"], batch["lens"]):
+            changed += not torch.equal(features[:length], plain[id][:length])
+    assert changed > 12
+
+
+def test_broken_files_are_skipped_and_listed(data: Path, tmp_path: Path) -> None:
+    cuts = list(CutSet.from_jsonl_lazy(_manifest(data)))
+    archive = Path(cuts[0].features.storage_path)
+    short = tmp_path / archive.name
+    short.write_bytes(archive.read_bytes()[:-2000])  # the last utterance of the archive loses its end
+    damaged = [dataclasses.replace(cut, features=dataclasses.replace(cut.features, storage_path=str(short)))
+               for cut in cuts[:10]]  # fmt: skip
+    no_audio = [dataclasses.replace(cut, features=None) for cut in cuts[20:22]]
+    gone = dataclasses.replace(no_audio[1].recording.sources[0], source=str(tmp_path / "gone.flac"))
+    recording = dataclasses.replace(no_audio[1].recording, sources=[gone])
+    no_audio[1] = dataclasses.replace(no_audio[1], recording=recording)
+    manifest = tmp_path / "cuts.jsonl.gz"
+    write_cuts([*damaged, *no_audio], manifest)
+    batches = EvalBatches(manifest, OPTIONS)
+    ids = {id for batch in batches for id in batch["ids"]}
+    assert ids == {f"u{index}" for index in range(9)} | {"u20"}
+    assert {entry["id"] for entry in batches.skipped} == {"u9", "u21"}
+    assert any("gone.flac" in entry["error"] for entry in batches.skipped)
+
+
+def test_fbank_job_lists_broken_audio(tmp_path: Path) -> None:
+    samples = np.random.default_rng(1).uniform(-0.2, 0.2, 32_000)
+    cuts = []
+    for name in ("good", "short", "missing"):
+        path = tmp_path / f"{name}.flac"
+        if name != "missing":
+            soundfile.write(path, samples, 16_000)
+        cuts.append(cut_of({"id": name, "text": "x"}, path, len(samples), {"voice": "noise"}))
+    data = (tmp_path / "short.flac").read_bytes()
+    (tmp_path / "short.flac").write_bytes(data[: len(data) // 2])
+    write_cuts(cuts, cuts_path(tmp_path / "manifests", "dev"))
+    assert run(FbankOptions(tmp_path, ("dev",), jobs=1)) == 3
+    report = json.loads((tmp_path / "fbank" / "compute-fbank-dev.json").read_text())
+    assert {entry["id"] for entry in report["skipped"]} == {"short", "missing"} and report["utterances"] == 1
+
+
+@pytest.mark.parametrize(("rate", "channels"), [(8_000, 1), (16_000, 2), (44_100, 2), (48_000, 1)])
+def test_load_audio_resamples_and_mixes(tmp_path: Path, rate: int, channels: int) -> None:
+    time = np.arange(rate) / rate
+    tone = np.sin(2 * np.pi * 440 * time) * 0.5
+    soundfile.write(tmp_path / "a.wav", np.stack([tone] * channels, axis=1), rate)
+    samples = load_audio(tmp_path / "a.wav")
+    assert samples.dtype == np.float32 and samples.shape == (16_000,)
+    expected = np.sin(2 * np.pi * 440 * np.arange(16_000) / 16_000) * 0.5
+    assert np.abs(samples - expected)[1000:-1000].max() < 0.01
+
+
+def test_load_audio_names_the_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere.wav"):
+        load_audio(tmp_path / "nowhere.wav")
+    (tmp_path / "zero.wav").write_bytes(b"")
+    (tmp_path / "text.wav").write_text("not audio")
+    soundfile.write(tmp_path / "none.wav", np.zeros(0), 16_000)
+    for name in ("zero.wav", "text.wav", "none.wav"):
+        with pytest.raises(AudioError, match=name):
+            load_audio(tmp_path / name)
+    assert len(load_audio(tmp_path / "none.wav", allow_empty=True)) == 0
+
+
+def test_missing_manifest_is_named() -> None:
+    with pytest.raises(FileNotFoundError, match="nothing.jsonl.gz"):
+        TrainBatches("nothing.jsonl.gz", OPTIONS)
