@@ -1,1 +1,10 @@
-"""Search: greedy and batched prefix beam search over CTC log-probs."""
+"""Search: greedy and batched prefix beam search over CTC log-probs.
+Knows: log-probs, prefixes, the Fusion protocol. Must not know: which language model takes part.
+"""
+from __future__ import annotations
+
+from icefall_fusion.search.beam import Beam, Fusion
+from icefall_fusion.search.ctc_greedy import ctc_greedy_search
+from icefall_fusion.search.ctc_prefix import PrefixSearchOptions, ctc_prefix_search
+
+__all__ = ["Beam", "Fusion", "PrefixSearchOptions", "ctc_greedy_search", "ctc_prefix_search"]

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from icefall_fusion.checks import check
 
-# node, last, content hash, content hash of the parent, "repeats its parent's last piece"
-_NODE, _LAST, _HASH, _PARENT_HASH, _REPEATS = range(5)
+_NODE, _LAST, _HASH, _PARENT_HASH, _REPEATS = range(5)  # rows of Beam's integers
+_ROOT_HASH, _NO_HASH = 1, 0
+_HASH_FACTOR = 0x2545F4914F6CDD1D  # odd, so that multiplying by it loses nothing modulo 2^64
 
 
 class PrefixArena:
@@ -142,8 +143,8 @@ class PrefixArena:
         self._parent[row].copy_(parents)
         self._piece[row].copy_(pieces)
         if self._starts_word is not None:
-            flat = self._boundary.view(-1)
-            torch.where(self._starts_word[pieces], parents, flat[parents], out=self._boundary[row])
+            closed = self._boundary.view(-1)[parents]
+            self._boundary[row].copy_(torch.where(self._starts_word[pieces], parents, closed))
         self.rows = row + 1
         return self.first_ids + row * self.row_size
 
@@ -184,7 +185,7 @@ class Beam:
         last: [B, K] int64, last piece (blank at the root).
         log_blank, log_nonblank: [B, K] float32, natural-log mass of the alignments that end in blank / not.
         log_total: [B, K] float32, their log-sum. These three are relative to ``offset`` of the utterance.
-        offset: [B] float64, log-probability of the best path so far; ``log_total + offset`` is absolute.
+        offset: [B] float64; after the last frame ``log_total + offset`` is the absolute log-probability.
         lm: [B, K, S] float32, RAW (unweighted) natural-log score that fusion s has given.
         words: [B, K, S] int64, words whose bonus fusion s has paid.
         state: [B, K, S] int64, one integer of the fusion's own (its tree node).
@@ -198,14 +199,17 @@ class Beam:
     def __init__(self, arena: PrefixArena, lens: Tensor, blank: int, fusions: int = 0) -> None:
         batch, beam, device = arena.batch, arena.beam, lens.device
         self.arena, self.lens, self.blank, self.frame = arena, lens, blank, -1
+        # node, last, hash, parent_hash, repeats; see the properties
         self._ints = torch.zeros(batch, 5, beam, dtype=torch.int64, device=device)
         self._ints[:, _NODE] = arena.first_ids[:, :1]
         self._ints[:, _LAST] = blank
-        self._ints[:, _HASH] = 1
-        self.log_blank = torch.full((batch, beam), -torch.inf, device=device)
-        self.log_blank[:, 0] = 0.0
-        self.log_nonblank = torch.full_like(self.log_blank, -torch.inf)
-        self.log_total = self.log_blank.clone()
+        self._ints[:, _HASH, 0] = _ROOT_HASH
+        # [never, log_total of each slot | never, log_blank of each slot]: one gather finds the mass that an
+        # extension of slot i carries over, at i + 1 or, if it repeats the last piece, K + 1 further; at 0:
+        # none
+        self._carried = torch.full((batch, 2 * (beam + 1)), -torch.inf, device=device)
+        self._carried[:, 1] = self._carried[:, beam + 2] = 0.0
+        self.log_nonblank = torch.full((batch, beam), -torch.inf, device=device)
         self.offset = torch.zeros(batch, dtype=torch.float64, device=device)
         self.lm = torch.zeros(batch, beam, fusions, device=device)
         self.words = torch.zeros(batch, beam, fusions, dtype=torch.int64, device=device)
@@ -221,6 +225,24 @@ class Beam:
         return self._ints[:, _LAST]
 
     @property
+    def hash(self) -> Tensor:
+        """[B, K] int64, equal for equal prefixes of an utterance; 0 for a dead slot."""
+        return self._ints[:, _HASH]
+
+    @property
+    def parent_hash(self) -> Tensor:
+        """[B, K] int64, hash of the prefix without its last piece; 0 for a root or a dead slot."""
+        return self._ints[:, _PARENT_HASH]
+
+    @property
+    def log_total(self) -> Tensor:
+        return self._carried[:, 1 : self.arena.beam + 1]
+
+    @property
+    def log_blank(self) -> Tensor:
+        return self._carried[:, self.arena.beam + 2 :]
+
+    @property
     def alive(self) -> Tensor:
         """[B, K] bool."""
         return self.log_total > -torch.inf
@@ -234,6 +256,75 @@ class Beam:
     def score(self) -> Tensor:
         """[B, K] float32, what ranks the slots: ``log_total + fused`` (relative to ``offset``)."""
         return self.log_total + self.fused
+
+    def ranks(self) -> Tensor:
+        """Return the slots of each utterance, best first: [B, K] int64; dead ones last, ties in place."""
+        scores = self.score.masked_fill(~self.alive, -torch.inf)
+        return scores.sort(dim=1, descending=True, stable=True).indices
+
+    # -- what the search does with it
+    def parent_slots(self, one_to_beam: Tensor) -> Tensor:
+        """Return 1 + the slot that holds each prefix's parent, 0 if none does: [B, K] int64.
+
+        Prefixes are compared by a 64-bit hash of their pieces, not by node: a parent that was pruned and is
+        born again has another node but the same hash.
+        """
+        linked = self.parent_hash.unsqueeze(2) == self.hash.unsqueeze(1)
+        return (linked * one_to_beam).amax(-1)
+
+    def carried_from(self, parent_slots: Tensor) -> Tensor:
+        """Return [B, K] the mass that each prefix gets from its parent's slot, before its piece's score."""
+        return self._carried.gather(1, parent_slots + self._ints[:, _REPEATS])
+
+    def follow(self, source: Tensor, piece: Tensor, grew: Tensor, keys: Tensor) -> None:
+        """Let each slot become what it came from, extended by ``piece`` where it ``grew``.
+
+        Args:
+            source: [B, K] slot of the prefix that stayed or was extended.
+            piece: [B, K] piece of the extension (not read where the slot did not grow).
+            grew: [B, K] bool.
+            keys: [V] int64 random numbers, the hash keys.
+        """
+        before = self._ints.gather(2, source.unsqueeze(1).expand(-1, 5, -1))
+        node, last, content = before[:, _NODE], before[:, _LAST], before[:, _HASH]
+        after = torch.empty_like(before)
+        after[:, _NODE] = self.arena.add_row(node, piece)
+        after[:, _LAST] = piece
+        # multiply, then exclusive-or: no polynomial identity makes two different prefixes collide
+        torch.bitwise_xor(content * _HASH_FACTOR, keys[piece], out=after[:, _HASH])
+        after[:, _PARENT_HASH] = content
+        torch.mul(last == piece, self.arena.beam + 1, out=after[:, _REPEATS])
+        self._ints = torch.where(grew.unsqueeze(1), after, before)
+
+    def restart(self, after_skip: Tensor) -> None:
+        """Take blank as the last thing heard in the utterances [B, 1] bool that just skipped frames."""
+        self.log_blank.copy_(torch.where(after_skip, self.log_total, self.log_blank))
+        self.log_nonblank = self.log_nonblank.masked_fill(after_skip, -torch.inf)
+
+    def rescale(self, which: Tensor) -> None:
+        """Make the best mass 0 in utterances [B] bool and put the difference into ``offset``."""
+        best = self.log_total.amax(1).masked_fill_(~which, 0.0)
+        self._carried -= best.unsqueeze(1)
+        self.log_nonblank = self.log_nonblank - best.unsqueeze(1)
+        self.offset += best
+
+    def bury(self, dead: Tensor) -> None:
+        """Make dead slots [B, K] findable by no one."""
+        self._ints[:, _HASH : _PARENT_HASH + 1].masked_fill_(dead.unsqueeze(1), _NO_HASH)
+
+    def permute(self, source: Tensor) -> None:
+        """Re-order the slots: slot k becomes what slot ``source[b, k]`` was."""
+        self._ints = self._ints.gather(2, source.unsqueeze(1).expand(-1, 5, -1))
+        self.log_total.copy_(self.log_total.gather(1, source))
+        self.log_blank.copy_(self.log_blank.gather(1, source))
+        self.log_nonblank = self.log_nonblank.gather(1, source)
+        self.permute_scores(source)
+
+    def permute_scores(self, source: Tensor) -> None:
+        """Re-order what belongs to the fusions."""
+        wide = source.unsqueeze(2).expand_as(self.lm)
+        self.lm, self.words, self.state = (x.gather(1, wide) for x in (self.lm, self.words, self.state))
+        self.fused = self.fused.gather(1, source)
 
 
 @runtime_checkable

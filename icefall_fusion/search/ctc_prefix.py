@@ -1,0 +1,208 @@
+"""Exact CTC prefix beam search, batched over utterances, with language models joining as it goes.
+Knows: the order of work in a frame, options, blocks of frames. Must not know: which language model it is.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Optional, Sequence
+
+import torch
+from torch import Tensor
+
+from icefall_fusion.checks import check
+from icefall_fusion.nbest import NBest
+from icefall_fusion.search.beam import Beam, Fusion, PrefixArena
+from icefall_fusion.search.candidates import (
+    best_pieces,
+    columns_needed,
+    make_pairs,
+    plan_frames,
+    prepare_frames,
+)
+from icefall_fusion.search.emission_check import Emissions, check_emissions
+from icefall_fusion.search.export import export_nbests
+from icefall_fusion.search.frame_step import Candidates, Frame, FrameStep
+from icefall_fusion.search.joint import JointFusion
+
+if TYPE_CHECKING:
+    from icefall_fusion.tokens import AcousticTokens
+
+_BLOCK = 48  # frames prepared at once: large enough to amortize calls, small enough to stay in cache
+_ROUNDING = 1e-3  # nats; more than the rounding of sums of scores
+
+
+@dataclass(frozen=True)
+class PrefixSearchOptions:
+    """Options of the prefix beam search. The defaults are exact, given the beam.
+
+    Args:
+        beam: prefixes kept per utterance (K).
+        top_pieces: only this many best pieces of a frame may extend a prefix; none: all (exact, and no
+        slower). score_beam: prefixes that score this many nats less than the best are dropped; none: no
+        limit. blank_skip: frames whose blank probability exceeds this are taken as pure blank (a piece may
+        repeat
+            after them); between 0.5 and 1; none: no frame is skipped. 0.999 is harmless and faster.
+        recover_mass: keep the forward masses of pruned children of live prefixes and give them back when such
+            a prefix is born again: closer to the true probability, slower.
+        nbest: hypotheses returned; none: all of the beam.
+        frame_shift: seconds per frame, for word times.
+        word_times: whether hypotheses carry word times.
+    """
+
+    beam: int = 10
+    top_pieces: Optional[int] = None
+    score_beam: Optional[float] = None
+    blank_skip: Optional[float] = None
+    recover_mass: bool = False
+    nbest: Optional[int] = None
+    frame_shift: float = 0.04
+    word_times: bool = True
+
+    def __post_init__(self) -> None:
+        name = "PrefixSearchOptions."
+        check(self.beam >= 1, name + "beam", "be at least 1", self.beam)
+        check(self.top_pieces is None or self.top_pieces >= 1, name + "top_pieces", "be none or at least 1",
+              self.top_pieces)
+        check(self.score_beam is None or self.score_beam > 0, name + "score_beam", "be none or above 0",
+              self.score_beam)
+        check(self.blank_skip is None or 0.5 <= self.blank_skip <= 1, name + "blank_skip",
+              "be none or between 0.5 and 1", self.blank_skip)
+        check(self.nbest is None or self.nbest >= 1, name + "nbest", "be none or at least 1", self.nbest)
+        check(self.frame_shift > 0, name + "frame_shift", "be above 0 seconds", self.frame_shift)
+
+
+@torch.no_grad()
+def ctc_prefix_search(
+    log_probs: Tensor,
+    lens: Tensor,
+    options: Optional[PrefixSearchOptions] = None,
+    tokens: Optional[AcousticTokens] = None,
+    fusions: Sequence[Fusion] = (),
+    ids: Optional[Sequence[str]] = None,
+    blank_id: Optional[int] = None,
+) -> list[NBest]:
+    """Search the most probable piece sequences (sum over alignments) of a batch of utterances.
+
+    Exact CTC prefix beam search (Graves 2006; Hannun et al. 2014), with shallow fusion before and delayed
+    fusion (Hori et al. 2025, section 2) after each pruning. The result of an utterance depends neither on the
+    batch it is in nor on what stands in the padding. Runs on the device of ``log_probs``.
+
+    Args:
+        log_probs: [B, T, V] natural-log probabilities, any float type; -inf is allowed.
+        lens: [B] frames of each utterance, 0..T.
+        options: see PrefixSearchOptions; none: the defaults.
+        tokens: the vocabulary; none: hypotheses have no text, word times and word bonus.
+        fusions: language models, see beam.Fusion.
+        ids: utterance names; none: "0", "1", ...
+        blank_id: id of blank; none: that of ``tokens``, or 0.
+
+    Returns:
+        One NBest per utterance, best first; scores "ctc" (exact log-mass that the beam kept), one per fusion,
+        "words" and "total".
+
+    Raises:
+        ValueError: shapes, lengths, blank or vocabulary do not fit; NaN or +inf among the log-probs, or a
+        frame
+            in which nothing is possible (the message names the utterance).
+    """
+    options = options or PrefixSearchOptions()
+    blank = blank_id if blank_id is not None else tokens.blank_id if tokens is not None else 0
+    emissions = check_emissions(log_probs, lens, blank, tokens, ids)
+    search = _PrefixSearch(emissions, options, JointFusion(fusions, tokens), tokens)
+    return export_nbests(search.run(), emissions, search.frame_map, options.nbest or options.beam,
+                         options.frame_shift if options.word_times else None, tokens, fusions)
+
+
+class _PrefixSearch:
+    """One search over one batch: blocks of frames, and in each frame extend, merge, prune, fuse.
+
+    Which pieces may extend: without shallow fusion the few pairs of slot and piece that the proof in
+    candidates.py leaves; with it, all pieces that could survive if the language model were certain of them.
+    """
+
+    def __init__(self, emissions: Emissions, options: PrefixSearchOptions, joint: JointFusion,
+                 tokens: Optional[AcousticTokens]) -> None:
+        self.joint, self.blank = joint, emissions.blank
+        self.offset = (emissions.best.double() * emissions.live).sum(1)
+        plan = plan_frames(emissions, options.blank_skip, leave_out=not joint.fusions)
+        self.log_probs, self.best, self.searched = plan.log_probs, plan.best, plan.searched
+        self.frame_map, self.restarts, self.rescale = plan.map, plan.restarts, plan.rescale
+        self.live = emissions.live
+        batch, frames, pieces = self.log_probs.shape
+        device = self.log_probs.device
+        starts_word = None
+        if tokens is not None and joint.fusions:
+            starts_word = torch.tensor(tokens.starts_word, device=device)
+        arena = PrefixArena(batch, options.beam, device, starts_word, rows=frames + 1)
+        self.beam = Beam(arena, emissions.lens, self.blank, len(joint.fusions))
+        joint.begin(self.beam, emissions.ids)
+        self.step = FrameStep(self.beam, pieces, options.score_beam)
+        self.limit = pieces - 1 if options.top_pieces is None else min(options.top_pieces, pieces - 1)
+        self.widens = joint.extends and joint.ranks
+        self.wide: dict[int, Candidates] = {}
+        slack = options.beam - 1 if joint.ranks else 0
+        columns = 0 if self.widens else min(self.limit, columns_needed(options.beam, pieces, slack))
+        self.out = Candidates(batch, make_pairs(options.beam, columns, slack, device), options.beam, device)
+
+    def run(self) -> Beam:
+        """Search all frames, let the fusions finish, and return the beam."""
+        frames = self.log_probs.shape[1]
+        for start in range(0, frames, _BLOCK):
+            stop = min(start + _BLOCK, frames)
+            block = slice(start, stop)
+            ready = prepare_frames(self.log_probs[:, block], self.best[:, block], self.searched[:, block],
+                                   self.blank, self.out.pairs)
+            for frame, *scores in zip(range(start, stop), *(x.unbind(0) for x in ready)):
+                self._search_frame(frame, Frame(self.log_probs[:, frame], *scores))
+        self.beam.offset += self.offset
+        self.joint.finish(self.beam)
+        return self.beam
+
+    def _search_frame(self, number: int, frame: Frame) -> None:
+        beam, step, joint = self.beam, self.step, self.joint
+        beam.frame = number
+        if number in self.rescale:
+            beam.rescale(self.rescale[number])
+        if self.restarts is not None:
+            beam.restart(self.restarts[number])
+        order = None
+        if joint.ranks and not self.widens:
+            order = beam.ranks()
+            beam.permute(order)
+        out = self.out
+        last_score, parent_slots = step.stay(frame, out)
+        active = None
+        if joint.extends:
+            active = self.searched[:, number]
+            if self.widens:
+                frame, out, active = self._widen(frame, active)
+        step.extend(frame, out, last_score, parent_slots)
+        scores = joint.score(beam, out, frame.piece, active)
+        chosen, source, grew = step.prune(frame, out, scores)
+        if joint.fusions:
+            moved_from = source if order is None else order.gather(1, source)
+            joint.follow(beam, out, chosen, source, grew, moved_from)
+            joint.fuse(beam, number, self.live[:, number])
+
+    def _widen(self, frame: Frame, active: Tensor) -> tuple[Frame, Candidates, Tensor]:
+        """Choose the pieces that could enter the beam if shallow fusion were certain of them (exact)."""
+        beam, stays = self.beam, self.out
+        scores = frame.row + frame.shift  # [B, V]
+        scores[:, self.blank] = -torch.inf
+        stay_scores = stays.stay_total + beam.fused
+        worst = stay_scores.masked_fill(stays.stay_total == -torch.inf, -torch.inf).amin(1)
+        best = beam.score.masked_fill(~beam.alive, -torch.inf).amax(1)
+        needed = worst - best - self.joint.ceiling - _ROUNDING
+        counts = ((scores >= needed.unsqueeze(1)) & (scores > -torch.inf)).sum(1)
+        active = active & (counts > 0)
+        count = int((counts * active).max())  # the one wait for the device
+        count = min(self.limit, -(-count // 8) * 8)  # few different sizes
+        if count == 0:
+            return frame, stays, active
+        if count not in self.wide:
+            pairs = make_pairs(stays.beam, count, None, scores.device)
+            self.wide[count] = Candidates(scores.shape[0], stays.beam, pairs, scores.device)
+        out = self.wide[count]
+        out.masses[:, :, : out.beam] = stays.masses[:, :, : out.beam]
+        score, piece = best_pieces(scores, count)
+        return frame._replace(piece=piece, score=score, pair_score=score.repeat(1, out.beam)), out, active

@@ -1,0 +1,74 @@
+"""The input of a search, checked once: log-probs, lengths, blank, vocabulary, names.
+Knows: shapes and what may stand in log-probs. Must not know: searches, language models.
+"""
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple, Optional, Sequence
+
+import torch
+from torch import Tensor
+
+from icefall_fusion.checks import check
+
+if TYPE_CHECKING:
+    from icefall_fusion.tokens import AcousticTokens
+
+
+class Emissions(NamedTuple):
+    """Checked log-probs of a batch.
+
+    log_probs: [B, T, V] float32, T the longest length; padding is free of NaN and +inf.
+    best: [B, T] largest log-prob of each frame, 0 in padding; live: [B, T] bool, False in padding.
+    lens: [B] int64; ids: B names; blank: id of blank.
+    """
+
+    log_probs: Tensor
+    best: Tensor
+    live: Tensor
+    lens: Tensor
+    ids: list[str]
+    blank: int
+
+
+def check_emissions(log_probs: Tensor, lens: Tensor, blank: int, tokens: Optional[AcousticTokens],
+                    ids: Optional[Sequence[str]]) -> Emissions:
+    """Check the arguments of a search and bring them into one form.
+
+    Raises:
+        ValueError: see ctc_prefix_search.
+    """
+    check(log_probs.dim() == 3, "log_probs", "have 3 dimensions [B, T, V]", tuple(log_probs.shape))
+    check(log_probs.is_floating_point(), "log_probs", "be floating point", log_probs.dtype)
+    batch, frames, pieces = log_probs.shape
+    check(pieces >= 2, "log_probs", "have a blank and at least one more piece (V >= 2)", pieces)
+    check(tokens is None or tokens.size == pieces, "tokens.size",
+          f"equal the {pieces} pieces of log_probs", tokens.size if tokens is not None else None)
+    check(0 <= blank < pieces, "blank_id", f"be in 0..{pieces - 1}", blank)
+    check(tokens is None or tokens.blank_id == blank, "blank_id",
+          f"be the blank of tokens ({tokens.blank_id if tokens is not None else None})", blank)
+    check(lens.shape == (batch,), "lens", f"have shape [{batch}]", tuple(lens.shape))
+    check(not lens.is_floating_point(), "lens", "hold integers", lens.dtype)
+    names = [str(i) for i in range(batch)] if ids is None else [str(i) for i in ids]
+    check(len(names) == batch, "ids", f"name {batch} utterances", len(names))
+    for name, length in zip(names, lens.tolist()):
+        check(0 <= length <= frames, f"lens of utterance {name}", f"be in 0..{frames}", length)
+    lens = lens.to(device=log_probs.device, dtype=torch.int64)
+    log_probs = log_probs[:, : int(lens.max()) if batch else 0].float()
+    live = torch.arange(log_probs.shape[1], device=lens.device) < lens.unsqueeze(1)
+    if not log_probs.numel():
+        return Emissions(log_probs, live.float(), live, lens, names, blank)
+    best = log_probs.amax(-1)  # NaN passes through a maximum
+    _refuse_bad_frames(best, live, names)
+    if bool((~live & ~(best < torch.inf)).any()):
+        log_probs = log_probs.masked_fill(~live.unsqueeze(-1), 0.0)
+    return Emissions(log_probs, best.masked_fill(~live, 0.0), live, lens, names, blank)
+
+
+def _refuse_bad_frames(best: Tensor, live: Tensor, names: Sequence[str]) -> None:
+    bad = live & ~torch.isfinite(best)
+    if not bool(bad.any()):
+        return
+    utterance, frame = bad.nonzero()[0].tolist()
+    value = float(best[utterance, frame])
+    what = "have a possible piece in every frame" if value == -torch.inf else "not hold NaN or +inf"
+    check(False, f"log_probs of utterance {names[utterance]}", what, f"{value} in frame {frame}")

@@ -1,0 +1,151 @@
+"""All language models of a search together: what they add to the ranking, and when they are called.
+Knows: the Fusion protocol, beams, candidates. Must not know: which language model it is, log-probs of frames.
+"""
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Optional, Sequence
+
+import torch
+from torch import Tensor
+
+from icefall_fusion.checks import check
+from icefall_fusion.search.beam import Beam, Fusion
+from icefall_fusion.search.frame_step import Candidates
+
+if TYPE_CHECKING:
+    from icefall_fusion.tokens import AcousticTokens
+
+_RESERVED = ("ctc", "words", "total")
+
+
+class JointFusion:
+    """The fusions of one search.
+
+    Attributes:
+        ranks: some weight or bonus is not 0, so that the order of the slots is not that of their CTC mass.
+        extends: some fusion scores extensions (shallow fusion); known after ``begin``.
+
+    Raises:
+        ValueError: two fusions share a source, a source is reserved, a weight is negative or not finite, or a
+            word bonus is asked for without a vocabulary.
+    """
+
+    def __init__(self, fusions: Sequence[Fusion], tokens: Optional[AcousticTokens]) -> None:
+        self.fusions, self.tokens = list(fusions), tokens
+        for fusion in self.fusions:
+            name = f"fusion {fusion.source!r}: "
+            check(fusion.source not in _RESERVED, "fusion.source", f"differ from {_RESERVED}", fusion.source)
+            check(math.isfinite(fusion.weight) and fusion.weight >= 0, name + "weight",
+                  "be at least 0 and finite", fusion.weight)
+            check(math.isfinite(fusion.word_bonus), name + "word_bonus", "be finite", fusion.word_bonus)
+            check(tokens is not None or fusion.word_bonus == 0, name + "word_bonus",
+                  "be 0 when the search has no tokens", fusion.word_bonus)
+        sources = [fusion.source for fusion in self.fusions]
+        check(len(set(sources)) == len(sources), "fusions", "have sources that differ", sources)
+        self.ranks = any(fusion.weight != 0 or fusion.word_bonus != 0 for fusion in self.fusions)
+        self.shallow: list[Fusion] = []
+        self._raw: list[Tensor] = []
+        self._opens: Optional[Tensor] = None
+        self._starts_word: Optional[Tensor] = None
+
+    @property
+    def extends(self) -> bool:
+        return bool(self.shallow)
+
+    @property
+    def ceiling(self) -> float:
+        """The most that all shallow fusions can add to an extension."""
+        gains = [f.weight * getattr(f, "ceiling", 0.0) + max(0.0, f.word_bonus) for f in self.shallow]
+        return sum(gains)
+
+    def begin(self, beam: Beam, ids: Sequence[str]) -> None:
+        """Start every fusion and learn which of them score extensions (one call with one piece)."""
+        for index, fusion in enumerate(self.fusions):
+            fusion.begin(beam, index, self.tokens, ids)
+        self.shallow = []
+        active = beam.lens > 0
+        if not bool(active.any()):
+            return
+        piece = torch.full_like(beam.lens, 1 if beam.blank == 0 else 0).unsqueeze(1)  # [B, 1]
+        self.shallow = [f for f in self.fusions if f.extension_scores(beam, piece, active) is not None]
+        if self.tokens is not None:
+            self._starts_word = torch.tensor(self.tokens.starts_word, device=beam.lens.device)
+
+    def score(self, beam: Beam, out: Candidates, piece: Tensor, active: Tensor) -> Tensor:
+        """Return what ranks the candidates, [B, K + P]: mass and language models together.
+
+        Args:
+            out: the candidates' masses; extensions of inactive utterances are struck out here.
+            piece: [B, C] candidate pieces; active: [B] bool, see Fusion.extension_scores.
+        """
+        if not self.fusions:
+            return out.real_total
+        slot = out.pairs.slot
+        extra = beam.fused.index_select(1, slot)
+        if self.shallow and slot.numel():
+            out.masses[:, :, out.beam :].masked_fill_(~active.view(-1, 1, 1), -torch.inf)
+            extra = self._extension_scores(beam, out, piece, active, extra)
+        total = out.real_total
+        if not self.ranks:
+            return total
+        scores = total + torch.cat([beam.fused, extra], dim=1)
+        return scores.masked_fill(total == -torch.inf, -torch.inf)  # dead slots may carry anything
+
+    def _extension_scores(self, beam: Beam, out: Candidates, piece: Tensor, active: Tensor,
+                          extra: Tensor) -> Tensor:
+        slot, column = out.pairs.slot, out.pairs.column
+        place = slot * out.pairs.columns + column
+        self._raw = []
+        self._opens = None
+        if self._starts_word is not None:
+            at_root = (beam.last == beam.blank).index_select(1, slot)
+            self._opens = self._starts_word[piece].index_select(1, column) | at_root
+        for fusion in self.shallow:
+            raw = fusion.extension_scores(beam, piece, active)
+            expected = (*beam.last.shape, piece.shape[1])
+            check(raw is not None and raw.shape == expected, f"extension_scores of {fusion.source!r}",
+                  f"have shape {expected}", None if raw is None else tuple(raw.shape))
+            raw = raw.to(extra.dtype).flatten(1).index_select(1, place)
+            self._raw.append(raw)
+            if fusion.weight != 0:
+                extra = extra + fusion.weight * raw
+            if fusion.word_bonus != 0:
+                extra = extra + fusion.word_bonus * self._opens
+        return extra
+
+    def follow(self, beam: Beam, out: Candidates, chosen: Tensor, source: Tensor, grew: Tensor,
+               moved_from: Tensor) -> None:
+        """Move all scores and states to their new slots and pay for extensions.
+
+        Args:
+            chosen: [B, K] candidate positions; source: [B, K] slots now; grew: [B, K] bool.
+            moved_from: [B, K] slots as the fusions knew them after the last frame.
+        """
+        if not self.fusions:
+            return
+        beam.permute_scores(source)
+        if self.shallow and out.pairs.columns:
+            place = (chosen - out.beam).clamp_(min=0)
+            opened = None if self._opens is None else grew & self._opens.gather(1, place)
+            for fusion, raw in zip(self.shallow, self._raw):
+                gain = raw.gather(1, place).masked_fill_(~grew, 0.0)
+                beam.lm[..., fusion.index] += gain
+                if fusion.weight != 0:
+                    beam.fused += fusion.weight * gain
+                if opened is not None:
+                    beam.words[..., fusion.index] += opened
+                    if fusion.word_bonus != 0:
+                        beam.fused += fusion.word_bonus * opened
+        for fusion in self.fusions:
+            fusion.advance(beam, moved_from, grew)
+
+    def fuse(self, beam: Beam, frame: int, active: Tensor) -> None:
+        """Let the delayed fusions act."""
+        for fusion in self.fusions:
+            fusion.fuse(beam, frame, active)
+
+    def finish(self, beam: Beam) -> None:
+        """Let every fusion score what is left."""
+        for fusion in self.fusions:
+            fusion.finish(beam)
