@@ -46,7 +46,7 @@ class LlamaOptions:
         tied: use the input embeddings as output layer too.
         max_positions: longest context in tokens that the model promises to take.
         rope_theta: base of the rotary position embedding.
-        dropout: of attention weights in training.
+        dropout: in training, of token embeddings, attention weights and the output layer's input.
     """
 
     hidden: int = 512
@@ -194,6 +194,7 @@ class PackedLoss(nn.Module):
     def __init__(self, lm: nn.Module) -> None:
         super().__init__()
         self.lm = lm
+        self.drop = nn.Dropout(lm.config.attention_dropout)
         self.additive = lm.config._attn_implementation == "eager"
 
     def forward(self, batch: PackedBatch) -> Tensor:
@@ -201,9 +202,11 @@ class PackedLoss(nn.Module):
         mask = attention_mask(batch.documents)
         if self.additive:  # eager attention adds its mask to the scores
             mask = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -1e9)
+        embedded = self.drop(self.lm.model.embed_tokens(batch.tokens))
         hidden = self.lm.model(
-            input_ids=batch.tokens, attention_mask=mask, position_ids=batch.positions, use_cache=False
+            inputs_embeds=embedded, attention_mask=mask, position_ids=batch.positions, use_cache=False
         ).last_hidden_state
+        hidden = self.drop(hidden)
         logits = nn.functional.linear(hidden.flatten(0, 1), self.lm.lm_head.weight)
         return nn.functional.cross_entropy(logits.float(), batch.targets.flatten(), reduction="sum")
 

@@ -5,21 +5,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
-import os
-import signal
-import sys
-import threading
 import time
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, Mapping, Optional, Protocol, Union
+from typing import Any, Callable, Iterable, Iterator, Optional, Protocol, Union
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from icefall_fusion.checks import check, check_choice
 from icefall_fusion.training.checkpoints import (
     checkpoint_path,
     load_checkpoint,
@@ -29,7 +23,11 @@ from icefall_fusion.training.checkpoints import (
     seed_everything,
     set_random_states,
 )
-from icefall_fusion.training.schedule import SCHEDULES, learning_rate
+from icefall_fusion.training.journal import Journal, StopSignals
+from icefall_fusion.training.options import TrainerOptions, make_optimizer
+from icefall_fusion.training.processes import init_distributed, sum_over_processes, to_device
+
+__all__ = ["BatchSource", "LossFunction", "Trainer", "TrainerOptions", "init_distributed"]
 
 Metrics = dict[str, Any]
 #: (model, batch) -> (summed loss, number of items it was summed over, further sums over the same batch).
@@ -48,111 +46,6 @@ class BatchSource(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainerOptions:
-    """How to optimize, how long, and what to write meanwhile.
-
-    Args:
-        lr: peak learning rate of AdamW.
-        min_lr: learning rate at the end of the cosine (floor of the inverse square root).
-        warmup_steps: steps of linear growth to ``lr``.
-        schedule: "cosine" (ends at ``max_steps``) or "inverse-sqrt".
-        max_steps: optimizer steps in all.
-        max_minutes: wall-clock limit of this run in minutes: it stops with a checkpoint; 0 = none.
-        beta1: AdamW's first moment decay.
-        beta2: AdamW's second moment decay.
-        weight_decay: AdamW's decay, for parameters with two or more dimensions.
-        grad_clip: largest gradient norm; 0 = no clipping.
-        accumulate: batches in one optimizer step.
-        precision: "bf16" (autocast, float32 weights) or "float32".
-        save_every_steps: checkpoint each so many steps; 0 = never by steps.
-        save_every_minutes: checkpoint each so many minutes; 0 = never by time.
-        keep_checkpoints: newest checkpoints to keep.
-        valid_every_steps: validate each so many steps (and at the end); 0 = at the end only.
-        log_every_steps: steps between training lines in tensorboard.
-        tensorboard: write event files.
-        seed: of the random generators (the rank is added).
-        nan_limit: stop with an error after so many steps in a row with a non-finite loss or gradient.
-    """
-
-    lr: float = 1e-3
-    min_lr: float = 1e-5
-    warmup_steps: int = 100
-    schedule: str = "cosine"
-    max_steps: int = 1000
-    max_minutes: float = 0.0
-    beta1: float = 0.9
-    beta2: float = 0.98
-    weight_decay: float = 0.01
-    grad_clip: float = 1.0
-    accumulate: int = 1
-    precision: str = "bf16"
-    save_every_steps: int = 0
-    save_every_minutes: float = 10.0
-    keep_checkpoints: int = 3
-    valid_every_steps: int = 500
-    log_every_steps: int = 20
-    tensorboard: bool = True
-    seed: int = 1
-    nan_limit: int = 10
-
-    def __post_init__(self) -> None:
-        check_choice(self.schedule, SCHEDULES, "TrainerOptions.schedule")
-        check_choice(self.precision, ("bf16", "float32"), "TrainerOptions.precision")
-        check(self.lr > 0, "TrainerOptions.lr", "be above 0", self.lr)
-        check(0 <= self.min_lr <= self.lr, "TrainerOptions.min_lr", "be between 0 and lr", self.min_lr)
-        for name in ("max_steps", "accumulate", "keep_checkpoints", "log_every_steps", "nan_limit"):
-            check(getattr(self, name) >= 1, f"TrainerOptions.{name}", "be at least 1", getattr(self, name))
-        for name in ("warmup_steps", "max_minutes", "weight_decay", "grad_clip", "save_every_steps",
-                     "save_every_minutes", "valid_every_steps"):
-            check(getattr(self, name) >= 0, f"TrainerOptions.{name}", "be at least 0", getattr(self, name))
-        for name in ("beta1", "beta2"):
-            check(0 <= getattr(self, name) < 1, f"TrainerOptions.{name}", "be in [0, 1)", getattr(self, name))
-
-
-def init_distributed(device: str = "auto") -> tuple[int, int, torch.device]:
-    """Return (rank, world size, device); joins the process group when torchrun has set WORLD_SIZE > 1.
-
-    Args:
-        device: "auto" (CUDA when there is one), "cpu", "cuda" or "cuda:N".
-    """
-    world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    chosen = torch.device(device)
-    if chosen.type == "cuda" and chosen.index is None:
-        chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    if chosen.type == "cuda":
-        torch.cuda.set_device(chosen)
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
-    return rank, world, chosen
-
-
-def to_device(batch: Any, device: torch.device) -> Any:
-    """Move the tensors of a tensor, dict, list or tuple; leave everything else as it is."""
-    if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, Mapping):
-        return {key: to_device(value, device) for key, value in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(to_device(value, device) for value in batch))
-    if type(batch) in (list, tuple):
-        return type(batch)(to_device(value, device) for value in batch)
-    return batch
-
-
-def make_optimizer(model: nn.Module, options: TrainerOptions) -> torch.optim.AdamW:
-    """AdamW with decay on matrices only, fused (one pass over memory) on CPU and CUDA alike."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": options.weight_decay},
-        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    betas = (options.beta1, options.beta2)
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=options.lr, betas=betas, fused=True)
 
 
 class Trainer:
@@ -193,12 +86,14 @@ class Trainer:
         self.step = self.items_seen = self.skipped = self.skipped_in_row = 0
         self.seconds_before = 0.0
         self.last_valid: dict[str, float] = {}
-        self.stop_signal, self.agreed_stop = False, ""
+        self.agreed_stop = ""
+        self.started = self.saved_at = time.monotonic()
         self.wrapped: nn.Module = model
         if self.world > 1:
             ids = [self.device.index] if self.device.type == "cuda" else None
             self.wrapped = nn.parallel.DistributedDataParallel(model, device_ids=ids)
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.journal, self.signals = Journal(self.folder, self.rank == 0, options.tensorboard), StopSignals()
         seed_everything(options.seed + self.rank)
         self.resume()
 
@@ -216,17 +111,17 @@ class Trainer:
         self.started = self.saved_at = time.monotonic()
         saved_step = self.step if newest_checkpoint(self.folder) else -1
         batches, reason = self._endless(), ""
-        with self._reporting() as (bar, board), self._listening():
+        with self.journal.opened(self.options.max_steps, self.step), self.signals:
             while not (reason := self._reason_to_stop()):
                 values = self._train_step(batches)
-                self._report_step(values, bar, board)
+                self._report_step(values)
                 if self.options.valid_every_steps and self.step % self.options.valid_every_steps == 0:
-                    self.validate(board)
+                    self.validate()
                 if self._time_to_save(values["save"]):
                     self.save()
                     saved_step = self.step
             if self.last_valid.get("step") != self.step:
-                self.validate(board)
+                self.validate()
             if saved_step != self.step:
                 self.save()
         minutes = self._seconds() / 60
@@ -235,8 +130,7 @@ class Trainer:
 
     def _train_step(self, batches: Iterator[Any]) -> dict[str, float]:
         """One optimizer step over ``accumulate`` batches; gradients are of the mean over all items."""
-        lr = learning_rate(self.step, self.options.schedule, self.options.lr, self.options.warmup_steps,
-                           self.options.max_steps, self.options.min_lr)
+        lr = self.options.rate(self.step)
         self.model.train()
         totals: dict[str, Any] = {"loss": 0.0, "weight": 0.0}
         for part in range(self.options.accumulate):
@@ -251,7 +145,7 @@ class Trainer:
             for name, value in {"loss": loss.detach(), "weight": weight, **metrics}.items():
                 totals[name] = totals.get(name, 0.0) + value
         wishes = self._wishes()
-        values = self._sum_over_processes({**totals, **wishes})
+        values = sum_over_processes({**totals, **wishes}, self.device)
         wishes = {name: values.pop(name) for name in wishes}
         self.agreed_stop = "max_minutes" if wishes["late"] else "signal" if wishes["signal"] else ""
         norm = self._apply_gradients(values["weight"], math.isfinite(values["loss"]), lr)
@@ -280,7 +174,7 @@ class Trainer:
     def _skip_step(self) -> None:
         self.skipped += 1
         self.skipped_in_row += 1
-        self._log({"skipped": self.skipped, "skipped_in_row": self.skipped_in_row})
+        self._log_line({"skipped": self.skipped, "skipped_in_row": self.skipped_in_row})
         if self.skipped_in_row >= self.options.nan_limit:
             raise RuntimeError(
                 f"training stopped at step {self.step}: the loss or the gradient norm was not finite in "
@@ -289,7 +183,7 @@ class Trainer:
             )
 
     @torch.no_grad()
-    def validate(self, board: Any = None) -> dict[str, float]:
+    def validate(self) -> dict[str, float]:
         """Mean loss and metrics over the validation batches; one line in ``log.jsonl``."""
         self.model.eval()
         totals: dict[str, Any] = {"loss": 0.0, "weight": 0.0}
@@ -298,16 +192,14 @@ class Trainer:
                 loss, weight, metrics = self.compute_loss(self.model, to_device(batch, self.device))
             for name, value in {"loss": loss, "weight": weight, **metrics}.items():
                 totals[name] = totals.get(name, 0.0) + value
-        sums = self._sum_over_processes(totals)
+        sums = sum_over_processes(totals, self.device)
         means = {name: value / max(sums["weight"], 1.0) for name, value in sums.items()}
         means["weight"] = sums["weight"]
         if self.describe:
             means.update(self.describe(means))
         self.last_valid = {"step": self.step, **means}
-        self._log({f"valid_{name}": value for name, value in means.items()})
-        if board is not None:
-            for name, value in means.items():
-                board.add_scalar(f"valid/{name}", value, self.step)
+        self._log_line({f"valid_{name}": value for name, value in means.items()})
+        self.journal.scalars("valid", means, self.step)
         return means
 
     # Checkpoints.
@@ -346,8 +238,7 @@ class Trainer:
         self.train_batches.load_state_dict(mine["batches"])
         if same_world:
             set_random_states(mine["rng"])
-        if self.rank == 0:
-            print(f"resumed from {path} at step {self.step}", file=sys.stderr, flush=True)
+        self.journal.say(f"resumed from {path} at step {self.step}")
 
     # Small parts.
 
@@ -377,77 +268,22 @@ class Trainer:
         now = time.monotonic()
         late = 0 < self.options.max_minutes * 60 <= now - self.started
         save = 0 < self.options.save_every_minutes * 60 <= now - self.saved_at
-        return {"late": float(late), "signal": float(self.stop_signal), "save": float(save)}
+        return {"late": float(late), "signal": float(self.signals.heard), "save": float(save)}
 
     def _time_to_save(self, wish: float) -> bool:
         every = self.options.save_every_steps
         return wish > 0 or (every > 0 and self.step % every == 0)
 
-    def _sum_over_processes(self, totals: dict[str, Any]) -> dict[str, float]:
-        """Sum every value over the processes with one message and one wait for the device."""
-        if self.device.type == "cpu":
-            values = torch.tensor([float(value) for value in totals.values()], dtype=torch.float64)
-        else:
-            tensors = [torch.as_tensor(value, device=self.device) for value in totals.values()]
-            values = torch.stack([tensor.double().reshape(()) for tensor in tensors])
-        if self.world > 1:
-            dist.all_reduce(values)
-        return dict(zip(totals, values.tolist()))
-
-    def _report_step(self, values: dict[str, float], bar: Any, board: Any) -> None:
-        if bar is not None:
-            bar.update(1)
-        if self.step % self.options.log_every_steps or bar is None:
+    def _report_step(self, values: dict[str, float]) -> None:
+        if self.step % self.options.log_every_steps:
+            self.journal.advance()
             return
         rate = self.items_seen / max(self._seconds(), 1e-9)
-        bar.set_postfix_str(f"loss {values['loss']:.3f} norm {values['grad_norm']:.2f} {rate:.0f} items/s")
-        if board is not None:
-            for name, value in {**values, "skipped": self.skipped, "items_per_second": rate}.items():
-                board.add_scalar(f"train/{name}", value, self.step)
+        loss, norm = values["loss"], values["grad_norm"]
+        self.journal.advance(f"loss {loss:.3f} norm {norm:.2f} {rate:.0f} items/s skipped {self.skipped}")
+        more = {"skipped": float(self.skipped), "items_per_second": rate}
+        self.journal.scalars("train", {**values, **more}, self.step)
 
-    def _log(self, values: dict[str, Any]) -> None:
-        if self.rank != 0:
-            return
+    def _log_line(self, values: dict[str, Any]) -> None:
         minutes = round(self._seconds() / 60, 3)
-        line = {"step": self.step, "items": self.items_seen, "minutes": minutes, **values}
-        with open(self.folder / "log.jsonl", "a", encoding="utf-8") as log:
-            log.write(json.dumps(line) + "\n")
-
-    @contextlib.contextmanager
-    def _reporting(self) -> Iterator[tuple[Any, Any]]:
-        """Progress bar and tensorboard writer of the first process."""
-        if self.rank != 0:
-            yield None, None
-            return
-        from tqdm import tqdm
-
-        board = None
-        if self.options.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            board = SummaryWriter(str(self.folder / "tensorboard"))
-        interval = 0.5 if sys.stderr.isatty() else 30.0  # a log file needs no animation
-        try:
-            total, done = self.options.max_steps, self.step
-            with tqdm(total=total, initial=done, mininterval=interval, unit="step") as bar:
-                yield bar, board
-        finally:
-            if board is not None:
-                board.close()
-
-    @contextlib.contextmanager
-    def _listening(self) -> Iterator[None]:
-        """Turn SIGTERM and SIGINT into a stop after the current step (main thread only)."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def stop(number: int, frame: Any) -> None:
-            self.stop_signal = True
-
-        before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        self.journal.line({"step": self.step, "items": self.items_seen, "minutes": minutes, **values})
