@@ -37,7 +37,7 @@ class CausalLm:
         max_tokens: longest path in tokens that positions allow, or None (rotary positions have no table).
     """
 
-    def __init__(self, model: torch.nn.Module, vocabulary: Vocabulary, name: str, self_check: bool = True) -> None:
+    def __init__(self, model: Any, vocabulary: Vocabulary, name: str, self_check: bool = True) -> None:
         """Wrap a loaded model; see `from_pretrained` for the usual way in."""
         self.model, self.name = model.eval(), name
         self.tokenizer, self.pieces = vocabulary.tokenizer, vocabulary.pieces
@@ -74,13 +74,13 @@ class CausalLm:
             path_or_name: folder with config.json, weights and tokenizer (or ``bpe.model``), or a hub name.
             dtype: torch dtype, its name, or "auto" (as saved).
             device: where the model goes, unless ``device_map`` is given.
-            device_map: as in transformers, e.g. "auto" to spread over GPUs and host memory (needs accelerate).
+            device_map: as in transformers, e.g. "auto" to spread over GPUs and host (needs accelerate).
             quantization: None, "8bit" or "4bit" (needs bitsandbytes).
             self_check: compare a random tree with plain forwards and refuse a model that disagrees.
         Raises:
             FileNotFoundError: no such folder, or no config.json in it.
-            ValueError: not a causal LM, missing weights, a tokenizer that contradicts its own files, or a model
-                whose tree forward differs from its plain forward (ALiBi models such as BLOOM).
+            ValueError: not a causal LM, missing weights, a tokenizer that contradicts its own files, or a
+                model whose tree forward differs from its plain forward (ALiBi models such as BLOOM).
             ImportError: an optional package is needed; the message says which.
         """
         model = _load(path_or_name, dtype, device, device_map, quantization)
@@ -130,7 +130,10 @@ class CausalLm:
     # --- the tree ----------------------------------------------------------------------------------------
 
     def open_tree(
-        self, batch: int, prompts: Optional[Sequence[Sequence[int]]] = None, options: Optional[TreeOptions] = None
+        self,
+        batch: int,
+        prompts: Optional[Sequence[Sequence[int]]] = None,
+        options: Optional[TreeOptions] = None,
     ) -> TreeScorer:
         """Return a tree for ``batch`` utterances.
 
@@ -145,15 +148,20 @@ class CausalLm:
         return TreeScorer(self, [self._start(prompt) for prompt in prompts], options or TreeOptions())
 
     def tree_logits(
-        self, tokens: Tensor, positions: Tensor, mask: Tensor, window_mask: Optional[Tensor], cache: TreeCache,
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        mask: Tensor,
+        window_mask: Optional[Tensor],
+        cache: TreeCache,
         wanted: Tensor,
     ) -> Tensor:
         """Return logits [n, V] after the tokens of index ``wanted`` [n]; writes the cache at its plan.
 
         Args:
             tokens, positions: [Q] ids and depths.
-            mask: [R, 1, W, S] bool, True where a token sees a slot; ``window_mask`` the same for layers with a
-                sliding window, None while no path is longer than the window.
+            mask: [R, 1, W, S] bool, True where a token sees a slot.
+            window_mask: the same for layers with a sliding window; None while no path is longer than it.
             cache: keys and values by slot, with its plan set.
             wanted: [n] index into the Q tokens.
         """
@@ -193,7 +201,9 @@ class CausalLm:
 
 
 
-def _load(path_or_name: PathLike, dtype: Any, device: Any, device_map: Any, quantization: Optional[str]) -> Any:
+def _load(
+    path_or_name: PathLike, dtype: Any, device: Any, device_map: Any, quantization: Optional[str]
+) -> Any:
     """Return the transformers model; see `CausalLm.from_pretrained`."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -207,8 +217,11 @@ def _load(path_or_name: PathLike, dtype: Any, device: Any, device_map: Any, quan
     options = {key: value for key, value in options.items() if value is not None}
     try:
         config = AutoConfig.from_pretrained(name)
-        check(not config.is_encoder_decoder, f"model {name}", "be a causal LM, not an encoder-decoder", config.model_type)
-        model, info = AutoModelForCausalLM.from_pretrained(name, config=config, output_loading_info=True, **options)
+        kind = config.model_type
+        check(not config.is_encoder_decoder, f"model {name}", "be a causal LM, not an encoder-decoder", kind)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            name, config=config, output_loading_info=True, **options
+        )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ValueError(f"{name} cannot be loaded as a causal LM: {error}") from error
     missing = sorted(info["missing_keys"])
@@ -221,17 +234,21 @@ def _quantization(quantization: Optional[str]) -> dict[str, Any]:
         return {}
     check_choice(quantization, ("8bit", "4bit"), "quantization")
     if find_spec("bitsandbytes") is None:
-        raise ImportError(f"quantization={quantization!r} needs the package bitsandbytes: pip install bitsandbytes")
+        raise ImportError(f"quantization {quantization!r} needs bitsandbytes: pip install bitsandbytes")
     from transformers import BitsAndBytesConfig
 
     if quantization == "8bit":
-        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
-    return {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)}
+        config = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
+    return {"quantization_config": config}
 
 
 def _use_packed_attention(model: Any) -> bool:
-    """Switch an `sdpa` model to packed attention; return whether the model follows the attention interface."""
-    if model.config._attn_implementation not in ("sdpa", packed_attention.NAME) or not model._supports_attention_backend:
+    """Switch an `sdpa` model to packed attention; return whether the model can follow."""
+    if model.config._attn_implementation not in ("sdpa", packed_attention.NAME):
+        return False
+    if not getattr(model, "_supports_attention_backend", False):  # its attention is a class of its own
         return False
     model.set_attn_implementation(packed_attention.NAME)
     return True

@@ -23,8 +23,8 @@ class TreeCounters:
         lm_tokens_scored: distinct tokens (nodes) that got a log-prob.
         lm_seconds: time in `score`, `next_log_probs`, `eos_scores` and `keep`.
         eager_tokens: forwards of a tree that forwards every scored token at once.
-        path_kv_tokens: forwards of per-hypothesis KV caches: each hypothesis its own new tokens at each event.
-        full_text_tokens: forwards of the full text (bos and prompt included) of every hypothesis at every event.
+        path_kv_tokens: forwards of per-hypothesis KV caches, each of which takes its own new tokens.
+        full_text_tokens: forwards of the full text, bos and prompt too, of every hypothesis at every event.
         oom_backoffs: times that a model call was split because memory ran out.
     """
 

@@ -39,8 +39,8 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Attend from packed queries to each utterance's own slots; plain `sdpa` outside of a tree forward.
 
-    Padding costs only here and not in the linear layers, which hold most of the work. Query heads that share a
-    key head are laid beside one another in the query dimension, so that no key is copied for them.
+    Padding costs only here and not in the linear layers, which hold most of the work. Query heads that share
+    a key head are laid beside one another in the query dimension, so that no key is copied for them.
 
     Args:
         query: [1, G * H, Q, D], G query heads for each of H key heads.

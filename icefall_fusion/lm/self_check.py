@@ -25,14 +25,14 @@ def check_tree(lm: CausalLm) -> None:
     refusal = f"model {lm.name} cannot be used in a token tree"
     try:
         worst = _worst_difference(lm)
-    except (ValueError, RuntimeError, TypeError, AttributeError, KeyError, IndexError, AssertionError) as error:
+    except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{refusal}: {type(error).__name__}: {error}") from error
     full = {p.dtype for p in lm.model.parameters()} == {torch.float32}
     allowed = TOLERANCE_FLOAT32 if full else TOLERANCE_HALF
     if not worst <= allowed:  # also catches nan
         raise ValueError(
-            f"{refusal}: its scores must differ from plain forwards by at most {allowed:g} a token, but differ by "
-            f"{worst:.3g} (positions or masks are not taken as given, as in ALiBi models such as BLOOM)"
+            f"{refusal}: its scores must differ from plain forwards by at most {allowed:g} a token, but "
+            f"differ by {worst:.3g} (it does not take positions or masks as given; ALiBi models such as BLOOM)"
         )
 
 

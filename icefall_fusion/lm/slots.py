@@ -40,7 +40,7 @@ class SlotTable:
         self._held = np.concatenate([self._held, np.zeros(count - old, bool)])
 
     def assign(self, nodes: ndarray, parent: ndarray, utterance: ndarray, depth: ndarray) -> None:
-        """Give each of ``nodes`` [n] (parents first) a slot that sees the slots of its ancestors and itself."""
+        """Give each of ``nodes`` [n] (parents first) a slot that sees itself and its ancestors."""
         if not len(nodes):
             return
         owner = utterance[nodes]
@@ -81,7 +81,7 @@ class SlotTable:
         self._cached = self._cached[self.of_node[self._cached] >= 0]
 
     def visible(self, utterances: ndarray, nodes: ndarray, length: int) -> ndarray:
-        """Return which of the first ``length`` slots each node sees: its ancestors and itself [n, length] bool."""
+        """Return which slots each node sees, its ancestors and itself [n, length] bool."""
         bits = self._bits[utterances, self.of_node[nodes], : (length + 7) // 8]
         return np.unpackbits(bits, axis=-1, count=length).view(bool)
 

@@ -73,7 +73,7 @@ class TokenTree:
         return node
 
     def children(self, nodes: ndarray, tokens: ndarray) -> tuple[ndarray, int]:
-        """Return the children [n] of ``nodes`` [n] by ``tokens`` [n], made as needed, and how many were made."""
+        """Return the children [n] of ``nodes`` [n] by ``tokens`` [n], and how many had to be made."""
         before = len(self)
         if len(tokens) and not 0 <= tokens.min() <= tokens.max() < self.vocab_size:
             self._check_tokens(tokens.tolist())
@@ -170,7 +170,7 @@ class TokenTree:
     # --- inside ------------------------------------------------------------------------------------------
 
     def _climb(self, nodes: ndarray, missing: Callable[[ndarray], ndarray]) -> ndarray:
-        """Return the nodes at or above ``nodes``, up to the first that is not ``missing``, each once, sorted."""
+        """Return the nodes at or above ``nodes`` up to the first not ``missing``, each once, sorted."""
         found, level = [], np.unique(nodes)
         while len(level):
             level = level[missing(level)]

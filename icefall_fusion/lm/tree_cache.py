@@ -19,13 +19,20 @@ class ForwardPlan:
     Args:
         cells: [Q] utterance * slots_per_utterance + slot, where each token's keys and values are written.
         utterances: [R] rows of the buffers that are read; None when all are, in order.
-        valid: [Q] index of each token in the R * W padded tokens; None when tokens come unpadded as [1, Q].
+        valid: index of each token in the R * W padded places; [Q], or [Q + a few] when packed.
         padded: [R * W] index of each padded place in the Q tokens (0 for padding).
         slots: how many slots are read (at least those in use).
+        packed: tokens come as one row [1, Q + a few] (the few are padding), else as [R, W].
     """
 
     def __init__(
-        self, cells: Tensor, utterances: Optional[Tensor], valid: Tensor, padded: Tensor, slots: int, packed: bool
+        self,
+        cells: Tensor,
+        utterances: Optional[Tensor],
+        valid: Tensor,
+        padded: Tensor,
+        slots: int,
+        packed: bool,
     ) -> None:
         self.tensors = {cells.device: (cells, utterances, valid, padded)}
         self.slots, self.packed = slots, packed
@@ -56,7 +63,7 @@ class TreeLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Write new states [1, H, Q, D] (or [R, H, W, D]) at the plan's slots; return [R, H, slots, D] twice."""
+        """Write new states [1, H, Q, D] or [R, H, W, D] by the plan; return [R, H, slots, D] twice."""
         plan = self.cache.plan
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -64,7 +71,7 @@ class TreeLayer(CacheLayerMixin):
         pair = []
         for buffer, states in ((self.keys, key_states), (self.values, value_states)):
             tokens = states.transpose(1, 2).flatten(0, 1)  # [Q or R * W, H, D]
-            tokens = tokens if plan.packed else tokens[valid]
+            tokens = tokens[: len(cells)] if plan.packed else tokens[valid]
             buffer.flatten(0, 1).index_copy_(0, cells, tokens)
             seen = buffer[:, : plan.slots]
             pair.append((seen if utterances is None else seen.index_select(0, utterances)).transpose(1, 2))

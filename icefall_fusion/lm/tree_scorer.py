@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import time
 from dataclasses import dataclass
-from typing import Iterator, Optional, Protocol, Sequence, Union
+from typing import Iterator, Optional, Sequence, Union
 
 import numpy as np
 import torch
@@ -15,9 +15,9 @@ from torch import Tensor
 
 from icefall_fusion.checks import check
 from icefall_fusion.lm.counters import TreeCounters
-from icefall_fusion.lm.slots import SLOT_BUCKET
 from icefall_fusion.lm.token_tree import NONE, TokenTree
-from icefall_fusion.lm.tree_cache import DistributionStore, ForwardPlan, TreeCache
+from icefall_fusion.lm.tree_cache import DistributionStore, TreeCache
+from icefall_fusion.lm.tree_forward import TreeModel, forward, to_device
 
 Nodes = Union[Tensor, ndarray, Sequence[int]]
 
@@ -36,31 +36,9 @@ class TreeOptions:
     max_distribution_bytes: int = 2**29
 
     def __post_init__(self) -> None:
-        check(self.max_forward_tokens >= 1, "TreeOptions.max_forward_tokens", "be at least 1", self.max_forward_tokens)
-        check(
-            self.max_distribution_bytes >= 0,
-            "TreeOptions.max_distribution_bytes",
-            "be at least 0",
-            self.max_distribution_bytes,
-        )
-
-
-class TreeModel(Protocol):
-    """What the scorer needs of a model; `CausalLm` is one."""
-
-    vocab_size: int
-    eos_id: Optional[int]
-    device: torch.device
-    layers: int
-    packed: bool
-    window: Optional[int]
-    max_tokens: Optional[int]
-
-    def tree_logits(
-        self, tokens: Tensor, positions: Tensor, mask: Tensor, window_mask: Optional[Tensor], cache: TreeCache,
-        wanted: Tensor,
-    ) -> Tensor:
-        """Return logits [n, V] after the tokens of index ``wanted`` [n]; writes the cache at its plan."""
+        for name, least in (("max_forward_tokens", 1), ("max_distribution_bytes", 0)):
+            value = getattr(self, name)
+            check(value >= least, f"TreeOptions.{name}", f"be at least {least}", value)
 
 
 class TreeScorer:
@@ -108,7 +86,7 @@ class TreeScorer:
         return [self.insert(node, path) for node, path in zip(nodes, paths)]
 
     def child(self, nodes: Tensor, tokens: Tensor) -> Tensor:
-        """Return the children [n] int64 (device of ``nodes``) of ``nodes`` [n] by ``tokens`` [n], made as needed.
+        """Return the children [n] int64 of ``nodes`` [n] by ``tokens`` [n], made as needed.
 
         Each child made here counts as one scored token (shallow fusion has read its log-prob already).
         """
@@ -168,7 +146,7 @@ class TreeScorer:
 
     @torch.inference_mode()
     def next_log_probs(self, nodes: Nodes) -> Tensor:
-        """Return log P(token | path of node) [n, V] float32 on the model's device; at most one lazy forward."""
+        """Return log P(token | path of node) [n, V] float32 on the model's device; at most one forward."""
         with self._timed():
             wanted = self._nodes(nodes)
             missing = wanted[self.tree.row[wanted] < 0]
@@ -213,8 +191,8 @@ class TreeScorer:
         todo = tree.uncached(nodes)
         if self.model.max_tokens is not None:
             longest = int(tree.depth[todo].max()) + 1
-            check(longest <= self.model.max_tokens, "the text", f"have at most {self.model.max_tokens} tokens "
-                  "(the model's context), prompt included", longest)
+            rule = f"have at most {self.model.max_tokens} tokens (the model's positions), prompt included"
+            check(longest <= self.model.max_tokens, "the text", rule, longest)
         tree.assign_slots(todo)
         self._cache.ensure(tree.slots.capacity)
         self.counters.count_forward(tree, todo)
@@ -224,7 +202,7 @@ class TreeScorer:
         while start < len(todo):
             end = start + self._chunk
             try:
-                log_probs = self._forward(todo[start:end], np.flatnonzero(wanted[start:end]))
+                log_probs = forward(self.model, tree, self._cache, todo[start:end], wanted[start:end])
             except torch.OutOfMemoryError:
                 count = min(self._chunk, len(todo) - start)
                 if count == 1:
@@ -235,33 +213,6 @@ class TreeScorer:
             self.counters.lm_forwards += 1
             yield todo[start:end][wanted[start:end]], log_probs
             start = end
-
-    def _forward(self, nodes: ndarray, wanted: ndarray) -> Tensor:
-        """Run the model over ``nodes`` [Q] (parents first) and return log-probs [n, V] after ``wanted`` [n] of them."""
-        tree, slots, model = self.tree, self.tree.slots, self.model
-        owner, depth = tree.utterance[nodes], tree.depth[nodes]
-        utterances, row = np.unique(owner, return_inverse=True)
-        width = int(np.bincount(row).max())
-        valid = row * width + _rank_within(row)
-        padded = np.zeros(len(utterances) * width, np.int64)
-        padded[valid] = np.arange(len(nodes))
-        length = -(-int(slots.used[utterances].max()) // SLOT_BUCKET) * SLOT_BUCKET
-        seen = slots.visible(owner, nodes, length)
-        near = None
-        if model.window is not None and depth.max() >= model.window:
-            near = seen & slots.in_window(owner, depth, length, model.window)
-        cells = owner * self._cache.slots + slots.of_node[nodes]
-        tokens, positions, cells, valid_, padded, utterances_, wanted = _to_device(
-            model.device, tree.token[nodes], depth, cells, valid, padded, utterances, wanted
-        )
-        whole = len(utterances) == self._cache.utterances
-        self._cache.plan = ForwardPlan(
-            cells, None if whole else utterances_, valid_, padded, length, model.packed
-        )
-        shape = (len(utterances), 1, width, length)
-        masks = [None if x is None else _spread(x, valid, shape).to(model.device) for x in (seen, near)]
-        logits = model.tree_logits(tokens, positions, masks[0], masks[1], self._cache, wanted)
-        return torch.log_softmax(logits.float(), dim=-1)
 
     def _keep_distributions(self, nodes: ndarray, log_probs: Tensor) -> None:
         rows = self._store.take(len(nodes))
@@ -297,27 +248,5 @@ def _integers(values: Nodes) -> ndarray:
 
 def _pick(log_probs: Tensor, rows: ndarray, tokens: ndarray) -> Tensor:
     """Return ``log_probs[rows, tokens]`` [n]."""
-    rows_, tokens_ = _to_device(log_probs.device, rows, tokens)
+    rows_, tokens_ = to_device(log_probs.device, rows, tokens)
     return log_probs[rows_, tokens_]
-
-
-def _to_device(device: torch.device, *arrays: ndarray) -> Sequence[Tensor]:
-    """Copy integer arrays to ``device`` in one transfer."""
-    whole = torch.from_numpy(np.concatenate(arrays)).to(device)
-    return whole.split([len(array) for array in arrays])
-
-
-def _rank_within(row: ndarray) -> ndarray:
-    """Return for each entry how many earlier entries have the same value [n]."""
-    order = np.argsort(row, kind="stable")
-    starts = np.concatenate([[0], np.cumsum(np.bincount(row))[:-1]])
-    rank = np.empty_like(row)
-    rank[order] = np.arange(len(row)) - starts[row[order]]
-    return rank
-
-
-def _spread(seen: ndarray, valid: ndarray, shape: tuple[int, ...]) -> Tensor:
-    """Return the mask [R, 1, W, S] bool with rows ``seen`` [Q, S] at the places ``valid`` [Q]."""
-    mask = np.zeros((shape[0] * shape[2], shape[3]), bool)
-    mask[valid] = seen
-    return torch.from_numpy(mask).view(shape)

@@ -12,7 +12,7 @@ from icefall_fusion.tokens import AcousticTokens
 
 PROBES = ("hello world", "the cat sat on the mat", "it's a long way", "Good morning, Mrs. Smith!")
 SENTENCE_PIECE_FILES = ("tokenizer.model", "spiece.model")
-TOKENIZER_FILES = (*SENTENCE_PIECE_FILES, "tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt")
+TOKENIZER_FILES = (*SENTENCE_PIECE_FILES, "tokenizer.json", "tokenizer_config.json", "vocab.json")
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Vocabulary:
 
 
 def check_folder(name: str) -> None:
-    """Raise FileNotFoundError when ``name`` is a folder without config.json, or looks like a path and is none."""
+    """Raise FileNotFoundError when ``name`` lacks config.json, or looks like a path and is none."""
     folder = Path(name)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -80,8 +80,8 @@ def _first(token: Any) -> Optional[int]:
 def _check_against_sentence_piece(folder: Path, tokenizer: Any) -> None:
     """Raise ValueError when the loaded tokenizer gives other ids than the SentencePiece model beside it.
 
-    transformers 5 builds a tokenizer without the leading space from a folder that has only ``tokenizer.model``:
-    the first word of every text then gets ids that the model never saw.
+    transformers 5 builds a tokenizer without the leading space from a folder that has ``tokenizer.model``
+    alone: the first word of every text then gets ids that the model never saw.
     """
     files = [folder / name for name in SENTENCE_PIECE_FILES if (folder / name).is_file()]
     if not files:
