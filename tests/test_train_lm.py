@@ -128,9 +128,11 @@ def test_batches_resume_anywhere_and_are_shared(tmp_path: Path) -> None:
 
 
 def make_options(folder: Path, tokenizer: Path, max_steps: int = 30) -> TrainLmOptions:
-    trainer = TrainerOptions(lr=5e-3, warmup_steps=5, max_steps=max_steps, tensorboard=False, valid_every_steps=15)
+    trainer = TrainerOptions(lr=5e-3, warmup_steps=5, max_steps=max_steps, tensorboard=False,
+                             valid_every_steps=15)
     return TrainLmOptions(data=str(folder / "lm"), tokenizer=str(tokenizer), exp=str(folder / "exp"),
-                          model=TINY, trainer=trainer, rows=4, length=32, device="cpu", export_dtype="float32")
+                          model=TINY, trainer=trainer, rows=4, length=32, device="cpu",
+                          export_dtype="float32")
 
 
 def test_job_trains_exports_and_goes_on(tmp_path: Path) -> None:
