@@ -34,7 +34,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         utterance = {"id": f"u{index}", "text": f"word {index}"}
         cuts.append(cut_of(utterance, path, len(samples), {"voice": "noise"}))
     write_cuts(cuts, cuts_path(folder / "manifests", "train"))
-    assert run(FbankOptions(folder, ("train",), jobs=1, shard_size=10)) == 0
+    assert run(FbankOptions(folder, ("train",), workers=1, shard_size=10)) == 0
     return folder
 
 
@@ -144,7 +144,7 @@ def test_fbank_job_lists_broken_audio(tmp_path: Path) -> None:
     data = (tmp_path / "short.flac").read_bytes()
     (tmp_path / "short.flac").write_bytes(data[: len(data) // 2])
     write_cuts(cuts, cuts_path(tmp_path / "manifests", "dev"))
-    assert run(FbankOptions(tmp_path, ("dev",), jobs=1)) == 3
+    assert run(FbankOptions(tmp_path, ("dev",), workers=1)) == 3
     report = json.loads((tmp_path / "fbank" / "compute-fbank-dev.json").read_text())
     assert {entry["id"] for entry in report["skipped"]} == {"short", "missing"} and report["utterances"] == 1
 

@@ -94,8 +94,8 @@ def test_job_is_resumable_and_independent_of_sharding(tmp_path: Path) -> None:
     for folder in (first, second):
         folder.mkdir()
         _write_utterances(folder, 5)
-    assert run(SynthesizeOptions("dev", first, jobs=1, shard_size=2)) == 0
-    assert run(SynthesizeOptions("dev", second, jobs=1, shard_size=5)) == 0
+    assert run(SynthesizeOptions("dev", first, workers=1, shard_size=2)) == 0
+    assert run(SynthesizeOptions("dev", second, workers=1, shard_size=5)) == 0
     rows = [_rows(folder) for folder in (first, second)]
     assert [row["id"] for row in rows[0]] == [row["id"] for row in rows[1]] == ["b-0", "b-2", "b-3", "b-4"]
     for one, two in zip(*rows):
@@ -107,7 +107,7 @@ def test_job_is_resumable_and_independent_of_sharding(tmp_path: Path) -> None:
     shard = sorted((first / "manifests" / ".parts" / "dev").glob("*.gz"))[0]
     before = shard.stat().st_mtime_ns
     sorted((first / "manifests" / ".parts" / "dev").glob("*.gz"))[1].unlink()
-    assert run(SynthesizeOptions("dev", first, jobs=1, shard_size=2)) == 0
+    assert run(SynthesizeOptions("dev", first, workers=1, shard_size=2)) == 0
     assert shard.stat().st_mtime_ns == before and _rows(first) == rows[0]
 
 

@@ -40,7 +40,7 @@ class FbankOptions:
     Args:
         data_dir: where ``manifests/`` is and ``fbank/`` goes.
         splits: names of manifests.
-        jobs: processes. The result does not depend on it.
+        workers: processes. The result does not depend on it.
         shard_size: cuts in one resumable piece of work.
         backend: lhotse, or kaldifeat (faster on a GPU; built by hand, see the README).
         device: for kaldifeat, e.g. cpu or cuda:0.
@@ -48,9 +48,9 @@ class FbankOptions:
             synthesis already varies the speed of speech.
     """
 
-    data_dir: Path = Path("data")
+    data_dir: Path = Path("egs/minibooks/ASR/data")
     splits: tuple[str, ...] = ("train", "dev", "test-clean", "test-other")
-    jobs: int = 2
+    workers: int = 2
     shard_size: int = 500
     backend: str = "lhotse"
     device: str = "cpu"
@@ -58,7 +58,7 @@ class FbankOptions:
 
     def __post_init__(self) -> None:
         check(len(self.splits) > 0, "FbankOptions.splits", "name at least one split", self.splits)
-        check(self.jobs >= 1, "FbankOptions.jobs", "be at least 1", self.jobs)
+        check(self.workers >= 1, "FbankOptions.workers", "be at least 1", self.workers)
         check(self.shard_size >= 1, "FbankOptions.shard_size", "be at least 1", self.shard_size)
         check_choice(self.backend, BACKENDS, "FbankOptions.backend")
 
@@ -200,11 +200,11 @@ def _plan(options: FbankOptions, split: str, cuts: list[MonoCut]) -> list[_Shard
 
 def _each(options: FbankOptions, todo: list[_Shard]) -> Iterator[int]:
     make = functools.partial(_make_shard, options)
-    if options.jobs == 1 or len(todo) < 2 or options.device != "cpu":
+    if options.workers == 1 or len(todo) < 2 or options.device != "cpu":
         yield from map(make, todo)
         return
     with multiprocessing.get_context("spawn").Pool(
-        min(options.jobs, len(todo)), initializer=torch.set_num_threads, initargs=(1,)
+        min(options.workers, len(todo)), initializer=torch.set_num_threads, initargs=(1,)
     ) as pool:
         yield from pool.imap_unordered(make, todo)
 

@@ -46,44 +46,36 @@ class SynthesizeOptions:
         data_dir: where ``text/selected_SPLIT.jsonl`` is and ``audio/``, ``manifests/`` go.
         input: JSON lines with id, book, index, cased, text; default as above.
         seed: of speakers, noise and rooms.
-        jobs: processes. The result does not depend on it.
+        workers: processes. The result does not depend on it.
         shard_size: utterances in one resumable piece of work.
         min_seconds: shorter utterances are dropped and counted.
         max_seconds: longer ones too.
-        max_hours: stop selecting utterances when about this much speech is made; None takes all.
         prosody: let the punctuation of the cased text shape the melody.
         speakers: another population than the split's own.
         conditions: other conditions than the split's own.
     """
 
     split: str
-    data_dir: Path = Path("data")
+    data_dir: Path = Path("egs/minibooks/ASR/data")
     input: Optional[Path] = None
     seed: int = 20250411
-    jobs: int = 2
+    workers: int = 2
     shard_size: int = 500
     min_seconds: float = 2.0
     max_seconds: float = 20.0
-    max_hours: Optional[float] = None
     prosody: bool = True
     speakers: Optional[Speakers] = None
     conditions: Optional[Conditions] = None
 
     def __post_init__(self) -> None:
         check_choice(self.split, SPLITS, "SynthesizeOptions.split")
-        check(self.jobs >= 1, "SynthesizeOptions.jobs", "be at least 1", self.jobs)
+        check(self.workers >= 1, "SynthesizeOptions.workers", "be at least 1", self.workers)
         check(self.shard_size >= 1, "SynthesizeOptions.shard_size", "be at least 1", self.shard_size)
         check(
             0 < self.min_seconds < self.max_seconds,
             "SynthesizeOptions.min_seconds",
             "be positive and below max_seconds",
             self.min_seconds,
-        )
-        check(
-            self.max_hours is None or self.max_hours > 0,
-            "SynthesizeOptions.max_hours",
-            "be positive",
-            self.max_hours,
         )
 
 
@@ -208,10 +200,10 @@ def _each(options: SynthesizeOptions, utterances: list[dict[str, Any]], todo: li
     chosen = np.random.default_rng(options.seed).permutation(len(texts))[:_BABBLE_VOICES]
     maker = Synthesizer(speakers, conditions, options.seed, [texts[i] for i in chosen], options.prosody)
     make = functools.partial(_make_shard, maker, options)
-    if options.jobs == 1 or len(todo) < 2:
+    if options.workers == 1 or len(todo) < 2:
         yield from map(make, todo)
         return
-    with multiprocessing.get_context("spawn").Pool(min(options.jobs, len(todo))) as pool:
+    with multiprocessing.get_context("spawn").Pool(min(options.workers, len(todo))) as pool:
         yield from pool.imap_unordered(make, todo)
 
 

@@ -1,0 +1,117 @@
+"""Knows: books.tsv, Project Gutenberg's catalog and plain texts; writes one paragraph a line.
+Must not know: utterances, audio, models.
+
+    python local/download_books.py --to download/books
+
+Finds every book of local/books.tsv in Project Gutenberg's own catalog by title and author, and takes its plain text.
+A book that is there already is kept, so that the command can be run again. --mirror names another server (or, as
+file:///..., a folder) with the same layout.
+"""
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import re
+import sys
+import time
+import unicodedata
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from tqdm import tqdm
+
+from icefall_fusion.files import write_text
+
+SERVER = "https://www.gutenberg.org"
+CATALOG = "cache/epub/feeds/pg_catalog.csv"
+FAILED, SKIPPED_SOME = 1, 3
+
+
+def main() -> int:
+    """Download what is missing; return 0, 3 when some books were not found, 1 without a network."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--to", type=Path, required=True, help="folder of books, one SLUG.txt each")
+    parser.add_argument("--list", type=Path, default=Path(__file__).parent / "books.tsv", help="slug, title, author, year")
+    parser.add_argument("--mirror", default=SERVER, help="server with Project Gutenberg's layout")
+    parser.add_argument("--pause", type=float, default=2.0, help="seconds between downloads")
+    arguments = parser.parse_args()
+    books = list(csv.DictReader(arguments.list.open(encoding="utf-8"), delimiter="\t"))
+    missing = [book for book in books if not (arguments.to / f"{book['slug']}.txt").is_file()]
+    print(f"{len(books)} books listed, {len(books) - len(missing)} already in {arguments.to}")
+    if not missing:
+        return 0
+    try:
+        catalog = read_catalog(fetch(f"{arguments.mirror}/{CATALOG}").decode("utf-8"))
+    except OSError as error:
+        print(
+            f"error: {arguments.mirror} cannot be reached ({error}). Without a network give a folder of UTF-8 books, "
+            "one .txt file each: prepare.sh --text DIR",
+            file=sys.stderr,
+        )
+        return FAILED
+    lost = []
+    for book in tqdm(missing, unit="book"):
+        number = find(catalog, book["title"], book["author"])
+        text = ""
+        if number is not None:
+            try:
+                text = body(fetch(f"{arguments.mirror}/cache/epub/{number}/pg{number}.txt").decode("utf-8", "replace"))
+            except OSError as error:
+                print(f"warning: {book['slug']}: {error}", file=sys.stderr)
+            time.sleep(arguments.pause)
+        if text:
+            write_text(arguments.to / f"{book['slug']}.txt", text)
+        else:
+            lost.append(book["slug"])
+    for slug in lost:
+        print(f"not found: {slug}", file=sys.stderr)
+    return SKIPPED_SOME if lost else 0
+
+
+def fetch(address: str) -> bytes:
+    """Return what is at ``address``; raises OSError (urllib's errors are of that kind)."""
+    request = urllib.request.Request(address, headers={"User-Agent": "icefall_fusion recipe"})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return answer.read()
+
+
+def read_catalog(text: str) -> list[tuple[int, str, str]]:
+    """Return (number, plain title, plain authors) of every English text of the catalog."""
+    rows = csv.DictReader(io.StringIO(text))
+    return [
+        (int(row["Text#"]), plain(row["Title"]), plain(row["Authors"]))
+        for row in rows
+        if row["Type"] == "Text" and row["Language"].split(";")[0].strip() == "en"
+    ]
+
+
+def plain(text: str) -> str:
+    """Return ``text`` in lower case without accents and punctuation."""
+    text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
+    return " ".join(re.findall(r"[a-z0-9]+", text))
+
+
+def find(catalog: list[tuple[int, str, str]], title: str, author: str) -> int | None:
+    """Return the lowest number with this title (or whose title it begins) and the author's last name, or None."""
+    wanted, name = plain(title), plain(author).split(" ")[-1]
+    by_author = [(number, theirs) for number, theirs, authors in catalog if name in authors.split(" ")]
+    exact = [number for number, theirs in by_author if theirs == wanted]
+    begun = [
+        number for number, theirs in by_author if theirs.startswith(wanted + " ") or wanted.startswith(theirs + " ")
+    ]
+    return min(exact or begun, default=None)
+
+
+def body(text: str) -> str:
+    """Return the book between Project Gutenberg's marks, one paragraph a line, blank lines between."""
+    start = re.search(r"\*\*\* ?START OF.*?\*\*\*", text, re.S)
+    end = re.search(r"\*\*\* ?END OF", text)
+    text = text[start.end() if start else 0 : end.start() if end else None]
+    paragraphs = (" ".join(paragraph.split()) for paragraph in re.split(r"\r?\n\s*\r?\n", text))
+    return "\n\n".join(paragraph.replace("_", "") for paragraph in paragraphs if paragraph) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
