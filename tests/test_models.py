@@ -1,6 +1,7 @@
 """Acoustic models: shapes, invariances, losses against torch, folders.
 Knows: models and tokens. Must not know: data, search, fusion.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -17,11 +18,9 @@ from icefall_fusion.models import (
     DecoderOptions,
     EncoderOptions,
     ModelOptions,
-    SpecAugmentOptions,
     greedy_pieces,
     load,
     save,
-    spec_augment,
 )
 from icefall_fusion.models.attention import attend, masked_bias, rotary_table, rotate
 from icefall_fusion.models.ctc import ctc_loss_sum, frames_needed
@@ -74,7 +73,9 @@ def test_encoder_ignores_batch_and_padding(model: CtcAed, chunk: ChunkOptions) -
         assert (out[row, alone.shape[1] :] == 0).all()
 
 
-@pytest.mark.parametrize("chunk", [ChunkOptions(2, 0), ChunkOptions(4, 1), ChunkOptions(4, 3), ChunkOptions(8, None)])
+@pytest.mark.parametrize(
+    "chunk", [ChunkOptions(2, 0), ChunkOptions(4, 1), ChunkOptions(4, 3), ChunkOptions(8, None)]
+)
 def test_chunk_by_chunk_equals_masked_whole(model: CtcAed, chunk: ChunkOptions) -> None:
     x, lens = features(101, 50, 3, 96)
     whole, whole_lens = model.encoder(x, lens, chunk)
@@ -196,8 +197,15 @@ def test_bpe_model_travels_along_and_must_fit(tmp_path: Path) -> None:
     text = tmp_path / "text"
     text.write_text("the cat sat on the mat\nthe dog ate the cat\n" * 20)
     sentencepiece.SentencePieceTrainer.train(
-        input=str(text), model_prefix=str(tmp_path / "bpe"), vocab_size=30, model_type="unigram",
-        minloglevel=2, user_defined_symbols=["<blk>", "<sos/eos>"], unk_id=2, bos_id=-1, eos_id=-1,
+        input=str(text),
+        model_prefix=str(tmp_path / "bpe"),
+        vocab_size=30,
+        model_type="unigram",
+        minloglevel=2,
+        user_defined_symbols=["<blk>", "<sos/eos>"],
+        unk_id=2,
+        bos_id=-1,
+        eos_id=-1,
         hard_vocab_limit=False,
     )
     size = sentencepiece.SentencePieceProcessor(str(tmp_path / "bpe.model")).get_piece_size()
@@ -240,15 +248,3 @@ def test_encoder_refuses_wrong_shapes(model: CtcAed) -> None:
         model.encoder(torch.zeros(1, 5, 80), torch.tensor([5]))
     with pytest.raises(ValueError, match="lens must be in 0..5"):
         model.encoder(torch.zeros(1, 5, BINS), torch.tensor([6]))
-
-
-def test_spec_augment_masks_within_limits_and_repeats_by_seed() -> None:
-    x, lens = torch.ones(4, 100, 80), torch.tensor([100, 50, 1, 0])
-    options = SpecAugmentOptions(frequency_masks=1, frequency_width=10, time_masks=1, time_share=0.1)
-    seeds = [torch.Generator().manual_seed(7) for _ in range(2)]
-    masked = [spec_augment(x, lens, torch.zeros(80), options, seed) for seed in seeds]
-    assert torch.equal(*masked)
-    hidden_bins = (masked[0] == 0).all(dim=1).sum(dim=1)
-    hidden_frames = (masked[0] == 0).all(dim=2).sum(dim=1)
-    assert (hidden_bins <= 10).all() and (hidden_frames <= torch.tensor([10, 5, 1, 1])).all()
-    assert (masked[0] == 0).any()

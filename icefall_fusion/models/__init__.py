@@ -1,11 +1,11 @@
 """Acoustic models: Conformer encoder, CTC head, attention decoder."""
+
 from __future__ import annotations
 
 from icefall_fusion.models.conformer import ChunkOptions, ConformerEncoder, EncoderOptions, StreamingState
 from icefall_fusion.models.ctc import CtcHead, greedy_pieces
 from icefall_fusion.models.ctc_aed import CtcAed, ModelOptions, load, save
 from icefall_fusion.models.decoder import AttentionDecoder, DecoderOptions
-from icefall_fusion.models.spec_augment import SpecAugmentOptions, spec_augment
 
 __all__ = [
     "AttentionDecoder",
@@ -16,10 +16,8 @@ __all__ = [
     "DecoderOptions",
     "EncoderOptions",
     "ModelOptions",
-    "SpecAugmentOptions",
     "StreamingState",
     "greedy_pieces",
     "load",
     "save",
-    "spec_augment",
 ]

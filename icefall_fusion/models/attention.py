@@ -3,9 +3,10 @@ Knows: tensors. Must not know: data, search, fusion, what the frames or tokens m
 
 Legend: B utterances, T frames or tokens, H heads, D model size, E head size.
 """
+
 from __future__ import annotations
 
-from typing import Optional, Tuple
+from typing import Optional
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +25,11 @@ def masked_bias(allowed: Tensor, dtype: torch.dtype) -> Tensor:
     return bias.masked_fill_(~allowed, -30000.0)
 
 
-def rotary_table(start: int, length: int, head_size: int, like: Tensor) -> Tuple[Tensor, Tensor]:
+def rotary_table(start: int, length: int, head_size: int, like: Tensor) -> tuple[Tensor, Tensor]:
     """Return cos and sin [length, E/2] of positions start..start+length-1 (Su et al. 2021, section 3.2)."""
-    rates = ROTARY_BASE ** (-torch.arange(0, head_size, 2, device=like.device, dtype=torch.float32) / head_size)
+    rates = ROTARY_BASE ** (
+        -torch.arange(0, head_size, 2, device=like.device, dtype=torch.float32) / head_size
+    )
     angles = torch.arange(start, start + length, device=like.device, dtype=torch.float32)[:, None] * rates
     return angles.cos(), angles.sin()
 
@@ -68,8 +71,12 @@ class SelfAttention(nn.Module):
         self.out = nn.Linear(size, size)
 
     def forward(
-        self, x: Tensor, bias: Tensor, rotary: Tuple[Tensor, Tensor], past: Optional[Tuple[Tensor, Tensor]] = None
-    ) -> Tuple[Tensor, Tuple[Tensor, Tensor]]:
+        self,
+        x: Tensor,
+        bias: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        past: Optional[tuple[Tensor, Tensor]] = None,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Return the output [B,T,D] and the (rotated) keys and values [B,H,past+T,E] that it looked at."""
         batch, length, size = x.shape
         qkv = self.qkv(x).view(batch, length, 3, self.heads, size // self.heads).permute(2, 0, 3, 1, 4)

@@ -3,10 +3,11 @@ Knows: features and frames. Must not know: data, search, fusion, tokens.
 
 Legend: B utterances, T frames (of the layer's own rate), D model size, H heads, E head size.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import List, Optional, Tuple
+from typing import Optional
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,7 @@ class EncoderOptions:
     size: int = 256
     heads: int = 4
     feedforward: int = 768
-    layers: Tuple[int, int, int] = (2, 4, 1)
+    layers: tuple[int, int, int] = (2, 4, 1)
     kernel: int = 15
     dropout: float = 0.0
 
@@ -45,8 +46,12 @@ class EncoderOptions:
         even = self.size % (2 * self.heads) == 0
         check(even, "EncoderOptions.size", f"be a multiple of {2 * self.heads}", self.size)
         object.__setattr__(self, "layers", tuple(self.layers))
-        check(len(self.layers) == 3 and min(self.layers) >= 0 and sum(self.layers) > 0,
-              "EncoderOptions.layers", "be three counts, not all zero", self.layers)
+        check(
+            len(self.layers) == 3 and min(self.layers) >= 0 and sum(self.layers) > 0,
+            "EncoderOptions.layers",
+            "be three counts, not all zero",
+            self.layers,
+        )
         check(self.kernel % 2 == 1, "EncoderOptions.kernel", "be odd", self.kernel)
         check(0 <= self.dropout < 1, "EncoderOptions.dropout", "be in [0, 1)", self.dropout)
 
@@ -85,8 +90,8 @@ class StreamingState:
     chunk: ChunkOptions
     frames: int  # 40 ms frames seen so far
     features: Tensor  # [B,HISTORY,bins], normalized
-    valid: List[Tensor]  # per rate (40 ms, 80 ms): which cached keys are real [B,P]
-    layers: List[LayerCache] = field(default_factory=list)
+    valid: list[Tensor]  # per rate (40 ms, 80 ms): which cached keys are real [B,P]
+    layers: list[LayerCache] = field(default_factory=list)
 
 
 @dataclass
@@ -95,7 +100,7 @@ class _Frames:
 
     valid: Tensor  # [B,T,1] in the dtype of the frames
     bias: Tensor  # [B,1,1 or T,P+T]
-    rotary: Tuple[Tensor, Tensor]
+    rotary: tuple[Tensor, Tensor]
     chunk: Optional[int]  # frames of this rate; None: no chunks
 
 
@@ -114,7 +119,7 @@ class ConvModule(nn.Module):
         self.norm = nn.LayerNorm(size)
         self.out = nn.Linear(size, size)
 
-    def forward(self, x: Tensor, frames: _Frames, past: Optional[Tensor] = None) -> Tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, frames: _Frames, past: Optional[Tensor] = None) -> tuple[Tensor, Tensor]:
         """Return the output [B,T,D] and the convolution's last inputs, for the next chunk."""
         x = F.glu(self.gate(x), dim=-1)
         x = x * frames.valid.to(x.dtype)
@@ -202,7 +207,7 @@ class ConformerEncoder(nn.Module):
 
     def forward(
         self, features: Tensor, lens: Tensor, chunk: Optional[ChunkOptions] = None
-    ) -> Tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor]:
         """Encode whole utterances, with a chunk mask when ``chunk`` is given.
 
         Args:
@@ -217,8 +222,8 @@ class ConformerEncoder(nn.Module):
 
     def forward_with_middle(
         self, features: Tensor, lens: Tensor, chunk: Optional[ChunkOptions] = None
-    ) -> Tuple[Tensor, Tensor, Tensor]:
-        """As ``forward``; also return the 80 ms frames half-way up the middle stack (for an auxiliary loss)."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As ``forward``; also return the 80 ms frames half-way up the middle stack, for a further loss."""
         self._check(features, lens)
         x = self._normalize(features, lens)
         if x.shape[1] == 0:
@@ -230,7 +235,10 @@ class ConformerEncoder(nn.Module):
         half_lens = torch.div(lens + 1, 2, rounding_mode="floor")
         half_length = (x.shape[1] + 1) // 2
         half = self._whole_frames(
-            x.new_empty(x.shape[0], half_length, 0), half_lens, None if chunk is None else chunk.size // 2, chunk
+            x.new_empty(x.shape[0], half_length, 0),
+            half_lens,
+            None if chunk is None else chunk.size // 2,
+            chunk,
         )
         x, middle = self._run(x, full, half, None)
         return x, lens, middle
@@ -251,7 +259,7 @@ class ConformerEncoder(nn.Module):
             state.layers.append(LayerCache(nothing, nothing, conv))
         return state
 
-    def forward_chunk(self, features: Tensor, lens: Tensor, state: StreamingState) -> Tuple[Tensor, Tensor]:
+    def forward_chunk(self, features: Tensor, lens: Tensor, state: StreamingState) -> tuple[Tensor, Tensor]:
         """Encode the next chunk; equal to ``forward`` with ``state.chunk``, frame for frame.
 
         Args:
@@ -278,10 +286,10 @@ class ConformerEncoder(nn.Module):
         return x, lens
 
     def _run(
-        self, x: Tensor, full: _Frames, half: _Frames, layer_caches: Optional[List[LayerCache]]
-    ) -> Tuple[Tensor, Tensor]:
+        self, x: Tensor, full: _Frames, half: _Frames, layer_caches: Optional[list[LayerCache]]
+    ) -> tuple[Tensor, Tensor]:
         """The three stacks and the last norm; caches are in the order of the layers."""
-        caches: List[Optional[LayerCache]] = [None] * sum(self.options.layers)
+        caches: list[Optional[LayerCache]] = [None] * sum(self.options.layers)
         caches[:] = layer_caches or caches
         first, second = self.options.layers[0], sum(self.options.layers[:2])
         for layer, cache in zip(self.stacks[0], caches[:first]):
@@ -303,7 +311,9 @@ class ConformerEncoder(nn.Module):
         x = (features - self.mean) / self.deviation
         return torch.where(real[:, :, None], x, x.new_zeros(()))  # not a product: padding may be NaN
 
-    def _whole_frames(self, x: Tensor, lens: Tensor, size: Optional[int], chunk: Optional[ChunkOptions]) -> _Frames:
+    def _whole_frames(
+        self, x: Tensor, lens: Tensor, size: Optional[int], chunk: Optional[ChunkOptions]
+    ) -> _Frames:
         length = x.shape[1]
         index = torch.arange(length, device=x.device)
         valid = index < lens[:, None]  # [B,T]
@@ -329,7 +339,9 @@ class ConformerEncoder(nn.Module):
         if state.chunk.left_chunks is None:
             return
         keep = [state.chunk.left_chunks * state.chunk.size // (rate + 1) for rate in range(2)]
-        state.valid = [valid[:, max(valid.shape[1] - keep[rate], 0) :] for rate, valid in enumerate(state.valid)]
+        state.valid = [
+            valid[:, max(valid.shape[1] - keep[rate], 0) :] for rate, valid in enumerate(state.valid)
+        ]
         first, second = self.options.layers[0], sum(self.options.layers[:2])
         for index, cache in enumerate(state.layers):
             drop = max(cache.keys.shape[2] - keep[int(first <= index < second)], 0)

@@ -1,9 +1,10 @@
 """CTC head: encoder frames to piece log-probs, and its loss.
 Knows: frames and piece ids. Must not know: data, search, fusion, the encoder.
 """
+
 from __future__ import annotations
 
-from typing import List, Sequence, Tuple
+from typing import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +29,8 @@ class CtcHead(nn.Module):
         """Return log-probs [B,T,V] in float32."""
         return self.linear(frames).float().log_softmax(dim=-1)
 
-    def loss(self, frames: Tensor, lens: Tensor, targets: Sequence[Sequence[int]]) -> Tuple[Tensor, int]:
-        """Return the summed CTC loss (Graves et al. 2006) of the possible utterances and the number of others.
+    def loss(self, frames: Tensor, lens: Tensor, targets: Sequence[Sequence[int]]) -> tuple[Tensor, int]:
+        """Return the summed CTC loss (Graves et al. 2006) of possible utterances and the number of others.
 
         Args:
             frames: [B,T,D]; lens: [B].
@@ -40,7 +41,7 @@ class CtcHead(nn.Module):
 
 def ctc_loss_sum(
     log_probs: Tensor, lens: Tensor, targets: Sequence[Sequence[int]], blank_id: int
-) -> Tuple[Tensor, int]:
+) -> tuple[Tensor, int]:
     """Sum the CTC loss over utterances that have a path; those too short for their text count zero.
 
     Args:
@@ -55,7 +56,9 @@ def ctc_loss_sum(
         index = torch.tensor(rows, device=log_probs.device)
         log_probs, lens = log_probs[index], lens[index]
     kept = [list(targets[row]) for row in rows]
-    flat = torch.tensor([piece for pieces in kept for piece in pieces], dtype=torch.long, device=log_probs.device)
+    flat = torch.tensor(
+        [piece for pieces in kept for piece in pieces], dtype=torch.long, device=log_probs.device
+    )
     sizes = torch.tensor([len(pieces) for pieces in kept], device=log_probs.device)
     with torch.autocast(log_probs.device.type, enabled=False):
         loss = F.ctc_loss(
@@ -69,7 +72,7 @@ def frames_needed(pieces: Sequence[int]) -> int:
     return len(pieces) + sum(left == right for left, right in zip(pieces, pieces[1:]))
 
 
-def greedy_pieces(log_probs: Tensor, lens: Tensor, blank_id: int) -> List[List[int]]:
+def greedy_pieces(log_probs: Tensor, lens: Tensor, blank_id: int) -> list[list[int]]:
     """Return the pieces of the best path: repeats merged, blanks dropped. log_probs [B,T,V]."""
     best = log_probs.argmax(dim=-1).tolist()
     found = []

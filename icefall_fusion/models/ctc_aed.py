@@ -3,6 +3,7 @@ Knows: features and piece ids. Must not know: data, search, fusion.
 
 Legend: B utterances, N token lists an utterance, U tokens, T frames, D model size, V pieces.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -10,7 +11,7 @@ import json
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Optional, Sequence
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -54,20 +55,24 @@ class ModelOptions:
     middle_weight: float = 0.3
     label_smoothing: float = 0.1
     chunk_probability: float = 0.0
-    chunk_sizes: Tuple[int, ...] = (8, 16, 32)
+    chunk_sizes: tuple[int, ...] = (8, 16, 32)
 
     def __post_init__(self) -> None:
         check(self.vocab_size >= 2, "ModelOptions.vocab_size", "be at least 2", self.vocab_size)
         for name in ("blank_id", "sos_eos_id"):
-            check(0 <= getattr(self, name) < self.vocab_size, f"ModelOptions.{name}",
-                  f"be in 0..{self.vocab_size - 1}", getattr(self, name))
+            check(
+                0 <= getattr(self, name) < self.vocab_size,
+                f"ModelOptions.{name}",
+                f"be in 0..{self.vocab_size - 1}",
+                getattr(self, name),
+            )
         for name in ("ctc_weight", "middle_weight", "label_smoothing", "chunk_probability"):
             check(0 <= getattr(self, name) <= 1, f"ModelOptions.{name}", "be in [0, 1]", getattr(self, name))
         object.__setattr__(self, "chunk_sizes", tuple(self.chunk_sizes))
         check(len(self.chunk_sizes) > 0, "ModelOptions.chunk_sizes", "not be empty", self.chunk_sizes)
 
     @classmethod
-    def from_dict(cls, values: Dict[str, Any]) -> "ModelOptions":
+    def from_dict(cls, values: dict[str, Any]) -> "ModelOptions":
         """Build from ``dataclasses.asdict`` output; unknown names are refused by the constructor."""
         values = dict(values)
         values["encoder"] = EncoderOptions(**values.get("encoder", {}))
@@ -80,7 +85,7 @@ class CtcAed(nn.Module):
 
     Args:
         options: shape and loss.
-        bpe: the SentencePiece model (file or folder) whose pieces it writes, if known; goes along with ``save``.
+        bpe: the SentencePiece model (file or folder) whose pieces it writes, if known; ``save`` adds it.
 
     Attributes:
         tokens: the vocabulary of ``bpe``, or None.
@@ -100,7 +105,9 @@ class CtcAed(nn.Module):
         self.middle_ctc = CtcHead(size, options.vocab_size, options.blank_id)
         self.decoder = AttentionDecoder(size, options.vocab_size, options.decoder)
 
-    def forward(self, features: Tensor, lens: Tensor, targets: Sequence[Sequence[int]]) -> Tuple[Tensor, dict]:
+    def forward(
+        self, features: Tensor, lens: Tensor, targets: Sequence[Sequence[int]]
+    ) -> tuple[Tensor, dict]:
         """As ``loss``: what a DDP wrapper calls."""
         return self.loss(features, lens, targets)
 
@@ -108,7 +115,7 @@ class CtcAed(nn.Module):
         """Return float32 log-probs [B,T,V] of encoder frames [B,T,D]."""
         return self.ctc(encoder_out)
 
-    def loss(self, features: Tensor, lens: Tensor, targets: Sequence[Sequence[int]]) -> Tuple[Tensor, dict]:
+    def loss(self, features: Tensor, lens: Tensor, targets: Sequence[Sequence[int]]) -> tuple[Tensor, dict]:
         """Return the joint loss a token and its parts.
 
         Args:
@@ -116,8 +123,8 @@ class CtcAed(nn.Module):
             targets: pieces of each utterance, without blank, sos or eos.
 
         Returns:
-            scalar loss; dict of floats: ``loss``, ``ctc``, ``ctc_middle``, ``attention`` (all a token) and
-            ``tokens``, ``frames``, ``impossible`` (utterances too short for a CTC path; they count zero).
+            scalar loss; dict of detached scalars: ``loss``, ``ctc``, ``ctc_middle``, ``attention`` (all a
+            token), ``tokens``, ``frames``, ``impossible`` (utterances too short for CTC; they count zero).
         """
         options = self.options
         tokens = max(sum(len(pieces) for pieces in targets), 1)
@@ -134,7 +141,7 @@ class CtcAed(nn.Module):
         if options.ctc_weight < 1:
             parts["attention"] = self.decoder_loss(frames, out_lens, targets)
             total = options.ctc_weight * total + (1 - options.ctc_weight) * parts["attention"]
-        info = {name: float(value.detach()) for name, value in {"loss": total, **parts}.items()}
+        info: dict[str, Any] = {name: value.detach() for name, value in {"loss": total, **parts}.items()}
         info.update(tokens=tokens, frames=int(lens.sum()), impossible=impossible)
         return total, info
 
@@ -148,14 +155,16 @@ class CtcAed(nn.Module):
         inputs, outputs = self._teacher([[pieces] for pieces in targets], encoder_out.device)
         logits = self.decoder(inputs, encoder_out, lens)
         return F.cross_entropy(
-            logits.flatten(0, 2).float(), outputs.flatten(), ignore_index=IGNORED,
+            logits.flatten(0, 2).float(),
+            outputs.flatten(),
+            ignore_index=IGNORED,
             label_smoothing=self.options.label_smoothing,
         )
 
     @torch.no_grad()
     def score_tokens(
         self, encoder_out: Tensor, lens: Tensor, token_lists: Sequence[Sequence[Sequence[int]]]
-    ) -> List[Tensor]:
+    ) -> list[Tensor]:
         """Return the decoder's natural-log probability of each token list of each utterance, eos included.
 
         Args:
@@ -165,8 +174,12 @@ class CtcAed(nn.Module):
         Returns:
             for each utterance a float32 tensor [N] on the CPU.
         """
-        check(len(token_lists) == len(encoder_out), "token_lists", f"hold {len(encoder_out)} utterances",
-              len(token_lists))
+        check(
+            len(token_lists) == len(encoder_out),
+            "token_lists",
+            f"hold {len(encoder_out)} utterances",
+            len(token_lists),
+        )
         most = max((len(lists) for lists in token_lists), default=0)
         if most == 0:
             return [torch.zeros(0) for _ in token_lists]
@@ -180,7 +193,7 @@ class CtcAed(nn.Module):
 
     def _teacher(
         self, token_lists: Sequence[Sequence[Sequence[int]]], device: torch.device
-    ) -> Tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor]:
         """Return decoder inputs and targets [B,N,U+1] of equally many lists an utterance."""
         end = self.options.sos_eos_id
         length = 1 + max((len(pieces) for lists in token_lists for pieces in lists), default=0)
@@ -200,8 +213,12 @@ class CtcAed(nn.Module):
 def check_vocabulary(options: ModelOptions, size: int, blank_id: int, what: str) -> None:
     """Raise ValueError, with both sizes, unless a vocabulary fits the model."""
     if size != options.vocab_size:
-        raise ValueError(f"{what} have {size} pieces, but the acoustic model has {options.vocab_size} outputs")
-    check(blank_id == options.blank_id, "blank_id", f"be {options.blank_id} as in the acoustic model", blank_id)
+        raise ValueError(
+            f"{what} have {size} pieces, but the acoustic model has {options.vocab_size} outputs"
+        )
+    check(
+        blank_id == options.blank_id, "blank_id", f"be {options.blank_id} as in the acoustic model", blank_id
+    )
 
 
 def save(model: CtcAed, folder: PathLike, dtype: Optional[torch.dtype] = None) -> None:
@@ -215,7 +232,9 @@ def save(model: CtcAed, folder: PathLike, dtype: Optional[torch.dtype] = None) -
     weights = {}
     for name, value in model.state_dict().items():
         keep = dtype is None or name in ("encoder.mean", "encoder.deviation")
-        weights[name] = value.detach().cpu().contiguous() if keep else value.detach().cpu().to(dtype).contiguous()
+        weights[name] = (
+            value.detach().cpu().contiguous() if keep else value.detach().cpu().to(dtype).contiguous()
+        )
     config = {"model_type": MODEL_TYPE, "options": dataclasses.asdict(model.options)}
     if model.bpe is not None and model.tokens is not None:
         config["bpe_fingerprint"] = model.tokens.fingerprint()
@@ -245,6 +264,10 @@ def load(folder: PathLike, device: str = "cpu") -> CtcAed:
     model = CtcAed(ModelOptions.from_dict(config["options"]), bpe if bpe.is_file() else None)
     wanted = config.get("bpe_fingerprint")
     if wanted is not None and (model.tokens is None or model.tokens.fingerprint() != wanted):
-        raise ValueError(f"{bpe} must be the SentencePiece model of the training, but it is missing or differs")
-    model.load_state_dict({name: value.float() for name, value in load_file(folder / "model.safetensors").items()})
+        raise ValueError(
+            f"{bpe} must be the SentencePiece model of the training, but it is missing or differs"
+        )
+    model.load_state_dict(
+        {name: value.float() for name, value in load_file(folder / "model.safetensors").items()}
+    )
     return model.to(device).eval()

@@ -3,6 +3,7 @@ Knows: frames and piece ids. Must not know: data, search, fusion, the encoder.
 
 Legend: B utterances, N token lists an utterance, U tokens, T frames, D model size, V pieces.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -46,11 +47,16 @@ class DecoderLayer(nn.Module):
         self.cross_norm = nn.LayerNorm(size)
         self.cross_attention = CrossAttention(size, options.heads)
         self.feedforward = nn.Sequential(
-            nn.LayerNorm(size), nn.Linear(size, options.feedforward), nn.SiLU(), nn.Linear(options.feedforward, size)
+            nn.LayerNorm(size),
+            nn.Linear(size, options.feedforward),
+            nn.SiLU(),
+            nn.Linear(options.feedforward, size),
         )
         self.dropout = nn.Dropout(options.dropout) if options.dropout > 0 else nn.Identity()
 
-    def forward(self, x: Tensor, causal: Tensor, rotary: tuple, memory: Tensor, memory_bias: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, causal: Tensor, rotary: tuple, memory: Tensor, memory_bias: Tensor
+    ) -> Tensor:
         """Return [B,N,U,D] for tokens x [B,N,U,D] over frames ``memory`` [B,T,D]."""
         batch, lists, length, size = x.shape
         y, _ = self.self_attention(self.self_norm(x).flatten(0, 1), causal, rotary)
@@ -71,7 +77,12 @@ class AttentionDecoder(nn.Module):
 
     def __init__(self, size: int, vocab_size: int, options: DecoderOptions) -> None:
         super().__init__()
-        check(size % (2 * options.heads) == 0, "DecoderOptions.heads", f"divide {size} into even sizes", options.heads)
+        check(
+            size % (2 * options.heads) == 0,
+            "DecoderOptions.heads",
+            f"divide {size} into even sizes",
+            options.heads,
+        )
         self.head_size = size // options.heads
         self.embedding = nn.Embedding(vocab_size, size)
         nn.init.normal_(self.embedding.weight, std=size**-0.5)
@@ -94,7 +105,10 @@ class AttentionDecoder(nn.Module):
         real = torch.arange(memory.shape[1], device=x.device) < lens[:, None]
         memory_bias = masked_bias(real[:, None, None, :], x.dtype)
         if memory.shape[1] == 0:  # nothing was heard: attention over one zero frame
-            memory, memory_bias = memory.new_zeros(x.shape[0], 1, x.shape[3]), x.new_zeros(x.shape[0], 1, 1, 1)
+            memory, memory_bias = (
+                memory.new_zeros(x.shape[0], 1, x.shape[3]),
+                x.new_zeros(x.shape[0], 1, 1, 1),
+            )
         rotary = rotary_table(0, length, self.head_size, x)
         for layer in self.layers:
             x = layer(x, causal_bias, rotary, memory, memory_bias)

@@ -1,6 +1,7 @@
 """From 10 ms feature frames to 40 ms encoder frames, without looking ahead of the encoder frame.
 Knows: features. Must not know: data, search, fusion, the encoder above it.
 """
+
 from __future__ import annotations
 
 import torch

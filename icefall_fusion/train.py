@@ -1,0 +1,202 @@
+"""Job ``train``: the CTC-AED acoustic model from lhotse cuts with features, exported as a model folder.
+Knows: the acoustic model, batches, the training loop. Must not know: language models, search, fusion.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from icefall_fusion.checks import check, check_choice
+from icefall_fusion.data.datamodule import Batch, DataOptions, EvalBatches, TrainBatches
+from icefall_fusion.data.manifests import cuts_path
+from icefall_fusion.models import CtcAed, ModelOptions, greedy_pieces, save
+from icefall_fusion.models.ctc import ctc_loss_sum
+from icefall_fusion.training.checkpoints import average_checkpoints, list_checkpoints
+from icefall_fusion.training.loop import Trainer, TrainerOptions, init_distributed
+from icefall_fusion.training.memory import keep_freed_memory
+from icefall_fusion.wer import count_errors
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Train the acoustic model; run again with the same options to go on after a stop.
+
+    Args:
+        data_dir: holds ``fbank/minibooks_cuts_SPLIT.jsonl.gz`` and ``lang_bpe_500/``.
+        train_split: what to train on.
+        valid_split: what to validate on.
+        bpe: the SentencePiece model, or its folder; empty: ``lang_bpe_500`` of ``data_dir``.
+        data: how utterances become batches, SpecAugment.
+        exp: folder for checkpoints, logs and ``export/``, the average of the newest ``avg`` checkpoints.
+        model: shape and loss.
+        trainer: optimization, limits and checkpoints.
+        avg: how many of the newest checkpoints an export averages.
+        valid_utterances: how many utterances a validation takes; 0 = all.
+        stats_seconds: seconds of training data that the feature mean and deviation are taken from.
+        device: "auto", "cpu" or "cuda".
+        threads: CPU threads; 0 = leave torch's choice.
+        export_to: write the averaged model to this folder and do not train.
+        export_dtype: "float32", "float16" or "bfloat16" of the exported weights.
+    """
+
+    data_dir: str = "data"
+    train_split: str = "train"
+    valid_split: str = "dev"
+    bpe: str = ""
+    data: DataOptions = field(default_factory=DataOptions)
+    exp: str = "exp/ctc_aed"
+    model: ModelOptions = field(default_factory=ModelOptions)
+    trainer: TrainerOptions = field(default_factory=TrainerOptions)
+    avg: int = 3
+    valid_utterances: int = 200
+    stats_seconds: float = 3600.0
+    device: str = "auto"
+    threads: int = 0
+    export_to: str = ""
+    export_dtype: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        kept = self.trainer.keep_checkpoints
+        check(
+            1 <= self.avg <= kept, "TrainOptions.avg", f"be in 1..{kept} (trainer.keep_checkpoints)", self.avg
+        )
+        for name in ("valid_utterances", "threads"):
+            check(getattr(self, name) >= 0, f"TrainOptions.{name}", "be at least 0", getattr(self, name))
+        check(self.stats_seconds > 0, "TrainOptions.stats_seconds", "be above 0", self.stats_seconds)
+        check_choice(self.export_dtype, DTYPES, "TrainOptions.export_dtype")
+
+
+def feature_statistics(batches: Iterable[Batch], seconds: float) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation [bins] over the first ``seconds`` of features of 10 ms.
+
+    Raises:
+        ValueError: there is no frame.
+    """
+    count, total, squares = 0, torch.zeros(()), torch.zeros(())
+    for batch in batches:
+        real = torch.arange(batch["features"].shape[1]) < batch["lens"][:, None]
+        frames = batch["features"][real].double()
+        count, total, squares = count + len(frames), total + frames.sum(0), squares + frames.square().sum(0)
+        if count >= seconds * 100:
+            break
+    check(count > 0, "the training data", "hold at least one feature frame", count)
+    mean = total / count
+    return mean.float(), (squares / count - mean.square()).clamp(min=1e-6).sqrt().float()
+
+
+def compute_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, int, dict[str, Any]]:
+    """Return the loss summed over tokens, the number of tokens, and summed parts (a LossFunction)."""
+    core: CtcAed = getattr(model, "module", model)
+    targets = batch["tokens"]
+    tokens = max(sum(map(len, targets)), 1)
+    if not core.training:
+        return validation_loss(core, batch, tokens)
+    loss, info = model(batch["features"], batch["lens"], targets)
+    parts = {name: info[name] * tokens for name in ("ctc", "ctc_middle", "attention") if name in info}
+    return (
+        loss * tokens,
+        tokens,
+        {**parts, "impossible": info["impossible"], "seconds": sum(batch["seconds"])},
+    )
+
+
+def validation_loss(model: CtcAed, batch: Batch, tokens: int) -> tuple[Tensor, int, dict[str, Any]]:
+    """As ``compute_loss``: joint loss without the auxiliary part; word errors of greedy CTC decoding."""
+    frames, lens = model.encoder(batch["features"], batch["lens"])
+    log_probs = model.ctc_log_probs(frames)
+    blank, weight = model.options.blank_id, model.options.ctc_weight
+    ctc, impossible = ctc_loss_sum(log_probs, lens, batch["tokens"], blank)
+    attention = model.decoder_loss(frames, lens, batch["tokens"]) * tokens
+    hypotheses = [model.tokens.decode(pieces) for pieces in greedy_pieces(log_probs, lens, blank)]
+    errors = [count_errors(text, found) for text, found in zip(batch["texts"], hypotheses)]
+    parts = {
+        "ctc": ctc,
+        "attention": attention,
+        "impossible": impossible,
+        "word_errors": sum(e.insertions + e.deletions + e.substitutions for e in errors),
+        "words": sum(e.words for e in errors),
+    }
+    return weight * ctc + (1 - weight) * attention, tokens, parts
+
+
+def describe(means: dict[str, float]) -> dict[str, float]:
+    """Add the word error rate (%) of greedy CTC decoding to validation means a token."""
+    return {"greedy_wer": 100 * means["word_errors"] / max(means["words"], 1e-9)}
+
+
+def export(options: TrainOptions, folder: str) -> list[Path]:
+    """Write the average of the newest checkpoints of ``options.exp`` as a model folder; return their paths.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint.
+    """
+    paths = list_checkpoints(options.exp)[-options.avg :]
+    if not paths:
+        raise FileNotFoundError(f"{options.exp} holds no checkpoint-STEP.pt to export")
+    model = CtcAed(options.model, bpe_path(options))
+    model.load_state_dict(average_checkpoints(paths))
+    save(model, folder, None if options.export_dtype == "float32" else getattr(torch, options.export_dtype))
+    return paths
+
+
+def bpe_path(options: TrainOptions) -> Path:
+    """Return where the SentencePiece model is."""
+    return Path(options.bpe) if options.bpe else Path(options.data_dir) / "lang_bpe_500"
+
+
+def run(options: TrainOptions) -> int:
+    """Train (or go on training) and export; return 0.
+
+    Raises:
+        FileNotFoundError, ValueError: data or vocabulary are missing or do not fit each other.
+        RuntimeError: the loss was not finite too often.
+    """
+    if options.export_to:
+        names = ", ".join(path.name for path in export(options, options.export_to))
+        print(f"wrote the average of {names} to {options.export_to}", file=sys.stderr)
+        return 0
+    keep_freed_memory()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    rank, _, device = init_distributed(options.device)
+    result = make_trainer(options, device, rank).run()
+    if rank == 0:
+        print(result, file=sys.stderr)
+    return 0
+
+
+def make_trainer(options: TrainOptions, device: torch.device, rank: int) -> Trainer:
+    """Put together model, batches and loop; the model of a new training gets the features' statistics."""
+    torch.manual_seed(options.trainer.seed)
+    model = CtcAed(options.model, bpe_path(options))
+    folder = Path(options.data_dir) / "fbank"
+    train, valid = cuts_path(folder, options.train_split), cuts_path(folder, options.valid_split)
+    if not list_checkpoints(options.exp):
+        plain = dataclasses.replace(options.data, spec_augment=False, workers=0)
+        mean, deviation = feature_statistics(TrainBatches(train, plain), options.stats_seconds)
+        model.encoder.mean.copy_(mean)
+        model.encoder.deviation.copy_(deviation)
+    if rank == 0:
+        size, encoder = (sum(p.numel() for p in part.parameters()) / 1e6 for part in (model, model.encoder))
+        print(f"{size:.2f}M parameters ({encoder:.2f}M encoder), {device}", file=sys.stderr, flush=True)
+    encode = model.tokens.encode
+    return Trainer(
+        options.trainer,
+        model.to(device),
+        compute_loss,
+        TrainBatches(train, options.data, encode),
+        EvalBatches(valid, options.data, encode, limit=options.valid_utterances or None),
+        options.exp,
+        device=device,
+        on_save=lambda step: export(options, str(Path(options.exp) / "export")),
+        describe=describe,
+    )
