@@ -32,7 +32,7 @@ def check_tree(lm: CausalLm) -> None:
     if not worst <= allowed:  # also catches nan
         raise ValueError(
             f"{refusal}: its scores must differ from plain forwards by at most {allowed:g} a token, but "
-            f"differ by {worst:.3g} (it does not take positions or masks as given; ALiBi models such as BLOOM)"
+            f"differ by {worst:.3g} (it ignores given positions or masks, as ALiBi models such as BLOOM do)"
         )
 
 

@@ -80,7 +80,8 @@ def forward(model: TreeModel, tree: TokenTree, cache: TreeCache, nodes: ndarray,
     if model.window is not None and depth.max() >= model.window:
         near = seen & slots.in_window(owner, depth, length, model.window)
     shape = (len(utterances), 1, width, length)
-    mask, window_mask = (None if x is None else _spread(x, valid, shape).to(model.device) for x in (seen, near))
+    mask = _spread(seen, valid, shape).to(model.device)
+    window_mask = None if near is None else _spread(near, valid, shape).to(model.device)
     logits = model.tree_logits(tokens, positions, mask, window_mask, cache, wanted_)
     return torch.log_softmax(logits.float(), dim=-1)
 
