@@ -9,6 +9,7 @@
 # Stages: 0 books to utterances, 1 which of them are spoken, 2 vocabularies, 3 speech, 4 features, 5 LM text.
 # Every stage can be killed and run again: finished shards are kept. A finished stage leaves a .done mark in
 # --data-dir and is skipped; remove the mark to run it again. --config is "full" or a folder of conf/.
+# Exit code 3: done, but some books or audio files were skipped (they are listed).
 # Speech needs eSpeak NG (GPL-3): pip install espeakng-loader.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
@@ -24,7 +25,7 @@ workers=2
 python=${PYTHON:-python}
 splits="dev test-clean test-other train"
 
-usage() { sed -n '2,13p' "$0" | sed 's/^# \{0,1\}//'; }
+usage() { sed -n '2,14p' "$here/$(basename "$0")" | sed 's/^# \{0,1\}//'; }
 absolute() { case "$1" in /*) echo "$1" ;; *) echo "$started_in/$1" ;; esac; }
 
 while [ $# -gt 0 ]; do
@@ -62,7 +63,15 @@ run_job() { # job, options: with the job's file of options where the configurati
   shift
   local options=()
   if [ -f "$conf/$job.yaml" ]; then options=(--config "$conf/$job.yaml"); fi
-  "$python" -m icefall_fusion "$job" ${options[@]+"${options[@]}"} --data_dir "$data_dir" "$@"
+  tolerate_skips "$python" -m icefall_fusion "$job" ${options[@]+"${options[@]}"} --data_dir "$data_dir" "$@"
+}
+
+skipped=0
+tolerate_skips() { # exit code 3: done, but some inputs were skipped and listed; it becomes that of this script
+  local code=0
+  "$@" || code=$?
+  if [ "$code" -eq 3 ]; then skipped=3; log "some inputs were skipped, see above"; return 0; fi
+  return "$code"
 }
 
 wanted() { # number, name
@@ -80,7 +89,7 @@ find_books() { # sets $text where --text was not given
       ../../../tools/demo/stories.txt
   else
     text=download/books
-    "$python" local/download_books.py --to "$text"
+    tolerate_skips "$python" local/download_books.py --to "$text"
   fi
 }
 
@@ -112,3 +121,4 @@ if wanted 5 lm-text; then
   touch "$data_dir/.lm-text.done"
 fi
 log "finished: $data_dir"
+exit "$skipped"

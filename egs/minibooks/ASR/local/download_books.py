@@ -3,9 +3,9 @@ Must not know: utterances, audio, models.
 
     python local/download_books.py --to download/books
 
-Finds every book of local/books.tsv in Project Gutenberg's own catalog by title and author, and takes its plain text.
-A book that is there already is kept, so that the command can be run again. --mirror names another server (or, as
-file:///..., a folder) with the same layout.
+Finds every book of local/books.tsv in Project Gutenberg's own catalog by title and author, and takes its
+plain text. A book that is there already is kept, so that the command can be run again. --mirror names another
+server (or, as file:///..., a folder) with the same layout.
 """
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ def main() -> int:
     """Download what is missing; return 0, 3 when some books were not found, 1 without a network."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--to", type=Path, required=True, help="folder of books, one SLUG.txt each")
-    parser.add_argument("--list", type=Path, default=Path(__file__).parent / "books.tsv", help="slug, title, author, year")
+    listed = Path(__file__).parent / "books.tsv"
+    parser.add_argument("--list", type=Path, default=listed, help="slug, title, author, year")
     parser.add_argument("--mirror", default=SERVER, help="server with Project Gutenberg's layout")
     parser.add_argument("--pause", type=float, default=2.0, help="seconds between downloads")
     arguments = parser.parse_args()
@@ -46,8 +47,8 @@ def main() -> int:
         catalog = read_catalog(fetch(f"{arguments.mirror}/{CATALOG}").decode("utf-8"))
     except OSError as error:
         print(
-            f"error: {arguments.mirror} cannot be reached ({error}). Without a network give a folder of UTF-8 books, "
-            "one .txt file each: prepare.sh --text DIR",
+            f"error: {arguments.mirror} cannot be reached ({error}). Without a network give a folder of "
+            "UTF-8 books, one .txt file each: prepare.sh --text DIR",
             file=sys.stderr,
         )
         return FAILED
@@ -57,7 +58,8 @@ def main() -> int:
         text = ""
         if number is not None:
             try:
-                text = body(fetch(f"{arguments.mirror}/cache/epub/{number}/pg{number}.txt").decode("utf-8", "replace"))
+                address = f"{arguments.mirror}/cache/epub/{number}/pg{number}.txt"
+                text = body(fetch(address).decode("utf-8", "replace"))
             except OSError as error:
                 print(f"warning: {book['slug']}: {error}", file=sys.stderr)
             time.sleep(arguments.pause)
@@ -94,13 +96,12 @@ def plain(text: str) -> str:
 
 
 def find(catalog: list[tuple[int, str, str]], title: str, author: str) -> int | None:
-    """Return the lowest number with this title (or whose title it begins) and the author's last name, or None."""
+    """Return the lowest number with this title (or a beginning of it) and the author's last name, or None."""
     wanted, name = plain(title), plain(author).split(" ")[-1]
     by_author = [(number, theirs) for number, theirs, authors in catalog if name in authors.split(" ")]
     exact = [number for number, theirs in by_author if theirs == wanted]
-    begun = [
-        number for number, theirs in by_author if theirs.startswith(wanted + " ") or wanted.startswith(theirs + " ")
-    ]
+    pairs = [(number, wanted + " ", theirs + " ") for number, theirs in by_author]
+    begun = [number for number, ours, theirs in pairs if theirs.startswith(ours) or ours.startswith(theirs)]
     return min(exact or begun, default=None)
 
 
