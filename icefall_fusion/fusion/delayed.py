@@ -83,6 +83,7 @@ class DelayedFusion(LmFusion):
         self._run = self.trigger.start(beam, tokens)
         self._events = self._new_tokens = 0
         self._scored: set[int] = set()
+        self._cache_before = (self._tokenizer.hits, self._tokenizer.misses)
 
     def advance(self, beam: Beam, source: Tensor, grew: Tensor) -> None:
         """Let the trigger count (see ``Fusion.advance``)."""
@@ -121,8 +122,10 @@ class DelayedFusion(LmFusion):
 
     def stats(self) -> dict[str, float]:
         """Return the tree's counters, events, histories_scored and those of re-tokenization."""
-        own = {"events": self._events, "histories_scored": len(self._scored)} if self._tree else {}
-        return {**super().stats(), **own, **self._tokenizer.stats()}
+        if self._tree is None:
+            return {}
+        own = {"events": self._events, "histories_scored": len(self._scored)}
+        return {**super().stats(), **own, **self._tokenizer.stats(*self._cache_before)}
 
     def _place(self, histories: Sequence[History], where: Tensor) -> tuple[Tensor, Tensor]:
         """Return the tree nodes and numbers of words of ``histories[where]``, two int64 [n] on the CPU."""

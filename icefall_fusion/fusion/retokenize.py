@@ -125,12 +125,16 @@ class WordTokenizer:
                 self._spelled.add(word)
         return ids
 
-    def stats(self) -> dict[str, float]:
-        """Return ``retokenize_words`` (words asked for) and ``retokenize_hit_rate`` (from 0 to 1)."""
-        asked = self.hits + self.misses
+    def stats(self, hits: int = 0, misses: int = 0) -> dict[str, float]:
+        """Return ``retokenize_words`` (words asked for) and ``retokenize_hit_rate`` (from 0 to 1).
+
+        Args:
+            hits, misses: what ``hits`` and ``misses`` were when the counting began.
+        """
+        asked = self.hits - hits + self.misses - misses
         return {
             "retokenize_words": asked,
-            "retokenize_hit_rate": self.hits / asked if asked else 0.0,
+            "retokenize_hit_rate": (self.hits - hits) / asked if asked else 0.0,
         }
 
     def check(self, vocabulary: Iterable[str] = ()) -> None:

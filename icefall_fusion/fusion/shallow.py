@@ -94,7 +94,7 @@ class ShallowFusion(LmFusion):
         self._write(beam, slots, beam.lm[..., self.index].reshape(-1)[slots] + ends)
 
     def _check_pieces(self, pieces: Tensor, vocab_size: int) -> None:
-        if self._matched is None and self._frames == 0:
+        if self._matched is None:
             largest = int(pieces.max()) if pieces.numel() else 0
             check(largest < vocab_size, "pieces", f"be below the LM's vocabulary size {vocab_size}", largest)
 

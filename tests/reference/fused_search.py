@@ -1,0 +1,122 @@
+"""Prefix beam search with shallow and delayed fusion over dictionaries, one by one: the slow twin.
+Knows: log-probs, pieces, plain functions that score. Must not know: tensors, trees, the package's search.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Callable, Optional, Sequence
+
+Prefix = tuple[int, ...]
+NEVER = -math.inf
+
+
+@dataclass
+class SlowFusion:
+    """Shallow when ``piece_score`` is given (log P(piece | prefix)); delayed when ``word_score`` is.
+
+    ``end_score(prefix, words)`` is the raw score of a whole hypothesis at the end.
+    ``trigger``: ("interval", n), ("words",), ("pieces",) or ("end",).
+    """
+
+    source: str
+    weight: float
+    bonus: float
+    end_score: Callable[[Prefix, Sequence[str]], float]
+    piece_score: Optional[Callable[[Prefix, int], float]] = None
+    word_score: Optional[Callable[[Sequence[str]], float]] = None
+    trigger: tuple = ("end",)
+    longest_fused: int = 0
+
+
+@dataclass
+class Slot:
+    blank: float
+    nonblank: float
+    lm: list[float]
+    words: list[int] = field(default_factory=list)
+
+    def total(self) -> float:
+        return log_add(self.blank, self.nonblank)
+
+
+def log_add(*values: float) -> float:
+    top = max(values)
+    return top if top == NEVER else top + math.log(sum(math.exp(v - top) for v in values))
+
+
+def fused_search(log_probs, beam: int, tokens, fusions: Sequence[SlowFusion]) -> list[tuple[Prefix, dict]]:
+    """Return (pieces, scores) of the final beam, best first; ``log_probs`` is a list of rows."""
+    slots = {(): Slot(0.0, NEVER, [0.0] * len(fusions), [0] * len(fusions))}
+    for fusion in fusions:
+        fusion.longest_fused = 0
+
+    def rank(slot: Slot) -> float:
+        sums = (f.weight * s + f.bonus * w for f, s, w in zip(fusions, slot.lm, slot.words))
+        return slot.total() + sum(sums)
+
+    for frame, row in enumerate(log_probs):
+        slots = step(slots, row, tokens, fusions)
+        best = sorted(slots, key=lambda prefix: -rank(slots[prefix]))[:beam]
+        slots = {prefix: slots[prefix] for prefix in best if slots[prefix].total() > NEVER}
+        for s, fusion in enumerate(fusions):
+            if fires(fusion, frame, slots, tokens):
+                for prefix, slot in slots.items():
+                    words = closed_words(prefix, tokens)
+                    slot.lm[s], slot.words[s] = fusion.word_score(words), len(words)
+    for s, fusion in enumerate(fusions):
+        for prefix, slot in slots.items():
+            words = tokens.words(prefix)
+            slot.lm[s], slot.words[s] = fusion.end_score(prefix, words), len(words)
+    result = []
+    for prefix, slot in slots.items():
+        scores = {"ctc": slot.total(), "words": len(tokens.words(prefix)), "total": rank(slot)}
+        scores.update({fusion.source: lm for fusion, lm in zip(fusions, slot.lm)})
+        result.append((prefix, scores))
+    return sorted(result, key=lambda found: -found[1]["total"])
+
+
+def step(slots: dict[Prefix, Slot], row, tokens, fusions) -> dict[Prefix, Slot]:
+    """Return all stays and extensions of one frame; a stay keeps its LM values in a merge."""
+    after: dict[Prefix, Slot] = {}
+    for prefix, slot in slots.items():
+        repeated = slot.nonblank + row[prefix[-1]] if prefix else NEVER
+        after[prefix] = Slot(slot.total() + row[tokens.blank_id], repeated, list(slot.lm), list(slot.words))
+    for prefix, slot in slots.items():
+        for piece, log_prob in enumerate(row):
+            if piece == tokens.blank_id:
+                continue
+            mass = (slot.blank if prefix and piece == prefix[-1] else slot.total()) + log_prob
+            longer = (*prefix, piece)
+            if longer in slots:
+                after[longer].nonblank = log_add(after[longer].nonblank, mass)
+                continue
+            lm, words = list(slot.lm), list(slot.words)
+            for s, fusion in enumerate(fusions):
+                if fusion.piece_score is not None:
+                    lm[s] += fusion.piece_score(prefix, piece)
+                    words[s] += int(tokens.starts_word[piece] or not prefix)
+            after[longer] = Slot(NEVER, mass, lm, words)
+    return after
+
+
+def closed_words(prefix: Prefix, tokens) -> list[str]:
+    """Return the words before the last piece that starts one (a first piece starts none before it)."""
+    starts = [i for i, piece in enumerate(prefix) if i > 0 and tokens.starts_word[piece]]
+    return tokens.words(prefix[: starts[-1]]) if starts else []
+
+
+def fires(fusion: SlowFusion, frame: int, slots: dict[Prefix, Slot], tokens) -> bool:
+    kind = fusion.trigger[0]
+    if kind == "interval":
+        return (frame + 1) % fusion.trigger[1] == 0
+    if kind == "end" or not slots:
+        return False
+    if kind == "pieces":
+        shortest = min(len(prefix) for prefix in slots)
+    else:
+        shortest = min(sum(1 for p in prefix[1:] if tokens.starts_word[p]) for prefix in slots)
+    grew = shortest > fusion.longest_fused
+    fusion.longest_fused = max(shortest, fusion.longest_fused)
+    return grew
