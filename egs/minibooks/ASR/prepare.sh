@@ -25,7 +25,7 @@ workers=2
 python=${PYTHON:-python}
 splits="dev test-clean test-other train"
 
-usage() { sed -n '2,14p' "$here/$(basename "$0")" | sed 's/^# \{0,1\}//'; }
+usage() { sed -n '2,13p' "$here/$(basename "$0")" | sed 's/^# \{0,1\}//'; }
 absolute() { case "$1" in /*) echo "$1" ;; *) echo "$started_in/$1" ;; esac; }
 
 while [ $# -gt 0 ]; do

@@ -31,7 +31,8 @@ FAILED, SKIPPED_SOME = 1, 3
 
 def main() -> int:
     """Download what is missing; return 0, 3 when some books were not found, 1 without a network."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--to", type=Path, required=True, help="folder of books, one SLUG.txt each")
     listed = Path(__file__).parent / "books.tsv"
     parser.add_argument("--list", type=Path, default=listed, help="slug, title, author, year")
