@@ -148,7 +148,7 @@ class EvalBatches:
         manifest: a lhotse manifest of cuts with features or with audio.
         options: see there; only ``eval_duration``, ``workers`` and ``prefetch`` matter.
         encode: text to token ids, or None.
-        limit: only the first so many utterances of the manifest; None takes all.
+        limit: only so many utterances, spread evenly over the manifest; None takes all.
         done: ids to leave out, e.g. those that a killed run has decoded.
 
     Attributes:
@@ -165,8 +165,10 @@ class EvalBatches:
     ) -> None:
         self.skipped: list[dict[str, str]] = []
         left_out = set(done)
-        chosen = list(CutSet.from_jsonl_lazy(_existing(manifest)))[:limit]
-        cuts = [cut for cut in chosen if cut.id not in left_out]
+        cuts = list(CutSet.from_jsonl_lazy(_existing(manifest)))
+        if limit is not None and limit < len(cuts):  # spread over the manifest, that is, over its books
+            cuts = [cuts[index * len(cuts) // limit] for index in range(limit)]
+        cuts = [cut for cut in cuts if cut.id not in left_out]
         self.utterances = len(cuts)
         self._batches = _batches_by_duration(cuts, options.eval_duration)
         self._loader = _loader(_Loading(encode, None), self._batches, options)
