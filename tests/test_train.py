@@ -1,0 +1,106 @@
+"""Job ``train``: learns, goes on after a stop with the same result, exports a loadable average.
+Knows: the job, cuts. Must not know: search, fusion.
+"""
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+import soundfile
+import torch
+
+from icefall_fusion.data.datamodule import DataOptions
+from icefall_fusion.data.manifests import cut_of, cuts_path, write_cuts
+from icefall_fusion.models import DecoderOptions, EncoderOptions, ModelOptions, load
+from icefall_fusion.train import TrainOptions, feature_statistics, run
+from icefall_fusion.training.loop import TrainerOptions
+
+TONES = {"low": 300.0, "mid": 900.0, "high": 2500.0}  # a word sounds as its tone
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    random = np.random.default_rng(0)
+    for split, count in (("train", 12), ("dev", 4)):
+        cuts = []
+        for number in range(count):
+            words = random.choice(list(TONES), size=4).tolist()
+            time = np.arange(8000) / 16000
+            sound = np.concatenate([0.3 * np.sin(2 * np.pi * TONES[word] * time) for word in words])
+            path = folder / f"{split}-{number}.wav"
+            soundfile.write(path, sound + 0.01 * random.standard_normal(len(sound)), 16000)
+            utterance = {"id": path.stem, "text": " ".join(words)}
+            cuts.append(cut_of(utterance, path, len(sound), {"voice": "tone"}))
+        write_cuts(cuts, cuts_path(folder / "fbank", split))
+    (folder / "text").write_text("\n".join([" ".join(TONES)] * 20))
+    (folder / "lang_bpe_500").mkdir()
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "text"), model_prefix=str(folder / "lang_bpe_500" / "bpe"), vocab_size=20,
+        model_type="unigram", minloglevel=2, user_defined_symbols=["<blk>", "<sos/eos>"], unk_id=2, bos_id=-1,
+        eos_id=-1, hard_vocab_limit=False,
+    )
+    return folder
+
+
+def options_for(data_dir: Path, exp: Path, **trainer) -> TrainOptions:
+    bpe = sentencepiece.SentencePieceProcessor(str(data_dir / "lang_bpe_500" / "bpe.model"))
+    small = {"size": 16, "heads": 2, "feedforward": 16}
+    return TrainOptions(
+        data_dir=str(data_dir), exp=str(exp), avg=2, threads=1, stats_seconds=5.0, device="cpu",
+        data=DataOptions(max_duration=8.0, max_seconds=8.0, num_buckets=2, workers=0, time_warp=0),
+        model=ModelOptions(
+            vocab_size=bpe.get_piece_size(),
+            encoder=EncoderOptions(layers=(1, 1, 1), kernel=5, **small),
+            decoder=DecoderOptions(layers=1, heads=2, feedforward=16),
+        ),
+        trainer=TrainerOptions(
+            **{"lr": 5e-3, "warmup_steps": 2, "max_steps": 8, "save_every_steps": 4, "save_every_minutes": 0,
+               "valid_every_steps": 4, "tensorboard": False, **trainer}
+        ),
+    )
+
+
+def test_training_resumes_to_the_same_model_and_exports_an_average(data_dir: Path, tmp_path: Path) -> None:
+    whole = options_for(data_dir, tmp_path / "whole")
+    assert run(whole) == 0
+    lines = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "valid_loss" in line] == [4, 8]
+    assert lines[-1]["valid_loss"] < lines[0]["valid_loss"] and "valid_greedy_wer" in lines[-1]
+
+    parted = options_for(data_dir, tmp_path / "parted")
+    assert run(dataclasses.replace(parted, trainer=dataclasses.replace(parted.trainer, max_minutes=1e-9))) == 0
+    assert not (tmp_path / "parted" / "checkpoint-8.pt").exists()
+    assert run(parted) == 0
+    first, second = (torch.load(tmp_path / name / "checkpoint-8.pt", weights_only=True)["model"]
+                     for name in ("whole", "parted"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+    exported = load(tmp_path / "whole" / "export")
+    assert exported.tokens.size == whole.model.vocab_size
+    torch.testing.assert_close(exported.encoder.mean, first["encoder.mean"])
+    assert run(dataclasses.replace(whole, export_to=str(tmp_path / "out"))) == 0
+    assert torch.equal(load(tmp_path / "out").ctc.linear.weight, exported.ctc.linear.weight)
+
+
+def test_export_without_checkpoints_says_so(data_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
+        run(dataclasses.replace(options_for(data_dir, tmp_path), export_to=str(tmp_path / "out")))
+
+
+def test_avg_is_limited_by_what_is_kept(data_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"TrainOptions.avg must be in 1..3 .* but is 4"):
+        dataclasses.replace(options_for(data_dir, tmp_path), avg=4)
+
+
+def test_feature_statistics_pass_over_padding() -> None:
+    features = torch.tensor([[[1.0], [3.0]], [[5.0], [float("nan")]]])
+    batch = {"features": features, "lens": torch.tensor([2, 1])}
+    mean, deviation = feature_statistics([batch], 1.0)
+    assert mean.tolist() == [3.0] and deviation.item() == pytest.approx((8 / 3) ** 0.5)
+    with pytest.raises(ValueError, match="at least one feature frame"):
+        feature_statistics([], 1.0)
