@@ -45,6 +45,12 @@ JOBS: dict[str, Job] = {
     "score": Job("icefall_fusion.wer", "ScoreOptions", "word error rate of hypotheses against references"),
     "report": Job("icefall_fusion.report", "ReportOptions", "collect decode runs into a table and a plot"),
     "demo": Job("icefall_fusion.demo", "DemoOptions", "speak and decode the built-in stories by all methods"),
+    "prepare-text": Job("icefall_fusion.data.books", "PrepareTextOptions", "cut books into utterances"),
+    "select-utterances": Job("icefall_fusion.data.selection", "SelectOptions", "choose what is spoken"),
+    "train-tokenizers": Job("icefall_fusion.data.tokenizers", "TokenizerOptions", "acoustic BPE, LLM tokens"),
+    "prepare-lm-text": Job("icefall_fusion.data.lm_text", "LmTextOptions", "token streams to train LMs on"),
+    "synthesize": Job("icefall_fusion.data.synthesis", "SynthesizeOptions", "speak utterances by eSpeak NG"),
+    "compute-fbank": Job("icefall_fusion.data.fbank", "FbankOptions", "features of audio manifests"),
 }
 
 

@@ -1,0 +1,309 @@
+"""The table of decoding methods: a name such as ``nlm-shallow+llm-delayed-shortest`` and what it does.
+Knows: searches, fusions, rescoring, weights. Must not know: manifests, files, word error rates.
+
+A name joins parts by "+". A part is a fusion that takes part in the search, or a second pass over the N-best.
+"""
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import dataclass, field, replace
+from typing import Any, Callable, Iterable, Mapping, MutableMapping, Optional, Sequence, Union
+
+import torch
+
+from icefall_fusion.checks import check, check_choice, nearest
+from icefall_fusion.emission_batch import Emissions
+from icefall_fusion.fusion import (
+    AtEnd,
+    DelayedFusion,
+    EveryFrame,
+    FixedInterval,
+    ShallowFusion,
+    ShortestHypothesis,
+)
+from icefall_fusion.lm import CausalLm
+from icefall_fusion.nbest import NBest
+from icefall_fusion.rescoring import add_counters, rescore_with_attention, rescore_with_lm
+from icefall_fusion.search import PrefixSearchOptions, ctc_greedy_search, ctc_prefix_search
+
+#: The methods of the comparison, in the order of the table.
+METHODS = (
+    "ctc-greedy",
+    "ctc-prefix",
+    "attention-rescoring",
+    "nlm-shallow",
+    "llm-shallow",
+    "llm-nbest-rescoring",
+    "llm-delayed-shortest",
+    "llm-delayed-interval-16",
+    "llm-delayed-interval-32",
+    "llm-delayed-interval-64",
+    "nlm-shallow+llm-delayed-shortest",
+    "nlm-shallow+llm-delayed-interval-16",
+)
+#: Used for a method that the weights file does not name.
+DEFAULT_WEIGHTS = {"attention": 1.0, "nlm": 0.3, "llm": 0.4, "matched_llm": 0.4, "words": 0.5}
+#: LM of a score: (source) -> field of the options.
+LM_SOURCES = ("nlm", "llm", "matched_llm")
+
+
+@dataclass(frozen=True)
+class LmOptions:
+    """A language model and how it is used.
+
+    Args:
+        path: folder or Hugging Face name; empty: there is none.
+        dtype: float32, bfloat16, float16 or auto.
+        device: e.g. cpu or cuda; empty: that of the acoustic model.
+        device_map: for models that need more than one device, e.g. auto.
+        quantization: 8bit or 4bit (needs bitsandbytes).
+        text: how the LM sees words: as-is, lower or sentence.
+        prompt: earlier text, read but not scored.
+        eos: score the end of the utterance too.
+    """
+
+    path: str = ""
+    dtype: str = "float32"
+    device: str = ""
+    device_map: Optional[str] = None
+    quantization: Optional[str] = None
+    text: str = "as-is"
+    prompt: Optional[str] = None
+    eos: bool = True
+
+    def __post_init__(self) -> None:
+        check_choice(self.dtype, ("float32", "bfloat16", "float16", "auto"), "LmOptions.dtype")
+        check_choice(self.text, ("as-is", "lower", "sentence"), "LmOptions.text")
+        check_choice(self.quantization, (None, "8bit", "4bit"), "LmOptions.quantization")
+
+
+class Lms:
+    """The language models of a run, each loaded when a method first asks for it.
+
+    Args:
+        options: by source: ``nlm``, ``llm``, ``matched_llm``.
+        device: for those that name none.
+    """
+
+    def __init__(self, options: Mapping[str, LmOptions], device: str = "cpu") -> None:
+        self.options, self._device = dict(options), device
+        self._loaded: dict[str, CausalLm] = {}
+
+    def get(self, source: str) -> CausalLm:
+        """Return the LM of a source.
+
+        Raises:
+            ValueError: the options name none.
+        """
+        if source not in self._loaded:
+            options = self.options.get(source, LmOptions())
+            check(bool(options.path), f"{source}.path", "name a language model for this method", options.path)
+            dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
+            self._loaded[source] = CausalLm.from_pretrained(
+                options.path, dtype=dtype, device=options.device or self._device,
+                device_map=options.device_map, quantization=options.quantization,
+            )  # fmt: skip
+        return self._loaded[source]
+
+    def unused_bytes(self, used: Iterable[str]) -> int:
+        """Return the bytes of the weights that are loaded for other sources than ``used``."""
+        used = set(used)
+        lms = [lm for source, lm in self._loaded.items() if source not in used]
+        return sum(p.numel() * p.element_size() for lm in lms for p in lm.model.parameters())
+
+
+# --- names --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of a method's name: what it is, the source of its score, and when delayed fusion fires."""
+
+    kind: str  # shallow, delayed, rescoring
+    source: str
+    trigger: Any = None
+
+
+_PARTS: dict[str, Part] = {
+    "nlm-shallow": Part("shallow", "nlm"),
+    "llm-shallow": Part("shallow", "matched_llm"),
+    "attention-rescoring": Part("rescoring", "attention"),
+    "nlm-nbest-rescoring": Part("rescoring", "nlm"),
+    "llm-nbest-rescoring": Part("rescoring", "llm"),
+    "matched-nbest-rescoring": Part("rescoring", "matched_llm"),
+    "llm-delayed-shortest": Part("delayed", "llm", ShortestHypothesis()),
+    "llm-delayed-every-frame": Part("delayed", "llm", EveryFrame()),
+    "llm-delayed-at-end": Part("delayed", "llm", AtEnd()),
+}
+_INTERVAL = re.compile(r"llm-delayed-interval-(\d+)")
+
+
+def parse_method(name: str) -> tuple[Part, ...]:
+    """Return the parts of a method's name; ``ctc-greedy`` and ``ctc-prefix`` have none.
+
+    Raises:
+        ValueError: a part is unknown (the message gives the nearest), or a source comes twice.
+    """
+    if name in ("ctc-greedy", "ctc-prefix"):
+        return ()
+    parts = []
+    for text in name.removeprefix("ctc-prefix+").split("+"):
+        interval = _INTERVAL.fullmatch(text)
+        if interval:
+            parts.append(Part("delayed", "llm", FixedInterval(int(interval.group(1)))))
+        elif text in _PARTS:
+            parts.append(_PARTS[text])
+        else:
+            known = [*METHODS, *_PARTS, "llm-delayed-interval-N"]
+            raise ValueError(f"method must be built of known parts, but {text!r} of {name!r} is none"
+                             f"{nearest(text, known)} (known: {known})")  # fmt: skip
+    sources = [part.source for part in parts]
+    check(len(set(sources)) == len(sources), f"method {name!r}", "use each source of scores once", sources)
+    return tuple(parts)
+
+
+def parse_methods(names: Union[str, Sequence[str]]) -> list[str]:
+    """Return the methods of a list or a comma-separated text; ``all`` is the whole comparison."""
+    names = names.split(",") if isinstance(names, str) else list(names)
+    chosen = [name.strip() for name in names if name.strip()]
+    chosen = [name for given in chosen for name in (METHODS if given == "all" else (given,))]
+    check(len(chosen) > 0, "methods", "name at least one method", names)
+    for name in chosen:
+        parse_method(name)
+    return list(dict.fromkeys(chosen))
+
+
+def weights_of(name: str, given: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Return the weight of every source of a method, and of ``words`` (its word bonus).
+
+    Args:
+        name: the method.
+        given: weights by method, as in the YAML file that ``tune`` writes.
+
+    Raises:
+        ValueError: a weight is negative, not a number, or of a source that the method has not.
+    """
+    sources = [part.source for part in parse_method(name)]
+    if not sources:
+        return {"ctc": 1.0}
+    wanted = [*sources, "words"]
+    weights = dict(given.get(name, {}))
+    weights.pop("ctc", None)
+    for source, weight in weights.items():
+        check_choice(source, wanted, f"weights of {name}: the source")
+        check(isinstance(weight, (int, float)), f"weights.{name}.{source}", "be a number", weight)
+        check(weight >= 0 or source == "words", f"weights.{name}.{source}", "be at least 0", weight)
+    return {"ctc": 1.0, **{source: float(weights.get(source, DEFAULT_WEIGHTS[source])) for source in wanted}}
+
+
+# --- decoding -----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Work:
+    """What a method did to a batch: seconds and counters.
+
+    Args:
+        search_seconds: wall time of the search without ``lm_seconds``.
+        lm_seconds: wall time inside language models, and of second passes.
+        counters: of the token trees, by name; peaks are maxima, the rest sums.
+    """
+
+    search_seconds: float = 0.0
+    lm_seconds: float = 0.0
+    counters: dict[str, float] = field(default_factory=dict)
+
+
+class Method:
+    """A decoding method, ready to run.
+
+    Args:
+        name: see :func:`parse_method`.
+        weights: per source, see :func:`weights_of`.
+        search: options of the prefix search.
+        lms: the language models.
+    """
+
+    def __init__(
+        self, name: str, weights: Mapping[str, float], search: PrefixSearchOptions, lms: Lms
+    ) -> None:
+        self.name, self.weights, self.search, self._lms = name, dict(weights), search, lms
+        self.parts = parse_method(name)
+        self._fusions = [self._make_fusion(part) for part in self.parts if part.kind != "rescoring"]
+
+    def _make_fusion(self, part: Part) -> Any:
+        weight = self.weights[part.source]
+        fused = sum(self.weights[p.source] for p in self.parts if p.kind != "rescoring")
+        share = weight / fused if fused else 1.0 / sum(p.kind != "rescoring" for p in self.parts)
+        bonus = self.weights["words"] * share  # it makes up for what the LM takes a word
+        lm, options = self._lms.get(part.source), self._lms.options[part.source]
+        if part.kind == "shallow":
+            return ShallowFusion(lm, weight, bonus, eos=options.eos, source=part.source)
+        return DelayedFusion(lm, weight, bonus, part.trigger, options.text, options.prompt, options.eos)
+
+    def decode(self, emissions: Emissions, model: Any = None) -> tuple[list[NBest], Work]:
+        """Decode a batch.
+
+        Args:
+            emissions: log-probs, and encoder frames where an attention decoder is to rescore.
+            model: the acoustic model, for its attention decoder.
+
+        Returns:
+            one N-best list an utterance, and what it cost.
+        """
+        work = Work()
+        with _Stopwatch(emissions.log_probs.device) as clock:
+            nbests = self._first_pass(emissions, work.counters)
+        for fusion in self._fusions:
+            add_counters(work.counters, fusion.stats())
+        work.lm_seconds = work.counters.pop("lm_seconds", 0.0)
+        work.search_seconds = clock.seconds - work.lm_seconds
+        passes = [part for part in self.parts if part.kind == "rescoring"]
+        if passes:
+            with _Stopwatch(emissions.log_probs.device) as clock:
+                for part in passes:
+                    nbests = self._second_pass(part, nbests, emissions, model, work.counters)
+                nbests = [nbest.reweight(self.weights) for nbest in nbests]
+            work.counters.pop("lm_seconds", None)
+            work.lm_seconds += clock.seconds
+        return nbests, work
+
+    def _first_pass(self, emissions: Emissions, counters: MutableMapping[str, float]) -> list[NBest]:
+        arguments = (emissions.log_probs, emissions.lens)
+        if self.name == "ctc-greedy":
+            return ctc_greedy_search(*arguments, emissions.tokens, emissions.ids, emissions.frame_shift)
+        search = replace(self.search, frame_shift=emissions.frame_shift)
+        return ctc_prefix_search(*arguments, search, emissions.tokens, self._fusions, emissions.ids)
+
+    def _second_pass(
+        self, part: Part, nbests: list[NBest], emissions: Emissions, model: Any, counters: dict[str, float]
+    ) -> list[NBest]:
+        if part.source == "attention":
+            if model is None or emissions.encoder_out is None:
+                raise ValueError(f"{self.name} must have an acoustic model with an attention decoder "
+                                 f"(EmissionOptions.model), but this one has none")  # fmt: skip
+            return rescore_with_attention(nbests, model, emissions.encoder_out, emissions.lens)
+        lm, options = self._lms.get(part.source), self._lms.options[part.source]
+        return rescore_with_lm(
+            nbests, lm, part.source, options.text, options.prompt, options.eos, counters=counters
+        )
+
+
+class _Stopwatch:
+    """Wall seconds of a block, the device's queue included."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._wait: Callable[[], None] = (
+            torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
+        )
+        self.seconds = 0.0
+
+    def __enter__(self) -> _Stopwatch:
+        self._wait()
+        self._start = time.perf_counter()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._wait()
+        self.seconds = time.perf_counter() - self._start

@@ -1,0 +1,54 @@
+"""The models that the repository ships: where they lie, and decoding options that use them.
+Knows: folder names under egs/minibooks/ASR. Must not know: how models are made or used.
+"""
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from icefall_fusion.decode import DecodeOptions
+from icefall_fusion.emissions import EmissionOptions
+from icefall_fusion.files import PathLike
+from icefall_fusion.methods import LmOptions
+
+RECIPE = Path(__file__).resolve().parent.parent / "egs" / "minibooks" / "ASR"
+FOLDER = RECIPE / "pretrained"
+WEIGHTS = "weights.yaml"
+
+
+def with_pretrained(options: DecodeOptions, folder: PathLike = FOLDER) -> DecodeOptions:
+    """Return options in which every model that is not named is the shipped one.
+
+    Weights come from the folder's ``weights.yaml`` when none are given and the acoustic model is shipped.
+
+    Args:
+        options: of a decoding job.
+        folder: has ``ctc_aed``, ``nlm``, ``llm``, ``matched_llm`` and ``weights.yaml``.
+
+    Raises:
+        FileNotFoundError: the acoustic model is not there.
+    """
+    folder = Path(folder)
+    if options.model.model:
+        return options
+    if not (folder / "ctc_aed" / "config.json").is_file():
+        raise FileNotFoundError(
+            f"there is no pretrained model in {folder}; train one (egs/minibooks/ASR/run.sh) or name one "
+            f"(--model.model)"
+        )
+    lms = {
+        name: replace(getattr(options, name), path=_path(getattr(options, name), folder / name))
+        for name in ("nlm", "llm", "matched_llm")
+    }
+    weights = options.weights
+    if not weights and (folder / WEIGHTS).is_file():
+        weights = str(folder / WEIGHTS)
+    return replace(options, model=_model(options.model, folder), weights=weights, **lms)
+
+
+def _path(options: LmOptions, shipped: Path) -> str:
+    return options.path or (str(shipped) if (shipped / "config.json").is_file() else "")
+
+
+def _model(options: EmissionOptions, folder: Path) -> EmissionOptions:
+    return replace(options, model=str(folder / "ctc_aed"))

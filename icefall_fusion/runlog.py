@@ -1,0 +1,149 @@
+"""What a decoding run leaves as it goes: N-best lists and the cost of each batch; a kill loses one batch.
+Knows: JSON lines, N-best lists, options as plain values. Must not know: methods, models, searches.
+"""
+from __future__ import annotations
+
+import json
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Mapping, Sequence
+
+from icefall_fusion.files import PathLike, atomic_path
+from icefall_fusion.nbest import NBest, NBestLog, write_nbests
+
+_PACKAGES = ("torch", "transformers", "lhotse", "sentencepiece", "kaldialign", "numpy")
+
+
+class MethodLog:
+    """The N-best lists of one method on one test set and, batch by batch, what they cost.
+
+    ``nbest-<test set>-<method>.jsonl`` has a line an utterance; ``work-...jsonl`` first the options, then a
+    line a batch, written after the batch's lists. On opening, lists of a batch without its line are dropped:
+    such a batch was cut short and is decoded again.
+
+    Args:
+        folder: of the run.
+        test_set: part of the file names.
+        method: part of the file names.
+        options: what the method received; a run goes on only under the same.
+        restart: drop what is there.
+
+    Raises:
+        ValueError: what is there was made with other options (the first that differs is named).
+    """
+
+    def __init__(
+        self, folder: PathLike, test_set: str, method: str, options: Mapping[str, Any], restart: bool = False
+    ) -> None:
+        self.nbest_path = Path(folder) / f"nbest-{test_set}-{method}.jsonl"
+        self.work_path = Path(folder) / f"work-{test_set}-{method}.jsonl"
+        options = json.loads(json.dumps(options))  # as they will be read back
+        if restart:
+            self.work_path.unlink(missing_ok=True)
+        self.work = self._read_work(options, method)
+        whole = {utterance for line in self.work for utterance in line["ids"]}
+        if restart:
+            self.nbest_path.unlink(missing_ok=True)
+        log = NBestLog(self.nbest_path)
+        kept = [nbest for nbest in log.done.values() if nbest.utterance in whole]
+        if len(kept) < len(log.done):
+            log.close()
+            write_nbests(self.nbest_path, kept)
+            log = NBestLog(self.nbest_path)
+        self._log = log
+        self._file = open(self.work_path, "a", encoding="utf-8")
+
+    def _read_work(self, options: Mapping[str, Any], method: str) -> list[dict[str, Any]]:
+        lines = _whole_lines(self.work_path)
+        if not lines:
+            self.work_path.parent.mkdir(parents=True, exist_ok=True)
+            _write_lines(self.work_path, [{"options": options}])
+            return []
+        for name in sorted({*options, *lines[0]["options"]}):
+            then, now = lines[0]["options"].get(name), options.get(name)
+            if then != now:
+                raise ValueError(
+                    f"out must be a new folder (or --restart true), for {self.work_path.parent} holds a run "
+                    f"of {method} with {name} = {then!r}, which is now {now!r}"
+                )
+        _write_lines(self.work_path, lines)
+        return lines[1:]
+
+    @property
+    def done(self) -> dict[str, NBest]:
+        """Finished lists by utterance."""
+        return self._log.done
+
+    def append(self, nbests: Sequence[NBest], work: Mapping[str, Any]) -> None:
+        """Write the lists of a batch, then its line of work."""
+        self._log.append(nbests)
+        line = {"ids": [nbest.utterance for nbest in nbests], **work}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        self.work.append(line)
+
+    def totals(self) -> dict[str, float]:
+        """Return the sums of all numbers in the lines of work; of names with "peak" in them the largest."""
+        totals: dict[str, float] = {}
+        for line in self.work:
+            for name, value in line.items():
+                if name != "ids":
+                    before = totals.get(name, 0)
+                    totals[name] = max(before, value) if "peak" in name else before + value
+        return totals
+
+    def close(self) -> None:
+        """Close both files."""
+        self._log.close()
+        self._file.close()
+
+
+def _whole_lines(path: Path) -> list[dict[str, Any]]:
+    """Read JSON lines; a last line that a kill cut short is left out."""
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8")
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def _write_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        for line in lines:
+            file.write(json.dumps(line) + "\n")
+
+
+def describe_environment(device: str) -> dict[str, Any]:
+    """Return versions, git commit and device, for ``run.json``."""
+    import platform
+
+    import torch
+
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "absent"
+    cuda = torch.device(device).type == "cuda"
+    return {
+        "versions": versions,
+        "git_commit": git_commit(),
+        "device": torch.cuda.get_device_name(torch.device(device)) if cuda else _processor(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def git_commit() -> str:
+    """Return the commit of the code that runs (with "-dirty" when files differ from it), or "unknown"."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=12", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "cpu")

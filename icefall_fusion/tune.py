@@ -1,0 +1,271 @@
+"""Job ``tune``: weights and word bonuses that give the fewest word errors on dev, never on a test set.
+Knows: stored N-best scores, references, methods; decodes dev to confirm. Must not know: test sets, searches.
+
+From stored N-best lists an evaluation is one matrix product and a gather; a search makes thousands of them.
+Weights of a fusion change the beam itself, so those are then confirmed by decoding dev around the optimum.
+"""
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from typing import Iterable, Mapping, Optional, Sequence, Union
+
+import numpy as np
+import yaml
+from tqdm import tqdm
+
+from icefall_fusion.checks import check
+from icefall_fusion.decode import DecodeOptions, Decoder
+from icefall_fusion.emission_batch import Emissions
+from icefall_fusion.files import write_text
+from icefall_fusion.methods import Method, parse_method, parse_methods, weights_of
+from icefall_fusion.nbest import NBest, read_nbests
+from icefall_fusion.utterances import batches, read_cuts
+from icefall_fusion.wer import count_errors, read_texts, word_errors
+
+_LOWEST = -1e9  # stands for the score of what is not there
+
+
+@dataclass(frozen=True)
+class TuneOptions:
+    """Find the weights of methods on dev.
+
+    Args:
+        nbest: files of N-best JSON lines of dev; lists of the same utterance are joined. A hypothesis needs
+            the scores of all sources of a method to serve it.
+        ref: references of dev: a manifest of cuts, JSON lines or lines of ``id text``.
+        out: the YAML file of weights, for ``decode --weights``.
+        methods: comma-separated or a list; "all" is the whole comparison.
+        highest: largest weight tried for a language model or the attention decoder.
+        bonus: word bonuses tried, from -bonus to +bonus.
+        rounds: passes over all coordinates from each start.
+        confirm: decode dev around the optimum of each method that has a fusion: a decode job whose test_sets
+            name dev (its methods and weights are not used); left out: no confirmation.
+        confirm_rounds: passes over the coordinates by decoding.
+        confirm_step: factor between neighboring weights tried by decoding.
+    """
+
+    nbest: list[str]
+    ref: str
+    out: str
+    methods: Union[str, list[str]] = "all"
+    highest: float = 2.0
+    bonus: float = 3.0
+    rounds: int = 4
+    confirm: Optional[DecodeOptions] = None
+    confirm_rounds: int = 1
+    confirm_step: float = 1.3
+
+    def __post_init__(self) -> None:
+        check(len(self.nbest) > 0, "TuneOptions.nbest", "name at least one file", self.nbest)
+        check(self.highest > 0, "TuneOptions.highest", "be above 0", self.highest)
+        check(self.bonus >= 0, "TuneOptions.bonus", "be at least 0", self.bonus)
+        check(self.rounds >= 1, "TuneOptions.rounds", "be at least 1", self.rounds)
+        check(self.confirm_step > 1, "TuneOptions.confirm_step", "be above 1", self.confirm_step)
+        parse_methods(self.methods)
+
+
+def run(options: TuneOptions) -> int:
+    """Run the job ``tune``."""
+    references = read_texts(options.ref)
+    lists = [nbest for path in options.nbest for nbest in read_nbests(path)]
+    weights: dict[str, dict[str, float]] = {}
+    wer: dict[str, float] = {}
+    for method in parse_methods(options.methods):
+        sources = [part.source for part in parse_method(method)]
+        if not sources:
+            continue
+        scores = ScoreTable.make(lists, references, sources)
+        found, errors = coordinate_search(scores, options.highest, options.bonus, options.rounds)
+        weights[method], wer[method] = found, 100.0 * errors / scores.words
+        logging.info("%s: dev WER %.2f %% from N-best lists with %s", method, wer[method], found)
+    if options.confirm is not None:
+        confirmed = _Confirmation(options)
+        for method in weights:
+            if any(part.kind != "rescoring" for part in parse_method(method)):
+                weights[method], wer[method] = confirmed.improve(method, weights[method])
+    _write(options.out, weights, wer)
+    return 0
+
+
+def _write(path: str, weights: Mapping[str, Mapping[str, float]], wer: Mapping[str, float]) -> None:
+    rounded = {
+        method: {source: round(float(weight), 4) for source, weight in given.items() if source != "ctc"}
+        for method, given in weights.items()
+    }
+    content = {"weights": rounded, "dev_wer": {method: round(value, 3) for method, value in wer.items()}}
+    head = "# Found on dev by: python -m icefall_fusion tune. \"words\" is the bonus a word, in nats.\n"
+    write_text(path, head + yaml.safe_dump(content, sort_keys=False))
+    print(yaml.safe_dump(content, sort_keys=False))
+
+
+# --- from stored scores -------------------------------------------------------------------------------
+
+
+@dataclass
+class ScoreTable:
+    """The scores of all hypotheses as arrays. U utterances, N hypotheses at most, S sources.
+
+    Args:
+        sources: their names, without ``ctc``; the last is ``words``.
+        base: [U,N] CTC scores, very low where there is no hypothesis.
+        scores: [U,N,S].
+        errors: [U,N] word errors.
+        words: words of the references.
+    """
+
+    sources: list[str]
+    base: np.ndarray
+    scores: np.ndarray
+    errors: np.ndarray
+    words: int
+
+    @classmethod
+    def make(
+        cls, nbests: Iterable[NBest], references: Mapping[str, str], sources: Sequence[str]
+    ) -> ScoreTable:
+        """Build the table; hypotheses of the same utterance and text count once.
+
+        Raises:
+            ValueError: a list has no reference, a reference no list, or no hypothesis has all the sources.
+        """
+        names = [*sources, "words"]
+        lists: dict[str, dict[str, list[float]]] = {utterance: {} for utterance in references}
+        for nbest in nbests:
+            if nbest.utterance not in lists:
+                raise ValueError(f"references must hold every utterance, but lack {nbest.utterance!r}")
+            for h in nbest:
+                if all(name in h.scores for name in ("ctc", *names)):
+                    lists[nbest.utterance].setdefault(h.text, [h.scores[name] for name in ("ctc", *names)])
+        empty = sorted(utterance for utterance, found in lists.items() if not found)
+        if empty:
+            raise ValueError(f"N-best lists must have hypotheses with scores of {names} for every utterance, "
+                             f"but {len(empty)} have none, e.g. {empty[:3]}")  # fmt: skip
+        most = max(len(found) for found in lists.values())
+        table = np.zeros((len(lists), most, 1 + len(names)))
+        table[:, :, 0] = _LOWEST
+        errors = np.zeros((len(lists), most), dtype=np.int64)
+        words = 0
+        for row, (utterance, found) in enumerate(lists.items()):
+            counts = [count_errors(references[utterance], text) for text in found]
+            table[row, : len(found)] = np.clip(list(found.values()), _LOWEST, -_LOWEST)
+            errors[row, : len(found)] = [count.errors for count in counts]
+            words += counts[0].words
+        return cls(names, table[:, :, 0], table[:, :, 1:], errors, words)
+
+    def count(self, weights: np.ndarray) -> np.ndarray:
+        """Return the word errors of the best hypotheses under each of ``weights`` [M,S]: int64 [M]."""
+        totals = self.base[None] + np.einsum("uns,ms->mun", self.scores, weights)
+        best = totals.argmax(axis=2)  # [M,U]
+        return np.take_along_axis(self.errors, best.T, axis=1).sum(axis=0)
+
+
+def coordinate_search(
+    table: ScoreTable, highest: float, bonus: float, rounds: int
+) -> tuple[dict[str, float], int]:
+    """Return the weights with the fewest errors, and their number.
+
+    Each coordinate in turn takes the middle of the widest range of its grid with the fewest errors, from
+    several starts; the middle, because the count is a staircase whose edge would not carry over to other data.
+
+    Args:
+        table: the scores.
+        highest: largest weight of a source.
+        bonus: largest word bonus, either sign.
+        rounds: passes over the coordinates at most.
+    """
+    size = len(table.sources)
+    grids = [np.linspace(0, highest, 41)] * (size - 1) + [np.linspace(-bonus, bonus, 61)]
+    best, fewest = np.zeros(size), int(table.count(np.zeros((1, size)))[0])
+    for start in (0.0, 0.25, 0.5, 1.0):
+        weights = np.array([min(start, highest)] * (size - 1) + [0.0])
+        for fineness in range(rounds):
+            before = weights.copy()
+            for axis, grid in enumerate(grids):
+                weights[axis] = _best_on_axis(table, weights, axis, _refined(grid, weights[axis], fineness))
+            if np.array_equal(before, weights) and fineness > 1:
+                break
+        errors = int(table.count(weights[None])[0])
+        if errors < fewest:
+            best, fewest = weights, errors
+    return {"ctc": 1.0, **dict(zip(table.sources, best.tolist()))}, fewest
+
+
+def _refined(grid: np.ndarray, around: float, fineness: int) -> np.ndarray:
+    """Return the grid, in later rounds a finer one around a value inside the same bounds."""
+    if fineness < 2:
+        return grid
+    reach = (grid[-1] - grid[0]) / 8
+    near = np.append(np.linspace(around - reach, around + reach, 31), around)
+    return np.unique(np.clip(near, grid[0], grid[-1]))
+
+
+def _best_on_axis(table: ScoreTable, weights: np.ndarray, axis: int, grid: np.ndarray) -> float:
+    tried = np.repeat(weights[None], len(grid), axis=0)
+    tried[:, axis] = grid
+    errors = table.count(tried)
+    lowest = np.flatnonzero(errors == errors.min())
+    runs = np.split(lowest, np.flatnonzero(np.diff(lowest) > 1) + 1)
+    widest = max(runs, key=len)
+    return float(grid[widest[(len(widest) - 1) // 2]])
+
+
+# --- by decoding --------------------------------------------------------------------------------------
+
+
+class _Confirmation:
+    """Dev emissions, made once, decoded under any weights."""
+
+    def __init__(self, options: TuneOptions) -> None:
+        decode = options.confirm
+        assert decode is not None
+        self.options = options
+        self.decoder = Decoder(replace(decode, methods="ctc-prefix", weights={}))
+        source = self.decoder.source
+        utterances = [u for path in decode.test_sets.values() for u in read_cuts(path, source.wants)]
+        utterances = utterances[: decode.limit or None]
+        self.references = {u.id: u.text or "" for u in utterances}
+        self.emissions: list[Emissions] = []
+        for batch in tqdm(
+            list(batches(utterances, decode.batch_size, decode.batch_seconds, decode.longest)),
+            desc="emissions of dev", unit="batch",
+        ):  # fmt: skip
+            self.emissions.append(source.emit([u.id for u in batch], [u.load() for u in batch]))
+
+    def improve(self, method: str, weights: Mapping[str, float]) -> tuple[dict[str, float], float]:
+        """Return the best weights among the neighbors of ``weights``, and their WER on dev in percent."""
+        best = dict(weights)
+        seen: dict[tuple[float, ...], float] = {}
+
+        def wer(tried: Mapping[str, float]) -> float:
+            key = tuple(tried.values())
+            if key not in seen:
+                seen[key] = self._wer(method, tried)
+                logging.info("%s: dev WER %.2f %% by decoding with %s", method, seen[key], dict(tried))
+            return seen[key]
+
+        wer(best)
+        for _ in range(self.options.confirm_rounds):
+            before = dict(best)
+            for source in [name for name in best if name != "ctc"]:
+                tries = [{**best, source: value} for value in self._neighbors(source, best[source])]
+                best = min([best, *tries], key=wer)  # the first of equals: stay
+            if best == before:
+                break
+        return best, wer(best)
+
+    def _neighbors(self, source: str, value: float) -> list[float]:
+        step = self.options.confirm_step
+        if source == "words":
+            return [value - 0.3, value + 0.3]
+        return [value / step, value * step] if value > 0 else [0.1]
+
+    def _wer(self, method: str, weights: Mapping[str, float]) -> float:
+        decoder = self.decoder
+        chosen = {name: value for name, value in weights.items() if name != "ctc"}
+        ready = Method(method, weights_of(method, {method: chosen}), decoder.options.search, decoder.lms)
+        texts: dict[str, str] = {}
+        for emissions in self.emissions:
+            nbests, _ = ready.decode(emissions, decoder.source.model)
+            texts.update({nbest.utterance: nbest[0].text for nbest in nbests})
+        return word_errors(self.references, texts).wer

@@ -1,0 +1,128 @@
+"""Tiny real models in folders: an acoustic model, language models, a manifest of noise; random by seed.
+Knows: the folder layouts that jobs read. Must not know: any job.
+"""
+from __future__ import annotations
+
+import functools
+import io
+import shutil
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+import soundfile
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from icefall_fusion.data.manifests import cut_of, write_cuts
+from icefall_fusion.models import CtcAed, DecoderOptions, EncoderOptions, ModelOptions, save
+
+LINES = [
+    "the cat sat on the mat and looked at the sea",
+    "a dog and a cat met near the old harbor",
+    "we saw the sea at dawn and he didn't speak",
+    "she sold the red shells to an honest sailor",
+] * 8
+
+
+@functools.lru_cache(maxsize=1)
+def bpe_bytes() -> bytes:
+    """Return a SentencePiece model of 40 pieces in the acoustic convention."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(LINES), model_writer=model, vocab_size=40, model_type="unigram", unk_id=2,
+        bos_id=-1, eos_id=-1, user_defined_symbols=["<blk>", "<sos/eos>"], minloglevel=2, hard_vocab_limit=False,
+    )  # fmt: skip
+    return model.getvalue()
+
+
+def write_bpe(folder: Path) -> Path:
+    """Write ``bpe.model`` and return its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "bpe.model").write_bytes(bpe_bytes())
+    return folder / "bpe.model"
+
+
+def piece_count() -> int:
+    return sentencepiece.SentencePieceProcessor(model_proto=bpe_bytes()).get_piece_size()
+
+
+def acoustic_model(folder: Path) -> Path:
+    """Write a random CTC-AED with about 30 thousand parameters."""
+    options = ModelOptions(
+        vocab_size=piece_count(),
+        encoder=EncoderOptions(size=32, heads=2, feedforward=48, layers=(1, 1, 0), kernel=5),
+        decoder=DecoderOptions(heads=2, feedforward=48, layers=1),
+    )
+    torch.manual_seed(5)
+    model = CtcAed(options, write_bpe(folder))
+    with torch.no_grad():
+        model.ctc.linear.weight.mul_(6)  # decided enough for hypotheses to have words
+    save(model.eval(), folder)
+    return folder
+
+
+def language_model(folder: Path, seed: int, pieces: bool) -> Path:
+    """Write a random Llama over the acoustic pieces, or over a byte-level BPE of its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if pieces:
+        write_bpe(folder)
+        size, bos, eos = piece_count(), 1, 1
+    else:
+        size, bos, eos = _byte_bpe(folder), 0, 1
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=size, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=512, bos_token_id=bos, eos_token_id=eos, tie_word_embeddings=True,
+    )  # fmt: skip
+    LlamaForCausalLM(config).eval().save_pretrained(folder)
+    return folder
+
+
+def _byte_bpe(folder: Path) -> int:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=330, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )  # fmt: skip
+    tokenizer.train_from_iterator(LINES, trainer)
+    whole = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    whole.save_pretrained(folder)
+    return tokenizer.get_vocab_size()
+
+
+def manifest(folder: Path, count: int = 7, name: str = "noise") -> Path:
+    """Write noises of about a second as FLAC files and a manifest of them, with references."""
+    rng = np.random.default_rng(7)
+    cuts = []
+    for index in range(count):
+        samples = rng.normal(0, 0.1, 9000 + 2500 * index).astype(np.float32)
+        samples *= np.sin(np.arange(len(samples)) * 2 * np.pi / 4000) ** 2  # loud and quiet by turns
+        path = folder / f"{name}-{index}.flac"
+        folder.mkdir(parents=True, exist_ok=True)
+        soundfile.write(path, samples, 16000)
+        utterance = {"id": f"{name}-{index}", "text": LINES[index % 4]}
+        cuts.append(cut_of(utterance, path, len(samples), {"voice": "noise"}))
+    path = folder / f"{name}.jsonl.gz"
+    write_cuts(cuts, path)
+    return path
+
+
+def everything(folder: Path) -> dict[str, str]:
+    """Write all models and a manifest; return their paths by name."""
+    made = {
+        "model": acoustic_model(folder / "ctc_aed"),
+        "nlm": language_model(folder / "nlm", 11, pieces=True),
+        "llm": language_model(folder / "llm", 12, pieces=False),
+        "matched_llm": language_model(folder / "matched_llm", 13, pieces=True),
+        "cuts": manifest(folder / "audio"),
+    }
+    return {name: str(path) for name, path in made.items()}
+
+
+def copy_run(source: Path, target: Path) -> Path:
+    """Copy a run's folder."""
+    return Path(shutil.copytree(source, target))
