@@ -12,7 +12,7 @@ import torch
 
 from icefall_fusion.checks import check
 from icefall_fusion.fusion.base import LmFusion, live_slots
-from icefall_fusion.fusion.retokenize import prompt_tokens, sample_words, tokenizer_for
+from icefall_fusion.fusion.retokenize import prompt_tokens, tokenizer_for
 from icefall_fusion.fusion.triggers import ShortestHypothesis, Trigger
 from icefall_fusion.fusion.words import ClosedWords, History
 
@@ -62,7 +62,6 @@ class DelayedFusion(LmFusion):
         check(isinstance(trigger, Trigger), "DelayedFusion.trigger", "be a trigger", trigger)
         self.trigger, self.text, self.prompt = trigger, text, prompt
         self._tokenizer = tokenizer_for(lm, text)
-        self._checked: Any = None
 
     def begin(self, beam: Beam, index: int, tokens: Any, ids: Sequence[str]) -> None:
         """Start a batch (see ``Fusion.begin``).
@@ -71,9 +70,7 @@ class DelayedFusion(LmFusion):
             ValueError: the search has no acoustic vocabulary, or an utterance has no prompt.
         """
         check(tokens is not None, "tokens", "be given to the search for delayed fusion", None)
-        if tokens is not self._checked:
-            self._tokenizer.check(sample_words(tokens))
-            self._checked = tokens
+        self._tokenizer.check_acoustic(tokens)
         prompts = prompt_tokens(self.lm, self.prompt, ids)
         self._prompted = [bool(prompt) for prompt in prompts] if prompts else [False] * len(ids)
         self._open(beam, index, ids, prompts)

@@ -59,6 +59,7 @@ class WordTokenizer:
         self._context = ""
         self._context_ids: list[int] = []
         self._spelled: set[str] = set()  # by whole texts
+        self._checked: set[str] = set()  # words, and fingerprints of acoustic vocabularies
         self.hits = 0
         self.misses = 0
         self.check(vocabulary)
@@ -143,10 +144,12 @@ class WordTokenizer:
         Args:
             vocabulary: words that hypotheses may hold, beside :data:`COMMON_WORDS`.
         """
-        if not self.word_by_word:
+        new = [word for word in [*COMMON_WORDS, *vocabulary] if word not in self._checked]
+        if not self.word_by_word or not new:
             return
-        words = [word for word in [*COMMON_WORDS, *vocabulary] if self._can_spell(word)]
-        if not words:
+        self._checked.update(new)
+        words = [word for word in new if self._can_spell(word)]
+        if not words and not self._context:
             self._fall_back("no sample word can be spelled by it")
             return
         if not self._context:
@@ -158,6 +161,13 @@ class WordTokenizer:
             self._compare(text)
             if not self.word_by_word:
                 return
+
+    def check_acoustic(self, tokens: AcousticTokens) -> None:
+        """Do `check` with words made of the acoustic pieces; once for each vocabulary."""
+        name = tokens.fingerprint()
+        if name not in self._checked:
+            self._checked.add(name)
+            self.check(sample_words(tokens))
 
     def _compare(self, words: Sequence[str]) -> None:
         joined: list[int] = []
@@ -199,7 +209,7 @@ class WordTokenizer:
         for entry in self._tokenizer.get_vocab():
             text = entry.replace("Ġ", " ").replace("▁", " ")
             if re.search(r"\S\s", text) and letters.issuperset(text.replace(" ", "")):
-                texts.append([words[0], *text.split(), words[-1]])
+                texts.append(["the", *text.split(), "the"])
                 if len(texts) == _MAX_CROSSING:
                     break
         return texts
