@@ -201,7 +201,7 @@ class _PrefixSearch:
             return frame, stays, active
         if count not in self.wide:
             pairs = make_pairs(stays.beam, count, None, scores.device)
-            self.wide[count] = Candidates(scores.shape[0], stays.beam, pairs, scores.device)
+            self.wide[count] = Candidates(scores.shape[0], pairs, stays.beam, scores.device)
         out = self.wide[count]
         out.masses[:, :, : out.beam] = stays.masses[:, :, : out.beam]
         score, piece = best_pieces(scores, count)

@@ -1,0 +1,503 @@
+"""The prefix search against its slow twins, its invariances, its errors, and a small real language model.
+Knows: search, nbest, tokens. Must not know: large language models.
+"""
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference.ctc_prefix import brute_force, dictionary_search
+
+from icefall_fusion.search import Beam, Fusion, PrefixSearchOptions, ctc_greedy_search, ctc_prefix_search
+from icefall_fusion.search.candidates import best_pieces
+from icefall_fusion.tokens import AcousticTokens
+
+NEVER = -math.inf
+TOKENS = AcousticTokens.from_pieces(["<blk>", "▁a", "b", "▁c", "d", "▁e"], blank_id=0)
+
+
+def emissions(seed, batch, frames, pieces, sharpness=2.0, blank_bias=0.0, blank=0):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(batch, frames, pieces, generator=generator) * sharpness
+    logits[..., blank] += blank_bias * (torch.rand(batch, frames, generator=generator) > 0.3)
+    return logits.log_softmax(-1)
+
+
+def search(log_probs, lens=None, tokens=None, fusions=(), ids=None, blank_id=None, **options):
+    if lens is None:
+        lens = torch.full((log_probs.shape[0],), log_probs.shape[1])
+    return ctc_prefix_search(log_probs, lens, PrefixSearchOptions(**options), tokens, fusions, ids, blank_id)
+
+
+def listing(nbest):
+    return [(tuple(h.tokens), h.scores["ctc"]) for h in nbest]
+
+
+def assert_same(found, expected, tolerance=1e-4):
+    assert [prefix for prefix, *_ in found] == [prefix for prefix, *_ in expected]
+    for (_, score, *_), (_, wanted, *_) in zip(found, expected):
+        assert score == pytest.approx(wanted, abs=tolerance)
+
+
+# -- exactness
+
+@pytest.mark.parametrize(("frames", "pieces"), [(1, 2), (3, 2), (4, 3), (5, 3), (3, 5)])
+@pytest.mark.parametrize("blank", [0, 1])
+def test_nothing_pruned_equals_brute_force_over_all_alignments(frames, pieces, blank):
+    log_probs = emissions(frames * 10 + pieces, 2, frames, pieces, blank=blank)
+    for rows, nbest in zip(log_probs, search(log_probs, beam=400, blank_id=blank)):
+        expected = sorted(brute_force(rows.tolist(), blank).items(), key=lambda entry: -entry[1])
+        assert len(nbest) == len(expected)
+        assert_same(listing(nbest), expected)
+        assert_same(listing(nbest), dictionary_search(rows.tolist(), beam=400, blank=blank))
+
+
+def test_scores_of_all_prefixes_sum_to_one():
+    nbest = search(emissions(1, 1, 5, 3), beam=400)[0]
+    assert sum(math.exp(h.scores["ctc"]) for h in nbest) == pytest.approx(1.0, abs=1e-5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10**6), frames=st.integers(0, 30), pieces=st.integers(2, 30), beam=st.integers(1, 12),
+       sharpness=st.sampled_from([0.5, 2.0, 5.0]), bias=st.sampled_from([0.0, 2.0, 6.0]), data=st.data())
+def test_pruned_search_equals_dictionary_search(seed, frames, pieces, beam, sharpness, bias, data):
+    options = data.draw(st.sampled_from([{}, {"blank_skip": 0.6}, {"top_pieces": 2}]))
+    lens = torch.tensor([frames, data.draw(st.integers(0, frames))])
+    log_probs = emissions(seed, 2, frames, pieces, sharpness, bias)
+    for rows, length, nbest in zip(log_probs, lens.tolist(), search(log_probs, lens, beam=beam, **options)):
+        assert_same(listing(nbest), dictionary_search(rows[:length].tolist(), beam, **options))
+
+
+@pytest.mark.parametrize("beam", [1, 4, 10, 20])
+def test_large_vocabulary_and_long_utterances_equal_dictionary_search(beam):
+    log_probs = emissions(beam, 2, 150, 200, sharpness=4.0, blank_bias=14.0)
+    for rows, nbest in zip(log_probs, search(log_probs, beam=beam)):
+        assert_same(listing(nbest), dictionary_search(rows.tolist(), beam), tolerance=1e-3)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10**6), share=st.floats(0.0, 0.9))
+def test_impossible_pieces_are_legal(seed, share):
+    generator = torch.Generator().manual_seed(seed)
+    log_probs = emissions(seed, 1, 12, 6)
+    keep = torch.rand(log_probs.shape, generator=generator) >= share
+    keep.scatter_(2, torch.randint(0, 6, (1, 12, 1), generator=generator), True)
+    log_probs = torch.where(keep, log_probs, torch.full_like(log_probs, NEVER)).log_softmax(-1)
+    for beam in (1, 3, 8):
+        nbest = search(log_probs, beam=beam)[0]
+        assert len(nbest) >= 1
+        assert all(math.isfinite(h.scores["ctc"]) for h in nbest)
+        assert_same(listing(nbest), dictionary_search(log_probs[0].tolist(), beam))
+
+
+def test_a_prefix_never_stands_twice_in_a_beam_even_if_its_parent_was_reborn():
+    reborn = 0
+    for seed in range(40):
+        log_probs = emissions(seed, 4, 40, 4, sharpness=1.5)
+        spy = Spy()
+        for nbest in search(log_probs, beam=4, fusions=[spy]):
+            spelled = [tuple(h.tokens) for h in nbest]
+            assert len(set(spelled)) == len(spelled)
+        reborn += spy.reborn
+    assert reborn > 0  # the case really occurs
+
+
+def test_long_audio_keeps_its_precision():
+    log_probs = emissions(3, 1, 3000, 5, sharpness=1.0)
+    nbest = search(log_probs, beam=3)[0]
+    found = dictionary_search(log_probs[0].tolist(), 3)
+    assert nbest[0].scores["ctc"] == pytest.approx(found[0][1], rel=1e-6)
+
+
+def test_candidates_equal_topk():
+    values = emissions(0, 3, 7, 501)
+    for count in (1, 5, 11, 40, 300, 501):
+        found, ids = best_pieces(values, count)
+        assert torch.equal(found, values.topk(count, dim=-1).values)
+        assert torch.equal(values.gather(-1, ids), found)
+
+
+def test_agrees_with_flashlight_where_the_choice_is_easy():
+    decoder_module = pytest.importorskip("flashlight.lib.text.decoder")
+    log_probs = emissions(5, 4, 60, 20, sharpness=5.0, blank_bias=14.0)
+    options = decoder_module.LexiconFreeDecoderOptions(
+        beam_size=200, beam_size_token=20, beam_threshold=100, lm_weight=0.0, sil_score=0.0, log_add=True,
+        criterion_type=decoder_module.CriterionType.CTC)
+    decoder = decoder_module.LexiconFreeDecoder(options, decoder_module.ZeroLM(), -1, 0, [])
+    for rows, nbest in zip(log_probs, search(log_probs, beam=100)):
+        best = decoder.decode(rows.contiguous().data_ptr(), *rows.shape)[0]
+        path = [piece for piece in best.tokens if piece >= 0]
+        collapsed = [v for i, v in enumerate(path) if v != 0 and (i == 0 or path[i - 1] != v)]
+        assert nbest[0].tokens == collapsed
+        assert best.score <= nbest[0].scores["ctc"] + 1e-3  # it keeps two slots per prefix, we one
+
+
+# -- invariances
+
+@pytest.mark.parametrize("options", [{}, {"blank_skip": 0.7}, {"recover_mass": True}, {"score_beam": 4.0}])
+def test_result_depends_neither_on_batch_nor_on_padding(options):
+    lens = torch.tensor([70, 33, 0, 1, 52])
+    log_probs = emissions(7, 5, 70, 30, sharpness=3.0, blank_bias=5.0)
+    whole = search(log_probs, lens, beam=6, tokens=None, **options)
+    for junk in (0.0, NEVER, math.nan, math.inf, -3.0):
+        padded = torch.cat([log_probs, log_probs[:, :20]], dim=1)
+        for row, length in zip(padded, lens.tolist()):
+            row[length:] = junk
+        assert [n.hypotheses for n in search(padded, lens, beam=6, **options)] == [n.hypotheses for n in whole]
+    for b, length in enumerate(lens.tolist()):
+        alone = search(log_probs[b : b + 1, :length], lens[b : b + 1], beam=6, **options)[0]
+        assert alone.hypotheses == whole[b].hypotheses
+
+
+def test_fused_search_depends_neither_on_batch_nor_on_padding():
+    lens = torch.tensor([40, 17, 1])
+    log_probs = emissions(8, 3, 40, 6)
+    fusions = lambda: [Bigram(0.7, word_bonus=0.3), WordLengths(0.2, every=3)]  # noqa: E731
+    whole = search(log_probs, lens, TOKENS, fusions(), beam=5)
+    for b, length in enumerate(lens.tolist()):
+        alone = search(log_probs[b : b + 1, :length], lens[b : b + 1], TOKENS, fusions(), beam=5)[0]
+        assert alone.hypotheses == whole[b].hypotheses
+
+
+def test_float64_and_half_precision_are_accepted():
+    log_probs = emissions(9, 2, 20, 6)
+    assert search(log_probs.double()) == search(log_probs)
+    assert search(log_probs.bfloat16())[0][0].tokens == search(log_probs.bfloat16().float())[0][0].tokens
+
+
+def test_score_beam_only_drops_hypotheses():
+    log_probs = emissions(10, 3, 30, 8, sharpness=3.0)
+    for wide, narrow in zip(search(log_probs, beam=8), search(log_probs, beam=8, score_beam=3.0)):
+        assert narrow[0].tokens == wide[0].tokens
+        assert all(h.total > narrow[0].total - 3.5 for h in narrow)
+        assert len(narrow) <= len(wide)
+
+
+def test_blank_skip_lets_a_piece_repeat():
+    probs = torch.tensor([[0.05, 0.95], [0.99, 0.01], [0.05, 0.95]]).log().unsqueeze(0)
+    assert search(probs, blank_skip=0.9)[0][0].tokens == [1, 1]
+    tokens = AcousticTokens.from_pieces(["<blk>", "▁x"], 0)
+    times = search(probs, tokens=tokens, blank_skip=0.9)[0][0].times
+    assert [round(t.start / 0.04) for t in times] == [0, 2]
+    assert len(search(probs[:, 1:2], blank_skip=0.9)[0]) == 1  # nothing left: the empty hypothesis
+
+
+# -- recovered mass
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10**6), frames=st.integers(0, 25), pieces=st.integers(2, 20), beam=st.integers(1, 8))
+def test_recovered_mass_equals_dictionary_search(seed, frames, pieces, beam):
+    log_probs = emissions(seed, 1, frames, pieces, sharpness=1.5, blank_bias=2.0)
+    expected = dictionary_search(log_probs[0].tolist(), beam, children_of=min(pieces - 1, max(2 * beam, 16)))
+    assert_same(listing(search(log_probs, beam=beam, recover_mass=True)[0]), expected, 2e-4)
+
+
+def exact_log_prob(log_probs, tokens):
+    lengths = torch.tensor([log_probs.shape[0]]), torch.tensor([len(tokens)])
+    return -torch.nn.functional.ctc_loss(log_probs.unsqueeze(1), torch.tensor([tokens]), *lengths, reduction="sum")
+
+
+def test_recovered_mass_is_nearer_to_the_exact_probability_and_never_above():
+    gaps = {False: 0.0, True: 0.0}
+    log_probs = emissions(11, 8, 60, 30, sharpness=2.0, blank_bias=3.0)
+    for recover in gaps:
+        for rows, nbest in zip(log_probs, search(log_probs, beam=4, recover_mass=recover)):
+            gap = float(exact_log_prob(rows, nbest[0].tokens)) - nbest[0].scores["ctc"]
+            assert gap > -1e-3
+            gaps[recover] += gap
+    assert gaps[True] < 0.7 * gaps[False]
+
+
+# -- small utterances, names, options, errors
+
+def test_empty_and_one_frame_utterances():
+    log_probs = emissions(12, 2, 1, 6)
+    nbests = search(log_probs, torch.tensor([0, 1]), TOKENS, ids=["none", "one"])
+    assert nbests[0].utterance == "none"
+    assert nbests[0][0].tokens == [] and nbests[0][0].text == "" and nbests[0][0].scores["ctc"] == 0.0
+    assert len(nbests[0]) == 1
+    assert_same(listing(nbests[1]), dictionary_search(log_probs[1].tolist(), 10))
+    assert search(torch.zeros(0, 0, 5), torch.zeros(0, dtype=torch.int64)) == []
+    assert len(search(torch.zeros(1, 0, 5))[0]) == 1
+
+
+def test_text_words_and_weights():
+    best = torch.tensor([0, 1, 2, 0, 3, 3, 0, 4])
+    log_probs = torch.full((1, 8, 6), -9.0).scatter_(2, best.view(1, 8, 1), 0.0).log_softmax(-1)
+    hypothesis = search(log_probs, tokens=TOKENS, nbest=3)[0][0]
+    assert hypothesis.text == "ab cd" and hypothesis.scores["words"] == 2
+    assert [(t.word, t.start, t.end) for t in hypothesis.times] == [("ab", 0.04, 0.12), ("cd", 0.16, 0.32)]
+    greedy = ctc_greedy_search(log_probs, torch.tensor([8]), TOKENS)[0]
+    assert greedy[0].text == "ab cd"
+    assert [(t.word, t.start, t.end) for t in greedy[0].times] == [("ab", 0.04, 0.12), ("cd", 0.16, 0.32)]
+    assert greedy[0].scores["ctc"] == pytest.approx(float(log_probs.amax(-1).sum()), abs=1e-4)
+    assert len(search(log_probs, tokens=TOKENS, nbest=3)[0]) == 3
+
+
+def test_word_times_find_the_peak_not_the_birth():
+    probs = torch.full((1, 6, 3), 1e-4)
+    probs[0, :, 1] = torch.tensor([0.02, 0.05, 0.9, 0.1, 1e-4, 1e-4])
+    probs[0, :, 0] = 1 - probs[0, :, 1:].sum(-1)
+    tokens = AcousticTokens.from_pieces(["<blk>", "▁x", "▁y"], 0)
+    times = search(probs.log(), tokens=tokens)[0][0].times
+    assert [(t.word, t.start, t.end) for t in times] == [("x", 0.08, 0.12)]
+
+
+@pytest.mark.parametrize(("field", "value"), [
+    ("beam", 0), ("top_pieces", 0), ("score_beam", 0.0), ("blank_skip", 1.5), ("blank_skip", 0.2), ("nbest", 0),
+    ("frame_shift", 0.0)])
+def test_bad_options_are_named(field, value):
+    with pytest.raises(ValueError, match=rf"PrefixSearchOptions\.{field} must .* {value}"):
+        PrefixSearchOptions(**{field: value})
+
+
+def test_bad_log_probs_name_the_utterance():
+    log_probs = emissions(13, 3, 10, 5)
+    for value, what in ((math.nan, "NaN"), (math.inf, "inf")):
+        bad = log_probs.clone()
+        bad[1, 4, 2] = value
+        for function in (ctc_prefix_search, ctc_greedy_search):
+            with pytest.raises(ValueError, match=rf"utterance second.*{what}.*frame 4"):
+                function(bad, torch.tensor([10, 10, 10]), ids=["first", "second", "third"])
+    bad = log_probs.clone()
+    bad[2, 9] = NEVER
+    with pytest.raises(ValueError, match="utterance 2 .*possible piece.*frame 9"):
+        search(bad)
+    search(bad, torch.tensor([10, 10, 9]))  # padding is nobody's business
+
+
+def test_bad_arguments_are_named():
+    log_probs = emissions(14, 2, 10, 5)
+    with pytest.raises(ValueError, match=r"tokens.size must equal the 5 pieces .* 6"):
+        search(log_probs, tokens=TOKENS)
+    with pytest.raises(ValueError, match="blank_id must be in 0..4"):
+        search(log_probs, blank_id=5)
+    with pytest.raises(ValueError, match="blank_id must be the blank of tokens"):
+        search(emissions(14, 2, 10, 6), tokens=TOKENS, blank_id=2)
+    with pytest.raises(ValueError, match=r"lens of utterance 1 must be in 0..10"):
+        search(log_probs, torch.tensor([10, 11]))
+    with pytest.raises(ValueError, match="log_probs must have 3 dimensions"):
+        search(log_probs[0], torch.tensor([10]))
+    with pytest.raises(ValueError, match="ids must name 2"):
+        search(log_probs, ids=["a"])
+    with pytest.raises(ValueError, match="weight must be at least 0"):
+        search(log_probs, fusions=[Bigram(-0.5)])
+    with pytest.raises(ValueError, match="sources that differ"):
+        search(log_probs, fusions=[Bigram(0.5), Bigram(0.5)])
+
+
+# -- fusion, with two small but real language models
+
+class Spy:
+    """A fusion of weight 0 that watches the beam."""
+
+    source, weight, word_bonus, index = "spy", 0.0, 0.0, 0
+
+    def begin(self, beam, index, tokens, ids):
+        self.index, self.reborn, self.born = index, 0, set()
+
+    def extension_scores(self, beam, pieces, active):
+        return None
+
+    def advance(self, beam, source, grew):
+        for node, new in zip(beam.node.flatten().tolist(), grew.flatten().tolist()):
+            if new:
+                name = (node % beam.arena.row_size // beam.arena.beam, tuple(beam.arena.pieces(node)))
+                self.reborn += name in self.born
+                self.born.add(name)
+
+    def fuse(self, beam, frame, active):
+        return None
+
+    def finish(self, beam):
+        return None
+
+    def stats(self):
+        return {}
+
+
+def bigram_table(pieces=6):
+    generator = torch.Generator().manual_seed(99)
+    table = (torch.randn(pieces, pieces, generator=generator) * 2).log_softmax(-1)  # row 0: sentence start
+    return table  # column 0: sentence end
+
+
+class Bigram(Spy):
+    """Shallow fusion with a bigram model over pieces; its state is the last piece."""
+
+    source = "bigram"
+
+    def __init__(self, weight, word_bonus=0.0, eos=False):
+        self.weight, self.word_bonus, self.eos, self.table = weight, word_bonus, eos, bigram_table()
+        self.calls = 0
+
+    def extension_scores(self, beam, pieces, active):
+        self.calls += 1
+        scores = self.table[beam.state[..., self.index].unsqueeze(2), pieces.unsqueeze(1)]
+        return scores.masked_fill(~active.view(-1, 1, 1), math.nan)  # nobody may read these
+
+    def advance(self, beam, source, grew):
+        state = beam.state[..., self.index]
+        state.copy_(torch.where(grew, beam.last, state))
+
+    def finish(self, beam):
+        if self.eos:
+            gain = self.table[beam.state[..., self.index], 0]
+            beam.lm[..., self.index] += gain
+            beam.fused += self.weight * gain
+
+
+class WordLengths(Spy):
+    """Delayed fusion: every few frames, minus the squared length of each closed word (in pieces)."""
+
+    source = "lengths"
+
+    def __init__(self, weight, word_bonus=0.0, every=1):
+        self.weight, self.word_bonus, self.every = weight, word_bonus, every
+
+    def begin(self, beam, index, tokens, ids):
+        super().begin(beam, index, tokens, ids)
+        self.tokens = tokens
+
+    def _score(self, beam, nodes, active):
+        for b, row in enumerate(nodes.tolist()):
+            for k, node in enumerate(row):
+                if not active[b] or not beam.alive[b, k]:
+                    continue
+                words = self.tokens.words(beam.arena.pieces(node))
+                score = -float(sum(len(word) ** 2 for word in words))
+                lm, paid = beam.lm[b, k, self.index], beam.words[b, k, self.index]
+                beam.fused[b, k] += self.weight * (score - lm) + self.word_bonus * (len(words) - paid)
+                beam.lm[b, k, self.index], beam.words[b, k, self.index] = score, len(words)
+
+    def fuse(self, beam, frame, active):
+        if self.every and frame % self.every == 0:
+            self._score(beam, beam.boundary, active)
+
+    def finish(self, beam):
+        self._score(beam, beam.node, torch.ones(beam.lens.shape, dtype=torch.bool))
+
+
+def bigram_score(tokens, eos=False):
+    table = bigram_table()
+    path = [0, *tokens] + [0] * eos
+    return sum(float(table[a, b]) for a, b in zip(path, path[1:]))
+
+
+def test_test_fusions_fulfil_the_protocol():
+    assert isinstance(Bigram(0.5), Fusion) and isinstance(WordLengths(0.5), Fusion)
+    assert Beam.__doc__
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10**6), beam=st.integers(1, 9), weight=st.sampled_from([0.1, 0.6, 2.0]),
+       bonus=st.sampled_from([0.0, 1.5, -0.5]))
+def test_shallow_fusion_equals_dictionary_search(seed, beam, weight, bonus):
+    log_probs = emissions(seed, 2, 25, 6, blank_bias=2.0)
+    table = bigram_table()
+
+    def gain(prefix, piece):
+        starts = TOKENS.starts_word[piece] or not prefix
+        return weight * float(table[prefix[-1] if prefix else 0, piece]) + bonus * starts
+
+    nbests = search(log_probs, tokens=TOKENS, fusions=[Bigram(weight, bonus)], beam=beam)
+    for rows, nbest in zip(log_probs, nbests):
+        expected = dictionary_search(rows.tolist(), beam, extension_score=gain)
+        assert_same(listing(nbest), expected)
+        for hypothesis, (_, mass, fused) in zip(nbest, expected):
+            assert hypothesis.scores["bigram"] == pytest.approx(bigram_score(hypothesis.tokens), abs=1e-4)
+            assert hypothesis.total == pytest.approx(mass + fused, abs=1e-3)
+        assert nbest.weights == {"ctc": 1.0, "bigram": weight, "words": bonus}
+
+
+def test_unpruned_shallow_fusion_equals_a_sum_over_all_alignments():
+    log_probs = emissions(15, 1, 4, 6)
+    nbest = search(log_probs, tokens=TOKENS, fusions=[Bigram(0.8, eos=True)], beam=1500)[0]
+    masses = brute_force(log_probs[0].tolist())
+    assert len(nbest) == len(masses)
+    for hypothesis in nbest:
+        lm = bigram_score(hypothesis.tokens, eos=True)
+        assert hypothesis.total == pytest.approx(masses[tuple(hypothesis.tokens)] + 0.8 * lm, abs=1e-4)
+    assert [h.total for h in nbest] == sorted((h.total for h in nbest), reverse=True)
+
+
+@pytest.mark.parametrize("fusions", [
+    lambda: [Bigram(0.0)], lambda: [WordLengths(0.0)], lambda: [WordLengths(0.0), Bigram(0.0)]])
+@pytest.mark.parametrize("options", [{}, {"blank_skip": 0.7}, {"recover_mass": True}])
+def test_weight_zero_is_no_fusion_bit_for_bit(fusions, options):
+    log_probs = emissions(16, 4, 150, 6, blank_bias=3.0)
+    plain = search(log_probs, tokens=TOKENS, beam=7, **options)
+    fused = search(log_probs, tokens=TOKENS, fusions=fusions(), beam=7, **options)
+    for without, with_zero in zip(plain, fused):
+        assert listing(without) == listing(with_zero)
+        assert [h.total for h in without] == [h.total for h in with_zero]
+        assert [h.times for h in without] == [h.times for h in with_zero]
+
+
+@pytest.mark.parametrize("every", [0, 1, 4])
+def test_delayed_scores_are_those_of_the_whole_text(every):
+    log_probs = emissions(17, 3, 60, 6, blank_bias=2.0)
+    plain = search(log_probs, tokens=TOKENS, beam=6)
+    nbests = search(log_probs, tokens=TOKENS, fusions=[WordLengths(0.3, 0.8, every)], beam=6)
+    for without, nbest in zip(plain, nbests):
+        for h in nbest:
+            score = -sum(len(word) ** 2 for word in h.words())
+            assert h.scores["lengths"] == score and h.scores["words"] == len(h.words())
+            assert h.total == pytest.approx(h.scores["ctc"] + 0.3 * score + 0.8 * len(h.words()), abs=1e-4)
+        if every == 0:  # never before the end: rescoring of the final beam
+            assert sorted(listing(nbest)) == sorted(listing(without))
+
+
+def test_shallow_and_delayed_fusion_compose():
+    log_probs = emissions(18, 2, 50, 6, blank_bias=2.0)
+    nbests = search(log_probs, tokens=TOKENS, fusions=[Bigram(0.4, 0.2), WordLengths(0.1, 0.5, 5)], beam=8)
+    for nbest in nbests:
+        for h in nbest:
+            assert h.scores["bigram"] == pytest.approx(bigram_score(h.tokens), abs=1e-3)
+            assert h.scores["lengths"] == -sum(len(word) ** 2 for word in h.words())
+        assert nbest.reweight(nbest.weights).hypotheses == nbest.hypotheses
+
+
+def test_shallow_fusion_is_only_asked_when_an_extension_can_survive():
+    log_probs = torch.full((1, 40, 6), -30.0)
+    log_probs[..., 0] = 0.0
+    log_probs[0, 5, 1:4] = -0.7
+    fusion = Bigram(0.5)
+    search(log_probs.log_softmax(-1), tokens=TOKENS, fusions=[fusion], beam=2)
+    assert fusion.calls < 10
+
+
+def test_a_word_bonus_needs_a_vocabulary():
+    with pytest.raises(ValueError, match="word_bonus must be 0 when the search has no tokens"):
+        search(emissions(0, 1, 3, 6), fusions=[Bigram(0.5, 1.0)])
+
+
+def test_arena_boundaries_close_words():
+    class Watch(Spy):
+        def fuse(self, beam, frame, active):
+            for b in range(beam.node.shape[0]):
+                for k in range(beam.node.shape[1]):
+                    if not beam.alive[b, k]:
+                        continue
+                    pieces = beam.arena.pieces(int(beam.node[b, k]))
+                    closed = int(beam.boundary[b, k])
+                    starts = [i for i, v in enumerate(pieces) if TOKENS.starts_word[v]]
+                    assert beam.arena.pieces(closed) == pieces[: starts[-1] if starts else 0]
+                    opened = beam.arena.pieces_between(int(beam.node[b, k]), closed)
+                    assert beam.arena.pieces(closed) + opened == pieces
+                    assert int(beam.arena.utterance_of(beam.node)[b, k]) == b
+
+    search(emissions(19, 2, 30, 6), tokens=TOKENS, fusions=[Watch()], beam=5)
+
+
+def test_random_order_of_utterances_changes_nothing():
+    order = list(range(6))
+    random.Random(0).shuffle(order)
+    log_probs = emissions(20, 6, 40, 12)
+    plain = search(log_probs)
+    shuffled = search(log_probs[order])
+    assert [shuffled[order.index(b)].hypotheses for b in range(6)] == [n.hypotheses for n in plain]
