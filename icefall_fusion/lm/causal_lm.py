@@ -258,6 +258,8 @@ def _window(config: Any, name: str) -> tuple[Optional[int], bool]:
     """Return (sliding window in tokens or None, whether some layers have one and some not)."""
     types = set(getattr(config, "layer_types", None) or ())
     check(types <= LAYER_TYPES, f"layers of {name}", f"be of types {sorted(LAYER_TYPES)}", sorted(types))
+    alibi = getattr(config, "alibi", False) or getattr(getattr(config, "attn_config", None), "alibi", False)
+    check(not alibi, f"positions of {name}", "be given by position ids, not by ALiBi", "alibi")
     window = getattr(config, "sliding_window", None)
     if types:
         return (window, len(types) > 1) if "sliding_attention" in types else (None, False)
