@@ -189,11 +189,13 @@ def test_blank_skip_lets_a_piece_repeat():
 # -- recovered mass
 
 @settings(max_examples=40, deadline=None)
-@given(seed=st.integers(0, 10**6), frames=st.integers(0, 25), pieces=st.integers(2, 20), beam=st.integers(1, 8))
-def test_recovered_mass_equals_dictionary_search(seed, frames, pieces, beam):
+@given(seed=st.integers(0, 10**6), frames=st.integers(0, 25), pieces=st.integers(2, 20), beam=st.integers(1, 8),
+       skip=st.sampled_from([None, 0.6]))
+def test_recovered_mass_equals_dictionary_search(seed, frames, pieces, beam, skip):
     log_probs = emissions(seed, 1, frames, pieces, sharpness=1.5, blank_bias=2.0)
-    expected = dictionary_search(log_probs[0].tolist(), beam, children_of=min(pieces - 1, max(2 * beam, 16)))
-    assert_same(listing(search(log_probs, beam=beam, recover_mass=True)[0]), expected, 2e-4)
+    columns = min(pieces - 1, max(2 * beam, 16))
+    expected = dictionary_search(log_probs[0].tolist(), beam, children_of=columns, blank_skip=skip)
+    assert_same(listing(search(log_probs, beam=beam, recover_mass=True, blank_skip=skip)[0]), expected, 2e-4)
 
 
 def exact_log_prob(log_probs, tokens):

@@ -19,6 +19,7 @@ from icefall_fusion.search.candidates import (
     plan_frames,
     prepare_frames,
 )
+from icefall_fusion.search.children import Children, columns_kept
 from icefall_fusion.search.emission_check import Emissions, check_emissions
 from icefall_fusion.search.export import export_nbests
 from icefall_fusion.search.frame_step import Candidates, Frame, FrameStep
@@ -140,8 +141,14 @@ class _PrefixSearch:
         self.limit = pieces - 1 if options.top_pieces is None else min(options.top_pieces, pieces - 1)
         self.widens = joint.extends and joint.ranks
         self.wide: dict[int, Candidates] = {}
-        slack = options.beam - 1 if joint.ranks else 0
-        columns = 0 if self.widens else min(self.limit, columns_needed(options.beam, pieces, slack))
+        slack: Optional[int] = options.beam - 1 if joint.ranks else 0
+        self.children: Optional[Children] = None
+        if options.recover_mass:
+            self.widens = False
+            columns, slack = columns_kept(options.beam, self.limit), None
+            self.children = Children(self.beam, pieces, columns)
+        else:
+            columns = 0 if self.widens else min(self.limit, columns_needed(options.beam, pieces, slack))
         self.out = Candidates(batch, make_pairs(options.beam, columns, slack, device), options.beam, device)
 
     def run(self) -> Beam:
@@ -165,8 +172,10 @@ class _PrefixSearch:
             beam.rescale(self.rescale[number])
         if self.restarts is not None:
             beam.restart(self.restarts[number])
+            if self.children is not None:
+                self.children.restart(self.restarts[number])
         order = None
-        if joint.ranks and not self.widens:
+        if joint.ranks and not self.widens and self.children is None:
             order = beam.ranks()
             beam.permute(order)
         out = self.out
@@ -176,9 +185,16 @@ class _PrefixSearch:
             active = self.searched[:, number]
             if self.widens:
                 frame, out, active = self._widen(frame, active)
-        step.extend(frame, out, last_score, parent_slots)
+        if self.children is not None:
+            self.children.extend(frame, out)
+            self.children.write_back(out, parent_slots)
+            step.strike_out(frame, out, parent_slots)
+        else:
+            step.extend(frame, out, last_score, parent_slots)
         scores = joint.score(beam, out, frame.piece, active)
         chosen, source, grew = step.prune(frame, out, scores)
+        if self.children is not None:
+            self.children.follow(source, chosen >= out.beam)
         if joint.fusions:
             moved_from = source if order is None else order.gather(1, source)
             joint.follow(beam, out, chosen, source, grew, moved_from)

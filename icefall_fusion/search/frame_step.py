@@ -84,14 +84,27 @@ class FrameStep:
         """Score all extensions; those that are in the beam already are struck out (stay has merged them)."""
         pairs = out.pairs
         torch.add(self.beam.log_total.index_select(1, pairs.slot), frame.pair_score, out=out.new_total)
-        # where is each slot's last piece among the columns? (column - C; 0: nowhere, which means the waste)
-        found = self.beam.last.unsqueeze(2) == frame.piece.unsqueeze(1)
-        column = (found * out.column_minus_count).amin(-1) if pairs.columns else parent_slots * 0
+        column = self._last_column(frame, out)
         repeat = pairs.position[out.row_ends + column]
         out.total.scatter_(1, repeat, self.beam.log_blank + last_score)
+        self._strike(out, parent_slots, column)
+        out.new_nonblank.copy_(out.new_total)
+
+    def strike_out(self, frame: Frame, out: Candidates, parent_slots: Tensor) -> None:
+        """Strike out the extensions that are in the beam already."""
+        self._strike(out, parent_slots, self._last_column(frame, out))
+
+    def _last_column(self, frame: Frame, out: Candidates) -> Tensor:
+        """Return [B, K] the column of each slot's last piece, minus C; 0 if it is not among the columns."""
+        if not out.pairs.columns:
+            return torch.zeros_like(self.beam.last)
+        found = self.beam.last.unsqueeze(2) == frame.piece.unsqueeze(1)
+        return (found * out.column_minus_count).amin(-1)
+
+    def _strike(self, out: Candidates, parent_slots: Tensor, column: Tensor) -> None:
+        pairs = out.pairs
         merged = pairs.position[parent_slots * (pairs.columns + 1) + (pairs.columns + column)]
         out.total.scatter_(1, merged, _NEVER)
-        out.new_nonblank.copy_(out.new_total)
 
     def prune(self, frame: Frame, out: Candidates, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Keep the K best candidates by ``scores`` [B, K + P], best first.
