@@ -119,7 +119,9 @@ def _score_paths(
 
 
 def add_counters(total: MutableMapping[str, float], more: Mapping[str, float]) -> None:
-    """Add counters of one tree to a sum; of names that hold "peak" the largest value is kept."""
+    """Add counters of one batch to a sum; of peaks the largest is kept, rates are made new."""
     for name, value in more.items():
         before = total.get(name, 0)
         total[name] = max(before, value) if "peak" in name else before + value
+    if total.get("retokenize_words"):
+        total["retokenize_hit_rate"] = total["retokenize_hits"] / total["retokenize_words"]

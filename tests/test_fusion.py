@@ -35,17 +35,19 @@ TRIGGERS = [
     FixedInterval(7),
     ShortestHypothesis(),
     ShortestHypothesis("pieces"),
+    ShortestHypothesis(every=4),
 ]
 SLOW_TRIGGERS = {
     "AtEnd": lambda t: ("end",),
     "EveryFrame": lambda t: ("interval", 1),
     "FixedInterval": lambda t: ("interval", t.frames),
-    "ShortestHypothesis": lambda t: (t.unit,),
+    "ShortestHypothesis": lambda t: (t.unit, t.every),
 }
 
 
 def names(trigger) -> str:
-    return f"{type(trigger).__name__}-{getattr(trigger, 'frames', getattr(trigger, 'unit', ''))}"
+    settings = [str(getattr(trigger, name)) for name in ("frames", "unit", "every") if hasattr(trigger, name)]
+    return "-".join([type(trigger).__name__, *settings])
 
 
 @pytest.fixture(scope="module")
@@ -493,6 +495,8 @@ def test_bad_arguments_are_named(llm, change, message):
 def test_bad_triggers_are_named(nlm):
     with pytest.raises(ValueError, match="FixedInterval.frames must be at least 1, but is 0"):
         FixedInterval(0)
+    with pytest.raises(ValueError, match="ShortestHypothesis.every must be at least 1, but is 0"):
+        ShortestHypothesis(every=0)
     with pytest.raises(ValueError, match="ShortestHypothesis.unit must be one of .* did you mean 'words'"):
         ShortestHypothesis("word")
     with pytest.raises(ValueError, match="ShallowFusion.weight must be finite and at least 0"):

@@ -49,6 +49,7 @@ class LmFusion:
         self.index = -1
         self._tree: Optional[TreeScorer] = None
         self._ids: Sequence[str] = ()
+        self._stats: dict[str, float] = {}
 
     def _open(self, beam: Beam, index: int, ids: Sequence[str], prompts: Optional[list[list[int]]]) -> None:
         self.index, self._ids = index, ids
@@ -66,8 +67,15 @@ class LmFusion:
         """Leave scores as they are."""
 
     def stats(self) -> dict[str, float]:
-        """Return the tree's counters since ``begin``."""
-        return dict(self._tree.stats()) if self._tree is not None else {}
+        """Return the counters since ``begin``: the tree's, and what a fusion counts itself."""
+        return dict(self._stats) if self._tree is None else self._count()
+
+    def _count(self) -> dict[str, float]:
+        return dict(self._tree.stats())
+
+    def _close(self) -> None:
+        """Let go of the tree and its keys and values when the batch is done; the counters stay."""
+        self._stats, self._tree = self._count(), None
 
     def _write(self, beam: Beam, slots: Tensor, scores: Tensor, words: Optional[Tensor] = None) -> None:
         """Give slots (flat indices [n] into [B, K]) new raw scores and numbers of paid words."""

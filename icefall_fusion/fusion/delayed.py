@@ -108,8 +108,12 @@ class DelayedFusion(LmFusion):
     def finish(self, beam: Beam) -> None:
         """Score all words, and the end, of every live hypothesis of the batch in one call."""
         slots = live_slots(beam)
-        if not slots.numel():
-            return
+        if slots.numel():
+            self._finish(beam, slots)
+        self._close()
+        del self._words, self._run
+
+    def _finish(self, beam: Beam, slots: Tensor) -> None:
         histories = self._words.complete(beam.node.reshape(-1)[slots].tolist())
         nodes, counts = self._place(histories, torch.arange(len(histories)))
         previous = beam.state[..., self.index].reshape(-1)[slots].cpu()
@@ -117,12 +121,10 @@ class DelayedFusion(LmFusion):
         self._write(beam, slots, scores, counts.to(slots.device))
         self._move(beam, slots, nodes)
 
-    def stats(self) -> dict[str, float]:
+    def _count(self) -> dict[str, float]:
         """Return the tree's counters, events, histories_scored and those of re-tokenization."""
-        if self._tree is None:
-            return {}
         own = {"events": self._events, "histories_scored": len(self._scored)}
-        return {**super().stats(), **own, **self._tokenizer.stats(*self._cache_before)}
+        return {**super()._count(), **own, **self._tokenizer.stats(*self._cache_before)}
 
     def _place(self, histories: Sequence[History], where: Tensor) -> tuple[Tensor, Tensor]:
         """Return the tree nodes and numbers of words of ``histories[where]``, two int64 [n] on the CPU."""

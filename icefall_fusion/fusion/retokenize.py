@@ -127,16 +127,14 @@ class WordTokenizer:
         return ids
 
     def stats(self, hits: int = 0, misses: int = 0) -> dict[str, float]:
-        """Return ``retokenize_words`` (words asked for) and ``retokenize_hit_rate`` (from 0 to 1).
+        """Return ``retokenize_words`` (asked for), ``retokenize_hits`` and ``retokenize_hit_rate`` (0 to 1).
 
         Args:
             hits, misses: what ``hits`` and ``misses`` were when the counting began.
         """
-        asked = self.hits - hits + self.misses - misses
-        return {
-            "retokenize_words": asked,
-            "retokenize_hit_rate": (self.hits - hits) / asked if asked else 0.0,
-        }
+        found, missed = self.hits - hits, self.misses - misses
+        rate = found / (found + missed) if found + missed else 0.0
+        return {"retokenize_words": found + missed, "retokenize_hits": found, "retokenize_hit_rate": rate}
 
     def check(self, vocabulary: Iterable[str] = ()) -> None:
         """Check that word by word gives the ids of whole texts; else tokenize whole texts from now on.

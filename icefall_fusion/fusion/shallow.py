@@ -87,11 +87,11 @@ class ShallowFusion(LmFusion):
     def finish(self, beam: Beam) -> None:
         """Score the end of the utterance of every live hypothesis of the batch in one call."""
         slots = live_slots(beam)
-        if not (self.eos and slots.numel()):
-            return
-        nodes = beam.state[..., self.index].reshape(-1)[slots].cpu()
-        ends = self._tree.eos_scores(nodes).to(beam.lm.device, torch.float32)
-        self._write(beam, slots, beam.lm[..., self.index].reshape(-1)[slots] + ends)
+        if self.eos and slots.numel():
+            nodes = beam.state[..., self.index].reshape(-1)[slots].cpu()
+            ends = self._tree.eos_scores(nodes).to(beam.lm.device, torch.float32)
+            self._write(beam, slots, beam.lm[..., self.index].reshape(-1)[slots] + ends)
+        self._close()
 
     def _check_pieces(self, pieces: Tensor, vocab_size: int) -> None:
         if self._matched is None:

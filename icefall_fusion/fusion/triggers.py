@@ -96,22 +96,27 @@ class ShortestHypothesis(Trigger):
     Args:
         unit: ``words``: closed words, what the LM can score; ``pieces``: acoustic pieces, as in a search
             whose LM shares the vocabulary (fires more often, mostly for the longer hypotheses' sake).
+        every: look only after every so many frames, at least 1. The utterances of a large batch then fuse
+            in the same frames, in fewer and larger calls of the LM, each at most ``every - 1`` frames late.
     """
 
     unit: str = "words"
+    every: int = 1
 
     def __post_init__(self) -> None:
+        check(self.every >= 1, "ShortestHypothesis.every", "be at least 1", self.every)
         check_choice(self.unit, ("words", "pieces"), "ShortestHypothesis.unit")
 
     def start(self, beam: Beam, tokens: Any) -> TriggerRun:
-        return _ShortestRun(beam, tokens if self.unit == "words" else None)
+        return _ShortestRun(beam, tokens if self.unit == "words" else None, self.every)
 
 
 class _ShortestRun(TriggerRun):
     """Counts the words (or pieces) of every hypothesis; a few small gathers a frame."""
 
-    def __init__(self, beam: Beam, tokens: Any) -> None:
+    def __init__(self, beam: Beam, tokens: Any, every: int) -> None:
         device = beam.node.device
+        self._every = every
         self._starts = None if tokens is None else torch.tensor(tokens.starts_word, device=device)
         self._begun = torch.zeros_like(beam.node)  # [B, K] words or pieces begun, the open one included
         # With one word begun none is closed. A piece is closed as soon as it is there.
@@ -127,6 +132,8 @@ class _ShortestRun(TriggerRun):
         self._begun = begun + grew
 
     def fires(self, beam: Beam, frame: int, active: Tensor) -> Optional[Tensor]:
+        if (frame + 1) % self._every:
+            return None
         alive = beam.alive
         longest = self._begun.amax(1, keepdim=True)
         shortest = torch.where(alive, self._begun, longest).amin(1)

@@ -17,7 +17,7 @@ class SlowFusion:
     """Shallow when ``piece_score`` is given (log P(piece | prefix)); delayed when ``word_score`` is.
 
     ``end_score(prefix, words)`` is the raw score of a whole hypothesis at the end.
-    ``trigger``: ("interval", n), ("words",), ("pieces",) or ("end",).
+    ``trigger``: ("interval", n), ("words", every), ("pieces", every) or ("end",).
     """
 
     source: str
@@ -111,7 +111,7 @@ def fires(fusion: SlowFusion, frame: int, slots: dict[Prefix, Slot], tokens) -> 
     kind = fusion.trigger[0]
     if kind == "interval":
         return (frame + 1) % fusion.trigger[1] == 0
-    if kind == "end" or not slots:
+    if kind == "end" or not slots or (frame + 1) % fusion.trigger[1]:
         return False
     if kind == "pieces":
         shortest = min(len(prefix) for prefix in slots)
