@@ -143,8 +143,8 @@ class Decoder:
         given = read_weights(options.weights)
         names = parse_methods(options.methods)
         self.weights = {name: weights_of(name, given) for name in names}
-        for name in set(names) - set(given):
-            if len(self.weights[name]) > 1:
+        for name in names:
+            if name not in given and len(self.weights[name]) > 1:
                 logging.warning("no tuned weights for %s: %s are used", name, self.weights[name])
         self.methods = [Method(name, self.weights[name], options.search, self.lms) for name in names]
         self.skipped: list[dict[str, str]] = []

@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# Make or update .venv with everything of requirements.txt and this package (editable). Idempotent: nothing is
+# done when the requirements have not changed since.
+#
+#   bash tools/setup_env.sh            # needs Python 3.11 or newer; about 5 GB, 2 minutes
+#   PYTHON=python3.12 bash tools/setup_env.sh
+set -euo pipefail
+cd "$(dirname "$0")/.."
+case "${1:-}" in -h | --help) sed -n '2,6p' "$0" | sed 's/^# \{0,1\}//'; exit 0 ;; esac
+
+venv=${VENV:-.venv}
+find_python() { # the first that is new enough
+  for name in ${PYTHON:-python3 python3.13 python3.12 python3.11 python}; do
+    if "$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then echo "$name"; return; fi
+  done
+  echo "setup_env.sh: needs Python 3.11 or newer (set PYTHON)" >&2
+  return 1
+}
+quietly() { # run; on failure show the end of what it said, without addresses
+  local report code=0
+  report=$(mktemp)
+  "$@" >"$report" 2>&1 || code=$?
+  if [ "$code" -ne 0 ]; then
+    tail -n 20 "$report" | sed -E 's#https?://[^ ,)]+#<address>#g' >&2
+  fi
+  rm -f "$report"
+  return "$code"
+}
+
+if [ ! -x "$venv/bin/python" ]; then
+  python=$(find_python)
+  echo "setup_env.sh: making $venv with $("$python" --version)"
+  "$python" -m venv "$venv"
+fi
+stamp=$venv/.requirements
+wanted=$("$venv/bin/python" -c '
+import hashlib, sys
+print(sys.version_info[:2], *(hashlib.sha256(open(f, "rb").read()).hexdigest() for f in sys.argv[1:]))
+' requirements.txt pyproject.toml)
+if [ "$(cat "$stamp" 2>/dev/null || true)" = "$wanted" ]; then
+  exit 0
+fi
+echo "setup_env.sh: installing $(grep -cE '^[a-z]' requirements.txt) packages and what they need (about 5 GB)"
+pip="$venv/bin/python -m pip --disable-pip-version-check"
+quietly $pip install -r requirements.txt
+quietly $pip install -e . --no-deps
+echo "$wanted" >"$stamp"
+echo "setup_env.sh: $venv is ready"

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Set up the environment, check the style, run all tests that this machine can run.
+#
+#   bash tools/test.sh                    # everything
+#   bash tools/test.sh tests/test_wer.py  # arguments go to pytest
+set -euo pipefail
+cd "$(dirname "$0")/.."
+case "${1:-}" in -h | --help) sed -n '2,5p' "$0" | sed 's/^# \{0,1\}//'; exit 0 ;; esac
+bash tools/setup_env.sh
+venv=${VENV:-.venv}
+"$venv/bin/ruff" check icefall_fusion tests tools egs
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # tiny tensors: more threads only get in each other's way
+"$venv/bin/python" -m pytest "$@"
