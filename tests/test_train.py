@@ -1,6 +1,7 @@
 """Job ``train``: learns, goes on after a stop with the same result, exports a loadable average.
 Knows: the job, cuts. Must not know: search, fusion.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -40,9 +41,16 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "text").write_text("\n".join([" ".join(TONES)] * 20))
     (folder / "lang_bpe_500").mkdir()
     sentencepiece.SentencePieceTrainer.train(
-        input=str(folder / "text"), model_prefix=str(folder / "lang_bpe_500" / "bpe"), vocab_size=20,
-        model_type="unigram", minloglevel=2, user_defined_symbols=["<blk>", "<sos/eos>"], unk_id=2, bos_id=-1,
-        eos_id=-1, hard_vocab_limit=False,
+        input=str(folder / "text"),
+        model_prefix=str(folder / "lang_bpe_500" / "bpe"),
+        vocab_size=20,
+        model_type="unigram",
+        minloglevel=2,
+        user_defined_symbols=["<blk>", "<sos/eos>"],
+        unk_id=2,
+        bos_id=-1,
+        eos_id=-1,
+        hard_vocab_limit=False,
     )
     return folder
 
@@ -51,7 +59,12 @@ def options_for(data_dir: Path, exp: Path, **trainer) -> TrainOptions:
     bpe = sentencepiece.SentencePieceProcessor(str(data_dir / "lang_bpe_500" / "bpe.model"))
     small = {"size": 16, "heads": 2, "feedforward": 16}
     return TrainOptions(
-        data_dir=str(data_dir), exp=str(exp), avg=2, threads=1, stats_seconds=5.0, device="cpu",
+        data_dir=str(data_dir),
+        exp=str(exp),
+        avg=2,
+        threads=1,
+        stats_seconds=5.0,
+        device="cpu",
         data=DataOptions(max_duration=8.0, max_seconds=8.0, num_buckets=2, workers=0, time_warp=0),
         model=ModelOptions(
             vocab_size=bpe.get_piece_size(),
@@ -59,8 +72,16 @@ def options_for(data_dir: Path, exp: Path, **trainer) -> TrainOptions:
             decoder=DecoderOptions(layers=1, heads=2, feedforward=16),
         ),
         trainer=TrainerOptions(
-            **{"lr": 5e-3, "warmup_steps": 2, "max_steps": 8, "save_every_steps": 4, "save_every_minutes": 0,
-               "valid_every_steps": 4, "tensorboard": False, **trainer}
+            **{
+                "lr": 5e-3,
+                "warmup_steps": 2,
+                "max_steps": 8,
+                "save_every_steps": 4,
+                "save_every_minutes": 0,
+                "valid_every_steps": 4,
+                "tensorboard": False,
+                **trainer,
+            }
         ),
     )
 
@@ -73,11 +94,15 @@ def test_training_resumes_to_the_same_model_and_exports_an_average(data_dir: Pat
     assert lines[-1]["valid_loss"] < lines[0]["valid_loss"] and "valid_greedy_wer" in lines[-1]
 
     parted = options_for(data_dir, tmp_path / "parted")
-    assert run(dataclasses.replace(parted, trainer=dataclasses.replace(parted.trainer, max_minutes=1e-9))) == 0
+    assert (
+        run(dataclasses.replace(parted, trainer=dataclasses.replace(parted.trainer, max_minutes=1e-9))) == 0
+    )
     assert not (tmp_path / "parted" / "checkpoint-8.pt").exists()
     assert run(parted) == 0
-    first, second = (torch.load(tmp_path / name / "checkpoint-8.pt", weights_only=True)["model"]
-                     for name in ("whole", "parted"))
+    first, second = (
+        torch.load(tmp_path / name / "checkpoint-8.pt", weights_only=True)["model"]
+        for name in ("whole", "parted")
+    )
     assert all(torch.equal(first[name], second[name]) for name in first)
 
     exported = load(tmp_path / "whole" / "export")
