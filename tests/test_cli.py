@@ -1,0 +1,154 @@
+"""The command line: every job has a help, unknown and ill-typed options are refused, exit codes.
+Knows: icefall_fusion.__main__. Must not know: what jobs do.
+"""
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Literal, Optional, Union
+
+import pytest
+
+from icefall_fusion import __main__ as cli
+from icefall_fusion.__main__ import JOBS, Job, main, parse_options
+
+
+@dataclass(frozen=True)
+class Inner:
+    """Inner options.
+
+    Args:
+        beam: hypotheses kept a frame,
+            at least 1.
+        mode: how.
+    """
+
+    beam: int = 10
+    mode: Literal["fast", "exact"] = "fast"
+
+    def __post_init__(self) -> None:
+        if self.beam < 1:
+            raise ValueError(f"Inner.beam must be at least 1, but is {self.beam}")
+
+
+@dataclass(frozen=True)
+class Outer:
+    """Do something.
+
+    Args:
+        out: folder, 100 % needed.
+        files: inputs.
+        search: how to search.
+        weights: by method.
+        methods: names.
+        limit: none means all.
+    """
+
+    out: str
+    files: list[str]
+    search: Inner = field(default_factory=Inner)
+    weights: dict[str, dict[str, float]] = field(default_factory=dict)
+    methods: Union[str, list[str]] = "all"
+    limit: Optional[int] = None
+
+
+def run(options: Outer) -> int:
+    if options.out == "broken":
+        raise RuntimeError("it broke")
+    if options.out == "missing":
+        raise FileNotFoundError("no file at missing")
+    print(options)
+    return 0
+
+
+@pytest.fixture()
+def job(monkeypatch):
+    monkeypatch.setitem(JOBS, "toy", Job(__name__, "Outer", "toy job", positional="files"))
+
+
+def outer(*arguments: str) -> Outer:
+    return parse_options(Outer, arguments, "toy", Job("", "", "toy job", positional="files"))
+
+
+def test_list_of_jobs(capsys) -> None:
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"  {name} " in text for name in JOBS)
+    assert main([]) == 2
+
+
+@pytest.mark.parametrize("name", sorted(JOBS))
+def test_every_job_has_help_and_described_options(name, capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([name, "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert f"icefall_fusion {name}" in text and "--config" in text
+    options = getattr(importlib.import_module(JOBS[name].module), JOBS[name].options)
+    assert is_dataclass(options) and options.__dataclass_params__.frozen
+    described = dict(cli._field_texts(options))
+    missing = [field.name for field in fields(options) if not described[field.name]]
+    assert not missing, f"{options.__name__} must describe its fields in the docstring, but lacks {missing}"
+    assert callable(getattr(importlib.import_module(JOBS[name].module), JOBS[name].function))
+
+
+def test_values_lists_and_overrides(tmp_path) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text("out: there\nsearch: {beam: 4}\nweights: {a: {llm: 0.5}}\n")
+    made = outer("--config", str(config), "--search.mode", "exact", "--methods", "[x,y]", "f1", "f2")
+    assert made == Outer("there", ["f1", "f2"], Inner(4, "exact"), {"a": {"llm": 0.5}}, ["x", "y"])
+    assert outer("--config", str(config), "--search.beam=5", "f").search.beam == 5
+    assert outer("--out", "o", "--methods", "x,y", "--limit", "3", "f") == Outer(
+        "o", ["f"], methods="x,y", limit=3
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--out", "o", "--serch.beam", "3", "f"], "no option --serch.beam; did you mean 'search.beam'"),
+        (["--out", "o", "--search.bem", "3", "f"], "no option --search.bem; did you mean 'search.beam'"),
+        (["--outt=o", "f"], "no option --outt; did you mean 'out'"),
+        (["--out", "o", "--search.beam", "many", "f"], "--search.beam: Expected a <class 'int'>"),
+        (["--out", "o", "--search.mode", "fsat", "f"], "fsat"),
+        (["--out", "o", "--search.beam", "0", "f"], "Inner.beam must be at least 1, but is 0"),
+        (["--out", "o"], "required: files"),
+        (["f"], "out"),
+        (["--config", "no.yaml", "f"], "no.yaml"),
+    ],
+)
+def test_wrong_options_are_refused_by_name(arguments, message, job, capsys) -> None:
+    assert main(["toy", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["search: {bem: 4}\nout: o\n", "serch: {beam: 4}\nout: o\n"])
+def test_wrong_names_in_a_file_are_refused_too(text, tmp_path, job, capsys) -> None:
+    (tmp_path / "c.yaml").write_text(text)
+    assert main(["toy", "--config", str(tmp_path / "c.yaml"), "f"]) == 2
+    assert "did you mean 'search.beam'" in capsys.readouterr().err
+
+
+def test_help_takes_texts_from_docstrings(job, capsys) -> None:
+    with pytest.raises(SystemExit):
+        main(["toy", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "hypotheses kept a frame, at least 1." in text and "folder, 100 % needed." in text
+
+
+def test_exit_codes(job, capsys) -> None:
+    assert main(["toy", "--out", "o", "f"]) == 0
+    assert main(["toy", "--out", "missing", "f"]) == 2
+    assert "error: no file at missing" in capsys.readouterr().err
+    assert main(["toy", "--out", "broken", "f"]) == 1
+    assert main(["decod"]) == 2
+    assert "did you mean 'decode'" in capsys.readouterr().err
+
+
+def test_as_a_program() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "icefall_fusion", "score", "--reff", "x"], capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "did you mean 'ref'" in done.stderr
