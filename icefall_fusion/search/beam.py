@@ -15,7 +15,7 @@ from torch import Tensor
 from icefall_fusion.checks import check
 
 _NODE, _LAST, _HASH, _PARENT_HASH, _REPEATS = range(5)  # rows of Beam's integers
-_ROOT_HASH, _NO_HASH = 1, 0
+_DEAD_HASH, _ROOT_HASH, _NO_PARENT_HASH = 0, 1, 2  # no slot has the last one: nothing is linked to it
 _HASH_FACTOR = 0x2545F4914F6CDD1D  # odd, so that multiplying by it loses nothing modulo 2^64
 
 
@@ -204,6 +204,7 @@ class Beam:
         self._ints[:, _NODE] = arena.first_ids[:, :1]
         self._ints[:, _LAST] = blank
         self._ints[:, _HASH, 0] = _ROOT_HASH
+        self._ints[:, _PARENT_HASH] = _NO_PARENT_HASH
         # [never, log_total of each slot | never, log_blank of each slot]: one gather finds the mass that an
         # extension of slot i carries over, at i + 1 or, if it repeats the last piece, K + 1 further; at 0:
         # none
@@ -231,7 +232,7 @@ class Beam:
 
     @property
     def parent_hash(self) -> Tensor:
-        """[B, K] int64, hash of the prefix without its last piece; 0 for a root or a dead slot."""
+        """[B, K] int64, hash of the prefix without its last piece; no slot's for a root or a dead slot."""
         return self._ints[:, _PARENT_HASH]
 
     @property
@@ -268,9 +269,13 @@ class Beam:
 
         Prefixes are compared by a 64-bit hash of their pieces, not by node: a parent that was pruned and is
         born again has another node but the same hash.
+
+        Args:
+            one_to_beam: [K] float, 1..K.
         """
         linked = self.parent_hash.unsqueeze(2) == self.hash.unsqueeze(1)
-        return (linked * one_to_beam).amax(-1)
+        # at most one slot is the parent, so a product finds it (and is faster than a maximum)
+        return torch.matmul(linked.to(one_to_beam.dtype), one_to_beam).to(torch.int64)
 
     def carried_from(self, parent_slots: Tensor) -> Tensor:
         """Return [B, K] the mass that each prefix gets from its parent's slot, before its piece's score."""
@@ -309,8 +314,9 @@ class Beam:
         self.offset += best
 
     def bury(self, dead: Tensor) -> None:
-        """Make dead slots [B, K] findable by no one."""
-        self._ints[:, _HASH : _PARENT_HASH + 1].masked_fill_(dead.unsqueeze(1), _NO_HASH)
+        """Make dead slots [B, K] bool nobody's parent and nobody's child."""
+        self.hash.masked_fill_(dead, _DEAD_HASH)
+        self.parent_hash.masked_fill_(dead, _NO_PARENT_HASH)
 
     def permute(self, source: Tensor) -> None:
         """Re-order the slots: slot k becomes what slot ``source[b, k]`` was."""

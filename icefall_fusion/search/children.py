@@ -2,12 +2,12 @@
 Knows: masses, beams, candidates. Must not know: language models, how candidates are ranked.
 
 A prefix that falls out of the beam and is born again from its parent has lost the mass of its earlier
-alignments. ESPnet's time-synchronous search remembers what it computed in the last frame; here the children of
-every live prefix keep their CTC forward masses as long as the prefix lives. Masses are linear, relative to the
-best slot: in a frame all become ``mass * p(blank)``, and only the C candidate pieces of the frame can be
-emitted, so that all else is [B, K, C] work. What no candidate emits is below the C-th best piece's probability
-and is left out. While a child is live itself, its slot's total is written back, so that nothing is lost when it
-dies; its own children are forgotten with it.
+alignments. ESPnet's time-synchronous search remembers what it computed in the last frame; here the children
+of every live prefix keep their CTC forward masses as long as the prefix lives. Masses are linear, relative to
+the best slot: in a frame all become ``mass * p(blank)``, and only the C candidate pieces of the frame can be
+emitted, so that all else is [B, K, C] work. What no candidate emits is below the C-th best piece's
+probability and is left out. While a child is live itself, its slot's total replaces its mass here before each
+frame, so that nothing is lost when it dies; its own children are forgotten with it.
 """
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Children:
     """Masses of the children of every slot.
 
     total: [B, K, V] mass of each child, blank-ended and not; the blank's own column is scratch.
-    emitted: [B, K, C] the part that does not end in blank, of the last frame's candidate pieces (of others 0).
+    emitted: [B, K, C] the part that does not end in blank, of the last frame's candidate pieces (others: 0).
     """
 
     def __init__(self, beam: Beam, pieces: int, columns: int) -> None:
@@ -41,46 +41,49 @@ class Children:
         self.piece = torch.zeros(batch, columns, dtype=torch.int64, device=device)
         self.slots = torch.arange(slots, device=device)
 
-    def extend(self, frame: Frame, out: Candidates) -> None:
-        """Move all children by one frame and write them into ``out`` as extensions (all K x C pairs)."""
-        beam = self.beam
-        best = beam.log_total.amax(1, keepdim=True)
-        whole, ended = (beam.log_total - best).exp_(), (beam.log_blank - best).exp_()
-        piece = frame.piece.unsqueeze(1)  # [B, 1, C]
-        repeats = piece == beam.last.unsqueeze(2)
-        incoming = torch.where(repeats, ended.unsqueeze(2), whole.unsqueeze(2))
-        emitted = torch.bmm(self.emitted, (self.piece.unsqueeze(2) == piece).to(self.emitted.dtype))
-        emitted = (emitted + incoming) * frame.score.exp().unsqueeze(1)
-        self.total *= frame.blank.exp().unsqueeze(2)
-        place = piece.expand_as(emitted)
-        ended_in_blank = self.total.gather(2, place)
-        total = ended_in_blank + emitted
-        self.total.scatter_(2, place, total)
-        self.emitted, self.piece, self._best = emitted, frame.piece, best
-        shift = best.unsqueeze(2)
-        targets = (out.new_total, out.new_blank, out.new_nonblank)
-        for target, mass in zip(targets, (total, ended_in_blank, emitted)):
-            target.copy_((mass.log() + shift).flatten(1))
-
-    def write_back(self, out: Candidates, parent_slots: Tensor) -> None:
-        """Put live children's masses in their parents' rows; slots without a live parent write scratch."""
-        live = parent_slots > 0
-        row = torch.where(live, parent_slots - 1, self.slots)
-        column = torch.where(live, self.beam.last, torch.full_like(row, self.beam.blank))
-        place = row * self.total.shape[2] + column
-        self.total.flatten(1).scatter_(1, place, (out.stay_total - self._best).exp())
-
     def restart(self, after_skip: Tensor) -> None:
         """Take blank as the last thing heard in the utterances [B, 1] bool that just skipped frames."""
         self.emitted = self.emitted.masked_fill(after_skip.unsqueeze(2), 0.0)
+
+    def extend(self, frame: Frame, out: Candidates, parent_slots: Tensor) -> None:
+        """Move all children by one frame; write their totals into ``out`` as extensions (K x C pairs)."""
+        beam = self.beam
+        self._best = beam.log_total.amax(1, keepdim=True)
+        whole, ended = (beam.log_total - self._best).exp_(), (beam.log_blank - self._best).exp_()
+        self._take_live(parent_slots, whole)
+        piece = frame.piece.unsqueeze(1)  # [B, 1, C]
+        incoming = torch.where(piece == beam.last.unsqueeze(2), ended.unsqueeze(2), whole.unsqueeze(2))
+        emitted = torch.bmm(self.emitted, (self.piece.unsqueeze(2) == piece).to(self.emitted.dtype))
+        emitted = emitted.add_(incoming).mul_(frame.score.exp().unsqueeze(1))
+        self._place = piece.expand_as(emitted)
+        self._blank = frame.blank.exp().unsqueeze(2)  # [B, 1, 1]
+        total = self.total.gather(2, self._place).mul_(self._blank).add_(emitted)
+        self.emitted, self.piece = torch.threshold_(emitted, _TINY, 0.0), frame.piece
+        self._candidates = torch.threshold_(total, _TINY, 0.0)
+        torch.add(total.log().flatten(1), self._best, out=out.new_total)
+
+    def _take_live(self, parent_slots: Tensor, whole: Tensor) -> None:
+        """Put live children's totals in their parents' rows; slots without a live parent write scratch."""
+        live = parent_slots > 0
+        row = torch.where(live, parent_slots - 1, self.slots)
+        column = self.beam.last.masked_fill(~live, self.beam.blank)
+        self.total.flatten(1).scatter_(1, row * self.total.shape[2] + column, whole)
+
+    def split(self, chosen: Tensor, stays: int) -> tuple[Tensor, Tensor]:
+        """Return the (blank-ended, other) log-mass [B, K] of chosen extensions; of stays anything."""
+        place = (chosen - stays).clamp_(min=0)
+        emitted = self.emitted.flatten(1).gather(1, place)
+        ended = self._candidates.flatten(1).gather(1, place) - emitted
+        return ended.clamp_(min=0).log_() + self._best, emitted.log() + self._best
 
     def follow(self, source: Tensor, grew: Tensor) -> None:
         """Give each slot the children of the slot it stayed in; a newborn prefix has none yet."""
         best = self.beam.log_total.amax(1, keepdim=True)
         scale = (self._best - best).exp() * ~grew  # [B, K]
-        move = (source.unsqueeze(2) == self.slots) * scale.unsqueeze(2)  # [B, K, K], one entry a row
-        torch.bmm(move, self.total, out=self._next_total)
+        move = (source.unsqueeze(2) == self.slots) * scale.unsqueeze(2)  # [B, K, K], at most one entry a row
+        torch.bmm(move * self._blank, self.total, out=self._next_total)
         self.total, self._next_total = self._next_total, self.total
         self.emitted = torch.bmm(move, self.emitted)
-        if self.beam.frame % 4 == 0:
-            self.total.masked_fill_(self.total < _TINY, 0.0)
+        self.total.scatter_(2, self._place, torch.bmm(move, self._candidates))
+        if self.beam.frame % 16 == 0:
+            torch.threshold_(self.total, _TINY, 0.0)

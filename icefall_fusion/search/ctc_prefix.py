@@ -186,13 +186,12 @@ class _PrefixSearch:
             if self.widens:
                 frame, out, active = self._widen(frame, active)
         if self.children is not None:
-            self.children.extend(frame, out)
-            self.children.write_back(out, parent_slots)
+            self.children.extend(frame, out, parent_slots)
             step.strike_out(frame, out, parent_slots)
         else:
             step.extend(frame, out, last_score, parent_slots)
         scores = joint.score(beam, out, frame.piece, active)
-        chosen, source, grew = step.prune(frame, out, scores)
+        chosen, source, grew = step.prune(frame, out, scores, self.children)
         if self.children is not None:
             self.children.follow(source, chosen >= out.beam)
         if joint.fusions:

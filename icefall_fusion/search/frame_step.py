@@ -8,13 +8,16 @@ needed.
 """
 from __future__ import annotations
 
-from typing import NamedTuple, Optional
+from typing import TYPE_CHECKING, NamedTuple, Optional
 
 import torch
 from torch import Tensor
 
 from icefall_fusion.search.beam import Beam
 from icefall_fusion.search.candidates import Pairs
+
+if TYPE_CHECKING:
+    from icefall_fusion.search.children import Children
 
 _NEVER = -torch.inf
 
@@ -63,7 +66,8 @@ class FrameStep:
         device = beam.lens.device
         generator = torch.Generator().manual_seed(20250109)
         self.keys = torch.randint(-(2**62), 2**62, (pieces,), generator=generator).to(device)
-        self.one_to_beam = torch.arange(1, beam.arena.beam + 1, device=device)
+        self.one_to_beam = torch.arange(1.0, beam.arena.beam + 1, device=device)
+        self._columns = torch.zeros(beam.arena.batch, pieces, dtype=torch.int64, device=device)
 
     def stay(self, frame: Frame, out: Candidates) -> tuple[Tensor, Tensor]:
         """Score all prefixes that stay, their parents' extensions merged in.
@@ -96,18 +100,23 @@ class FrameStep:
 
     def _last_column(self, frame: Frame, out: Candidates) -> Tensor:
         """Return [B, K] the column of each slot's last piece, minus C; 0 if it is not among the columns."""
-        if not out.pairs.columns:
-            return torch.zeros_like(self.beam.last)
-        found = self.beam.last.unsqueeze(2) == frame.piece.unsqueeze(1)
-        return (found * out.column_minus_count).amin(-1)
+        # a table of all pieces, filled and cleared again: cheaper than comparing K x C pieces
+        self._columns.scatter_(1, frame.piece, out.column_minus_count.expand_as(frame.piece))
+        column = self._columns.gather(1, self.beam.last)
+        self._columns.scatter_(1, frame.piece, 0)
+        return column
 
     def _strike(self, out: Candidates, parent_slots: Tensor, column: Tensor) -> None:
         pairs = out.pairs
         merged = pairs.position[parent_slots * (pairs.columns + 1) + (pairs.columns + column)]
         out.total.scatter_(1, merged, _NEVER)
 
-    def prune(self, frame: Frame, out: Candidates, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def prune(self, frame: Frame, out: Candidates, scores: Tensor, children: Optional[Children] = None,
+              ) -> tuple[Tensor, Tensor, Tensor]:
         """Keep the K best candidates by ``scores`` [B, K + P], best first.
+
+        Args:
+            children: where the extensions' masses come from, if mass is recovered.
 
         Returns:
             chosen [B, K] positions, source [B, K] slots, grew [B, K] bool (of slots that live).
@@ -120,12 +129,16 @@ class FrameStep:
         dead = values == _NEVER
         if self.score_beam is not None:
             dead |= values < values[:, :1] - self.score_beam
+        grew_alive = grew & ~dead
         masses = out.masses.gather(2, chosen.unsqueeze(1).expand(-1, 3, -1))
+        if children is not None:
+            for mass, split in zip((masses[:, 1], masses[:, 2]), children.split(chosen, out.beam)):
+                mass.copy_(torch.where(grew_alive, split, mass))
         if self.score_beam is not None:
-            masses = masses.masked_fill_(dead.unsqueeze(1), _NEVER)
+            masses = masses.masked_fill(dead.unsqueeze(1), _NEVER)
         beam.follow(source, piece, grew, self.keys)
         beam.bury(dead)
         beam.log_total.copy_(masses[:, 0])
         beam.log_blank.copy_(masses[:, 1])
         beam.log_nonblank = masses[:, 2]
-        return chosen, source, grew & ~dead
+        return chosen, source, grew_alive

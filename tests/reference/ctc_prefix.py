@@ -57,6 +57,12 @@ def dictionary_search(
             row = [row[blank] if piece == blank else NEVER for piece in range(len(row))]
         order = sorted((piece for piece in range(len(row)) if piece != blank), key=lambda v: -row[v])
         pieces = order[: children_of or top_pieces]
+        for prefix, mass in beams.items():  # a live child's own total is the better one
+            if children_of and prefix and prefix[:-1] in beams:
+                open_ = children[prefix[:-1]].get(prefix[-1], (NEVER, NEVER))[1]
+                total = log_add(*mass)
+                ended = NEVER if total <= open_ else total + math.log1p(-math.exp(open_ - total))
+                children[prefix[:-1]][prefix[-1]] = (ended, open_)
         found: dict[Prefix, list[list[float]]] = {}
         for prefix, (ended, open_) in beams.items():
             total = log_add(ended, open_)
@@ -85,12 +91,6 @@ def dictionary_search(
                     gain = extension_score(prefix, piece) if extension_score else 0.0
                     fused[child] = fused[prefix] + gain
             children[prefix] = after
-        for prefix in beams:  # a live child's own masses are the better ones
-            if children_of and prefix and prefix[:-1] in beams:
-                held = children[prefix[:-1]].get(prefix[-1], (NEVER, NEVER))
-                total, open_ = log_add(*kept[prefix]), held[1]
-                ended = NEVER if total <= open_ else total + math.log1p(-math.exp(open_ - total))
-                children[prefix[:-1]][prefix[-1]] = (ended, open_)
         alive = [prefix for prefix in kept if log_add(*kept[prefix]) > NEVER]
         ranked = sorted(alive, key=lambda prefix: -(log_add(*kept[prefix]) + fused[prefix]))[:beam]
         newborn = [prefix for prefix in ranked if prefix not in beams]
