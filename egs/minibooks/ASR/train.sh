@@ -9,27 +9,29 @@
 # Every stage can be killed and run again: it goes on from its newest checkpoint. A finished stage leaves
 # a .done mark and is skipped; remove the mark to run it again. Options after "--" go to every training.
 set -euo pipefail
-cd "$(dirname "$0")"
+
+absolute() { case "$1" in /*) echo "$1" ;; *) echo "$PWD/$1" ;; esac; }
 
 stage=0
 stop_stage=4
 config=full
-data_dir=data
-exp_dir=exp
+data_dir=
+exp_dir=
 pretrained_dir=
 world_size=1
 python=${PYTHON:-python}
 
-usage() { sed -n '2,10p' "$0" | sed 's/^# \{0,1\}//'; }
+here=$(cd "$(dirname "$0")" && pwd)
+usage() { sed -n '2,10p' "$here/train.sh" | sed 's/^# \{0,1\}//'; }
 
 while [ $# -gt 0 ]; do
   case "$1" in
     --stage) stage=$2; shift 2 ;;
     --stop-stage) stop_stage=$2; shift 2 ;;
     --config) config=$2; shift 2 ;;
-    --data-dir) data_dir=$2; shift 2 ;;
-    --exp-dir) exp_dir=$2; shift 2 ;;
-    --pretrained-dir) pretrained_dir=$2; shift 2 ;;
+    --data-dir) data_dir=$(absolute "$2"); shift 2 ;;
+    --exp-dir) exp_dir=$(absolute "$2"); shift 2 ;;
+    --pretrained-dir) pretrained_dir=$(absolute "$2"); shift 2 ;;
     --world-size) world_size=$2; shift 2 ;;
     -h | --help) usage; exit 0 ;;
     --) shift; break ;;
@@ -37,12 +39,16 @@ while [ $# -gt 0 ]; do
   esac
 done
 
+cd "$here"
 conf=conf/$config
 [ "$config" = full ] && conf=conf
 if [ ! -f "$conf/ctc_aed.yaml" ]; then
   echo "train.sh: --config must be 'full' or a folder of conf/, but is '$config'" >&2
   exit 2
 fi
+case "$config" in full) suffix= ;; *) suffix=-$config ;; esac
+data_dir=${data_dir:-$here/data$suffix}
+exp_dir=${exp_dir:-$here/exp$suffix}
 # A small configuration must never overwrite the published models.
 if [ -z "$pretrained_dir" ]; then
   case "$config" in full) pretrained_dir=pretrained ;; *) pretrained_dir=$exp_dir/pretrained ;; esac
