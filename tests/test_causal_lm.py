@@ -168,6 +168,16 @@ def test_a_score_with_eos_is_the_score_and_eos_in_one_call(lm: CausalLm) -> None
     torch.testing.assert_close(together, scorer.score([node, node]) + scorer.eos_scores([node, node]))
 
 
+def test_nothing_to_score_is_no_call_and_results_can_be_changed_in_place(lm: CausalLm) -> None:
+    scorer = lm.open_tree(2)
+    assert scorer.score([]).shape == (0,) and scorer.next_log_probs([]).shape == (0, VOCAB)
+    assert scorer.score(scorer.roots()).tolist() == [0.0, 0.0]
+    scorer.keep([[], []])
+    assert scorer.stats()["lm_forwards"] == 0
+    scorer.score([scorer.insert(scorer.root(0), [3])]).add_(1.0)
+    scorer.next_log_probs([0]).add_(1.0)
+
+
 def test_results_do_not_depend_on_the_batch(lm: CausalLm) -> None:
     generator = torch.Generator().manual_seed(1)
     paths = [torch.randint(0, VOCAB, (9,), generator=generator).tolist() for _ in range(6)]

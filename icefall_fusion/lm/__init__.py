@@ -4,6 +4,6 @@ Knows: Hugging Face causal LMs and token ids. Must not know: acoustic models, se
 from __future__ import annotations
 
 from icefall_fusion.lm.causal_lm import CausalLm
-from icefall_fusion.lm.tree_scorer import TreeScorer
+from icefall_fusion.lm.tree_scorer import TreeOptions, TreeScorer
 
-__all__ = ["CausalLm", "TreeScorer"]
+__all__ = ["CausalLm", "TreeOptions", "TreeScorer"]

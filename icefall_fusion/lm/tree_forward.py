@@ -40,6 +40,7 @@ class TreeModel(Protocol):
         """Return logits [n, V] after the tokens of index ``wanted`` [n]; writes the cache at its plan."""
 
 
+@torch.inference_mode()
 def forward(model: TreeModel, tree: TokenTree, cache: TreeCache, nodes: ndarray, wanted: ndarray) -> Tensor:
     """Run the model over ``nodes`` and return the log-probs [n, V] float32 after the wanted ones.
 

@@ -108,7 +108,6 @@ class TreeScorer:
 
     # --- scores ------------------------------------------------------------------------------------------
 
-    @torch.inference_mode()
     def score(self, nodes: Nodes, previous: Optional[Nodes] = None, eos: bool = False) -> Tensor:
         """Return log P(path from root | prompt) [n] float32; one lazy forward for all that is missing.
 
@@ -137,14 +136,12 @@ class TreeScorer:
                 totals = totals + log_probs[len(new) :][np.searchsorted(ends, wanted)]
             return self._like(nodes, totals)
 
-    @torch.inference_mode()
     def eos_scores(self, nodes: Nodes) -> Tensor:
         """Return log P(eos | path of node) [n] float32; at most one lazy forward."""
         with self._timed():
             wanted = self._nodes(nodes)
             return self._like(nodes, self._token_log_probs(wanted, self._eos(len(wanted))))
 
-    @torch.inference_mode()
     def next_log_probs(self, nodes: Nodes) -> Tensor:
         """Return log P(token | path of node) [n, V] float32 on the model's device; at most one forward."""
         with self._timed():

@@ -83,7 +83,9 @@ def _check_against_sentence_piece(folder: Path, tokenizer: Any) -> None:
     transformers 5 builds a tokenizer without the leading space from a folder that has ``tokenizer.model``
     alone: the first word of every text then gets ids that the model never saw.
     """
-    files = [folder / name for name in SENTENCE_PIECE_FILES if (folder / name).is_file()]
+    files = [folder / name for name in SENTENCE_PIECE_FILES]
+    files += [Path(getattr(tokenizer, "vocab_file", None) or folder / "none")]  # of a hub name: in its cache
+    files = [file for file in files if file.suffix == ".model" and file.is_file()]
     if not files:
         return
     import sentencepiece
