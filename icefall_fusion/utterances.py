@@ -16,6 +16,8 @@ from icefall_fusion.data.fbank import FRAME_SHIFT, extract
 from icefall_fusion.files import PathLike
 from icefall_fusion.nbest import Hypothesis, NBest, WordTime
 
+_TOLERANCE = 0.1  # seconds that a file may lack of what its manifest says
+
 
 class InputError(ValueError):
     """The audio or features of one utterance are missing or broken; the message says whose and why."""
@@ -109,7 +111,12 @@ def _cut_audio(cut: Any) -> Any:
     sources = cut.recording.sources
     whole = cut.start == 0 and abs(cut.duration - cut.recording.duration) < 1e-3
     if whole and not cut.recording.transforms and len(sources) == 1 and sources[0].type == "file":
-        return load_audio(sources[0].source)
+        samples = load_audio(sources[0].source)
+        seconds = len(samples) / SAMPLE_RATE
+        if seconds < cut.duration - _TOLERANCE:  # libsndfile takes a WAV that was cut short for a whole one
+            whole_seconds = f"{seconds:.2f} of {cut.duration:.2f} s"
+            raise AudioError(f"{sources[0].source} is truncated: it has {whole_seconds}")
+        return samples
     from lhotse.audio.utils import AudioLoadingError, DurationMismatchError
 
     try:

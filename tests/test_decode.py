@@ -1,0 +1,281 @@
+"""The job decode end to end on tiny random models: files, resume after a kill, bad input, long input.
+Knows: jobs and their files. Must not know: how a search works.
+"""
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import tiny
+import torch
+
+from icefall_fusion.__main__ import main
+from icefall_fusion.data.manifests import cut_of, write_cuts
+from icefall_fusion.methods import METHODS, parse_method, parse_methods, weights_of
+from icefall_fusion.nbest import Hypothesis, NBest, WordTime, read_nbests
+from icefall_fusion.report import ROW_KEYS
+from icefall_fusion.runlog import MethodLog
+from icefall_fusion.utterances import Utterance, batches, join_parts, split_long
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> dict[str, str]:
+    return tiny.everything(tmp_path_factory.mktemp("tiny"))
+
+
+def arguments(made: dict[str, str], out: Path, *more: str) -> list[str]:
+    models = ["--model.model", made["model"]]
+    for name in ("nlm", "llm", "matched_llm"):
+        models += [f"--{name}.path", made[name]]
+    return ["decode", *models, "--test_sets.noise", made["cuts"], "--search.beam=4", "--out", str(out), *more]
+
+
+def lists(out: Path, method: str) -> dict[str, NBest]:
+    return {nbest.utterance: nbest for nbest in read_nbests(out / f"nbest-noise-{method}.jsonl")}
+
+
+def assert_same(one: dict[str, NBest], other: dict[str, NBest]) -> None:
+    assert one.keys() == other.keys()
+    for name, nbest in one.items():
+        assert [h.text for h in nbest] == [h.text for h in other[name]]
+        for mine, theirs in zip(nbest, other[name]):
+            assert mine.scores.keys() == theirs.scores.keys()
+            for source, score in mine.scores.items():
+                assert score == pytest.approx(theirs.scores[source], abs=2e-3)
+
+
+@pytest.fixture(scope="module")
+def whole(made, tmp_path_factory) -> Path:
+    """A run of all methods that nothing interrupted."""
+    out = tmp_path_factory.mktemp("whole")
+    assert main(arguments(made, out, "--batch_size", "3")) == 0
+    return out
+
+
+def test_every_method_leaves_its_files_and_a_row(whole) -> None:
+    rows = json.loads((whole / "results.json").read_text())
+    assert [row["method"] for row in rows] == list(METHODS)
+    for row in rows:
+        assert set(ROW_KEYS) <= set(row) and row["test_set"] == "noise" and row["words"] > 0
+        assert math.isfinite(row["wer"]) and row["search_seconds"] > 0 and row["peak_memory_bytes"] > 0
+        for kind in ("recogs", "errs", "wer-summary"):
+            assert (whole / f"{kind}-noise-{row['method']}.txt").exists()
+        needs_lm = any(part.source != "attention" for part in parse_method(row["method"]))
+        assert (row["lm_forwards"] > 0) == needs_lm and (row["lm_tokens_scored"] > 0) == needs_lm
+    record = json.loads((whole / "run.json").read_text())
+    assert record["status"] == "done" and record["skipped"] == [] and "torch" in record["versions"]
+    stages = record["test_sets"]["noise"]["llm-delayed-shortest"]["stages"]
+    assert {"features", "encoder", "search", "lm"} <= stages.keys()
+
+
+def test_totals_are_made_of_scores_and_weights(whole) -> None:
+    for method in METHODS[1:]:
+        for nbest in lists(whole, method).values():
+            weights = {source: weight for source, weight in nbest.weights.items() if source != "words"}
+            for h in nbest:
+                total = sum(weight * h.scores[source] for source, weight in weights.items())
+                total += nbest.weights.get("words", 0.0) * h.scores.get("words", 0.0)
+                assert h.total == pytest.approx(total, abs=1e-3), method
+            assert [h.total for h in nbest] == sorted((h.total for h in nbest), reverse=True)
+            assert all(len(h.times) == len(h.words()) for h in nbest)
+
+
+def test_results_do_not_depend_on_the_batch(whole, made, tmp_path) -> None:
+    methods = "attention-rescoring,nlm-shallow+llm-delayed-shortest,llm-nbest-rescoring"
+    assert main(arguments(made, tmp_path, "--batch_size", "1", "--methods", methods)) == 0
+    for method in methods.split(","):
+        assert_same(lists(tmp_path, method), lists(whole, method))
+
+
+def test_a_killed_run_goes_on(whole, made, tmp_path) -> None:
+    methods = "ctc-prefix,nlm-shallow+llm-delayed-shortest"
+    command = arguments(made, tmp_path, "--batch_size", "1", "--methods", methods)
+    work = tmp_path / "work-noise-nlm-shallow+llm-delayed-shortest.jsonl"
+    process = subprocess.Popen([sys.executable, "-m", "icefall_fusion", *command], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if work.exists() and work.read_text().count("\n") >= 3:  # options and two batches
+            os.kill(process.pid, signal.SIGKILL)
+            break
+        time.sleep(0.002)
+    process.wait()
+    nbest = tmp_path / "nbest-noise-ctc-prefix.jsonl"
+    before = nbest.read_text()
+    nbest.write_text(before + before.splitlines()[0][:50])  # as if killed within a line
+    assert main(command) == 0
+    assert nbest.read_text().startswith(before.splitlines()[0])
+    for method in methods.split(","):
+        assert_same(lists(tmp_path, method), lists(whole, method))
+        lines = (tmp_path / f"work-noise-{method}.jsonl").read_text().splitlines()[1:]
+        assert sorted(u for line in lines for u in json.loads(line)["ids"]) == sorted(lists(whole, method))
+    stamp = nbest.stat().st_mtime_ns
+    assert main(command) == 0 and nbest.stat().st_mtime_ns == stamp  # nothing was left to do
+
+
+def test_other_options_never_mix_with_an_old_run(made, tmp_path, capsys) -> None:
+    assert main(arguments(made, tmp_path, "--methods", "ctc-prefix")) == 0
+    other = arguments(made, tmp_path, "--methods", "ctc-prefix", "--search.beam", "3")
+    assert main(other) == 2
+    assert "run of ctc-prefix with search" in capsys.readouterr().err
+    assert main([*other, "--restart", "true"]) == 0
+    assert all(len(nbest) <= 3 for nbest in lists(tmp_path, "ctc-prefix").values())
+
+
+def test_missing_and_broken_audio_is_skipped_and_listed(made, tmp_path) -> None:
+    cuts = []
+    rng = np.random.default_rng(1)
+    for name, count in (("good", 16000), ("gone", 16000), ("short", 16000), ("empty", 0), ("tiny", 60)):
+        path = tmp_path / f"{name}.wav"
+        soundfile.write(path, rng.normal(0, 0.1, count), 16000)
+        cuts.append(cut_of({"id": name, "text": "the cat"}, path, max(count, 1), {"voice": "noise"}))
+    (tmp_path / "gone.wav").unlink()
+    (tmp_path / "short.wav").write_bytes((tmp_path / "short.wav").read_bytes()[:9000])
+    write_cuts(cuts, tmp_path / "cuts.jsonl.gz")
+    methods = "ctc-greedy,ctc-prefix,attention-rescoring,nlm-shallow+llm-delayed-shortest"
+    made = {**made, "cuts": str(tmp_path / "cuts.jsonl.gz")}
+    assert main(arguments(made, tmp_path / "out", "--methods", methods)) == 3
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert sorted(entry["id"] for entry in record["skipped"]) == ["empty", "gone", "short"]
+    for method in methods.split(","):
+        found = lists(tmp_path / "out", method)
+        assert sorted(found) == ["good", "tiny"]
+        assert found["tiny"][0].text == "" and len(found["tiny"][0].tokens) == 0
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert all(row["words"] == 4 for row in rows)
+
+
+def test_long_audio_is_decoded_in_parts(made, tmp_path) -> None:
+    more = ["--methods", "ctc-greedy,nlm-shallow+llm-delayed-interval-16", "--longest", "1"]
+    assert main(arguments(made, tmp_path, *more)) == 0
+    for method in ("ctc-greedy", "nlm-shallow+llm-delayed-interval-16"):
+        found = lists(tmp_path, method)
+        assert sorted(found) == [f"noise-{i}" for i in range(7)]
+        last = found["noise-6"]
+        assert all(t.end <= 1.6 for t in last[0].times) and last[0].times[-1].start >= 0.5
+        assert [t.start for t in last[0].times] == sorted(t.start for t in last[0].times)
+
+
+def test_saved_emissions_can_be_decoded(made, tmp_path) -> None:
+    kept = tmp_path / "kept"
+    more = ["--methods", "ctc-prefix", "--save_emissions", str(kept)]
+    assert main(arguments(made, tmp_path / "one", *more)) == 0
+    again = arguments({**made, "model": str(kept / "noise")}, tmp_path / "two", "--methods", "ctc-prefix")
+    again += ["--model.tokens", made["model"]]
+    assert main(again) == 0
+    one, two = lists(tmp_path / "one", "ctc-prefix"), lists(tmp_path / "two", "ctc-prefix")
+    assert one.keys() == two.keys()
+    assert [n[0].scores["ctc"] for n in one.values()] == pytest.approx(
+        [two[u][0].scores["ctc"] for u in one], abs=0.1
+    )
+    assert main([*again[:-2], "--out", str(tmp_path / "three")]) == 2  # no vocabulary
+    needs = [*again, "--out", str(tmp_path / "four"), "--methods", "attention-rescoring"]
+    assert main(needs) == 2  # no attention decoder
+
+
+def test_wrong_models_are_refused_with_names(made, tmp_path, capsys) -> None:
+    assert main(arguments({**made, "model": str(tmp_path)}, tmp_path / "a")) == 2
+    assert "must be a model folder" in capsys.readouterr().err
+    assert main(arguments({**made, "llm": ""}, tmp_path / "b", "--methods", "llm-delayed-shortest")) == 2
+    assert "llm.path must name a language model" in capsys.readouterr().err
+    assert main(arguments({**made, "nlm": made["llm"]}, tmp_path / "c", "--methods", "nlm-shallow")) == 2
+    capsys.readouterr()
+    assert main(arguments(made, tmp_path / "d", "--methods", "llm-delayd-shortest")) == 2
+    assert "did you mean 'llm-delayed-shortest'" in capsys.readouterr().err
+    weights = "{nlm-shallow: {nlm: -0.1}}"
+    assert main(arguments(made, tmp_path / "e", "--methods", "nlm-shallow", "--weights", weights)) == 2
+    assert "weights.nlm-shallow.nlm must be at least 0" in capsys.readouterr().err
+
+
+def test_transcribe_prints_text_and_json(made, tmp_path, capsys) -> None:
+    rng = np.random.default_rng(2)
+    kinds = (("a.wav", 44100, (44100, 2)), ("b.ogg", 8000, (12000,)), ("c.flac", 16000, (0,)))
+    for name, rate, shape in kinds:
+        soundfile.write(tmp_path / name, rng.normal(0, 0.1, shape), rate)
+    files = [str(tmp_path / name) for name in ("a.wav", "b.ogg", "c.flac", "none.mp3")]
+    models = ["--model.model", made["model"], "--llm.path", made["llm"]]
+    code = main(["transcribe", *models, "--json", str(tmp_path / "out.jsonl"), *files])
+    printed = capsys.readouterr()
+    assert code == 3 and "skipped" in printed.err and "none.mp3" in printed.err
+    lines = printed.out.splitlines()
+    assert [line.split("\t")[0] for line in lines[::2]] == files[:2]
+    value = json.loads(lines[1])
+    assert value["text"] == lines[0].split("\t")[1]
+    assert len(value["words"]) == len(value["text"].split())
+    assert {"ctc", "llm", "total"} <= value["scores"].keys()
+    assert [json.loads(line)["file"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+
+
+# --- pieces -------------------------------------------------------------------------------------------
+
+
+def test_names_of_methods() -> None:
+    assert parse_methods("all") == list(METHODS) and len(METHODS) == 12
+    assert parse_method("ctc-prefix") == ()
+    assert parse_method("llm-delayed-interval-7")[0].trigger.frames == 7
+    assert [part.source for part in parse_method("nlm-shallow+llm-delayed-every-frame")] == ["nlm", "llm"]
+    with pytest.raises(ValueError, match="use each source of scores once"):
+        parse_method("llm-delayed-shortest+llm-nbest-rescoring")
+    with pytest.raises(ValueError, match="FixedInterval.frames must be at least 1"):
+        parse_method("llm-delayed-interval-0")
+    assert weights_of("ctc-prefix", {"ctc-prefix": {}}) == {"ctc": 1.0}
+    with pytest.raises(ValueError, match="did you mean 'llm'"):
+        weights_of("llm-delayed-shortest", {"llm-delayed-shortest": {"lm": 0.5}})
+
+
+def test_batches_hold_like_lengths_and_every_utterance_once() -> None:
+    seconds = [1.0, 50.0, 2.0, 90.0, 3.0, 2.5]
+    utterances = [Utterance(f"u{i}", s, "", torch.zeros) for i, s in enumerate(seconds)]
+    found = list(batches(utterances, size=3, seconds=100.0, longest=60.0))
+    assert sorted(u.id for batch in found for u in batch) == [u.id for u in utterances]
+    assert [len(batch) for batch in found] == [1, 2, 3] and found[0][0].id == "u3"
+    assert all(batch[0].seconds * len(batch) <= 100 for batch in found)
+
+
+def test_long_input_is_cut_at_quiet_places() -> None:
+    features = torch.zeros(1000, 80)
+    features[[*range(380, 420)]] = -10.0
+    assert split_long(features, 20.0) == [(0, 1000)]
+    ranges = split_long(features, 6.0)
+    assert ranges[0][0] == 0 and 380 <= ranges[0][1] <= 420 and ranges[-1][1] == 1000
+    samples = torch.randn(160000)
+    parts = split_long(samples, 3.0)
+    assert all(a < b and b - a <= 48000 for a, b in parts)
+    assert [a for a, _ in parts[1:]] == [b for _, b in parts[:-1]]
+
+
+def test_parts_are_joined() -> None:
+    def hypothesis(text: str, score: float) -> Hypothesis:
+        times = [WordTime(text, 0.1, 0.2)] if text else []
+        return Hypothesis([1], text, {"ctc": score, "total": score}, times)
+
+    one = NBest("u", [hypothesis("a", -1.0), hypothesis("b", -2.0)])
+    two = NBest("u#1", [hypothesis("c", -4.0)])
+    joined = join_parts("u", [one, two, NBest("u#2", [hypothesis("", 0.0)])], [0.0, 10.0, 20.0])
+    assert [h.text for h in joined] == ["a c", "b c"] and [h.total for h in joined] == [-5.0, -6.0]
+    assert joined[0].times[1] == WordTime("c", 10.1, 10.2)
+
+
+def test_log_drops_the_lists_of_an_unfinished_batch(tmp_path) -> None:
+    def nbest(name: str) -> NBest:
+        return NBest(name, [Hypothesis([], "x", {"total": 0.0})])
+
+    log = MethodLog(tmp_path, "s", "m", {"beam": 1})
+    log.append([nbest("a"), nbest("b")], {"search": 1.0, "kv_bytes_peak": 5})
+    log.append([nbest("c")], {"search": 2.0, "kv_bytes_peak": 3})
+    log.close()
+    with open(log.nbest_path, "a") as file:
+        file.write(nbest("d").to_json() + "\n")  # its line of work never came
+    log = MethodLog(tmp_path, "s", "m", {"beam": 1})
+    assert sorted(log.done) == ["a", "b", "c"] and log.totals() == {"search": 3.0, "kv_bytes_peak": 5}
+    log.close()
+    with pytest.raises(ValueError, match="run of m with beam = 1, which is now 2"):
+        MethodLog(tmp_path, "s", "m", {"beam": 2})
