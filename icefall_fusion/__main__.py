@@ -143,6 +143,8 @@ def _make_parser(options_class: type, program: str, positional: str, description
     parser.add_class_arguments(options_class, skip={positional} if positional else set())
     if positional:
         parser.add_argument(positional, nargs="+", type=str)
+    for group in parser._action_groups:
+        group.title = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", group.title or "")
     texts = dict(_field_texts(options_class))
     for action in parser._actions:
         if texts.get(action.dest):

@@ -27,13 +27,12 @@ from icefall_fusion.methods import LM_SOURCES, LmOptions, Lms, Method, parse_met
 from icefall_fusion.nbest import NBest
 from icefall_fusion.report import peak_memory_bytes, reset_peak_memory, table
 from icefall_fusion.rescoring import add_counters
+from icefall_fusion.results import make_row
 from icefall_fusion.runlog import MethodLog, describe_environment
 from icefall_fusion.search import PrefixSearchOptions
 from icefall_fusion.utterances import InputError, Utterance, batches, join_parts, read_cuts, split_long
-from icefall_fusion.wer import oracle_errors, write_wer_files
 
 SKIPPED_SOME = 3  # exit code: done, but some inputs could not be read
-_COUNTERS = ("lm_forwards", "lm_tokens_forwarded", "lm_tokens_scored", "kv_bytes_peak")
 
 Weights = Mapping[str, Mapping[str, float]]
 
@@ -45,7 +44,7 @@ class DecodeOptions:
     Args:
         out: folder for nbest-, recogs-, errs-, wer-summary- files, results.json and run.json.
         test_sets: manifest of cuts (with features or recordings) by name of the test set.
-        model: where log-probs come from.
+        emissions: where log-probs come from.
         methods: comma-separated or a list; "all" is the whole comparison.
         nlm: LM over the acoustic pieces.
         llm: LM with a vocabulary of its own.
@@ -63,7 +62,7 @@ class DecodeOptions:
 
     out: str
     test_sets: dict[str, str]
-    model: EmissionOptions = field(default_factory=EmissionOptions)
+    emissions: EmissionOptions = field(default_factory=EmissionOptions)
     methods: Union[str, list[str]] = "all"
     nlm: LmOptions = field(default_factory=LmOptions)
     llm: LmOptions = field(default_factory=LmOptions)
@@ -138,8 +137,8 @@ class Decoder:
             torch.set_num_threads(options.threads)
         self.options = options
         self.out = Path(options.out)
-        self.source: EmissionSource = open_source(options.model)
-        self.lms = Lms({name: getattr(options, name) for name in LM_SOURCES}, options.model.device)
+        self.source: EmissionSource = open_source(options.emissions)
+        self.lms = Lms({name: getattr(options, name) for name in LM_SOURCES}, options.emissions.device)
         given = read_weights(options.weights)
         names = parse_methods(options.methods)
         self.weights = {name: weights_of(name, given) for name in names}
@@ -154,16 +153,13 @@ class Decoder:
 
     def decode_set(self, name: str, manifest: str) -> list[dict[str, Any]]:
         """Decode one test set by all methods, write its files and return its rows of ``results.json``."""
-        utterances = read_cuts(manifest, self.source.wants)
-        utterances = utterances[: self.options.limit or None]
-        return self.decode_utterances(name, utterances)
-
-    def decode_utterances(self, name: str, utterances: Sequence[Utterance]) -> list[dict[str, Any]]:
-        """As :meth:`decode_set`, of utterances."""
         options = self.options
+        utterances = read_cuts(manifest, self.source.wants)[: options.limit or None]
+        data = {"cuts": manifest, "limit": options.limit}
+        received = {method.name: {**self._received(method), **data} for method in self.methods}
         logs = {
-            method.name: MethodLog(self.out, name, method.name, self._received(method), options.restart)
-            for method in self.methods
+            method: MethodLog(self.out, name, method, values, options.restart)
+            for method, values in received.items()
         }
         self.write_run("running")
         skipped_before = len(self.skipped)
@@ -175,12 +171,18 @@ class Decoder:
                 for method, found in self._decode_batch(name, batch, done).items():
                     logs[method].append(found.join(), found.line)
                 bar.update(len(batch))
-        skipped = {entry["id"] for entry in self.skipped[skipped_before:]}
-        rows = [self._row(name, method, utterances, logs[method.name]) for method in self.methods]
-        for log in logs.values():
-            log.close()
+        skipped = [entry["id"] for entry in self.skipped[skipped_before:]]
         if skipped:
             logging.warning("%s: %d utterances skipped: %s", name, len(skipped), sorted(skipped)[:10])
+        references = {u.id: u.text for u in utterances}
+        seconds = {u.id: u.seconds for u in utterances}
+        rows = [
+            make_row(self.out, name, log, references, seconds, received[method])
+            for method, log in logs.items()
+        ]
+        for row, log in zip(rows, logs.values()):
+            self.report.setdefault(name, {})[row["method"]] = {**row, "stages": log.totals()}
+            log.close()
         self.rows += rows
         write_json(self.out / "results.json", self.rows)
         return rows
@@ -192,7 +194,7 @@ class Decoder:
             "method": method.name,
             "weights": method.weights,
             "search": dataclasses.asdict(method.search),
-            "model": dataclasses.asdict(self.options.model),
+            "emissions": dataclasses.asdict(self.options.emissions),
             "longest": self.options.longest,
         }
         return {**received, **{name: dataclasses.asdict(self.lms.options[name]) for name in sorted(used)}}
@@ -268,50 +270,13 @@ class Decoder:
 
     # --- what is left ------------------------------------------------------------------------------------
 
-    def _row(
-        self, name: str, method: Method, utterances: Sequence[Utterance], log: MethodLog
-    ) -> dict[str, Any]:
-        """Write the WER files of a method and return its row of ``results.json``."""
-        seconds = sum(u.seconds for u in utterances if u.id in log.done)
-        totals = {**dict.fromkeys(_COUNTERS, 0), **log.totals()}
-        work = totals["features"] + totals["encoder"] + totals["search"] + totals["lm"] if log.work else 0.0
-        row = {
-            "method": method.name,
-            "test_set": name,
-            **self._scores(name, method.name, utterances, log),
-            "rtf": work / seconds if seconds else 0.0,
-            "search_seconds": totals.get("search", 0.0),
-            "lm_seconds": totals.get("lm", 0.0),
-            **{counter: int(totals[counter]) for counter in _COUNTERS},
-            "peak_memory_bytes": int(totals.get("peak_memory_bytes", 0)),
-            "options": self._received(method),
-            "audio_seconds": seconds,
-        }
-        self.report.setdefault(name, {})[method.name] = {**row, "stages": totals}
-        return row
-
-    def _scores(
-        self, name: str, method: str, utterances: Sequence[Utterance], log: MethodLog
-    ) -> dict[str, Any]:
-        references = {u.id: u.text for u in utterances if u.text is not None and u.id in log.done}
-        if not references:
-            return {"wer": float("nan"), "words": 0, "oracle_wer": None}
-        nbests = [log.done[utterance] for utterance in references]
-        hypotheses = {nbest.utterance: nbest[0].text if len(nbest) else "" for nbest in nbests}
-        errors = write_wer_files(self.out, name, method, references, hypotheses)
-        return {
-            "wer": errors.wer,
-            "words": errors.words,
-            "oracle_wer": oracle_errors(references, nbests).wer,
-        }
-
     def write_run(self, status: str) -> None:
         """Write ``run.json``: options, versions, device, times per stage, counters, skipped inputs."""
         record = {
             "status": status,
             "options": dataclasses.asdict(self.options),
             "weights": self.weights,
-            **describe_environment(self.options.model.device),
+            **describe_environment(self.options.emissions.device),
             "wall_seconds": time.time() - self._started,
             "test_sets": self.report,
             "skipped": self.skipped,

@@ -29,12 +29,12 @@ def with_pretrained(options: DecodeOptions, folder: PathLike = FOLDER) -> Decode
         FileNotFoundError: the acoustic model is not there.
     """
     folder = Path(folder)
-    if options.model.model:
+    if options.emissions.model:
         return options
     if not (folder / "ctc_aed" / "config.json").is_file():
         raise FileNotFoundError(
             f"there is no pretrained model in {folder}; train one (egs/minibooks/ASR/run.sh) or name one "
-            f"(--model.model)"
+            f"(--emissions.model)"
         )
     lms = {
         name: replace(getattr(options, name), path=_path(getattr(options, name), folder / name))
@@ -43,7 +43,7 @@ def with_pretrained(options: DecodeOptions, folder: PathLike = FOLDER) -> Decode
     weights = options.weights
     if not weights and (folder / WEIGHTS).is_file():
         weights = str(folder / WEIGHTS)
-    return replace(options, model=_model(options.model, folder), weights=weights, **lms)
+    return replace(options, emissions=_model(options.emissions, folder), weights=weights, **lms)
 
 
 def _path(options: LmOptions, shipped: Path) -> str:

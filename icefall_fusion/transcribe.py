@@ -24,14 +24,14 @@ from icefall_fusion.utterances import read_audio_files
 class TranscribeOptions:
     """Print the text of audio files; any rate and format that soundfile reads (WAV, FLAC, OGG, MP3, ...).
 
-    Without ``model`` the models shipped with the repository are used.
+    Without ``emissions`` the models shipped with the repository are used.
 
     Args:
         files: audio files.
         method: how to decode.
         output: "text", "json" (a line a file: words with times, scores, all hypotheses) or "both".
         json: write the JSON lines to this file too.
-        model: where log-probs come from.
+        emissions: where log-probs come from.
         nlm: LM over the acoustic pieces.
         llm: LM with a vocabulary of its own.
         matched_llm: LLM over the acoustic pieces.
@@ -45,7 +45,7 @@ class TranscribeOptions:
     method: str = "llm-delayed-shortest"
     output: str = "both"
     json: str = ""
-    model: EmissionOptions = field(default_factory=EmissionOptions)
+    emissions: EmissionOptions = field(default_factory=EmissionOptions)
     nlm: LmOptions = field(default_factory=LmOptions)
     llm: LmOptions = field(default_factory=LmOptions)
     matched_llm: LmOptions = field(default_factory=LmOptions)
@@ -80,7 +80,7 @@ def run(options: TranscribeOptions) -> int:
 def _decode_options(options: TranscribeOptions) -> DecodeOptions:
     same = {
         name: getattr(options, name)
-        for name in ("model", "nlm", "llm", "matched_llm", "search", "weights", "longest", "batch_size")
+        for name in ("emissions", "nlm", "llm", "matched_llm", "search", "weights", "longest", "batch_size")
     }
     nowhere = {"out": "unused", "test_sets": {"files": "unused"}}  # nothing is written
     return with_pretrained(DecodeOptions(**nowhere, methods=options.method, **same))

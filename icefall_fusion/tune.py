@@ -166,7 +166,7 @@ def coordinate_search(
     """Return the weights with the fewest errors, and their number.
 
     Each coordinate in turn takes the middle of the widest range of its grid with the fewest errors, from
-    several starts; the middle, because the count is a staircase whose edge would not carry over to other data.
+    several starts; the middle, for the count is a staircase and its edge would not carry over to other data.
 
     Args:
         table: the scores.

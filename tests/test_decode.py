@@ -33,7 +33,7 @@ def made(tmp_path_factory) -> dict[str, str]:
 
 
 def arguments(made: dict[str, str], out: Path, *more: str) -> list[str]:
-    models = ["--model.model", made["model"]]
+    models = ["--emissions.model", made["model"]]
     for name in ("nlm", "llm", "matched_llm"):
         models += [f"--{name}.path", made[name]]
     return ["decode", *models, "--test_sets.noise", made["cuts"], "--search.beam=4", "--out", str(out), *more]
@@ -169,7 +169,7 @@ def test_saved_emissions_can_be_decoded(made, tmp_path) -> None:
     more = ["--methods", "ctc-prefix", "--save_emissions", str(kept)]
     assert main(arguments(made, tmp_path / "one", *more)) == 0
     again = arguments({**made, "model": str(kept / "noise")}, tmp_path / "two", "--methods", "ctc-prefix")
-    again += ["--model.tokens", made["model"]]
+    again += ["--emissions.tokens", made["model"]]
     assert main(again) == 0
     one, two = lists(tmp_path / "one", "ctc-prefix"), lists(tmp_path / "two", "ctc-prefix")
     assert one.keys() == two.keys()
@@ -201,7 +201,7 @@ def test_transcribe_prints_text_and_json(made, tmp_path, capsys) -> None:
     for name, rate, shape in kinds:
         soundfile.write(tmp_path / name, rng.normal(0, 0.1, shape), rate)
     files = [str(tmp_path / name) for name in ("a.wav", "b.ogg", "c.flac", "none.mp3")]
-    models = ["--model.model", made["model"], "--llm.path", made["llm"]]
+    models = ["--emissions.model", made["model"], "--llm.path", made["llm"]]
     code = main(["transcribe", *models, "--json", str(tmp_path / "out.jsonl"), *files])
     printed = capsys.readouterr()
     assert code == 3 and "skipped" in printed.err and "none.mp3" in printed.err

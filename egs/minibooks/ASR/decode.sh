@@ -73,7 +73,7 @@ wanted() { # number, name
   log "stage $1: $2"
 }
 
-models=(--model.model "$pretrained_dir/ctc_aed" --model.device "$device")
+models=(--emissions.model "$pretrained_dir/ctc_aed" --emissions.device "$device")
 for name in nlm llm matched_llm; do
   models+=("--$name.path" "$pretrained_dir/$name")
 done

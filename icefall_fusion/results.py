@@ -1,0 +1,56 @@
+"""One row of ``results.json``: what a method reached on a test set and what it cost; its WER files.
+Knows: run logs, references, word errors. Must not know: models, searches, how anything was decoded.
+"""
+from __future__ import annotations
+
+from typing import Any, Mapping
+
+from icefall_fusion.files import PathLike
+from icefall_fusion.runlog import MethodLog
+from icefall_fusion.wer import oracle_errors, write_wer_files
+
+_COUNTERS = ("lm_forwards", "lm_tokens_forwarded", "lm_tokens_scored", "kv_bytes_peak")
+
+
+def make_row(
+    folder: PathLike, test_set: str, log: MethodLog, references: Mapping[str, str | None],
+    seconds: Mapping[str, float], options: Mapping[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    """Write the WER files of a finished method and return its row.
+
+    Args:
+        folder: where the files go.
+        test_set: its name.
+        log: lists and cost of the method.
+        references: text by utterance; None where there is none.
+        seconds: of audio by utterance.
+        options: what the method received; ``method`` is its name.
+    """
+    audio = sum(seconds[utterance] for utterance in log.done)
+    totals = {**dict.fromkeys(_COUNTERS, 0), **log.totals()}
+    work = sum(totals.get(stage, 0.0) for stage in ("features", "encoder", "search", "lm"))
+    return {
+        "method": options["method"],
+        "test_set": test_set,
+        **_scores(folder, test_set, options["method"], log, references),
+        "rtf": work / audio if audio else 0.0,
+        "search_seconds": totals.get("search", 0.0),
+        "lm_seconds": totals.get("lm", 0.0),
+        **{counter: int(totals[counter]) for counter in _COUNTERS},
+        "peak_memory_bytes": int(totals.get("peak_memory_bytes", 0)),
+        "options": dict(options),
+        "audio_seconds": audio,
+    }
+
+
+def _scores(
+    folder: PathLike, test_set: str, method: str, log: MethodLog, references: Mapping[str, str | None]
+) -> dict[str, Any]:
+    """Return WER and oracle WER in percent and the number of words, of utterances that have a reference."""
+    texts = {utterance: text for utterance in log.done if (text := references[utterance]) is not None}
+    if not texts:
+        return {"wer": float("nan"), "words": 0, "oracle_wer": None}
+    nbests = [log.done[utterance] for utterance in texts]
+    hypotheses = {nbest.utterance: nbest[0].text if len(nbest) else "" for nbest in nbests}
+    errors = write_wer_files(folder, test_set, method, texts, hypotheses)
+    return {"wer": errors.wer, "words": errors.words, "oracle_wer": oracle_errors(texts, nbests).wer}
