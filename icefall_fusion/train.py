@@ -8,7 +8,7 @@ import dataclasses
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Iterable
+from typing import Any, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,9 @@ class TrainOptions:
         exp: folder for checkpoints, logs and ``export/``, the average of the newest ``avg`` checkpoints.
         model: shape and loss.
         trainer: optimization, limits and checkpoints.
+        easy_batches: so many batches at first hold short utterances only, unmasked, where CTC finds its
+            alignments soonest (after Amodei et al. 2016, Deep Speech 2, section 3.2); 0 = none.
+        easy_seconds: longest utterance in them.
         avg: how many of the newest checkpoints an export averages.
         valid_utterances: how many utterances a validation takes; 0 = all.
         stats_seconds: seconds of training data that the feature mean and deviation are taken from.
@@ -56,6 +59,8 @@ class TrainOptions:
     exp: str = "exp/ctc_aed"
     model: ModelOptions = field(default_factory=ModelOptions)
     trainer: TrainerOptions = field(default_factory=TrainerOptions)
+    easy_batches: int = 0
+    easy_seconds: float = 4.0
     avg: int = 3
     valid_utterances: int = 200
     stats_seconds: float = 3600.0
@@ -69,7 +74,7 @@ class TrainOptions:
         check(
             1 <= self.avg <= kept, "TrainOptions.avg", f"be in 1..{kept} (trainer.keep_checkpoints)", self.avg
         )
-        for name in ("valid_utterances", "threads"):
+        for name in ("valid_utterances", "threads", "easy_batches"):
             check(getattr(self, name) >= 0, f"TrainOptions.{name}", "be at least 0", getattr(self, name))
         check(self.stats_seconds > 0, "TrainOptions.stats_seconds", "be above 0", self.stats_seconds)
         check_choice(self.export_dtype, DTYPES, "TrainOptions.export_dtype")
@@ -91,6 +96,43 @@ def feature_statistics(batches: Iterable[Batch], seconds: float) -> tuple[Tensor
     check(count > 0, "the training data", "hold at least one feature frame", count)
     mean = total / count
     return mean.float(), (squares / count - mean.square()).clamp(min=1e-6).sqrt().float()
+
+
+class Curriculum:
+    """Some batches of an easy source, then all of a full one; a BatchSource.
+
+    Args:
+        easy: goes round as often as needed.
+        full: what follows.
+        batches: how many easy ones.
+    """
+
+    def __init__(self, easy: TrainBatches, full: TrainBatches, batches: int) -> None:
+        self.easy, self.full, self.batches = easy, full, batches
+        self.given = 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield the rest of the easy batches and of the full source's epoch."""
+        while self.given < self.batches:
+            before = self.given
+            for batch in self.easy:
+                self.given += 1
+                yield batch
+                if self.given >= self.batches:
+                    break
+            if self.given == before:
+                raise ValueError("TrainOptions.easy_seconds must leave some utterance, but leaves none")
+        yield from self.full
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position after the batch that was yielded last."""
+        return {"given": self.given, "easy": self.easy.state_dict(), "full": self.full.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to a position."""
+        self.given = state["given"]
+        self.easy.load_state_dict(state["easy"])
+        self.full.load_state_dict(state["full"])
 
 
 def compute_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, int, dict[str, Any]]:
@@ -189,11 +231,13 @@ def make_trainer(options: TrainOptions, device: torch.device, rank: int) -> Trai
         size, encoder = (sum(p.numel() for p in part.parameters()) / 1e6 for part in (model, model.encoder))
         print(f"{size:.2f}M parameters ({encoder:.2f}M encoder), {device}", file=sys.stderr, flush=True)
     encode = model.tokens.encode
+    short = dataclasses.replace(options.data, max_seconds=options.easy_seconds, spec_augment=False)
+    easy, full = TrainBatches(train, short, encode), TrainBatches(train, options.data, encode)
     return Trainer(
         options.trainer,
         model.to(device),
         compute_loss,
-        TrainBatches(train, options.data, encode),
+        Curriculum(easy, full, options.easy_batches),
         EvalBatches(valid, options.data, encode, limit=options.valid_utterances or None),
         options.exp,
         device=device,

@@ -64,6 +64,8 @@ def options_for(data_dir: Path, exp: Path, **trainer) -> TrainOptions:
         avg=2,
         threads=1,
         stats_seconds=5.0,
+        easy_batches=3,
+        easy_seconds=8.0,
         device="cpu",
         data=DataOptions(max_duration=8.0, max_seconds=8.0, num_buckets=2, workers=0, time_warp=0),
         model=ModelOptions(
