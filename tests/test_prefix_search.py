@@ -62,8 +62,9 @@ def test_scores_of_all_prefixes_sum_to_one():
 
 
 @settings(max_examples=60, deadline=None)
-@given(seed=st.integers(0, 10**6), frames=st.integers(0, 30), pieces=st.integers(2, 30), beam=st.integers(1, 12),
-       sharpness=st.sampled_from([0.5, 2.0, 5.0]), bias=st.sampled_from([0.0, 2.0, 6.0]), data=st.data())
+@given(seed=st.integers(0, 10**6), frames=st.integers(0, 30), pieces=st.integers(2, 30),
+       beam=st.integers(1, 12), sharpness=st.sampled_from([0.5, 2.0, 5.0]),
+       bias=st.sampled_from([0.0, 2.0, 6.0]), data=st.data())
 def test_pruned_search_equals_dictionary_search(seed, frames, pieces, beam, sharpness, bias, data):
     options = data.draw(st.sampled_from([{}, {"blank_skip": 0.6}, {"top_pieces": 2}]))
     lens = torch.tensor([frames, data.draw(st.integers(0, frames))])
@@ -122,12 +123,12 @@ def test_candidates_equal_topk():
 
 
 def test_agrees_with_flashlight_where_the_choice_is_easy():
-    decoder_module = pytest.importorskip("flashlight.lib.text.decoder")
+    module = pytest.importorskip("flashlight.lib.text.decoder")
     log_probs = emissions(5, 4, 60, 20, sharpness=5.0, blank_bias=14.0)
-    options = decoder_module.LexiconFreeDecoderOptions(
+    options = module.LexiconFreeDecoderOptions(
         beam_size=200, beam_size_token=20, beam_threshold=100, lm_weight=0.0, sil_score=0.0, log_add=True,
-        criterion_type=decoder_module.CriterionType.CTC)
-    decoder = decoder_module.LexiconFreeDecoder(options, decoder_module.ZeroLM(), -1, 0, [])
+        criterion_type=module.CriterionType.CTC)
+    decoder = module.LexiconFreeDecoder(options, module.ZeroLM(), -1, 0, [])
     for rows, nbest in zip(log_probs, search(log_probs, beam=100)):
         best = decoder.decode(rows.contiguous().data_ptr(), *rows.shape)[0]
         path = [piece for piece in best.tokens if piece >= 0]
@@ -147,7 +148,8 @@ def test_result_depends_neither_on_batch_nor_on_padding(options):
         padded = torch.cat([log_probs, log_probs[:, :20]], dim=1)
         for row, length in zip(padded, lens.tolist()):
             row[length:] = junk
-        assert [n.hypotheses for n in search(padded, lens, beam=6, **options)] == [n.hypotheses for n in whole]
+        again = search(padded, lens, beam=6, **options)
+        assert [n.hypotheses for n in again] == [n.hypotheses for n in whole]
     for b, length in enumerate(lens.tolist()):
         alone = search(log_probs[b : b + 1, :length], lens[b : b + 1], beam=6, **options)[0]
         assert alone.hypotheses == whole[b].hypotheses
@@ -189,18 +191,20 @@ def test_blank_skip_lets_a_piece_repeat():
 # -- recovered mass
 
 @settings(max_examples=40, deadline=None)
-@given(seed=st.integers(0, 10**6), frames=st.integers(0, 25), pieces=st.integers(2, 20), beam=st.integers(1, 8),
-       skip=st.sampled_from([None, 0.6]))
+@given(seed=st.integers(0, 10**6), frames=st.integers(0, 25), pieces=st.integers(2, 20),
+       beam=st.integers(1, 8), skip=st.sampled_from([None, 0.6]))
 def test_recovered_mass_equals_dictionary_search(seed, frames, pieces, beam, skip):
     log_probs = emissions(seed, 1, frames, pieces, sharpness=1.5, blank_bias=2.0)
     columns = min(pieces - 1, max(2 * beam, 16))
     expected = dictionary_search(log_probs[0].tolist(), beam, children_of=columns, blank_skip=skip)
-    assert_same(listing(search(log_probs, beam=beam, recover_mass=True, blank_skip=skip)[0]), expected, 2e-4)
+    found = search(log_probs, beam=beam, recover_mass=True, blank_skip=skip)[0]
+    assert_same(listing(found), expected, 2e-4)
 
 
 def exact_log_prob(log_probs, tokens):
     lengths = torch.tensor([log_probs.shape[0]]), torch.tensor([len(tokens)])
-    return -torch.nn.functional.ctc_loss(log_probs.unsqueeze(1), torch.tensor([tokens]), *lengths, reduction="sum")
+    targets = torch.tensor([tokens])
+    return -torch.nn.functional.ctc_loss(log_probs.unsqueeze(1), targets, *lengths, reduction="sum")
 
 
 def test_recovered_mass_is_nearer_to_the_exact_probability_and_never_above():
@@ -250,8 +254,8 @@ def test_word_times_find_the_peak_not_the_birth():
 
 
 @pytest.mark.parametrize(("field", "value"), [
-    ("beam", 0), ("top_pieces", 0), ("score_beam", 0.0), ("blank_skip", 1.5), ("blank_skip", 0.2), ("nbest", 0),
-    ("frame_shift", 0.0)])
+    ("beam", 0), ("top_pieces", 0), ("score_beam", 0.0), ("blank_skip", 1.5), ("blank_skip", 0.2),
+    ("nbest", 0), ("frame_shift", 0.0)])
 def test_bad_options_are_named(field, value):
     with pytest.raises(ValueError, match=rf"PrefixSearchOptions\.{field} must .* {value}"):
         PrefixSearchOptions(**{field: value})
@@ -340,7 +344,8 @@ class Bigram(Spy):
     def extension_scores(self, beam, pieces, active):
         self.calls += 1
         scores = self.table[beam.state[..., self.index].unsqueeze(2), pieces.unsqueeze(1)]
-        return scores.masked_fill(~active.view(-1, 1, 1), math.nan)  # nobody may read these
+        unread = ~(beam.asked & active.unsqueeze(1))
+        return scores.masked_fill(unread.unsqueeze(2), math.nan)
 
     def advance(self, beam, source, grew):
         state = beam.state[..., self.index]
@@ -414,6 +419,18 @@ def test_shallow_fusion_equals_dictionary_search(seed, beam, weight, bonus):
             assert hypothesis.scores["bigram"] == pytest.approx(bigram_score(hypothesis.tokens), abs=1e-4)
             assert hypothesis.total == pytest.approx(mass + fused, abs=1e-3)
         assert nbest.weights == {"ctc": 1.0, "bigram": weight, "words": bonus}
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 10**6), beam=st.integers(1, 6))
+def test_shallow_fusion_with_recovered_mass_equals_dictionary_search(seed, beam):
+    log_probs = emissions(seed, 1, 20, 6, blank_bias=2.0)
+    table = bigram_table()
+    expected = dictionary_search(
+        log_probs[0].tolist(), beam, children_of=5,
+        extension_score=lambda prefix, piece: 0.7 * float(table[prefix[-1] if prefix else 0, piece]))
+    nbest = search(log_probs, tokens=TOKENS, fusions=[Bigram(0.7)], beam=beam, recover_mass=True)[0]
+    assert_same(listing(nbest), expected, 2e-4)
 
 
 def test_unpruned_shallow_fusion_equals_a_sum_over_all_alignments():
@@ -494,6 +511,24 @@ def test_arena_boundaries_close_words():
                     assert int(beam.arena.utterance_of(beam.node)[b, k]) == b
 
     search(emissions(19, 2, 30, 6), tokens=TOKENS, fusions=[Watch()], beam=5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("options", [{}, {"recover_mass": True}, {"blank_skip": 0.9}])
+def test_gpu_equals_cpu(options):
+    log_probs = emissions(21, 8, 120, 300, sharpness=4.0, blank_bias=14.0)
+    lens = torch.tensor([120, 7, 0, 60, 119, 120, 1, 90])
+    for here, there in zip(search(log_probs, lens, **options), search(log_probs.cuda(), lens, **options)):
+        assert_same(listing(there), listing(here), 1e-3)
+
+
+def test_autocast_around_the_search_changes_nothing():
+    log_probs = emissions(22, 2, 30, 12)
+    for options in ({}, {"recover_mass": True}):
+        plain = search(log_probs, **options)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert search(log_probs, **options) == plain
 
 
 def test_random_order_of_utterances_changes_nothing():

@@ -192,6 +192,7 @@ class Beam:
         fused: [B, K] float32, ``sum_s weight_s * lm_s + word_bonus_s * words_s``. Whoever changes lm or words
             changes fused too.
         lens: [B] int64, frames of each utterance; a row is frozen from its own end on.
+        asked: [B, K] bool, while ``extension_scores`` is called: slots of which an extension could survive.
         frame: the frame just searched (-1 before the first).
         blank: id of blank.
     """
@@ -212,6 +213,7 @@ class Beam:
         self._carried[:, 1] = self._carried[:, beam + 2] = 0.0
         self.log_nonblank = torch.full((batch, beam), -torch.inf, device=device)
         self.offset = torch.zeros(batch, dtype=torch.float64, device=device)
+        self.asked = self.alive
         self.lm = torch.zeros(batch, beam, fusions, device=device)
         self.words = torch.zeros(batch, beam, fusions, dtype=torch.int64, device=device)
         self.state = torch.zeros(batch, beam, fusions, dtype=torch.int64, device=device)
@@ -363,8 +365,9 @@ class Fusion(Protocol):
         """Return raw log-probs [B, K, C] of extending each slot by ``pieces`` [B, C]; None adds nothing.
 
         Asked only on frames where an extension can survive; ``active`` [B] bool tells for which utterances.
-        The values of other rows and of dead slots are not read (NaN elsewhere is an error of the fusion). A
-        fusion that answers None to the first call of a batch (delayed fusion) is not asked again.
+        The values of other rows, and of slots that are not ``beam.asked``, are not read. At the start of a
+        batch it is called once with one piece, to learn who answers: a fusion that answers None (delayed
+        fusion) is not asked again.
         """
 
     def advance(self, beam: Beam, source: Tensor, grew: Tensor) -> None:

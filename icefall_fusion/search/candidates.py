@@ -19,7 +19,7 @@ from typing import NamedTuple, Optional, Sequence
 import torch
 from torch import Tensor
 
-from icefall_fusion.search.emission_check import Emissions
+from icefall_fusion.search.search_input import SearchInput
 
 _RESCALE_EVERY = 64  # searched frames; the best path's own score is already taken out of every frame
 
@@ -99,18 +99,18 @@ class FramePlan(NamedTuple):
     rescale: dict[int, Tensor]
 
 
-def plan_frames(emissions: Emissions, blank_skip: Optional[float], leave_out: bool) -> FramePlan:
+def plan_frames(given: SearchInput, blank_skip: Optional[float], leave_out: bool) -> FramePlan:
     """Decide which frames are skipped, and leave them out altogether if nothing needs to keep step with time.
 
     Args:
         blank_skip: skip frames whose blank probability exceeds this; None: none.
         leave_out: pack the frames that are left (else skipped ones stay, marked as not searched).
     """
-    log_probs, best, searched = emissions.log_probs, emissions.best, emissions.live
+    log_probs, best, searched = given.log_probs, given.best, given.live
     frame_map: Optional[Tensor] = None
     restarts: Optional[Sequence[Tensor]] = None
     if blank_skip is not None:
-        searched = searched & ~(log_probs[..., emissions.blank].exp() > blank_skip)
+        searched = searched & ~(log_probs[..., given.blank].exp() > blank_skip)
         if leave_out and searched.numel():
             kept = int(searched.sum(1).max())
             # searched frames first, in order of time

@@ -36,7 +36,6 @@ class Children:
         batch, slots, device = beam.arena.batch, beam.arena.beam, beam.lens.device
         self.beam = beam
         self.total = torch.zeros(batch, slots, pieces, device=device)
-        self._next_total = torch.zeros_like(self.total)
         self.emitted = torch.zeros(batch, slots, columns, device=device)
         self.piece = torch.zeros(batch, columns, dtype=torch.int64, device=device)
         self.slots = torch.arange(slots, device=device)
@@ -53,7 +52,7 @@ class Children:
         self._take_live(parent_slots, whole)
         piece = frame.piece.unsqueeze(1)  # [B, 1, C]
         incoming = torch.where(piece == beam.last.unsqueeze(2), ended.unsqueeze(2), whole.unsqueeze(2))
-        emitted = torch.bmm(self.emitted, (self.piece.unsqueeze(2) == piece).to(self.emitted.dtype))
+        emitted = _exact_bmm(self.emitted, (self.piece.unsqueeze(2) == piece).to(self.emitted.dtype))
         emitted = emitted.add_(incoming).mul_(frame.score.exp().unsqueeze(1))
         self._place = piece.expand_as(emitted)
         self._blank = frame.blank.exp().unsqueeze(2)  # [B, 1, 1]
@@ -81,9 +80,20 @@ class Children:
         best = self.beam.log_total.amax(1, keepdim=True)
         scale = (self._best - best).exp() * ~grew  # [B, K]
         move = (source.unsqueeze(2) == self.slots) * scale.unsqueeze(2)  # [B, K, K], at most one entry a row
-        torch.bmm(move * self._blank, self.total, out=self._next_total)
-        self.total, self._next_total = self._next_total, self.total
-        self.emitted = torch.bmm(move, self.emitted)
-        self.total.scatter_(2, self._place, torch.bmm(move, self._candidates))
+        self.total = _exact_bmm(move * self._blank, self.total)
+        self.emitted = _exact_bmm(move, self.emitted)
+        self.total.scatter_(2, self._place, _exact_bmm(move, self._candidates))
         if self.beam.frame % 16 == 0:
             torch.threshold_(self.total, _TINY, 0.0)
+
+
+def _exact_bmm(left: Tensor, right: Tensor) -> Tensor:
+    """Return the batched product in full float32, whatever TF32 is allowed to do elsewhere."""
+    if not left.is_cuda:
+        return torch.bmm(left, right)
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        return torch.bmm(left, right)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = allowed

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from icefall_fusion.checks import check
 from icefall_fusion.nbest import Hypothesis, NBest
-from icefall_fusion.search.emission_check import check_emissions
 from icefall_fusion.search.export import word_times
+from icefall_fusion.search.search_input import check_input
 
 if TYPE_CHECKING:
     from icefall_fusion.tokens import AcousticTokens
@@ -44,12 +44,12 @@ def ctc_greedy_search(
     """
     check(frame_shift > 0, "frame_shift", "be above 0 seconds", frame_shift)
     blank = blank_id if blank_id is not None else tokens.blank_id if tokens is not None else 0
-    emissions = check_emissions(log_probs, lens, blank, tokens, ids)
-    totals = emissions.best.double().sum(1).tolist()
-    path = emissions.log_probs.argmax(-1) if emissions.log_probs.numel() else emissions.live.long()
-    paths, best, lengths = path.tolist(), emissions.best.tolist(), emissions.lens.tolist()
+    given = check_input(log_probs, lens, blank, tokens, ids)
+    totals = given.best.double().sum(1).tolist()
+    path = given.log_probs.argmax(-1) if given.log_probs.numel() else given.live.long()
+    paths, best, lengths = path.tolist(), given.best.tolist(), given.lens.tolist()
     lists = []
-    for b, name in enumerate(emissions.ids):
+    for b, name in enumerate(given.ids):
         pieces, peaks = _collapse(paths[b][: lengths[b]], best[b], blank)
         scores = {"ctc": totals[b], "total": totals[b]}
         weights = {"ctc": 1.0}

@@ -20,16 +20,15 @@ from icefall_fusion.search.candidates import (
     prepare_frames,
 )
 from icefall_fusion.search.children import Children, columns_kept
-from icefall_fusion.search.emission_check import Emissions, check_emissions
 from icefall_fusion.search.export import export_nbests
 from icefall_fusion.search.frame_step import Candidates, Frame, FrameStep
-from icefall_fusion.search.joint import JointFusion
+from icefall_fusion.search.joint import ROUNDING, JointFusion
+from icefall_fusion.search.search_input import SearchInput, check_input
 
 if TYPE_CHECKING:
     from icefall_fusion.tokens import AcousticTokens
 
 _BLOCK = 48  # frames prepared at once: large enough to amortize calls, small enough to stay in cache
-_ROUNDING = 1e-3  # nats; more than the rounding of sums of scores
 
 
 @dataclass(frozen=True)
@@ -107,10 +106,16 @@ def ctc_prefix_search(
             in which nothing is possible (the message names the utterance).
     """
     options = options or PrefixSearchOptions()
+    with torch.autocast(log_probs.device.type, enabled=False):  # masses need float32
+        return _search(log_probs, lens, options, tokens, fusions, ids, blank_id)
+
+
+def _search(log_probs: Tensor, lens: Tensor, options: PrefixSearchOptions, tokens: Optional[AcousticTokens],
+            fusions: Sequence[Fusion], ids: Optional[Sequence[str]], blank_id: Optional[int]) -> list[NBest]:
     blank = blank_id if blank_id is not None else tokens.blank_id if tokens is not None else 0
-    emissions = check_emissions(log_probs, lens, blank, tokens, ids)
-    search = _PrefixSearch(emissions, options, JointFusion(fusions, tokens), tokens)
-    return export_nbests(search.run(), emissions, search.frame_map, options.nbest or options.beam,
+    given = check_input(log_probs, lens, blank, tokens, ids)
+    search = _PrefixSearch(given, options, JointFusion(fusions, tokens), tokens)
+    return export_nbests(search.run(), given, search.frame_map, options.nbest or options.beam,
                          options.frame_shift if options.word_times else None, tokens, fusions)
 
 
@@ -121,22 +126,22 @@ class _PrefixSearch:
     candidates.py leaves; with it, all pieces that could survive if the language model were certain of them.
     """
 
-    def __init__(self, emissions: Emissions, options: PrefixSearchOptions, joint: JointFusion,
+    def __init__(self, given: SearchInput, options: PrefixSearchOptions, joint: JointFusion,
                  tokens: Optional[AcousticTokens]) -> None:
-        self.joint, self.blank = joint, emissions.blank
-        self.offset = (emissions.best.double() * emissions.live).sum(1)
-        plan = plan_frames(emissions, options.blank_skip, leave_out=not joint.fusions)
+        self.joint, self.blank = joint, given.blank
+        self.offset = (given.best.double() * given.live).sum(1)
+        plan = plan_frames(given, options.blank_skip, leave_out=not joint.fusions)
         self.log_probs, self.best, self.searched = plan.log_probs, plan.best, plan.searched
         self.frame_map, self.restarts, self.rescale = plan.map, plan.restarts, plan.rescale
-        self.live = emissions.live
+        self.live = given.live
         batch, frames, pieces = self.log_probs.shape
         device = self.log_probs.device
         starts_word = None
         if tokens is not None and joint.fusions:
             starts_word = torch.tensor(tokens.starts_word, device=device)
         arena = PrefixArena(batch, options.beam, device, starts_word, rows=frames + 1)
-        self.beam = Beam(arena, emissions.lens, self.blank, len(joint.fusions))
-        joint.begin(self.beam, emissions.ids)
+        self.beam = Beam(arena, given.lens, self.blank, len(joint.fusions))
+        joint.begin(self.beam, given.ids)
         self.step = FrameStep(self.beam, pieces, options.score_beam)
         self.limit = pieces - 1 if options.top_pieces is None else min(options.top_pieces, pieces - 1)
         self.widens = joint.extends and joint.ranks
@@ -207,7 +212,7 @@ class _PrefixSearch:
         stay_scores = stays.stay_total + beam.fused
         worst = stay_scores.masked_fill(stays.stay_total == -torch.inf, -torch.inf).amin(1)
         best = beam.score.masked_fill(~beam.alive, -torch.inf).amax(1)
-        needed = worst - best - self.joint.ceiling - _ROUNDING
+        needed = worst - best - self.joint.ceiling - ROUNDING
         counts = ((scores >= needed.unsqueeze(1)) & (scores > -torch.inf)).sum(1)
         active = active & (counts > 0)
         count = int((counts * active).max())  # the one wait for the device

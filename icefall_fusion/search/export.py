@@ -12,13 +12,13 @@ from torch import Tensor
 from icefall_fusion.checks import check
 from icefall_fusion.nbest import Hypothesis, NBest, WordTime
 from icefall_fusion.search.beam import Beam, Fusion
-from icefall_fusion.search.emission_check import Emissions
+from icefall_fusion.search.search_input import SearchInput
 
 if TYPE_CHECKING:
     from icefall_fusion.tokens import AcousticTokens
 
 
-def export_nbests(beam: Beam, emissions: Emissions, frame_map: Optional[Tensor], nbest: int,
+def export_nbests(beam: Beam, given: SearchInput, frame_map: Optional[Tensor], nbest: int,
                   frame_shift: Optional[float], tokens: Optional[AcousticTokens],
                   fusions: Sequence[Fusion]) -> list[NBest]:
     """Return one N-best list per utterance, best first (ties: by pieces).
@@ -38,7 +38,7 @@ def export_nbests(beam: Beam, emissions: Emissions, frame_map: Optional[Tensor],
         births = frame_map.cpu()[rows, births.clamp(min=0)]
     peaks = None
     if frame_shift is not None and tokens is not None:
-        peaks = piece_peaks(emissions, pieces, births, lengths, beam.arena.beam).tolist()
+        peaks = piece_peaks(given, pieces, births, lengths, beam.arena.beam).tolist()
     masses = (beam.log_total.double() + beam.offset.unsqueeze(1)).tolist()
     lm_scores = beam.lm.tolist()
     spelled, counts, alive = pieces.tolist(), lengths.tolist(), beam.alive.tolist()
@@ -46,7 +46,7 @@ def export_nbests(beam: Beam, emissions: Emissions, frame_map: Optional[Tensor],
     if tokens is not None:
         weights["words"] = float(sum(f.word_bonus for f in fusions))
     lists = []
-    for b, name in enumerate(emissions.ids):
+    for b, name in enumerate(given.ids):
         found = []
         for k in range(beam.arena.beam):
             if not alive[b][k]:
@@ -100,7 +100,7 @@ def word_times(ids: Sequence[int], words: Sequence[str], peaks: Sequence[int], t
             for word, (start, stop) in zip(words, tokens.word_spans(ids))]
 
 
-def piece_peaks(emissions: Emissions, pieces: Tensor, births: Tensor, lengths: Tensor, beam: int) -> Tensor:
+def piece_peaks(given: SearchInput, pieces: Tensor, births: Tensor, lengths: Tensor, beam: int) -> Tensor:
     """Return the frame in which each piece of each hypothesis is most probable, from its birth to the next's.
 
     A prefix can be born frames before its last piece peaks, on a small probability that just made the beam.
@@ -112,10 +112,10 @@ def piece_peaks(emissions: Emissions, pieces: Tensor, births: Tensor, lengths: T
     Returns:
         [B * K, longest] int64 on the CPU.
     """
-    frames = emissions.log_probs.shape[1]
+    frames = given.log_probs.shape[1]
     if not pieces.numel() or not frames:
         return torch.zeros_like(pieces)
-    device = emissions.log_probs.device
+    device = given.log_probs.device
     pieces, births, lengths = (x.to(device) for x in (pieces, births, lengths))
     real = torch.arange(pieces.shape[1], device=device) < lengths.unsqueeze(1)
     starts = torch.where(real, births, torch.full_like(births, frames))
@@ -123,8 +123,8 @@ def piece_peaks(emissions: Emissions, pieces: Tensor, births: Tensor, lengths: T
     owner = torch.searchsorted(starts.contiguous(), time, right=True) - 1  # piece that frame t belongs to
     rows = torch.arange(pieces.shape[0], device=device).unsqueeze(1)
     heard = pieces.gather(1, owner.clamp(min=0)).clamp_(min=0)
-    values = emissions.log_probs[torch.div(rows, beam, rounding_mode="floor"), time, heard]
-    inside = (owner >= 0) & emissions.live.repeat_interleave(beam, dim=0)
+    values = given.log_probs[torch.div(rows, beam, rounding_mode="floor"), time, heard]
+    inside = (owner >= 0) & given.live.repeat_interleave(beam, dim=0)
     values = values.masked_fill(~inside, -torch.inf)
     owner = owner.clamp(min=0)
     best = torch.full(pieces.shape, -torch.inf, device=device)

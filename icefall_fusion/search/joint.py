@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from icefall_fusion.tokens import AcousticTokens
 
 _RESERVED = ("ctc", "words", "total")
+ROUNDING = 1e-3  # nats; more than the rounding of sums of scores
 
 
 class JointFusion:
@@ -81,10 +82,8 @@ class JointFusion:
         """
         if not self.fusions:
             return out.real_total
-        slot = out.pairs.slot
-        extra = beam.fused.index_select(1, slot)
-        if self.shallow and slot.numel():
-            out.masses[:, :, out.beam :].masked_fill_(~active.view(-1, 1, 1), -torch.inf)
+        extra = beam.fused.index_select(1, out.pairs.slot)
+        if self.shallow and out.pairs.columns:
             extra = self._extension_scores(beam, out, piece, active, extra)
         total = out.real_total
         if not self.ranks:
@@ -94,25 +93,46 @@ class JointFusion:
 
     def _extension_scores(self, beam: Beam, out: Candidates, piece: Tensor, active: Tensor,
                           extra: Tensor) -> Tensor:
+        """Return ``extra`` [B, P] with what the shallow fusions add; strike out what cannot survive."""
         slot, column = out.pairs.slot, out.pairs.column
+        active = self._ask(beam, out, active, extra)
         place = slot * out.pairs.columns + column
-        self._raw = []
+        at_root = (beam.last == beam.blank).index_select(1, slot)
         self._opens = None
         if self._starts_word is not None:
-            at_root = (beam.last == beam.blank).index_select(1, slot)
             self._opens = self._starts_word[piece].index_select(1, column) | at_root
+        self._raw = []
+        anyone = bool(active.any())  # waits for the device
         for fusion in self.shallow:
-            raw = fusion.extension_scores(beam, piece, active)
+            raw = fusion.extension_scores(beam, piece, active) if anyone else torch.zeros_like(out.new_total)
             expected = (*beam.last.shape, piece.shape[1])
-            check(raw is not None and raw.shape == expected, f"extension_scores of {fusion.source!r}",
-                  f"have shape {expected}", None if raw is None else tuple(raw.shape))
-            raw = raw.to(extra.dtype).flatten(1).index_select(1, place)
+            if anyone:
+                check(raw is not None and raw.shape == expected, f"extension_scores of {fusion.source!r}",
+                      f"have shape {expected}", None if raw is None else tuple(raw.shape))
+                raw = raw.to(extra.dtype).flatten(1).index_select(1, place)
             self._raw.append(raw)
             if fusion.weight != 0:
                 extra = extra + fusion.weight * raw
             if fusion.word_bonus != 0:
                 extra = extra + fusion.word_bonus * self._opens
         return extra
+
+    def _ask(self, beam: Beam, out: Candidates, active: Tensor, extra: Tensor) -> Tensor:
+        """Find the slots with an extension that could survive if the models were certain of it.
+
+        Sets ``beam.asked`` [B, K], strikes out the extensions of all others, and returns [B] who has any.
+        """
+        if self.ranks:
+            stays = out.stay_total + beam.fused
+            worst = stays.masked_fill(out.stay_total == -torch.inf, -torch.inf).amin(1, keepdim=True)
+            hopeful = out.new_total + extra + (self.ceiling + ROUNDING) >= worst
+            hopeful &= (out.new_total > -torch.inf) & active.unsqueeze(1)
+        else:  # the raw scores are recorded, whoever survives
+            hopeful = (out.new_total > -torch.inf) & active.unsqueeze(1)
+        asked = torch.zeros_like(beam.last).scatter_add_(1, out.pairs.slot.expand_as(hopeful), hopeful.long())
+        beam.asked = asked > 0
+        out.masses[:, :, out.beam : -1].masked_fill_(~hopeful.unsqueeze(1), -torch.inf)
+        return active & beam.asked.any(1)
 
     def follow(self, beam: Beam, out: Candidates, chosen: Tensor, source: Tensor, grew: Tensor,
                moved_from: Tensor) -> None:

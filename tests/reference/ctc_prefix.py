@@ -79,7 +79,8 @@ def dictionary_search(
             before = children[prefix] if children_of else {}
             after = {}
             if children_of:  # what has no chance to be emitted in this frame ends in blank
-                after = {v: (log_add(*mass) + row[blank], NEVER) for v, mass in before.items() if v not in pieces}
+                quiet = [v for v in before if v not in pieces]
+                after = {v: (log_add(*before[v]) + row[blank], NEVER) for v in quiet}
             for piece in pieces:
                 mass = ended if prefix[-1:] == (piece,) else log_add(ended, open_)
                 child_ended, child_open = before.get(piece, (NEVER, NEVER))

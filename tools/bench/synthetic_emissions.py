@@ -59,7 +59,7 @@ def synthetic_emissions(
                 rivals[confusable[piece, 0].item()] = 10 ** uniform(-4, -1.5)
             spread = {frame: uniform(0.75, 0.995)}
             if uniform(0, 1) < smeared:
-                spread = {frame - 1: uniform(0.2, 0.6), frame: uniform(0.3, 0.7), frame + 1: uniform(0.2, 0.6)}
+                spread = {frame + step: uniform(0.2, 0.6) for step in (-1, 0, 1)}
             elif uniform(0, 1) < 0.35:
                 spread[frame + 1] = uniform(0.02, 0.4)
             whole = sum(rivals.values())

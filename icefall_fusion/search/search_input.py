@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from icefall_fusion.tokens import AcousticTokens
 
 
-class Emissions(NamedTuple):
+class SearchInput(NamedTuple):
     """Checked log-probs of a batch.
 
     log_probs: [B, T, V] float32, T the longest length; padding is free of NaN and +inf.
@@ -30,8 +30,8 @@ class Emissions(NamedTuple):
     blank: int
 
 
-def check_emissions(log_probs: Tensor, lens: Tensor, blank: int, tokens: Optional[AcousticTokens],
-                    ids: Optional[Sequence[str]]) -> Emissions:
+def check_input(log_probs: Tensor, lens: Tensor, blank: int, tokens: Optional[AcousticTokens],
+                    ids: Optional[Sequence[str]]) -> SearchInput:
     """Check the arguments of a search and bring them into one form.
 
     Raises:
@@ -56,12 +56,12 @@ def check_emissions(log_probs: Tensor, lens: Tensor, blank: int, tokens: Optiona
     log_probs = log_probs[:, : int(lens.max()) if batch else 0].float()
     live = torch.arange(log_probs.shape[1], device=lens.device) < lens.unsqueeze(1)
     if not log_probs.numel():
-        return Emissions(log_probs, live.float(), live, lens, names, blank)
+        return SearchInput(log_probs, live.float(), live, lens, names, blank)
     best = log_probs.amax(-1)  # NaN passes through a maximum
     _refuse_bad_frames(best, live, names)
     if bool((~live & ~(best < torch.inf)).any()):
         log_probs = log_probs.masked_fill(~live.unsqueeze(-1), 0.0)
-    return Emissions(log_probs, best.masked_fill(~live, 0.0), live, lens, names, blank)
+    return SearchInput(log_probs, best.masked_fill(~live, 0.0), live, lens, names, blank)
 
 
 def _refuse_bad_frames(best: Tensor, live: Tensor, names: Sequence[str]) -> None:

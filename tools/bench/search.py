@@ -1,0 +1,152 @@
+"""Prefix search without language model: speed and quality of ours and of what else can be imported.
+Knows: emissions, decoders as functions, exact log-probabilities. Must not know: how any decoder works.
+
+    OMP_NUM_THREADS=1 python tools/bench/search.py               # synthetic sets, beams 4, 10, 20
+    python tools/bench/search.py --emissions FILE.npz --beams 10 --output bench/search-real.json
+
+Quality: the gap in exact log P(pieces | emissions) (torch's ctc_loss) to the best hypothesis that any decoder
+found, mean over utterances; token error rate against the spoken pieces where they are known (synthetic sets),
+and the oracle of the beam's list. Speed: the least of the rounds, decoders taking turns, one thread.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple, Optional, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parents[1])]
+
+from decoders import Decoder, all_decoders, try_to_make  # noqa: E402
+from synthetic_emissions import synthetic_emissions  # noqa: E402
+
+from icefall_fusion.files import write_json  # noqa: E402
+from icefall_fusion.nbest import word_edits  # noqa: E402
+
+
+class Data(NamedTuple):
+    """A set of emissions: log_probs [B, T, V], lens [B], spoken pieces if known, seconds of audio."""
+
+    name: str
+    log_probs: Tensor
+    lens: Tensor
+    references: Optional[list[list[int]]]
+    seconds: float
+
+
+def load(path: str, frame_shift: float, limit: int) -> Data:
+    """Read saved log-probs: one array [T, V] per utterance."""
+    with np.load(path) as archive:
+        names = [name for name in archive.files if archive[name].ndim == 2][:limit]
+        rows = [torch.from_numpy(archive[name].astype(np.float32)) for name in names]
+    lens = torch.tensor([len(row) for row in rows])
+    log_probs = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).log_softmax(-1)
+    return Data(Path(path).stem, log_probs, lens, None, float(lens.sum()) * frame_shift)
+
+
+def exact_log_probs(data: Data, found: Sequence[Sequence[int]], blank: int) -> Tensor:
+    """Return log P(pieces | emissions) of one hypothesis per utterance (all alignments): [B]."""
+    width = max(1, *(len(pieces) for pieces in found)) if found else 1
+    targets = torch.tensor([list(pieces) + [0] * (width - len(pieces)) for pieces in found])
+    lengths = torch.tensor([len(pieces) for pieces in found])
+    scores = data.log_probs.transpose(0, 1).double()
+    return -torch.nn.functional.ctc_loss(scores, targets, data.lens, lengths, blank=blank, reduction="none")
+
+
+def error_rate(found: Sequence[Sequence[Sequence[int]]], references: Sequence[Sequence[int]]) -> float:
+    """Return the token error rate in percent of the best of each list."""
+    errors = sum(min(word_edits(ref, h) for h in hyps) for hyps, ref in zip(found, references))
+    return 100.0 * errors / max(1, sum(map(len, references)))
+
+
+def measure(data: Data, decoders: Sequence[Decoder], blank: int, rounds: int, budget: float) -> list[dict]:
+    """Decode with every decoder, judge and time them; those that cannot be imported are reported as such."""
+    rows, functions, results = [], {}, {}
+    for decoder in decoders:
+        decode, why = try_to_make(decoder)
+        row = {"set": data.name, "decoder": decoder.name, "beam": decoder.beam, "settings": decoder.settings}
+        rows.append(row)
+        if decode is None:
+            row["missing"] = why
+            continue
+        started = time.perf_counter()
+        results[len(rows) - 1] = decode(data.log_probs, data.lens)  # also the warm-up
+        functions[len(rows) - 1] = decode
+        row["first_seconds"] = time.perf_counter() - started
+    exact = {i: exact_log_probs(data, [hyps[0] for hyps in found], blank) for i, found in results.items()}
+    best = torch.stack(list(exact.values())).amax(0)
+    for i, found in results.items():
+        rows[i]["gap_nats"] = float((best - exact[i]).mean())
+        rows[i]["best_found"] = int((best - exact[i] < 1e-3).sum())
+        if data.references is not None:
+            rows[i]["error_rate"] = error_rate([hyps[:1] for hyps in found], data.references)
+            rows[i]["oracle_error_rate"] = error_rate(found, data.references)
+    times: dict[int, list[float]] = {i: [] for i in functions}
+    for _ in range(rounds):
+        for i, decode in functions.items():
+            if rows[i]["first_seconds"] * rounds > budget and times[i]:
+                continue
+            started = time.perf_counter()
+            decode(data.log_probs, data.lens)
+            times[i].append(time.perf_counter() - started)
+    for i, taken in times.items():
+        rows[i]["ms_per_second"] = 1000.0 * min(taken) / data.seconds
+        rows[i]["rounds"] = len(taken)
+    return rows
+
+
+def show(rows: Sequence[dict]) -> None:
+    """Print one table per set."""
+    for name in dict.fromkeys(row["set"] for row in rows):
+        titles = f"{'ms/s':>9}{'gap nats':>10}{'best found':>12}{'TER %':>8}{'oracle':>8}"
+        print(f"\n{name}\n{'decoder':24}{'beam':>5}{titles}")
+        for row in (row for row in rows if row["set"] == name):
+            if "missing" in row:
+                print(f"{row['decoder']:24}{row['beam']:>5}  not importable: {row['missing']}")
+                continue
+            keys = ("error_rate", "oracle_error_rate")
+            rates = "".join(f"{row[key]:8.2f}" if key in row else f"{'-':>8}" for key in keys)
+            figures = f"{row['ms_per_second']:9.3f}{row['gap_nats']:10.4f}{row['best_found']:>12}{rates}"
+            print(f"{row['decoder']:24}{row['beam']:>5}{figures}")
+
+
+def main() -> None:
+    """Parse the command line, measure, print, write JSON."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--emissions", action="append", default=[], help=".npz of [T, V] arrays; may repeat")
+    parser.add_argument("--blank", type=int, default=0)
+    parser.add_argument("--frame-shift", type=float, default=0.04, help="seconds")
+    parser.add_argument("--beams", type=int, nargs="+", default=[4, 10, 20])
+    parser.add_argument("--batch", type=int, default=32, help="utterances")
+    parser.add_argument("--frames", type=int, default=400, help="frames of a synthetic utterance")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--budget", type=float, default=20.0, help="seconds a decoder; slower ones run once")
+    parser.add_argument("--only", default="", help="only decoders whose name has this in it")
+    parser.add_argument("--output", default="bench/search.json")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    sets = [load(path, args.frame_shift, args.batch) for path in args.emissions]
+    if not sets:
+        for name, smeared in (("peaky", 0.01), ("smeared", 0.08)):
+            made = synthetic_emissions(args.batch, args.frames, smeared=smeared)
+            sets.append(Data(name, *made, seconds=args.batch * args.frames * 0.04))
+    decoders = [d for d in all_decoders(args.beams, args.blank) if args.only in d.name]
+    rows = [row for data in sets for row in measure(data, decoders, args.blank, args.rounds, args.budget)]
+    show(rows)
+    machine = {"machine": platform.processor() or platform.machine(), "python": platform.python_version(),
+               "torch": torch.__version__, "threads": torch.get_num_threads()}
+    write_json(args.output, {"machine": machine, "options": vars(args), "rows": rows})
+    print(f"\nwritten: {args.output}; machine: {json.dumps(machine)}")
+
+
+if __name__ == "__main__":
+    main()
