@@ -130,9 +130,11 @@ class Decoder:
 
     Args:
         options: of the job.
+        bar_line: line of the progress bar, where several processes show theirs.
     """
 
-    def __init__(self, options: DecodeOptions) -> None:
+    def __init__(self, options: DecodeOptions, bar_line: int = 0) -> None:
+        self.bar_line = bar_line
         if options.threads:
             torch.set_num_threads(options.threads)
         self.options = options
@@ -164,7 +166,8 @@ class Decoder:
         self.write_run("running")
         skipped_before = len(self.skipped)
         todo = [u for u in utterances if any(u.id not in log.done for log in logs.values())]
-        with tqdm(total=len(utterances), desc=name, unit="utt", smoothing=0.05) as bar:
+        line = {"desc": name, "unit": "utt", "smoothing": 0.05, "position": self.bar_line}
+        with tqdm(total=len(utterances), **line) as bar:
             bar.update(len(utterances) - len(todo))
             for batch in batches(todo, options.batch_size, options.batch_seconds, options.longest):
                 done = {method: log.done for method, log in logs.items()}

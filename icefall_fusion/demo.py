@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Union
+from typing import Any, Union
 
 from icefall_fusion.checks import check
 from icefall_fusion.data import synthesis
@@ -37,9 +38,9 @@ class DemoOptions:
         quick: only 16 sentences.
         search: the prefix search.
         batch_size: utterances decoded together.
-        workers: processes that speak.
+        workers: processes that speak, and then decode a set each.
         seed: of voices and noise.
-        threads: of torch; 0 leaves its default.
+        threads: of torch in each process; 0 leaves its default.
     """
 
     out: str = "demo"
@@ -51,7 +52,7 @@ class DemoOptions:
     batch_size: int = 32
     workers: int = 2
     seed: int = 7
-    threads: int = 0
+    threads: int = 1
 
     def __post_init__(self) -> None:
         check(bool(self.out), "DemoOptions.out", "name a folder", self.out)
@@ -68,20 +69,44 @@ def run(options: DemoOptions) -> int:
         sentences = sentences[:: max(1, len(sentences) // 16)][:16]
     data = out / ("data-quick" if options.quick else "data")
     manifests = {name: speak(options, data, name, sentences) for name in SETS}
-    decode = DecodeOptions(
-        str(out / "decode"), manifests, methods=options.methods, search=options.search,
-        batch_size=options.batch_size, threads=options.threads, restart=True,
-    )  # fmt: skip
-    decoder = Decoder(with_pretrained(decode, options.pretrained))
-    rows = [row for name, path in manifests.items() for row in decoder.decode_set(name, path)]
-    decoder.write_run("done")
+    jobs = [_decode_options(options, out, name, path) for name, path in manifests.items()]
+    if options.workers > 1:  # a process for each set, a thread for each process
+        with multiprocessing.get_context("spawn").Pool(min(options.workers, len(jobs))) as pool:
+            done = pool.map(decode_one, enumerate(jobs), chunksize=1)
+            pool.close()
+            pool.join()
+    else:
+        done = [decode_one((0, job)) for job in jobs]
+    rows = [row for made, _ in done for row in made]
+    skipped = sum(count for _, count in done)
     write_report(rows, out)
     print(f"\n{table(rows)}\n")
     seconds = sum(rows[i]["audio_seconds"] for i in (0, len(rows) // 2))
     wall = time.monotonic() - begun
     print(f"{len(sentences)} sentences, {seconds / 60:.1f} minutes of audio, {wall:.0f} s in all; "
           f"{out / 'results.json'}, {out / 'wer-vs-speed.png'}")  # fmt: skip
-    return SKIPPED_SOME if decoder.skipped else 0
+    return SKIPPED_SOME if skipped else 0
+
+
+def _decode_options(options: DemoOptions, out: Path, name: str, manifest: str) -> DecodeOptions:
+    decode = DecodeOptions(
+        str(out / "decode" / name), {name: manifest}, methods=options.methods, search=options.search,
+        batch_size=options.batch_size, threads=options.threads, restart=True,
+    )  # fmt: skip
+    return with_pretrained(decode, options.pretrained)
+
+
+def decode_one(job: tuple[int, DecodeOptions]) -> tuple[list[dict[str, Any]], int]:
+    """Decode one set in a process of its own; return its rows and the number of skipped utterances.
+
+    Args:
+        job: the line of its progress bar, and what to decode.
+    """
+    line, options = job
+    decoder = Decoder(options, bar_line=line)
+    rows = [row for name, path in options.test_sets.items() for row in decoder.decode_set(name, path)]
+    decoder.write_run("done")
+    return rows, len(decoder.skipped)
 
 
 def read_sentences(path: str) -> list[tuple[str, str]]:
