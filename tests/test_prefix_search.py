@@ -1,4 +1,4 @@
-"""The prefix search against its slow twins, its invariances, its errors, and a small real language model.
+"""The prefix search against its slow twins, its invariances, its errors.
 Knows: search, nbest, tokens. Must not know: large language models.
 """
 from __future__ import annotations
@@ -11,37 +11,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference.ctc_prefix import brute_force, dictionary_search
+from search_tools import (
+    NEVER,
+    TOKENS,
+    Bigram,
+    Spy,
+    WordLengths,
+    assert_same,
+    emissions,
+    listing,
+    search,
+)
 
-from icefall_fusion.search import Beam, Fusion, PrefixSearchOptions, ctc_greedy_search, ctc_prefix_search
+from icefall_fusion.search import PrefixSearchOptions, ctc_greedy_search, ctc_prefix_search
 from icefall_fusion.search.candidates import best_pieces
 from icefall_fusion.tokens import AcousticTokens
-
-NEVER = -math.inf
-TOKENS = AcousticTokens.from_pieces(["<blk>", "▁a", "b", "▁c", "d", "▁e"], blank_id=0)
-
-
-def emissions(seed, batch, frames, pieces, sharpness=2.0, blank_bias=0.0, blank=0):
-    generator = torch.Generator().manual_seed(seed)
-    logits = torch.randn(batch, frames, pieces, generator=generator) * sharpness
-    logits[..., blank] += blank_bias * (torch.rand(batch, frames, generator=generator) > 0.3)
-    return logits.log_softmax(-1)
-
-
-def search(log_probs, lens=None, tokens=None, fusions=(), ids=None, blank_id=None, **options):
-    if lens is None:
-        lens = torch.full((log_probs.shape[0],), log_probs.shape[1])
-    return ctc_prefix_search(log_probs, lens, PrefixSearchOptions(**options), tokens, fusions, ids, blank_id)
-
-
-def listing(nbest):
-    return [(tuple(h.tokens), h.scores["ctc"]) for h in nbest]
-
-
-def assert_same(found, expected, tolerance=1e-4):
-    assert [prefix for prefix, *_ in found] == [prefix for prefix, *_ in expected]
-    for (_, score, *_), (_, wanted, *_) in zip(found, expected):
-        assert score == pytest.approx(wanted, abs=tolerance)
-
 
 # -- exactness
 
@@ -294,223 +278,6 @@ def test_bad_arguments_are_named():
         search(log_probs, fusions=[Bigram(-0.5)])
     with pytest.raises(ValueError, match="sources that differ"):
         search(log_probs, fusions=[Bigram(0.5), Bigram(0.5)])
-
-
-# -- fusion, with two small but real language models
-
-class Spy:
-    """A fusion of weight 0 that watches the beam."""
-
-    source, weight, word_bonus, index = "spy", 0.0, 0.0, 0
-
-    def begin(self, beam, index, tokens, ids):
-        self.index, self.reborn, self.born = index, 0, set()
-
-    def extension_scores(self, beam, pieces, active):
-        return None
-
-    def advance(self, beam, source, grew):
-        for node, new in zip(beam.node.flatten().tolist(), grew.flatten().tolist()):
-            if new:
-                name = (node % beam.arena.row_size // beam.arena.beam, tuple(beam.arena.pieces(node)))
-                self.reborn += name in self.born
-                self.born.add(name)
-
-    def fuse(self, beam, frame, active):
-        return None
-
-    def finish(self, beam):
-        return None
-
-    def stats(self):
-        return {}
-
-
-def bigram_table(pieces=6):
-    generator = torch.Generator().manual_seed(99)
-    table = (torch.randn(pieces, pieces, generator=generator) * 2).log_softmax(-1)  # row 0: sentence start
-    return table  # column 0: sentence end
-
-
-class Bigram(Spy):
-    """Shallow fusion with a bigram model over pieces; its state is the last piece."""
-
-    source = "bigram"
-
-    def __init__(self, weight, word_bonus=0.0, eos=False):
-        self.weight, self.word_bonus, self.eos, self.table = weight, word_bonus, eos, bigram_table()
-        self.calls = 0
-
-    def extension_scores(self, beam, pieces, active):
-        self.calls += 1
-        scores = self.table[beam.state[..., self.index].unsqueeze(2), pieces.unsqueeze(1)]
-        unread = ~(beam.asked & active.unsqueeze(1))
-        return scores.masked_fill(unread.unsqueeze(2), math.nan)
-
-    def advance(self, beam, source, grew):
-        state = beam.state[..., self.index]
-        state.copy_(torch.where(grew, beam.last, state))
-
-    def finish(self, beam):
-        if self.eos:
-            gain = self.table[beam.state[..., self.index], 0]
-            beam.lm[..., self.index] += gain
-            beam.fused += self.weight * gain
-
-
-class WordLengths(Spy):
-    """Delayed fusion: every few frames, minus the squared length of each closed word (in pieces)."""
-
-    source = "lengths"
-
-    def __init__(self, weight, word_bonus=0.0, every=1):
-        self.weight, self.word_bonus, self.every = weight, word_bonus, every
-
-    def begin(self, beam, index, tokens, ids):
-        super().begin(beam, index, tokens, ids)
-        self.tokens = tokens
-
-    def _score(self, beam, nodes, active):
-        for b, row in enumerate(nodes.tolist()):
-            for k, node in enumerate(row):
-                if not active[b] or not beam.alive[b, k]:
-                    continue
-                words = self.tokens.words(beam.arena.pieces(node))
-                score = -float(sum(len(word) ** 2 for word in words))
-                lm, paid = beam.lm[b, k, self.index], beam.words[b, k, self.index]
-                beam.fused[b, k] += self.weight * (score - lm) + self.word_bonus * (len(words) - paid)
-                beam.lm[b, k, self.index], beam.words[b, k, self.index] = score, len(words)
-
-    def fuse(self, beam, frame, active):
-        if self.every and frame % self.every == 0:
-            self._score(beam, beam.boundary, active)
-
-    def finish(self, beam):
-        self._score(beam, beam.node, torch.ones(beam.lens.shape, dtype=torch.bool))
-
-
-def bigram_score(tokens, eos=False):
-    table = bigram_table()
-    path = [0, *tokens] + [0] * eos
-    return sum(float(table[a, b]) for a, b in zip(path, path[1:]))
-
-
-def test_test_fusions_fulfil_the_protocol():
-    assert isinstance(Bigram(0.5), Fusion) and isinstance(WordLengths(0.5), Fusion)
-    assert Beam.__doc__
-
-
-@settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 10**6), beam=st.integers(1, 9), weight=st.sampled_from([0.1, 0.6, 2.0]),
-       bonus=st.sampled_from([0.0, 1.5, -0.5]))
-def test_shallow_fusion_equals_dictionary_search(seed, beam, weight, bonus):
-    log_probs = emissions(seed, 2, 25, 6, blank_bias=2.0)
-    table = bigram_table()
-
-    def gain(prefix, piece):
-        starts = TOKENS.starts_word[piece] or not prefix
-        return weight * float(table[prefix[-1] if prefix else 0, piece]) + bonus * starts
-
-    nbests = search(log_probs, tokens=TOKENS, fusions=[Bigram(weight, bonus)], beam=beam)
-    for rows, nbest in zip(log_probs, nbests):
-        expected = dictionary_search(rows.tolist(), beam, extension_score=gain)
-        assert_same(listing(nbest), expected)
-        for hypothesis, (_, mass, fused) in zip(nbest, expected):
-            assert hypothesis.scores["bigram"] == pytest.approx(bigram_score(hypothesis.tokens), abs=1e-4)
-            assert hypothesis.total == pytest.approx(mass + fused, abs=1e-3)
-        assert nbest.weights == {"ctc": 1.0, "bigram": weight, "words": bonus}
-
-
-@settings(max_examples=15, deadline=None)
-@given(seed=st.integers(0, 10**6), beam=st.integers(1, 6))
-def test_shallow_fusion_with_recovered_mass_equals_dictionary_search(seed, beam):
-    log_probs = emissions(seed, 1, 20, 6, blank_bias=2.0)
-    table = bigram_table()
-    expected = dictionary_search(
-        log_probs[0].tolist(), beam, children_of=5,
-        extension_score=lambda prefix, piece: 0.7 * float(table[prefix[-1] if prefix else 0, piece]))
-    nbest = search(log_probs, tokens=TOKENS, fusions=[Bigram(0.7)], beam=beam, recover_mass=True)[0]
-    assert_same(listing(nbest), expected, 2e-4)
-
-
-def test_unpruned_shallow_fusion_equals_a_sum_over_all_alignments():
-    log_probs = emissions(15, 1, 4, 6)
-    nbest = search(log_probs, tokens=TOKENS, fusions=[Bigram(0.8, eos=True)], beam=1500)[0]
-    masses = brute_force(log_probs[0].tolist())
-    assert len(nbest) == len(masses)
-    for hypothesis in nbest:
-        lm = bigram_score(hypothesis.tokens, eos=True)
-        assert hypothesis.total == pytest.approx(masses[tuple(hypothesis.tokens)] + 0.8 * lm, abs=1e-4)
-    assert [h.total for h in nbest] == sorted((h.total for h in nbest), reverse=True)
-
-
-@pytest.mark.parametrize("fusions", [
-    lambda: [Bigram(0.0)], lambda: [WordLengths(0.0)], lambda: [WordLengths(0.0), Bigram(0.0)]])
-@pytest.mark.parametrize("options", [{}, {"blank_skip": 0.7}, {"recover_mass": True}])
-def test_weight_zero_is_no_fusion_bit_for_bit(fusions, options):
-    log_probs = emissions(16, 4, 150, 6, blank_bias=3.0)
-    plain = search(log_probs, tokens=TOKENS, beam=7, **options)
-    fused = search(log_probs, tokens=TOKENS, fusions=fusions(), beam=7, **options)
-    for without, with_zero in zip(plain, fused):
-        assert listing(without) == listing(with_zero)
-        assert [h.total for h in without] == [h.total for h in with_zero]
-        assert [h.times for h in without] == [h.times for h in with_zero]
-
-
-@pytest.mark.parametrize("every", [0, 1, 4])
-def test_delayed_scores_are_those_of_the_whole_text(every):
-    log_probs = emissions(17, 3, 60, 6, blank_bias=2.0)
-    plain = search(log_probs, tokens=TOKENS, beam=6)
-    nbests = search(log_probs, tokens=TOKENS, fusions=[WordLengths(0.3, 0.8, every)], beam=6)
-    for without, nbest in zip(plain, nbests):
-        for h in nbest:
-            score = -sum(len(word) ** 2 for word in h.words())
-            assert h.scores["lengths"] == score and h.scores["words"] == len(h.words())
-            assert h.total == pytest.approx(h.scores["ctc"] + 0.3 * score + 0.8 * len(h.words()), abs=1e-4)
-        if every == 0:  # never before the end: rescoring of the final beam
-            assert sorted(listing(nbest)) == sorted(listing(without))
-
-
-def test_shallow_and_delayed_fusion_compose():
-    log_probs = emissions(18, 2, 50, 6, blank_bias=2.0)
-    nbests = search(log_probs, tokens=TOKENS, fusions=[Bigram(0.4, 0.2), WordLengths(0.1, 0.5, 5)], beam=8)
-    for nbest in nbests:
-        for h in nbest:
-            assert h.scores["bigram"] == pytest.approx(bigram_score(h.tokens), abs=1e-3)
-            assert h.scores["lengths"] == -sum(len(word) ** 2 for word in h.words())
-        assert nbest.reweight(nbest.weights).hypotheses == nbest.hypotheses
-
-
-def test_shallow_fusion_is_only_asked_when_an_extension_can_survive():
-    log_probs = torch.full((1, 40, 6), -30.0)
-    log_probs[..., 0] = 0.0
-    log_probs[0, 5, 1:4] = -0.7
-    fusion = Bigram(0.5)
-    search(log_probs.log_softmax(-1), tokens=TOKENS, fusions=[fusion], beam=2)
-    assert fusion.calls < 10
-
-
-def test_a_word_bonus_needs_a_vocabulary():
-    with pytest.raises(ValueError, match="word_bonus must be 0 when the search has no tokens"):
-        search(emissions(0, 1, 3, 6), fusions=[Bigram(0.5, 1.0)])
-
-
-def test_arena_boundaries_close_words():
-    class Watch(Spy):
-        def fuse(self, beam, frame, active):
-            for b in range(beam.node.shape[0]):
-                for k in range(beam.node.shape[1]):
-                    if not beam.alive[b, k]:
-                        continue
-                    pieces = beam.arena.pieces(int(beam.node[b, k]))
-                    closed = int(beam.boundary[b, k])
-                    starts = [i for i, v in enumerate(pieces) if TOKENS.starts_word[v]]
-                    assert beam.arena.pieces(closed) == pieces[: starts[-1] if starts else 0]
-                    opened = beam.arena.pieces_between(int(beam.node[b, k]), closed)
-                    assert beam.arena.pieces(closed) + opened == pieces
-                    assert int(beam.arena.utterance_of(beam.node)[b, k]) == b
-
-    search(emissions(19, 2, 30, 6), tokens=TOKENS, fusions=[Watch()], beam=5)
 
 
 @pytest.mark.gpu
