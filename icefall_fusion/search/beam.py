@@ -169,18 +169,20 @@ class Beam:
         self.parent_hash.masked_fill_(dead, _NO_PARENT_HASH)
 
     def permute(self, source: Tensor) -> None:
-        """Re-order the slots: slot k becomes what slot ``source[b, k]`` was."""
+        """Re-order prefixes, masses and ``fused``: slot k becomes what slot ``source[b, k]`` was.
+
+        The fusions' lm, words and state stay where they are: they follow once a frame (``permute_scores``).
+        """
         self._ints = self._ints.gather(2, source.unsqueeze(1).expand(-1, 5, -1))
         self.log_total.copy_(self.log_total.gather(1, source))
         self.log_blank.copy_(self.log_blank.gather(1, source))
         self.log_nonblank = self.log_nonblank.gather(1, source)
-        self.permute_scores(source)
+        self.fused = self.fused.gather(1, source)
 
     def permute_scores(self, source: Tensor) -> None:
-        """Re-order what belongs to the fusions."""
+        """Re-order lm, words and state."""
         wide = source.unsqueeze(2).expand_as(self.lm)
         self.lm, self.words, self.state = (x.gather(1, wide) for x in (self.lm, self.words, self.state))
-        self.fused = self.fused.gather(1, source)
 
 
 @runtime_checkable

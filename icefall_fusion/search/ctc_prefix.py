@@ -180,7 +180,7 @@ class _PrefixSearch:
             if self.children is not None:
                 self.children.restart(self.restarts[number])
         order = None
-        if joint.ranks and not self.widens and self.children is None:
+        if joint.disordered and not self.widens and self.children is None:
             order = beam.ranks()
             beam.permute(order)
         out = self.out

@@ -26,6 +26,7 @@ class JointFusion:
     Attributes:
         ranks: some weight or bonus is not 0, so that the order of the slots is not that of their CTC mass.
         extends: some fusion scores extensions (shallow fusion); known after ``begin``.
+        disordered: a fusion has touched the scores since the last pruning left the slots sorted.
 
     Raises:
         ValueError: two fusions share a source, a source is reserved, a weight is negative or not finite, or a
@@ -45,6 +46,7 @@ class JointFusion:
         sources = [fusion.source for fusion in self.fusions]
         check(len(set(sources)) == len(sources), "fusions", "have sources that differ", sources)
         self.ranks = any(fusion.weight != 0 or fusion.word_bonus != 0 for fusion in self.fusions)
+        self.disordered = False
         self.shallow: list[Fusion] = []
         self._raw: list[Tensor] = []
         self._opens: Optional[Tensor] = None
@@ -144,7 +146,8 @@ class JointFusion:
         """
         if not self.fusions:
             return
-        beam.permute_scores(source)
+        beam.fused = beam.fused.gather(1, source)
+        beam.permute_scores(moved_from)
         if self.shallow and out.pairs.columns:
             place = (chosen - out.beam).clamp_(min=0)
             opened = None if self._opens is None else grew & self._opens.gather(1, place)
@@ -161,11 +164,19 @@ class JointFusion:
             fusion.advance(beam, moved_from, grew)
 
     def fuse(self, beam: Beam, frame: int, active: Tensor) -> None:
-        """Let the delayed fusions act."""
+        """Let the delayed fusions act, and see whether the slots may be out of order afterwards."""
+        before, version = beam.fused, _version(beam.fused)
         for fusion in self.fusions:
             fusion.fuse(beam, frame, active)
+        untouched = beam.fused is before and version is not None and _version(before) == version
+        self.disordered = self.ranks and not untouched
 
     def finish(self, beam: Beam) -> None:
         """Let every fusion score what is left."""
         for fusion in self.fusions:
             fusion.finish(beam)
+
+
+def _version(tensor: Tensor) -> Optional[int]:
+    """Return how often a tensor was changed in place, None if that is not counted (inference mode)."""
+    return None if tensor.is_inference() else tensor._version
