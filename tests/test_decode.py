@@ -214,6 +214,17 @@ def test_transcribe_prints_text_and_json(made, tmp_path, capsys) -> None:
     assert [json.loads(line)["file"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
 
 
+def test_a_hugging_face_model_decodes_with_an_llm(made, tmp_path) -> None:
+    tiny.hugging_face_ctc(tmp_path / "hf")
+    methods = "ctc-prefix,llm-delayed-shortest,llm-delayed-at-end,llm-nbest-rescoring"
+    command = arguments({**made, "model": str(tmp_path / "hf")}, tmp_path / "out", "--methods", methods)
+    assert main([*command, "--llm.text", "lower"]) == 0
+    found = {method: lists(tmp_path / "out", method) for method in methods.split(",")}
+    text = " ".join(nbest[0].text for nbest in found["llm-delayed-shortest"].values())
+    assert text and text == text.upper() and "|" not in text
+    assert_same(found["llm-delayed-at-end"], found["llm-nbest-rescoring"])
+
+
 # --- pieces -------------------------------------------------------------------------------------------
 
 

@@ -3,12 +3,12 @@ Knows: emissions and tiny real models. Must not know: search, fusion.
 """
 from __future__ import annotations
 
-import json
 import math
 from typing import Tuple  # TorchScript reads this one
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from torch import Tensor, nn
 
@@ -180,20 +180,7 @@ def test_our_checkpoint(tmp_path, bpe) -> None:
 
 @pytest.mark.parametrize("masked", [True, False])
 def test_any_hugging_face_ctc_model(tmp_path, masked) -> None:
-    from transformers import Wav2Vec2Config, Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor, Wav2Vec2ForCTC
-
-    letters = ["<pad>", "<s>", "</s>", "<unk>", "|", *"ABCDE'"]
-    (tmp_path / "vocab.json").write_text(json.dumps({letter: i for i, letter in enumerate(letters)}))
-    Wav2Vec2CTCTokenizer(str(tmp_path / "vocab.json")).save_pretrained(tmp_path)
-    Wav2Vec2FeatureExtractor(return_attention_mask=masked).save_pretrained(tmp_path)
-    torch.manual_seed(4)
-    config = Wav2Vec2Config(
-        vocab_size=len(letters), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, pad_token_id=0,
-        intermediate_size=32, conv_dim=(8, 8, 8), conv_stride=(5, 4, 4), conv_kernel=(10, 4, 4),
-        num_feat_extract_layers=3, num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2,
-        feat_extract_norm="layer" if masked else "group",
-    )  # fmt: skip
-    Wav2Vec2ForCTC(config).eval().save_pretrained(tmp_path)
+    letters = tiny.hugging_face_ctc(tmp_path, masked)
     source = open_source(EmissionOptions(model=str(tmp_path)))
     assert (source.wants, source.sample_rate, source.tokens.size) == ("audio", 16000, len(letters))
     assert source.tokens.blank_id == 0

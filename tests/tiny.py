@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 import io
-import shutil
+import json
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,15 @@ import sentencepiece
 import soundfile
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Wav2Vec2Config,
+    Wav2Vec2CTCTokenizer,
+    Wav2Vec2FeatureExtractor,
+    Wav2Vec2ForCTC,
+)
 
 from icefall_fusion.data.manifests import cut_of, write_cuts
 from icefall_fusion.models import CtcAed, DecoderOptions, EncoderOptions, ModelOptions, save
@@ -32,7 +40,8 @@ def bpe_bytes() -> bytes:
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(LINES), model_writer=model, vocab_size=40, model_type="unigram", unk_id=2,
-        bos_id=-1, eos_id=-1, user_defined_symbols=["<blk>", "<sos/eos>"], minloglevel=2, hard_vocab_limit=False,
+        bos_id=-1, eos_id=-1, user_defined_symbols=["<blk>", "<sos/eos>"], minloglevel=2,
+        hard_vocab_limit=False,
     )  # fmt: skip
     return model.getvalue()
 
@@ -94,6 +103,27 @@ def _byte_bpe(folder: Path) -> int:
     return tokenizer.get_vocab_size()
 
 
+def hugging_face_ctc(folder: Path, masked: bool = True) -> list[str]:
+    """Write a random wav2vec 2.0 with a letter vocabulary and return its letters by id."""
+    letters = ["<pad>", "<s>", "</s>", "<unk>", "|", *"ABCDE'"]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps({letter: i for i, letter in enumerate(letters)}))
+    Wav2Vec2CTCTokenizer(str(folder / "vocab.json")).save_pretrained(folder)
+    Wav2Vec2FeatureExtractor(return_attention_mask=masked).save_pretrained(folder)
+    torch.manual_seed(4)
+    config = Wav2Vec2Config(
+        vocab_size=len(letters), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, pad_token_id=0,
+        intermediate_size=32, conv_dim=(8, 8, 8), conv_stride=(5, 4, 4), conv_kernel=(10, 4, 4),
+        num_feat_extract_layers=3, num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2,
+        feat_extract_norm="layer" if masked else "group",
+    )  # fmt: skip
+    model = Wav2Vec2ForCTC(config).eval()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(20)  # decided enough for hypotheses to have words
+    model.save_pretrained(folder)
+    return letters
+
+
 def manifest(folder: Path, count: int = 7, name: str = "noise") -> Path:
     """Write noises of about a second as FLAC files and a manifest of them, with references."""
     rng = np.random.default_rng(7)
@@ -122,7 +152,3 @@ def everything(folder: Path) -> dict[str, str]:
     }
     return {name: str(path) for name, path in made.items()}
 
-
-def copy_run(source: Path, target: Path) -> Path:
-    """Copy a run's folder."""
-    return Path(shutil.copytree(source, target))
