@@ -49,9 +49,10 @@ step() { # name, command
 step tests "$python" -m pytest -m gpu
 for bench in tools/bench/*.py; do
   name=$(basename "$bench" .py)
-  if grep -q -- '"--json"' "$bench" && grep -q -- '"--device"' "$bench"; then
-    step "$name" "$python" "$bench" --device cuda --json "$out/gpu-$name.json"
-  fi
+  if ! grep -q -- '"--output"' "$bench"; then continue; fi # a helper of others
+  device=()
+  if grep -q -- '"--device"' "$bench"; then device=(--device cuda); fi
+  step "$name" "$python" "$bench" ${device[@]+"${device[@]}"} --output "$out/gpu-$name.json"
 done
 
 "$python" - "$out" "${results[@]}" <<'PYTHON'
