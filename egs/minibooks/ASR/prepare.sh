@@ -13,71 +13,38 @@
 # Speech needs eSpeak NG (GPL-3): pip install espeakng-loader.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
-started_in=$PWD
-cd "$here"
-
-stage=0
+. "$here/../../stages.sh"
 stop_stage=5
-config=full
-data_dir=data
 text=
 workers=2
-python=${PYTHON:-python}
 splits="dev test-clean test-other train"
 
-usage() { sed -n '2,13p' "$here/$(basename "$0")" | sed 's/^# \{0,1\}//'; }
-absolute() { case "$1" in /*) echo "$1" ;; *) echo "$started_in/$1" ;; esac; }
-
 while [ $# -gt 0 ]; do
+  common_option "$@"
+  if [ "$taken" -gt 0 ]; then shift "$taken"; continue; fi
   case "$1" in
-    --stage) stage=$2; shift 2 ;;
-    --stop-stage) stop_stage=$2; shift 2 ;;
-    --config) config=$2; shift 2 ;;
-    --data-dir) data_dir=$(absolute "$2"); shift 2 ;;
     --text) text=$(absolute "$2"); shift 2 ;;
     --workers) workers=$2; shift 2 ;;
-    -h | --help) usage; exit 0 ;;
-    *) echo "prepare.sh: unknown option $1 (see --help)" >&2; exit 2 ;;
+    *) unknown_option "$1" ;;
   esac
 done
 
-conf=conf/$config
-[ "$config" = full ] && conf=conf
-if [ ! -f "$conf/prepare-text.yaml" ]; then
-  echo "prepare.sh: --config must be 'full' or a folder of conf/, but is '$config'" >&2
-  exit 2
-fi
+cd "$here"
+set_folders
+marks=$data_dir
 if [ -n "$text" ] && [ ! -d "$text" ]; then
   echo "prepare.sh: --text must be a folder of .txt files, but is '$text'" >&2
   exit 2
 fi
-PYTHONPATH="$(cd ../../.. && pwd)${PYTHONPATH:+:$PYTHONPATH}"
-export PYTHONPATH
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # the jobs bring their own processes
 mkdir -p "$data_dir"
 
-log() { echo "$(date '+%F %T') prepare.sh: $*"; }
-
 run_job() { # job, options: with the job's file of options where the configuration has one
-  local job=$1
+  local name=$1
   shift
   local options=()
-  if [ -f "$conf/$job.yaml" ]; then options=(--config "$conf/$job.yaml"); fi
-  tolerate_skips "$python" -m icefall_fusion "$job" ${options[@]+"${options[@]}"} --data_dir "$data_dir" "$@"
-}
-
-skipped=0
-tolerate_skips() { # exit code 3: done, but some inputs were skipped and listed; it becomes that of this script
-  local code=0
-  "$@" || code=$?
-  if [ "$code" -eq 3 ]; then skipped=3; log "some inputs were skipped, see above"; return 0; fi
-  return "$code"
-}
-
-wanted() { # number, name
-  if [ "$stage" -gt "$1" ] || [ "$stop_stage" -lt "$1" ]; then return 1; fi
-  if [ -f "$data_dir/.$2.done" ]; then log "stage $1 ($2) is done"; return 1; fi
-  log "stage $1: $2"
+  if [ -f "$conf/$name.yaml" ]; then options=(--config "$conf/$name.yaml"); fi
+  job "$name" ${options[@]+"${options[@]}"} --data_dir "$data_dir" "$@"
 }
 
 find_books() { # sets $text where --text was not given
@@ -96,29 +63,29 @@ find_books() { # sets $text where --text was not given
 if wanted 0 text; then
   find_books
   run_job prepare-text --text "$text" --workers "$workers"
-  touch "$data_dir/.text.done"
+  finish text
 fi
 if wanted 1 select; then
   run_job select-utterances
-  touch "$data_dir/.select.done"
+  finish select
 fi
 if wanted 2 vocabularies; then
   run_job train-tokenizers
-  touch "$data_dir/.vocabularies.done"
+  finish vocabularies
 fi
 if wanted 3 speech; then
   for split in $splits; do
     run_job synthesize --split "$split" --workers "$workers"
   done
-  touch "$data_dir/.speech.done"
+  finish speech
 fi
 if wanted 4 features; then
   run_job compute-fbank --workers "$workers"
-  touch "$data_dir/.features.done"
+  finish features
 fi
 if wanted 5 lm-text; then
   run_job prepare-lm-text --workers "$workers"
-  touch "$data_dir/.lm-text.done"
+  finish lm-text
 fi
 log "finished: $data_dir"
 exit "$skipped"

@@ -1,0 +1,71 @@
+# What the stage scripts of every recipe share. Source it after setting `here` (the recipe's folder); it runs
+# nothing. Scripts set `marks` (where .done marks lie), `stage` and `stop_stage` before they call `wanted`.
+
+stage=0
+config=full
+data_dir=
+exp_dir=
+python=${PYTHON:-python}
+started_in=$PWD
+script=$(basename "$0")
+skipped=0
+PYTHONPATH="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONPATH
+
+usage() { # the comment at the head of the script
+  awk 'NR > 1 { if (!/^#/) exit; sub(/^# ?/, ""); print }' "$here/$script"
+}
+
+absolute() { case "$1" in /*) echo "$1" ;; *) echo "$started_in/$1" ;; esac; }
+
+log() { echo "$(date '+%F %T') $script: $*"; }
+
+# Takes the options that all scripts know; returns the number of words taken in `taken` (0: not one of them).
+common_option() {
+  taken=2
+  case "$1" in
+    --stage) stage=$2 ;;
+    --stop-stage) stop_stage=$2 ;;
+    --config) config=$2 ;;
+    --data-dir) data_dir=$(absolute "$2") ;;
+    --exp-dir) exp_dir=$(absolute "$2") ;;
+    -h | --help) usage; exit 0 ;;
+    *) taken=0 ;;
+  esac
+}
+
+unknown_option() { echo "$script: unknown option $1 (see --help)" >&2; exit 2; }
+
+# Sets `conf` (folder of YAML files), and data_dir and exp_dir where they were not given: each configuration
+# keeps its own data and models.
+set_folders() {
+  local suffix=
+  conf=conf
+  if [ "$config" != full ]; then conf=conf/$config suffix=-$config; fi
+  if [ ! -d "$here/$conf" ]; then
+    echo "$script: --config must be 'full' or a folder of conf/, but is '$config'" >&2
+    exit 2
+  fi
+  data_dir=${data_dir:-$here/data$suffix}
+  exp_dir=${exp_dir:-$here/exp$suffix}
+}
+
+# The folder of models to decode with. A small configuration must never overwrite the published models.
+default_pretrained() { if [ "$config" = full ]; then echo pretrained; else echo "$exp_dir/pretrained"; fi; }
+
+wanted() { # number, name: whether this stage is to run now
+  if [ "$stage" -gt "$1" ] || [ "$stop_stage" -lt "$1" ]; then return 1; fi
+  if [ -f "$marks/.$2.done" ]; then log "stage $1 ($2) is done"; return 1; fi
+  log "stage $1: $2"
+}
+
+finish() { touch "$marks/.$1.done"; } # name: leave the stage's mark
+
+tolerate_skips() { # exit code 3: done, but some inputs were skipped and listed; it becomes that of the script
+  local code=0
+  "$@" || code=$?
+  if [ "$code" -eq 3 ]; then skipped=3; log "some inputs were skipped, see above"; return 0; fi
+  return "$code"
+}
+
+job() { tolerate_skips "$python" -m icefall_fusion "$@"; }
