@@ -25,6 +25,7 @@ from search_tools import (
 
 from icefall_fusion.search import PrefixSearchOptions, ctc_greedy_search, ctc_prefix_search
 from icefall_fusion.search.candidates import best_pieces
+from icefall_fusion.search.children import columns_kept
 from icefall_fusion.tokens import AcousticTokens
 
 # -- exactness
@@ -179,7 +180,7 @@ def test_blank_skip_lets_a_piece_repeat():
        beam=st.integers(1, 8), skip=st.sampled_from([None, 0.6]))
 def test_recovered_mass_equals_dictionary_search(seed, frames, pieces, beam, skip):
     log_probs = emissions(seed, 1, frames, pieces, sharpness=1.5, blank_bias=2.0)
-    columns = min(pieces - 1, max(2 * beam, 16))
+    columns = columns_kept(beam, pieces - 1)
     expected = dictionary_search(log_probs[0].tolist(), beam, children_of=columns, blank_skip=skip)
     found = search(log_probs, beam=beam, recover_mass=True, blank_skip=skip)[0]
     assert_same(listing(found), expected, 2e-4)

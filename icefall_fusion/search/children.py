@@ -22,7 +22,7 @@ _TINY = 1e-30  # of the best slot's mass; less is nothing (and would be slow: de
 
 def columns_kept(beam: int, pieces: int) -> int:
     """Return C, the candidate pieces of a frame when mass is recovered."""
-    return min(pieces, max(2 * beam, 16))
+    return min(pieces, max(beam + 2, 12))
 
 
 class Children:
