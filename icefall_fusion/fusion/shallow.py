@@ -60,6 +60,7 @@ class ShallowFusion(LmFusion):
         batch, beams = beam.node.shape
         scores = beam.lm.new_zeros(batch, beams, pieces.shape[1])
         slots = live_slots(beam, active)
+        slots = slots[beam.asked.reshape(-1)[slots]]  # others cannot grow in this frame, however likely
         if not slots.numel():
             return scores
         nodes, where = beam.state[..., self.index].reshape(-1)[slots].cpu().unique(return_inverse=True)

@@ -37,10 +37,9 @@ class PrefixSearchOptions:
 
     Args:
         beam: prefixes kept per utterance (K).
-        top_pieces: only this many best pieces of a frame may extend a prefix; none: all (exact, and no
-        slower). score_beam: prefixes that score this many nats less than the best are dropped; none: no
-        limit. blank_skip: frames whose blank probability exceeds this are taken as pure blank (a piece may
-        repeat
+        top_pieces: only this many best pieces of a frame may extend a prefix; none: all (exact, no slower).
+        score_beam: prefixes that score this many nats less than the best are dropped; none: no limit.
+        blank_skip: frames whose blank probability exceeds this are taken as pure blank (a piece may repeat
             after them); between 0.5 and 1; none: no frame is skipped. 0.999 is harmless and faster.
         recover_mass: keep the forward masses of pruned children of live prefixes and give them back when such
             a prefix is born again: closer to the true probability, slower.
@@ -102,8 +101,7 @@ def ctc_prefix_search(
 
     Raises:
         ValueError: shapes, lengths, blank or vocabulary do not fit; NaN or +inf among the log-probs, or a
-        frame
-            in which nothing is possible (the message names the utterance).
+            frame in which nothing is possible (the message names the utterance).
     """
     options = options or PrefixSearchOptions()
     with torch.autocast(log_probs.device.type, enabled=False):  # masses need float32
