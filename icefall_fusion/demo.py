@@ -16,7 +16,7 @@ from icefall_fusion.data import synthesis
 from icefall_fusion.data.manifests import cuts_path
 from icefall_fusion.decode import SKIPPED_SOME, DecodeOptions, Decoder
 from icefall_fusion.files import write_text
-from icefall_fusion.methods import parse_methods
+from icefall_fusion.methods import LmOptions, parse_methods
 from icefall_fusion.pretrained import FOLDER, with_pretrained
 from icefall_fusion.report import table, write_report
 from icefall_fusion.search import PrefixSearchOptions
@@ -41,6 +41,7 @@ class DemoOptions:
         workers: processes that speak, and then decode a set each.
         seed: of voices and noise.
         threads: of torch in each process; 0 leaves its default.
+        lm_dtype: of the language models' weights: bfloat16 is up to twice as fast where the processor has it.
     """
 
     out: str = "demo"
@@ -53,6 +54,7 @@ class DemoOptions:
     workers: int = 2
     seed: int = 7
     threads: int = 1
+    lm_dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
         check(bool(self.out), "DemoOptions.out", "name a folder", self.out)
@@ -89,9 +91,10 @@ def run(options: DemoOptions) -> int:
 
 
 def _decode_options(options: DemoOptions, out: Path, name: str, manifest: str) -> DecodeOptions:
+    lm = LmOptions(dtype=options.lm_dtype)
     decode = DecodeOptions(
         str(out / "decode" / name), {name: manifest}, methods=options.methods, search=options.search,
-        batch_size=options.batch_size, threads=options.threads, restart=True,
+        nlm=lm, llm=lm, matched_llm=lm, batch_size=options.batch_size, threads=options.threads, restart=True,
     )  # fmt: skip
     return with_pretrained(decode, options.pretrained)
 
