@@ -20,16 +20,25 @@ absolute() { case "$1" in /*) echo "$1" ;; *) echo "$started_in/$1" ;; esac; }
 
 log() { echo "$(date '+%F %T') $script: $*"; }
 
+number() { # option, value: the value, if it is one
+  case "$2" in "" | *[!0-9]*) echo "$script: $1 must be a number, but is '$2'" >&2; exit 2 ;; esac
+  echo "$2"
+}
+
 # Takes the options that all scripts know; returns the number of words taken in `taken` (0: not one of them).
 common_option() {
   taken=2
   case "$1" in
-    --stage) stage=$2 ;;
-    --stop-stage) stop_stage=$2 ;;
+    -h | --help) usage; exit 0 ;;
+    --) taken=0; return ;;
+    --*) if [ $# -lt 2 ]; then echo "$script: $1 needs a value (see --help)" >&2; exit 2; fi ;;
+  esac
+  case "$1" in
+    --stage) stage=$(number "$1" "$2") ;;
+    --stop-stage) stop_stage=$(number "$1" "$2") ;;
     --config) config=$2 ;;
     --data-dir) data_dir=$(absolute "$2") ;;
     --exp-dir) exp_dir=$(absolute "$2") ;;
-    -h | --help) usage; exit 0 ;;
     *) taken=0 ;;
   esac
 }

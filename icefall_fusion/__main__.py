@@ -3,16 +3,22 @@ Knows: names of jobs, where their options live, exit codes, the log format. Must
 
 Exit codes: 0 done; 1 failed (the last line says why); 2 refused (an option or an input is wrong); 3 done,
 but some inputs were skipped (they are listed); 130 stopped by the keyboard.
+
+``ICEFALL_FUSION_LOG=debug`` in the environment shows more, also where in the code an input was refused.
 """
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import importlib
 import inspect
+import json
 import logging
+import os
 import re
 import sys
+import typing
 from typing import Any, Callable, Iterable, NamedTuple, Sequence
 
 from icefall_fusion.checks import nearest
@@ -64,7 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code (see the top of the file).
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
+    level = logging.DEBUG if os.environ.get("ICEFALL_FUSION_LOG", "").lower() == "debug" else logging.INFO
+    logging.basicConfig(level=level, format=LOG_FORMAT)
     logging.captureWarnings(True)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_list_of_jobs())
@@ -88,12 +95,25 @@ def _run(function: Callable[[Any], int], options: Any) -> int:
     except KeyboardInterrupt:
         print("stopped by the keyboard", file=sys.stderr)
         return INTERRUPTED
-    except (ValueError, FileNotFoundError) as error:  # a wrong input: the message says which
+    except _REFUSED as error:  # a wrong input: the message says which
         logging.debug("refused", exc_info=True)
-        return _refuse(str(error))
+        return _refuse(_message(error))
     except Exception:
         logging.exception("the job failed")
         return FAILED
+
+
+#: Errors of inputs, not of the code: files, options, and optional packages that are not installed.
+_REFUSED = (
+    ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError,
+    ModuleNotFoundError,
+)  # fmt: skip
+
+
+def _message(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.strerror}: {error.filename}"  # the system's own: without its number
+    return str(error)
 
 
 def _refuse(message: str) -> int:
@@ -123,9 +143,10 @@ def parse_options(options_class: type, arguments: Iterable[str], program: str, j
     Raises:
         ValueError: an option is unknown (the message gives the nearest name), ill-typed or out of its range.
     """
-    parser = _make_parser(options_class, program, job.positional if job else "", job.help if job else "")
+    positional = job.positional if job else ""
+    parser = _make_parser(options_class, program, positional)
     try:
-        values = parser.parse_args(list(arguments))
+        values = parser.parse_args(_plain_values(options_class, arguments, positional))
         made = parser.instantiate(values)
     except argparse.ArgumentError as error:
         raise ValueError(_explain(str(error), _option_names(options_class))) from error
@@ -133,19 +154,44 @@ def parse_options(options_class: type, arguments: Iterable[str], program: str, j
     return options_class(**{name: value for name, value in vars(made).items() if name in names})
 
 
-def _make_parser(options_class: type, program: str, positional: str, description: str) -> Any:
+def _plain_values(options_class: type, arguments: Iterable[str], positional: str) -> list[str]:
+    """Return the arguments as jsonargparse takes them: ``--runs a b`` as one list, ``none`` as null."""
+    hints = {name: hint for name, hint in _leaf_types(options_class) if name != positional}
+    plain, rest = [], list(arguments)
+    while rest:
+        word = rest.pop(0)
+        plain.append(word)
+        hint = hints.get(word[2:]) if word.startswith("--") else None
+        if hint == list[str]:
+            values = []
+            while rest and not rest[0].startswith("--"):
+                values.append(rest.pop(0))
+            is_list = len(values) == 1 and values[0].startswith("[")
+            plain += values if is_list or not values else [json.dumps(values)]
+        elif type(None) in typing.get_args(hint) and rest and rest[0].lower() == "none":
+            rest[0] = "null"
+    return plain
+
+
+def _make_parser(options_class: type, program: str, positional: str) -> Any:
     import jsonargparse
 
-    text = inspect.cleandoc(options_class.__doc__ or "").split("\n\nArgs:")[0]
-    description = f"{description}\n{text}"
-    parser = jsonargparse.ArgumentParser(prog=program, description=description, exit_on_error=False)
+    description = inspect.cleandoc(options_class.__doc__ or "").split("\n\nArgs:")[0]
+    usage = f"{program} [--config FILE.yaml] [--option VALUE ...]"
+    usage += f" {positional.upper()} ..." if positional else ""
+    parser = jsonargparse.ArgumentParser(
+        prog=program, usage=usage, description=description, exit_on_error=False
+    )
     parser.add_argument("--config", action="config", help="a YAML file of these options")
     parser.add_class_arguments(options_class, skip={positional} if positional else set())
     if positional:
         parser.add_argument(positional, nargs="+", type=str)
-    for group in parser._action_groups:
-        group.title = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", group.title or "")
     texts = dict(_field_texts(options_class))
+    for group in parser._action_groups:
+        if "<class" in (group.title or ""):
+            section = group._group_actions[0].dest.partition(".")[0]
+            nested = any("." in action.dest for action in group._group_actions)
+            group.title = f"{section} ({texts[section].rstrip('.')})" if nested else "options of this job"
     for action in parser._actions:
         if texts.get(action.dest):
             action.help = texts[action.dest]
@@ -178,10 +224,18 @@ def _args_section(options_class: type) -> dict[str, str]:
     return texts
 
 
+def _leaf_types(options_class: type, prefix: str = "") -> Iterable[tuple[str, Any]]:
+    """Yield the full name and the type of every option that takes a value."""
+    hints = typing.get_type_hints(options_class)
+    for name, nested in _fields(options_class):
+        if nested is None:
+            yield prefix + name, hints[name]
+        else:
+            yield from _leaf_types(nested, f"{prefix}{name}.")
+
+
 def _fields(options_class: type) -> Iterable[tuple[str, type | None]]:
     """Yield each field's name and, where it is itself an options dataclass, that class."""
-    import typing
-
     hints = typing.get_type_hints(options_class)
     for field in dataclasses.fields(options_class):
         choices = [hints[field.name], *typing.get_args(hints[field.name])]
@@ -197,6 +251,9 @@ _UNKNOWN = [
     re.compile(r"unrecognized arguments: +--([\w.\-]+)", re.IGNORECASE),
     re.compile(r"Option '([\w.\-]+)' is not accepted"),
 ]
+_UNION = re.compile(
+    r"Does not validate against any of the Union subtypes\s+Subtypes: \[(.*)\]\s(?:.|\n)*Given value: (.*)"
+)
 _UNKNOWN_IN_GROUP = re.compile(r"Group '([\w.\-]+)' does not accept option '([\w.\-]+)'")
 
 
@@ -206,8 +263,15 @@ def _explain(message: str, names: list[str]) -> str:
     unknown = [f"{grouped.group(1)}.{grouped.group(2)}"] if grouped else []
     unknown += [found.group(1) for pattern in _UNKNOWN if (found := pattern.search(message))]
     if not unknown:
-        return re.sub(r'Parser key "([\w.\-]+)":\s*', r"--\1: ", message)
-    return f"there is no option --{unknown[0]}{nearest(unknown[0], names)}"
+        message = re.sub(r'Parser key "([\w.\-]+)":\s*', r"--\1: ", message)
+        message = _UNION.sub(r"Expected one of [\1]. Got value: \2", message)
+        return re.sub(r"unrecognized arguments: (?!-)", "give these values the name of an option: ", message)
+    last_parts = {name.rpartition(".")[2]: name for name in reversed(names)}
+    hint = nearest(unknown[0], names)
+    short = difflib.get_close_matches(unknown[0], last_parts, n=1, cutoff=0.5)  # --beem for --search.beam
+    if not hint and short:
+        hint = f"; did you mean {last_parts[short[0]]!r}?"
+    return f"there is no option --{unknown[0]}{hint}"
 
 
 if __name__ == "__main__":

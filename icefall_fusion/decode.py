@@ -45,7 +45,7 @@ class DecodeOptions:
         out: folder for nbest-, recogs-, errs-, wer-summary- files, results.json and run.json.
         test_sets: manifest of cuts (with features or recordings) by name of the test set.
         emissions: where log-probs come from.
-        methods: comma-separated or a list; "all" is the whole comparison.
+        methods: names of README's table of methods, comma-separated or a list; "all" is the comparison.
         nlm: LM over the acoustic pieces.
         llm: LM with a vocabulary of its own.
         matched_llm: LLM over the acoustic pieces, for llm-shallow.
@@ -95,8 +95,13 @@ def read_weights(weights: Union[str, Weights]) -> Weights:
         return weights
     if not weights:
         return {}
-    content = yaml.safe_load(Path(weights).read_text(encoding="utf-8")) or {}
-    content = content.get("weights", content)
+    if not Path(weights).is_file():
+        raise FileNotFoundError(f"there is no YAML file of weights at {weights}")
+    try:
+        content = yaml.safe_load(Path(weights).read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"weights in {weights} must be YAML: {error}") from error
+    content = content.get("weights", content) if isinstance(content, dict) else content
     good = isinstance(content, dict) and all(isinstance(value, dict) for value in content.values())
     check(good, f"weights in {weights}", "be numbers by method and source", content)
     return content

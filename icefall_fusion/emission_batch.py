@@ -99,6 +99,8 @@ def no_frames(ids: Sequence[str], tokens: AcousticTokens, frame_shift: float) ->
 class SavedSource:
     """Log-probs from ``.npz`` files: an array [T,V] (float16 or float32) for each utterance id.
 
+    What was decoded in parts was saved in parts (``id``, ``id#1``, ``id#2``, ...), which are joined again.
+
     Args:
         path: a file, or a folder of them.
         tokens: the vocabulary that they were made with.
@@ -140,7 +142,7 @@ class SavedSource:
         missing = [name for name in ids if name not in self._where]
         if missing:
             raise ValueError(f"the saved log-probs must hold every utterance, but lack {missing[:3]}")
-        arrays = [np.asarray(self._where[name][name], dtype=np.float32) for name in ids]
+        arrays = [self._whole(name) for name in ids]
         for name, array in zip(ids, arrays):
             check(array.ndim == 2, f"saved log-probs of {name}", "be [T,V]", array.shape)
             if array.shape[1] != self.tokens.size:
@@ -148,6 +150,14 @@ class SavedSource:
                                  f"have {array.shape[1]}")  # fmt: skip
         padded, lens = pad_rows([torch.from_numpy(array) for array in arrays])
         return Emissions(list(ids), padded.to(self.device), lens, self.tokens, self.frame_shift)
+
+
+    def _whole(self, name: str) -> np.ndarray:
+        """Return the log-probs of an utterance, its parts ``name#1``, ``name#2``, ... joined to it."""
+        parts = [name]
+        while f"{name}#{len(parts)}" in self._where:
+            parts.append(f"{name}#{len(parts)}")
+        return np.concatenate([np.asarray(self._where[part][part], dtype=np.float32) for part in parts])
 
 
 def save_emissions(path: PathLike, emissions: Emissions, half: bool = False) -> None:

@@ -16,6 +16,7 @@ from icefall_fusion.emission_batch import Emissions, SavedSource, no_frames, pad
 from icefall_fusion.tokens import AcousticTokens
 
 KINDS = ("auto", "checkpoint", "torchscript", "huggingface", "saved")
+SAMPLE_RATE = 16_000  # Hz, of all audio that sources are given
 FEATURE_SHIFT = 0.01  # seconds between feature frames
 
 
@@ -60,13 +61,30 @@ class EmissionSource(Protocol):
         ...
 
 
+def check_device(device: str, option: str) -> None:
+    """Raise ValueError unless ``device`` is one that PyTorch knows and this machine has.
+
+    Args:
+        device: e.g. cpu or cuda:1.
+        option: its name for the message.
+    """
+    try:
+        wanted = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"{option} must be a device such as cpu or cuda, but is {device!r}") from None
+    if wanted.type == "cuda":
+        count = torch.cuda.device_count()
+        check((wanted.index or 0) < count, option, f"be one of the {count} GPUs that PyTorch sees", device)
+
+
 def open_source(options: EmissionOptions) -> EmissionSource:
     """Open an acoustic model or saved log-probs.
 
     Raises:
         FileNotFoundError: nothing is there.
-        ValueError: what is there is none of the known kinds, or lacks a vocabulary.
+        ValueError: what is there is none of the known kinds, or lacks a vocabulary; there is no such device.
     """
+    check_device(options.device, "EmissionOptions.device")
     kind = options.kind if options.kind != "auto" else _kind_of(options.model)
     if kind == "saved":
         return SavedSource(options.model, _tokens_of(options), options.device, options.frame_shift)
@@ -116,7 +134,7 @@ class CheckpointSource:
     """Our CTC-AED from a folder that ``models.save`` wrote."""
 
     wants = "features"
-    sample_rate = 16000
+    sample_rate = SAMPLE_RATE
 
     def __init__(self, options: EmissionOptions) -> None:
         from icefall_fusion.models import load
@@ -145,7 +163,7 @@ class TorchScriptSource:
     """An icefall export: a TorchScript object with ``encoder(features, lens)`` and ``ctc_output(frames)``."""
 
     wants = "features"
-    sample_rate = 16000
+    sample_rate = SAMPLE_RATE
     model = None
     least_frames = 9  # Conv2d and Zipformer subsampling of icefall yield nothing for fewer
 
@@ -188,6 +206,8 @@ class HuggingFaceSource:
         self.network = AutoModelForCTC.from_pretrained(options.model).to(self.device).eval()
         self.extractor = AutoFeatureExtractor.from_pretrained(options.model)
         self.sample_rate = int(self.extractor.sampling_rate)
+        rule = f"take audio of {SAMPLE_RATE} Hz ({options.model})"
+        check(self.sample_rate == SAMPLE_RATE, "EmissionOptions.model", rule, self.sample_rate)
         config = self.network.config
         tokenizer = None if options.tokens else AutoTokenizer.from_pretrained(options.model)
         self.tokens = AcousticTokens.load(options.tokens) if options.tokens else _hf_tokens(tokenizer, config)

@@ -14,6 +14,7 @@ import torch
 
 from icefall_fusion.checks import check, check_choice, nearest
 from icefall_fusion.emission_batch import Emissions
+from icefall_fusion.emissions import check_device
 from icefall_fusion.fusion import (
     AtEnd,
     DelayedFusion,
@@ -99,6 +100,7 @@ class Lms:
         if source not in self._loaded:
             options = self.options.get(source, LmOptions())
             check(bool(options.path), f"{source}.path", "name a language model for this method", options.path)
+            check_device(options.device or self._device, f"{source}.device")
             dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
             self._loaded[source] = CausalLm.from_pretrained(
                 options.path, dtype=dtype, device=options.device or self._device,

@@ -46,11 +46,16 @@ def make_row(
 def _scores(
     folder: PathLike, test_set: str, method: str, log: MethodLog, references: Mapping[str, str | None]
 ) -> dict[str, Any]:
-    """Return WER and oracle WER in percent and the number of words, of utterances that have a reference."""
+    """Return WER and oracle WER in percent and the number of words, of utterances that have a reference.
+
+    Without words in the references both rates are None.
+    """
     texts = {utterance: text for utterance in log.done if (text := references[utterance]) is not None}
     if not texts:
-        return {"wer": float("nan"), "words": 0, "oracle_wer": None}
+        return {"wer": None, "words": 0, "oracle_wer": None}
     nbests = [log.done[utterance] for utterance in texts]
     hypotheses = {nbest.utterance: nbest[0].text if len(nbest) else "" for nbest in nbests}
     errors = write_wer_files(folder, test_set, method, texts, hypotheses)
+    if errors.words == 0:  # JSON has no word for infinity
+        return {"wer": None, "words": 0, "oracle_wer": None}
     return {"wer": errors.wer, "words": errors.words, "oracle_wer": oracle_errors(texts, nbests).wer}

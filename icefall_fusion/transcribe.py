@@ -28,7 +28,7 @@ class TranscribeOptions:
 
     Args:
         files: audio files.
-        method: how to decode.
+        method: how to decode: a name of README's table of methods, e.g. ctc-prefix.
         output: "text", "json" (a line a file: words with times, scores, all hypotheses) or "both".
         json: write the JSON lines to this file too.
         emissions: where log-probs come from.

@@ -15,12 +15,12 @@ import yaml
 from tqdm import tqdm
 
 from icefall_fusion.checks import check
-from icefall_fusion.decode import DecodeOptions, Decoder
+from icefall_fusion.decode import SKIPPED_SOME, DecodeOptions, Decoder
 from icefall_fusion.emission_batch import Emissions
 from icefall_fusion.files import write_text
 from icefall_fusion.methods import Method, parse_method, parse_methods, weights_of
 from icefall_fusion.nbest import NBest, read_nbests
-from icefall_fusion.utterances import batches, read_cuts
+from icefall_fusion.utterances import InputError, batches, read_cuts
 from icefall_fusion.wer import count_errors, read_texts, word_errors
 
 _LOWEST = -1e9  # stands for the score of what is not there
@@ -66,7 +66,7 @@ class TuneOptions:
 
 
 def run(options: TuneOptions) -> int:
-    """Run the job ``tune``."""
+    """Run the job ``tune``; the exit code is 3 when audio of dev could not be read."""
     references = read_texts(options.ref)
     lists = [nbest for path in options.nbest for nbest in read_nbests(path)]
     weights: dict[str, dict[str, float]] = {}
@@ -79,13 +79,15 @@ def run(options: TuneOptions) -> int:
         found, errors = coordinate_search(scores, options.highest, options.bonus, options.rounds)
         weights[method], wer[method] = found, 100.0 * errors / scores.words
         logging.info("%s: dev WER %.2f %% from N-best lists with %s", method, wer[method], found)
+    code = 0
     if options.confirm is not None:
         confirmed = _Confirmation(options)
         for method in weights:
             if any(part.kind != "rescoring" for part in parse_method(method)):
                 weights[method], wer[method] = confirmed.improve(method, weights[method])
+        code = SKIPPED_SOME if confirmed.skipped else 0
     _write(options.out, weights, wer)
-    return 0
+    return code
 
 
 def _write(path: str, weights: Mapping[str, Mapping[str, float]], wer: Mapping[str, float]) -> None:
@@ -126,17 +128,24 @@ class ScoreTable:
     ) -> ScoreTable:
         """Build the table; hypotheses of the same utterance and text count once.
 
+        References without a list (audio that was skipped, a limit in decoding) are counted and left out.
+
         Raises:
-            ValueError: a list has no reference, a reference no list, or no hypothesis has all the sources.
+            ValueError: there are no lists, a list has no reference, or no hypothesis has all the sources.
         """
         names = [*sources, "words"]
-        lists: dict[str, dict[str, list[float]]] = {utterance: {} for utterance in references}
+        lists: dict[str, dict[str, list[float]]] = {}
         for nbest in nbests:
-            if nbest.utterance not in lists:
+            if nbest.utterance not in references:
                 raise ValueError(f"references must hold every utterance, but lack {nbest.utterance!r}")
+            found = lists.setdefault(nbest.utterance, {})
             for h in nbest:
                 if all(name in h.scores for name in ("ctc", *names)):
-                    lists[nbest.utterance].setdefault(h.text, [h.scores[name] for name in ("ctc", *names)])
+                    found.setdefault(h.text, [h.scores[name] for name in ("ctc", *names)])
+        check(len(lists) > 0, "N-best lists", "hold an utterance at least", 0)
+        if len(lists) < len(references):
+            absent = sorted(set(references) - set(lists))
+            logging.warning("%d references have no N-best list, e.g. %s", len(absent), absent[:3])
         empty = sorted(utterance for utterance, found in lists.items() if not found)
         if empty:
             raise ValueError(f"N-best lists must have hypotheses with scores of {names} for every utterance, "
@@ -226,11 +235,22 @@ class _Confirmation:
         utterances = utterances[: decode.limit or None]
         self.references = {u.id: u.text or "" for u in utterances}
         self.emissions: list[Emissions] = []
+        self.skipped: list[str] = []
         for batch in tqdm(
             list(batches(utterances, decode.batch_size, decode.batch_seconds, decode.longest)),
             desc="emissions of dev", unit="batch",
         ):  # fmt: skip
-            self.emissions.append(source.emit([u.id for u in batch], [u.load() for u in batch]))
+            inputs = {}
+            for utterance in batch:
+                try:
+                    inputs[utterance.id] = utterance.load()
+                except InputError as error:
+                    logging.warning("skipped: %s", error)
+                    self.skipped.append(utterance.id)
+                    del self.references[utterance.id]
+            if inputs:
+                self.emissions.append(source.emit(list(inputs), list(inputs.values())))
+        check(len(self.emissions) > 0, "TuneOptions.confirm.test_sets", "have audio that can be read", 0)
 
     def improve(self, method: str, weights: Mapping[str, float]) -> tuple[dict[str, float], float]:
         """Return the best weights among the neighbors of ``weights``, and their WER on dev in percent."""

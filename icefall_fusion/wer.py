@@ -4,13 +4,12 @@ Knows: references, hypotheses, N-best lists, one normalizer for both. Must not k
 from __future__ import annotations
 
 import gzip
-import io
 import json
 import logging
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterable, Mapping, TextIO
+from typing import Iterable, Iterator, Mapping, TextIO
 
 import kaldialign
 
@@ -254,12 +253,12 @@ def read_texts(path: PathLike, nbests: bool = False) -> dict:
     """
     texts: dict = {}
     is_json = ".jsonl" in Path(path).name or Path(path).suffix == ".json"
-    for number, line in enumerate(_open(path), 1):
+    for number, line in enumerate(_lines(path), 1):
         if not line.strip():
             continue
         try:
             utterance, text = _parse_json(line) if is_json else _parse_line(line)
-        except (KeyError, ValueError, IndexError, AttributeError) as error:
+        except (KeyError, ValueError, IndexError, AttributeError, TypeError) as error:
             message = f"{path} line {number} must hold an id and a text, but is {line[:60]!r}"
             raise ValueError(message) from error
         if utterance in texts:
@@ -268,10 +267,15 @@ def read_texts(path: PathLike, nbests: bool = False) -> dict:
     return texts
 
 
-def _open(path: PathLike) -> TextIO:
-    if str(path).endswith(".gz"):
-        return io.TextIOWrapper(gzip.open(path), encoding="utf-8")
-    return open(path, encoding="utf-8")
+def _lines(path: PathLike) -> Iterator[str]:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no file of texts at {path}")
+    opened = gzip.open if str(path).endswith(".gz") else open
+    with opened(path, "rt", encoding="utf-8") as file:
+        try:
+            yield from file
+        except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+            raise ValueError(f"{path} must be UTF-8 text, whole, but is not: {error}") from error
 
 
 def _parse_line(line: str) -> tuple[str, str]:

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "icefall_fusion"
 RANKS = {
     "__init__": -1, "checks": -1, "files": -1,
     "text": 0, "nbest": 0,
-    "wer": 1, "report": 1, "runlog": 1, "results": 1.2, "tokens": 1, "data/": 1.5,
+    "wer": 1, "plot": 0.5, "report": 1, "runlog": 1, "results": 1.2, "tokens": 1, "data/": 1.5,
     "models/": 2, "emission_batch": 2, "utterances": 2, "emissions": 2.5,
     "lm/": 3, "search/": 3, "training/": 3,
     "fusion/": 4, "rescoring": 4.5,
@@ -28,7 +28,7 @@ OWNERS = {
     "kaldialign": {"wer"},
     "espeakng_loader": {"data/espeak"},
     "kaldifeat": {"data/fbank"},
-    "matplotlib": {"report"},
+    "matplotlib": {"plot"},
     "jsonargparse": {"__main__"},
     "tensorboard": {"training/loop"},
 }

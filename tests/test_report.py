@@ -1,5 +1,5 @@
 """The table and the plot: rows checked, labels that do not cover one another, memory that can be reset.
-Knows: icefall_fusion.report. Must not know: models and searches.
+Knows: icefall_fusion.report and plot. Must not know: models and searches.
 """
 from __future__ import annotations
 
@@ -10,15 +10,8 @@ import numpy as np
 import pytest
 
 from icefall_fusion.__main__ import main
-from icefall_fusion.report import (
-    _panel,
-    peak_memory_bytes,
-    place_labels,
-    plot,
-    read_rows,
-    reset_peak_memory,
-    table,
-)
+from icefall_fusion.plot import draw_panel, place_labels, plot
+from icefall_fusion.report import peak_memory_bytes, read_rows, reset_peak_memory, table
 
 METHODS = [
     "ctc-greedy", "ctc-prefix", "attention-rescoring", "nlm-shallow", "llm-shallow", "llm-nbest-rescoring",
@@ -67,7 +60,7 @@ def test_labels_do_not_cover_each_other(seed) -> None:
     for row in made[6:10]:  # a cluster, as delayed fusion's intervals make
         row.update(wer=12.0 + random.Random(row["method"]).random() * 0.1, search_seconds=5.0, lm_seconds=1.0)
     figure, axis = plt.subplots(figsize=(8.2, 6.4), dpi=110)
-    _panel(axis, made, "clean")
+    draw_panel(axis, made, "clean")
     figure.tight_layout()
     place_labels(figure, axis)
     renderer = figure.canvas.get_renderer()

@@ -49,7 +49,7 @@ step() { # name, command
 step tests "$python" -m pytest -m gpu
 for bench in tools/bench/*.py; do
   name=$(basename "$bench" .py)
-  if ! grep -q -- '"--output"' "$bench"; then continue; fi # a helper of others
+  if ! grep -q -- '"--output"' "$bench"; then continue; fi # others import it
   device=()
   if grep -q -- '"--device"' "$bench"; then device=(--device cuda); fi
   step "$name" "$python" "$bench" ${device[@]+"${device[@]}"} --output "$out/gpu-$name.json"

@@ -30,7 +30,7 @@ quietly() { # run; on failure show the end of what it said, without addresses
 if [ ! -x "$venv/bin/python" ]; then
   python=$(find_python)
   echo "setup_env.sh: making $venv with $("$python" --version)"
-  "$python" -m venv "$venv"
+  "$python" -m venv "$venv" || { rm -rf "$venv"; exit 1; } # it says which system package is missing
 fi
 stamp=$venv/.requirements
 wanted=$("$venv/bin/python" -c '
@@ -41,8 +41,11 @@ if [ "$(cat "$stamp" 2>/dev/null || true)" = "$wanted" ]; then
   exit 0
 fi
 echo "setup_env.sh: installing $(grep -cE '^[a-z]' requirements.txt) packages and what they need (about 5 GB)"
-pip="$venv/bin/python -m pip --disable-pip-version-check"
-quietly $pip install -r requirements.txt
-quietly $pip install -e . --no-deps
+if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then # made by another tool, or cut short
+  quietly "$venv/bin/python" -m ensurepip
+fi
+pip=("$venv/bin/python" -m pip --disable-pip-version-check)
+quietly "${pip[@]}" install -r requirements.txt
+quietly "${pip[@]}" install -e . --no-deps
 echo "$wanted" >"$stamp"
 echo "setup_env.sh: $venv is ready"

@@ -14,6 +14,7 @@ from icefall_fusion.checks import check
 from icefall_fusion.files import PathLike
 
 SAMPLE_RATE = 16_000  # Hz
+_UNKNOWN_SIZE = 0x7FFF_0000  # bytes; sizes above stand for "not known when the header was written"
 _BLOCK = 1 << 20  # frames read at once: stereo is never held whole
 
 
@@ -42,6 +43,7 @@ def load_audio(path: PathLike, allow_empty: bool = False) -> np.ndarray:
         raise FileNotFoundError(f"no audio file at {path}")
     if path.stat().st_size == 0:
         raise AudioError(f"audio file {path} is empty (0 bytes)")
+    _refuse_cut_wav(path)
     blocks: list[np.ndarray] = []
     try:
         with soundfile.SoundFile(path) as file:
@@ -63,6 +65,18 @@ def load_audio(path: PathLike, allow_empty: bool = False) -> np.ndarray:
     if not np.isfinite(samples).all():
         raise AudioError(f"audio file {path} holds samples that are not finite numbers")
     return resample(samples, rate)
+
+
+def _refuse_cut_wav(path: Path) -> None:
+    """Compare a WAV file's size with its header: libsndfile takes one that was cut short for a whole one."""
+    with path.open("rb") as file:
+        header = file.read(12)
+    if header[:4] != b"RIFF" or header[8:] != b"WAVE":
+        return
+    declared = int.from_bytes(header[4:8], "little") + 8
+    size = path.stat().st_size
+    if size < declared - 1 < _UNKNOWN_SIZE:  # a last pad byte may lack; recorders into pipes write huge sizes
+        raise AudioError(f"audio file {path} is truncated: it has {size} of {declared} bytes")
 
 
 def resample(samples: np.ndarray, rate: int) -> np.ndarray:

@@ -12,6 +12,7 @@ text=()
 device=cpu
 
 while [ $# -gt 0 ]; do
+  case "$1" in --stage | --stop-stage) unknown_option "$1" ;; esac # stages belong to the three scripts
   common_option "$@"
   if [ "$taken" -gt 0 ]; then shift "$taken"; continue; fi
   case "$1" in

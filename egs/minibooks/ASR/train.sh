@@ -69,7 +69,10 @@ if wanted 4 export; then
     --exp "$exp_dir/ctc_aed" --export_to "$pretrained_dir/ctc_aed"
   for name in nlm llm matched_llm; do
     mkdir -p "$pretrained_dir/$name"
-    cp "$exp_dir/$name/export/"* "$pretrained_dir/$name/"
+    for file in "$exp_dir/$name/export/"*; do # a kill never leaves half a file under its final name
+      cp "$file" "$pretrained_dir/$name/.new"
+      mv "$pretrained_dir/$name/.new" "$pretrained_dir/$name/$(basename "$file")"
+    done
   done
   du -sh "$pretrained_dir"/*
   finish export
