@@ -120,7 +120,7 @@ class SavedSource:
         self, path: PathLike, tokens: AcousticTokens, device: str = "cpu", frame_shift: float = 0.0
     ) -> None:
         path = Path(path)
-        files = sorted(path.glob("*.npz")) if path.is_dir() else [path]
+        files = sorted(path.glob("[!.]*.npz")) if path.is_dir() else [path]
         if not files or not files[0].is_file():
             raise FileNotFoundError(f"there are no saved log-probs (.npz) at {str(path)!r}")
         self.tokens = tokens

@@ -59,6 +59,10 @@ def run(options: Outer) -> int:
         raise RuntimeError("it broke")
     if options.out == "missing":
         raise FileNotFoundError("no file at missing")
+    if options.out == "absent":
+        raise ModuleNotFoundError("pip install something")
+    if options.out == "folder":
+        open("/")
     print(options)
     return 0
 
@@ -70,6 +74,37 @@ def job(monkeypatch):
 
 def outer(*arguments: str) -> Outer:
     return parse_options(Outer, arguments, "toy", Job("", "", "toy job", positional="files"))
+
+
+@dataclass(frozen=True)
+class Lists:
+    """Lists by name.
+
+    Args:
+        runs: folders.
+        limit: none means all.
+    """
+
+    runs: list[str]
+    limit: Optional[int] = 3
+
+
+@pytest.mark.parametrize("given", [["a", "b"], ["[a,b]"], ["[a, b]"]])
+def test_lists_are_words_or_yaml_and_none_is_null(given) -> None:
+    assert parse_options(Lists, ["--runs", *given, "--limit", "none"], "toy") == Lists(["a", "b"], None)
+    assert parse_options(Lists, ["--runs", "a b"], "toy") == Lists(["a b"])  # one folder with a space
+
+
+def test_values_without_a_name_are_refused(capsys) -> None:
+    assert main(["score", "ref.txt", "hyp.txt"]) == 2
+    assert "give these values the name of an option: ref.txt hyp.txt" in capsys.readouterr().err
+
+
+def test_a_missing_package_and_a_folder_for_a_file_are_one_line(job, capsys) -> None:
+    assert main(["toy", "--out", "absent", "f"]) == 2
+    assert capsys.readouterr().err == "error: pip install something\n"
+    assert main(["toy", "--out", "folder", "f"]) == 2
+    assert capsys.readouterr().err == "error: Is a directory: /\n"
 
 
 def test_list_of_jobs(capsys) -> None:
@@ -115,6 +150,8 @@ def test_values_lists_and_overrides(tmp_path) -> None:
         (["--out", "o", "--search.mode", "fsat", "f"], "fsat"),
         (["--out", "o", "--search.beam", "0", "f"], "Inner.beam must be at least 1, but is 0"),
         (["--out", "o"], "required: files"),
+        (["--out", "o", "--bem", "3", "f"], "no option --bem; did you mean 'search.beam'"),
+        (["--out", "o", "--limit", "many", "f"], "Got value: many"),
         (["f"], "out"),
         (["--config", "no.yaml", "f"], "no.yaml"),
     ],

@@ -60,6 +60,21 @@ def test_scripts_have_help(page, script) -> None:
     assert done.returncode == 0 and path.name in done.stdout, done.stderr
 
 
+@pytest.mark.parametrize("path", sorted(ROOT.glob("egs/*/ASR/*.sh")))
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--config"], "--config needs a value"),
+        (["--confg", "tiny"], "unknown option --confg"),
+        (["--config", "tinny"], "must be 'full' or a folder of conf/, but is 'tinny'"),
+        (["--stage", "two"], "--stage"),  # a number, or refused
+    ],
+)
+def test_recipes_refuse_wrong_options(path, options, message) -> None:
+    done = subprocess.run(["bash", str(path), *options], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and f"{path.name}: " in done.stderr and message in done.stderr
+
+
 @pytest.mark.parametrize("path", sorted(ROOT.glob("egs/*/ASR/*.sh")) + sorted(ROOT.glob("tools/*.sh")))
 def test_every_script_is_valid_and_has_help(path) -> None:
     assert subprocess.run(["bash", "-n", str(path)]).returncode == 0

@@ -75,6 +75,15 @@ def test_missing_scores_and_references_are_told() -> None:
         ScoreTable.make(nbests, {"u0": "a", "u1": "b"}, ["llm"])
 
 
+def test_references_without_a_list_are_left_out() -> None:
+    nbests, references = make(3)
+    table = ScoreTable.make(nbests, references, ["llm"])
+    more = ScoreTable.make(nbests, {**references, "skipped": "a"}, ["llm"])
+    assert table.words == more.words and table.errors.tolist() == more.errors.tolist()
+    with pytest.raises(ValueError, match="hold an utterance at least"):
+        ScoreTable.make([], references, ["llm"])
+
+
 def test_job_writes_weights_that_decode_reads(tmp_path) -> None:
     nbests, references = make()
     write_nbests(tmp_path / "nbest.jsonl", nbests)

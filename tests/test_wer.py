@@ -92,6 +92,16 @@ def test_every_input_form(tmp_path) -> None:
         read_texts(tmp_path / "bad.jsonl")
 
 
+@pytest.mark.parametrize("content", [b"\xff\xfe u1", b'{"id": "a", "supervisions": [{"text": null}]}'])
+def test_files_that_hold_no_texts_are_named(content, tmp_path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="a.jsonl"):
+        read_texts(path)
+    with pytest.raises(FileNotFoundError, match="no file of texts at"):
+        read_texts(tmp_path)
+
+
 def test_score_job(tmp_path, capsys) -> None:
     (tmp_path / "ref.txt").write_text("u1 hello there\n")
     write_nbests(tmp_path / "nbest.jsonl", [nbest("u1", "hello", "hello there")])

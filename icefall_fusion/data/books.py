@@ -85,7 +85,7 @@ def split_books(folder: PathLike, test_books: int, dev_books: int) -> dict[str, 
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"folder of books not found: {str(folder)!r}")
-    books = sorted(folder.glob("*.txt"), key=lambda path: path.stem)
+    books = sorted(folder.glob("[!.]*.txt"), key=lambda path: path.stem)
     rule = f"hold more than {test_books} + {dev_books} books (*.txt)"
     check(len(books) > test_books + dev_books, f"folder {str(folder)!r}", rule, len(books))
     first_test = len(books) - test_books
