@@ -165,7 +165,7 @@ class NBest:
             value = json.loads(line)
             hypotheses = [_hypothesis_from_dict(h) for h in value["hypotheses"]]
             return cls(value["utterance"], hypotheses, dict(value["weights"]))
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
+        except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
             message = f"line must be an N-best list in JSON, but is {line[:80]!r} ({error!r})"
             raise ValueError(message) from error
 

@@ -275,6 +275,7 @@ def test_bounds_on_memory_split_calls_but_not_scores(lm: CausalLm) -> None:
     torch.testing.assert_close(*scores)
     assert whole.stats()["lm_forwards"] == 1 and parts.stats()["lm_forwards"] == -(-79 // 7)
     assert parts._store.in_use <= 10
+    assert parts.stats()["distribution_bytes_peak"] <= 4 * VOCAB * 10
     kept = parts.next_log_probs([parts.insert(parts.root(0), path[:5])])
     torch.testing.assert_close(kept, whole.next_log_probs([whole.insert(whole.root(0), path[:5])]))
 

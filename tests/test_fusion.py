@@ -73,9 +73,11 @@ def byte_tokenizer():
     )
 
 
-def tiny_model(vocab_size: int, seed: int) -> torch.nn.Module:
+def tiny_model(vocab_size: int, seed: int, **options) -> torch.nn.Module:
+    """Return a random Llama, or a Mistral where ``options`` has a sliding window."""
     torch.manual_seed(seed)
-    config = transformers.LlamaConfig(
+    kind = "Mistral" if "sliding_window" in options else "Llama"
+    config = getattr(transformers, f"{kind}Config")(
         vocab_size=vocab_size,
         hidden_size=24,
         intermediate_size=32,
@@ -85,8 +87,9 @@ def tiny_model(vocab_size: int, seed: int) -> torch.nn.Module:
         initializer_range=0.35,
         bos_token_id=0,
         eos_token_id=1,
+        **options,
     )
-    return transformers.LlamaForCausalLM(config).eval()
+    return getattr(transformers, f"{kind}ForCausalLM")(config).eval()
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +159,38 @@ def test_scores_are_those_of_a_plain_forward_over_the_whole_text(llm, tokens, tr
                 w * hypothesis.scores[s] for s, w in {"ctc": 1, "llm": 0.6, "words": 0.8}.items()
             )
             assert hypothesis.total == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options", [{"score_beam": 1.0}, {"recover_mass": True}, {"blank_skip": 0.6}], ids=str
+)
+def test_scores_are_exact_whatever_the_search_leaves_out(llm, nlm, tokens, options):
+    log_probs, lens = emissions(seed=8)
+    fusions = [ShallowFusion(nlm, 0.3, 0.2), DelayedFusion(llm, 0.4, 0.5, FixedInterval(3))]
+    options = PrefixSearchOptions(beam=5, **options)
+    nbests = ctc_prefix_search(log_probs, lens, options, tokens, fusions)
+    assert options.score_beam is None or any(len(nbest) < 5 for nbest in nbests)  # dead slots
+    for hypothesis in (h for nbest in nbests for h in nbest):
+        assert hypothesis.scores["llm"] == pytest.approx(text_log_prob(llm, hypothesis.text), abs=1e-4)
+        assert hypothesis.scores["nlm"] == pytest.approx(plain_log_prob(nlm, hypothesis.tokens), abs=1e-4)
+
+
+@pytest.mark.parametrize("trigger", TRIGGERS, ids=names)
+def test_a_sliding_window_slides_along_every_hypothesis(tokens, trigger, monkeypatch):
+    from icefall_fusion.fusion import delayed
+
+    monkeypatch.setattr(delayed, "_KEEP_AFTER", -1)  # clean up after every event: slots are reused
+    tokenizer = byte_tokenizer()
+    model = tiny_model(len(tokenizer), 4, sliding_window=4, num_key_value_heads=1)
+    lm = CausalLm(model, Vocabulary(tokenizer, None, 0, 1), "window", self_check=False)
+    assert lm.window == 4
+    log_probs, lens = emissions(batch=2, seed=9)
+    fusion = DelayedFusion(lm, 0.6, 0.8, trigger)
+    nbests = ctc_prefix_search(log_probs, lens, PrefixSearchOptions(beam=4), tokens, [fusion])
+    hypotheses = [h for nbest in nbests for h in nbest]
+    assert any(len(lm.encode(h.text)) > 8 for h in hypotheses)
+    for hypothesis in hypotheses:
+        assert hypothesis.scores["llm"] == pytest.approx(text_log_prob(lm, hypothesis.text), abs=1e-4)
 
 
 @pytest.mark.parametrize("trigger", TRIGGERS, ids=names)
@@ -288,6 +323,18 @@ def test_utterances_without_frames_have_the_end_only(llm, nlm, tokens):
         assert [h.text for h in nbest] == [""]
         assert nbest[0].scores["llm"] == pytest.approx(text_log_prob(llm, ""), abs=1e-5)
         assert nbest[0].scores["nlm"] == pytest.approx(plain_log_prob(nlm, []), abs=1e-5)
+    assert ctc_prefix_search(log_probs[:0], torch.tensor([], dtype=torch.long), None, tokens, fusions) == []
+
+
+def test_utterances_of_one_frame_are_scored(llm, nlm, tokens):
+    log_probs, _ = emissions(batch=3)
+    fusions = [ShallowFusion(nlm, 0.3), DelayedFusion(llm, 0.4, 0.5, EveryFrame())]
+    nbests = ctc_prefix_search(log_probs, torch.tensor([1, 0, 1]), None, tokens, fusions)
+    assert [len(nbest) for nbest in nbests] == [10, 1, 10]
+    for hypothesis in (h for nbest in nbests for h in nbest):
+        assert len(hypothesis.tokens) <= 1
+        assert hypothesis.scores["llm"] == pytest.approx(text_log_prob(llm, hypothesis.text), abs=1e-4)
+        assert hypothesis.scores["nlm"] == pytest.approx(plain_log_prob(nlm, hypothesis.tokens), abs=1e-4)
 
 
 # --- texts, prompts, piece LMs ----------------------------------------------------------------------------
@@ -387,6 +434,29 @@ def test_cleaning_the_tree_changes_nothing(llm, nlm, tokens, monkeypatch):
     monkeypatch.setattr(delayed, "_KEEP_AFTER", -1)
     monkeypatch.setattr(shallow, "_KEEP_AFTER", 1)
     assert_same(usual, decode())
+
+
+class Watched(DelayedFusion):
+    """Notes after every frame how much is remembered beside what the live hypotheses' texts need."""
+
+    def fuse(self, beam, frame, active):
+        super().fuse(beam, frame, active)
+        tree = self._tree.tree
+        longest = int(tree.depth[beam.state[..., self.index].cpu().numpy()].max())
+        words = int(beam.words[..., self.index].max())
+        self.slots = max(getattr(self, "slots", 0), int(tree.slots.used.max()) - longest)
+        self.histories = max(getattr(self, "histories", 0), len(self._words) - words)
+
+
+def test_a_long_utterance_holds_little_more_than_its_text(llm, tokens, monkeypatch):
+    monkeypatch.setattr(llm, "max_tokens", None)
+    log_probs, _ = emissions(batch=1, frames=600, seed=10, peak=1.5)
+    fusion = Watched(llm, 0.4, 0.5, FixedInterval(8))
+    options = PrefixSearchOptions(beam=4)
+    text = ctc_prefix_search(log_probs, torch.tensor([600]), options, tokens, [fusion])[0][0].text
+    stats = fusion.stats()
+    assert len(llm.encode(text)) > 300 and stats["lm_tokens_scored"] > 600
+    assert fusion.slots < 120 and fusion.histories < 120  # clean-ups are 32 tokens apart
 
 
 # --- counters ---------------------------------------------------------------------------------------------
@@ -510,6 +580,18 @@ def test_vocabularies_that_differ_are_refused_with_both_sizes(llm, nlm, tokens):
     other = AcousticTokens.from_pieces(PIECES[:-1] + ["z"], 0)
     with pytest.raises(ValueError, match="13 pieces, the acoustic model 13 and piece 12 is 't' .* 'z'"):
         ctc_prefix_search(log_probs, lens, None, other, [ShallowFusion(nlm, 0.5)])
+
+
+def test_a_language_model_without_vocabulary_is_named(tokens):
+    lm = CausalLm(tiny_model(tokens.size, 2), Vocabulary(None, None, 1, 1), "mute", self_check=False)
+    log_probs, lens = emissions()
+    message = "language model 'mute' must have a tokenizer or bpe.model"
+    with pytest.raises(ValueError, match=message):
+        DelayedFusion(lm, 0.5)
+    with pytest.raises(ValueError, match=message):
+        rescore_with_lm([an_nbest("u", ["a"])], lm)
+    with pytest.raises(ValueError, match=message):
+        ctc_prefix_search(log_probs, lens, None, tokens, [ShallowFusion(lm, 0.5)])
 
 
 def test_delayed_fusion_needs_the_acoustic_vocabulary(llm):

@@ -82,9 +82,24 @@ def test_files(tmp_path) -> None:
     path = tmp_path / "sub" / "nbest.jsonl"
     write_nbests(path, [make("u1"), make("u2")])
     assert read_nbests(path) == [make("u1"), make("u2")]
-    path.write_text("{}\n")
-    with pytest.raises(ValueError, match="nbest.jsonl line 1"):
-        read_nbests(path)
+    for line in ("{}", "[]", '{"utterance": "u", "weights": {}, "hypotheses": [[]]}'):
+        path.write_text(line + "\n")
+        with pytest.raises(ValueError, match="nbest.jsonl line 1"):
+            read_nbests(path)
+
+
+def test_an_error_in_writing_leaves_the_old_file_and_no_other(tmp_path) -> None:
+    path = tmp_path / "nbest.jsonl"
+    write_nbests(path, [make("u1")])
+
+    def full_disk():
+        yield make("u2")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        write_nbests(path, full_disk())
+    assert read_nbests(path) == [make("u1")]
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_log_goes_on_after_a_kill(tmp_path) -> None:

@@ -169,6 +169,14 @@ def test_a_word_that_cannot_be_spelled_is_named():
         tokenizer.encode_whole(["the", "jabberwocky"])
 
 
+def test_pieces_without_an_unknown_piece_name_what_they_cannot_spell():
+    letters = AcousticTokens.from_pieces(["<pad>", "|", *"theofsa"], 0, "", "|")
+    tokenizer = WordTokenizer(letters)
+    assert tokenizer.encode(["the", "sea"]) == letters.encode("the sea")
+    with pytest.raises(ValueError, match="no unknown piece.*zebra"):
+        tokenizer.encode(["the", "zebra"])
+
+
 def test_a_tokenizer_that_drops_letters_is_refused():
     from tokenizers import Tokenizer, models, pre_tokenizers
 

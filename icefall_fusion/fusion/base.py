@@ -91,15 +91,14 @@ class LmFusion:
         fused[row, column] += gain
 
     def _numbers(self, beam: Beam, slots: Tensor, scores: Tensor) -> Tensor:
-        scores = scores.to(beam.lm.device, torch.float32)
         bad = torch.isnan(scores)
-        if bool(bad.any()):
+        if bool(bad.any()):  # asked where the scores are: those of a tree are on the host, no wait
             utterance = int(slots[bad.nonzero()[0, 0]]) // beam.lm.shape[1]
             raise ValueError(
                 f"scores of the language model {self.lm.name!r} must be numbers, but utterance "
                 f"{self._ids[utterance]!r} has NaN"
             )
-        return scores
+        return scores.to(beam.lm.device, torch.float32)
 
 
 def live_slots(beam: Beam, utterances: Optional[Tensor] = None) -> Tensor:

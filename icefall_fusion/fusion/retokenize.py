@@ -8,7 +8,6 @@ A tokenizer that fails the check has each prefix tokenized whole, and a warning 
 """
 from __future__ import annotations
 
-import random
 import re
 import unicodedata
 import warnings
@@ -16,21 +15,12 @@ import weakref
 from typing import TYPE_CHECKING, Any, Iterable, Mapping, MutableMapping, Optional, Sequence, Union
 
 from icefall_fusion.checks import check, check_choice
+from icefall_fusion.fusion.sample_words import COMMON_WORDS, sample_texts, sample_words
 from icefall_fusion.text import TEXT_STYLES, adapt, adapt_word
 
 if TYPE_CHECKING:
     from icefall_fusion.tokens import AcousticTokens
 
-#: Words that any check includes: short, long, doubled, with apostrophes.
-COMMON_WORDS = (
-    "the of and to a in that it is i i'm i'll it's don't won't o'clock he she was his with as for had you "
-    "not be at on by which have or from this him but all were my are me one their so an said them we who "
-    "would been will no when there if more out up into do any your what has man could other than our some "
-    "very time upon about may its only now like little then can made should did us such great before must "
-    "two these see know over much down after first mr good men own never most old shall day where those "
-    "came 'tis thou'rt king's boys' jabberwocky antidisestablishmentarianism xylophone zzz aaa aa ab ba "
-).split()
-_WORDS_A_TEXT = 7
 _MAX_CROSSING = 300
 _MADE: MutableMapping[Any, dict[str, WordTokenizer]] = weakref.WeakKeyDictionary()
 
@@ -140,7 +130,7 @@ class WordTokenizer:
         """Check that word by word gives the ids of whole texts; else tokenize whole texts from now on.
 
         Args:
-            vocabulary: words that hypotheses may hold, beside :data:`COMMON_WORDS`.
+            vocabulary: words that hypotheses may hold, beside `COMMON_WORDS`.
         """
         new = [word for word in [*COMMON_WORDS, *vocabulary] if word not in self._checked]
         if not self.word_by_word or not new:
@@ -155,7 +145,7 @@ class WordTokenizer:
             # taken from "context word", whatever the tokenizer does with a space in front.
             self._context = adapt_word(words[0], 0, self.style)
             self._context_ids = self._tokenize(self._context)
-        for text in [*_sample_texts(words), *self._crossing_texts(words)]:
+        for text in [*sample_texts(words), *self._crossing_texts(words)]:
             self._compare(text)
             if not self.word_by_word:
                 return
@@ -218,7 +208,10 @@ class WordTokenizer:
         return list(self._tokenizer.encode(text, add_special_tokens=False))
 
     def _can_spell(self, word: str) -> bool:
-        ids = self._tokenize(adapt_word(word, 1, self.style))
+        try:
+            ids = self._tokenize(adapt_word(word, 1, self.style))
+        except ValueError:  # acoustic pieces without an unknown piece
+            return False
         return bool(ids) and (self._unk_id is None or self._unk_id not in ids)
 
     def _refuse_unknown(self, word: str, ids: Sequence[int]) -> None:
@@ -245,11 +238,13 @@ def tokenizer_for(lm: Any, style: str) -> WordTokenizer:
         style: see `WordTokenizer`.
 
     Raises:
-        ValueError: the style is unknown.
+        ValueError: the style is unknown, or the model comes without a tokenizer.
     """
+    tokenizer = lm.tokenizer if lm.tokenizer is not None else lm.pieces
+    check(tokenizer is not None, f"language model {lm.name!r}", "have a tokenizer or bpe.model", None)
     made = _MADE.setdefault(lm, {})
     if style not in made:
-        made[style] = WordTokenizer(lm.tokenizer if lm.tokenizer is not None else lm.pieces, style)
+        made[style] = WordTokenizer(tokenizer, style)
     return made[style]
 
 
@@ -276,32 +271,6 @@ def prompt_tokens(
         texts = [prompt[name] for name in ids]
     known = {text: list(lm.encode(text)) for text in dict.fromkeys(texts)}
     return [known[text] for text in texts]
-
-
-def sample_words(tokens: AcousticTokens, seed: int = 0) -> list[str]:
-    """Return words made of the acoustic pieces: each piece alone, and random runs of two to four.
-
-    Args:
-        tokens: the acoustic vocabulary.
-        seed: of the random runs.
-    """
-    special = {tokens.blank_id, tokens.sos_eos_id}
-    ids = [i for i in range(tokens.size) if i not in special and not tokens.pieces[i].startswith("<")]
-    chance = random.Random(seed)
-    runs = [[i] for i in ids] + [chance.choices(ids, k=chance.randint(2, 4)) for _ in ids]
-    return sorted({word for run in runs for word in tokens.words(run)})
-
-
-def _sample_texts(words: Sequence[str]) -> list[list[str]]:
-    """Texts in which every word stands first, inside and last somewhere, in a fixed random order."""
-    chance = random.Random(0)
-    texts = []
-    for _ in range(2):
-        order = list(words)
-        chance.shuffle(order)
-        texts += [order[start : start + _WORDS_A_TEXT] for start in range(0, len(order), _WORDS_A_TEXT)]
-    texts += [[word, word] for word in words]
-    return texts
 
 
 def _letters(text: str) -> str:

@@ -108,11 +108,13 @@ def check_same_pieces(lm: CausalLm, tokens: Any) -> None:
         tokens: the acoustic vocabulary.
 
     Raises:
-        ValueError: sizes or pieces differ; the message has both sizes, and the first pieces that differ.
+        ValueError: sizes or pieces differ; the message has both sizes, and the first pieces that differ. Or
+            the language model comes without a vocabulary.
     """
     if lm.pieces is not None:
         pieces = list(lm.pieces.pieces)
     else:
+        check(lm.tokenizer is not None, f"language model {lm.name!r}", "have a tokenizer or bpe.model", None)
         pieces = lm.tokenizer.convert_ids_to_tokens(list(range(len(lm.tokenizer))))
     sizes = f"the language model {lm.name!r} has {lm.vocab_size} pieces, the acoustic model {tokens.size}"
     if lm.vocab_size < tokens.size or len(pieces) != tokens.size:

@@ -96,7 +96,11 @@ class CausalLm:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def log_prob(self, text: str, prompt: Optional[str] = None, eos: bool = False) -> float:
-        """Return log P(text | prompt), natural log; with ``eos`` also the end of the text."""
+        """Return log P(text | prompt), natural log; with ``eos`` also the end of the text.
+
+        Prompt and text are tokenized apart: where the tokenizer puts no space before a text of its own
+        (byte-level BPE), a text that goes on after a prompt has to begin with one.
+        """
         return self.log_probs([text], prompt, eos)[0]
 
     def log_probs(self, texts: Sequence[str], prompt: Optional[str] = None, eos: bool = False) -> list[float]:
@@ -198,7 +202,6 @@ class CausalLm:
         start = ([] if self.bos_id is None else [self.bos_id]) + [int(token) for token in prompt]
         check(len(start) > 0, "prompt", f"hold at least one token, as {self.name} has no bos", list(prompt))
         return start
-
 
 
 def _load(

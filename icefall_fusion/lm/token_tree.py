@@ -133,8 +133,9 @@ class TokenTree:
     def release(self, live: ndarray) -> ndarray:
         """Free what no node of ``live`` needs; return the freed rows of the distribution store.
 
-        Slots stay for the ancestors of live nodes. Rows stay for nodes that may get new children: the live
-        nodes and those below them; a branch above every live node would need a hypothesis that is gone.
+        Slots stay for live nodes and their ancestors. Rows stay for nodes that may get new children: the
+        live nodes and those between two of them; a branch above all live nodes, or below them where no live
+        node follows, would need a hypothesis that is gone.
         """
         self._flush()
         live = np.unique(live)

@@ -123,7 +123,7 @@ class DistributionStore:
     Args:
         vocab_size: V.
         device: where they lie.
-        max_bytes: bound on what is kept beyond what a caller asks for by name.
+        max_bytes: bound of the buffer; only `take` of more rows than fit goes beyond it.
     """
 
     def __init__(self, vocab_size: int, device: torch.device, max_bytes: int) -> None:
@@ -140,7 +140,8 @@ class DistributionStore:
         """Return ``count`` rows [count] to write to."""
         if count > len(self._free):
             old = len(self.log_probs)
-            new = max(2 * old, old + count - len(self._free), 64)
+            needed = old + count - len(self._free)
+            new = max(needed, min(max(2 * old, 64), self.max_rows))
             self.log_probs = _longer(self.log_probs, new)
             self._free = list(range(new - 1, old - 1, -1)) + self._free
         return np.array([self._free.pop() for _ in range(count)], np.int64)

@@ -99,7 +99,7 @@ class TreeScorer:
     def keep(self, live: Union[Nodes, Sequence[Sequence[int]]]) -> None:
         """Free all that no node of ``live`` (flat, or one list for each utterance) or root can reach upwards.
 
-        Slots are reused, distributions dropped unless they lie at or below a live node.
+        Slots are reused; distributions are dropped unless they lie at a live node or between two of them.
         """
         if not isinstance(live, (Tensor, ndarray)) and len(live) and not np.isscalar(live[0]):
             live = np.concatenate([_integers(nodes).reshape(-1) for nodes in live])

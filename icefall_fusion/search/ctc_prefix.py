@@ -112,7 +112,10 @@ def _search(log_probs: Tensor, lens: Tensor, options: PrefixSearchOptions, token
             fusions: Sequence[Fusion], ids: Optional[Sequence[str]], blank_id: Optional[int]) -> list[NBest]:
     blank = blank_id if blank_id is not None else tokens.blank_id if tokens is not None else 0
     given = check_input(log_probs, lens, blank, tokens, ids)
-    search = _PrefixSearch(given, options, JointFusion(fusions, tokens), tokens)
+    joint = JointFusion(fusions, tokens)
+    if not given.ids:
+        return []
+    search = _PrefixSearch(given, options, joint, tokens)
     return export_nbests(search.run(), given, search.frame_map, options.nbest or options.beam,
                          options.frame_shift if options.word_times else None, tokens, fusions)
 

@@ -95,9 +95,11 @@ def word_times(ids: Sequence[int], words: Sequence[str], peaks: Sequence[int], t
         ids: pieces; words: the words they spell; peaks: frame of each piece, rising.
         frame_shift: seconds per frame.
     """
-    return [WordTime(word, round(peaks[start] * frame_shift, 6), round((peaks[stop - 1] + 1) * frame_shift,
-    6))
-            for word, (start, stop) in zip(words, tokens.word_spans(ids))]
+    times = []
+    for word, (start, stop) in zip(words, tokens.word_spans(ids)):
+        first, last = peaks[start], peaks[stop - 1]
+        times.append(WordTime(word, round(first * frame_shift, 6), round((last + 1) * frame_shift, 6)))
+    return times
 
 
 def piece_peaks(given: SearchInput, pieces: Tensor, births: Tensor, lengths: Tensor, beam: int) -> Tensor:

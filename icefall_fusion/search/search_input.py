@@ -31,7 +31,7 @@ class SearchInput(NamedTuple):
 
 
 def check_input(log_probs: Tensor, lens: Tensor, blank: int, tokens: Optional[AcousticTokens],
-                    ids: Optional[Sequence[str]]) -> SearchInput:
+                ids: Optional[Sequence[str]]) -> SearchInput:
     """Check the arguments of a search and bring them into one form.
 
     Raises:
