@@ -162,7 +162,7 @@ def _plain_values(options_class: type, arguments: Iterable[str], positional: str
         word = rest.pop(0)
         plain.append(word)
         hint = hints.get(word[2:]) if word.startswith("--") else None
-        if hint == list[str]:
+        if hint in (list[str], tuple[str, ...]):
             values = []
             while rest and not rest[0].startswith("--"):
                 values.append(rest.pop(0))

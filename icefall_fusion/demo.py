@@ -67,6 +67,7 @@ def run(options: DemoOptions) -> int:
     begun = time.monotonic()
     out = Path(options.out)
     sentences = read_sentences(options.stories)
+    _decode_options(options, out, "any", "not made yet")  # missing models are told before anything is spoken
     if options.quick:
         sentences = sentences[:: max(1, len(sentences) // 16)][:16]
     data = out / ("data-quick" if options.quick else "data")

@@ -82,17 +82,21 @@ class Lists:
 
     Args:
         runs: folders.
+        splits: names.
         limit: none means all.
     """
 
     runs: list[str]
     limit: Optional[int] = 3
+    splits: tuple[str, ...] = ("train", "dev")
 
 
 @pytest.mark.parametrize("given", [["a", "b"], ["[a,b]"], ["[a, b]"]])
 def test_lists_are_words_or_yaml_and_none_is_null(given) -> None:
     assert parse_options(Lists, ["--runs", *given, "--limit", "none"], "toy") == Lists(["a", "b"], None)
     assert parse_options(Lists, ["--runs", "a b"], "toy") == Lists(["a b"])  # one folder with a space
+    made = parse_options(Lists, ["--splits", "dev", "test", "--runs", "a"], "toy")
+    assert made == Lists(["a"], splits=("dev", "test"))
 
 
 def test_values_without_a_name_are_refused(capsys) -> None:

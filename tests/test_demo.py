@@ -44,5 +44,9 @@ def test_demo_leaves_results_and_plot(workers, tmp_path, capsys) -> None:
 def test_without_models_the_demo_says_so(tmp_path, capsys) -> None:
     from icefall_fusion.decode import DecodeOptions
 
+    stories = tmp_path / "stories.txt"
+    stories.write_text("A sentence.\n")
+    arguments = ["--stories", str(stories), "--pretrained", str(tmp_path), "--out", str(tmp_path / "demo")]
+    assert main(["demo", *arguments]) == 2 and not (tmp_path / "demo").exists()
     with pytest.raises(FileNotFoundError, match="no pretrained model"):
         with_pretrained(DecodeOptions("out", {"dev": "x"}), tmp_path)

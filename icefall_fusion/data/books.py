@@ -210,7 +210,11 @@ def _is_foreign(words: str) -> bool:
 
 def _book_job(job: tuple[str, Path, PrepareTextOptions]) -> tuple[bytes, int, int]:
     _, path, options = job
-    utterances = book_utterances(path.read_text(encoding="utf-8"), path.stem, options)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"book {str(path)!r} must be UTF-8 text, but is not: {error}") from None
+    utterances = book_utterances(text, path.stem, options)
     lines = "".join([json.dumps(utterance, ensure_ascii=False) + "\n" for utterance in utterances])
     words = sum(utterance["text"].count(" ") + 1 for utterance in utterances)
     return lines.encode("utf-8"), len(utterances), words
