@@ -24,6 +24,8 @@ from icefall_fusion.utterances import InputError, batches, read_cuts
 from icefall_fusion.wer import count_errors, read_texts, word_errors
 
 _LOWEST = -1e9  # stands for the score of what is not there
+#: Where a climb by decoding starts too, and its first step of the bonus (nats).
+FIRST_PASS_WEIGHT, FIRST_PASS_BONUS, BONUS_STEP = 0.4, 2.0, 1.0
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,8 @@ class TuneOptions:
         rounds: passes over all coordinates from each start.
         confirm: decode dev around the optimum of each method that has a fusion: a decode job whose test_sets
             name dev (its methods and weights are not used); left out: no confirmation.
-        confirm_rounds: passes over the coordinates by decoding.
-        confirm_step: factor between neighboring weights tried by decoding.
+        confirm_rounds: passes over the coordinates by decoding, each with half the step of the one before.
+        confirm_step: factor between neighboring weights tried by decoding, in the first pass.
     """
 
     nbest: list[str]
@@ -53,8 +55,8 @@ class TuneOptions:
     bonus: float = 3.0
     rounds: int = 4
     confirm: Optional[DecodeOptions] = None
-    confirm_rounds: int = 1
-    confirm_step: float = 1.3
+    confirm_rounds: int = 2
+    confirm_step: float = 1.6
 
     def __post_init__(self) -> None:
         check(len(self.nbest) > 0, "TuneOptions.nbest", "name at least one file", self.nbest)
@@ -235,6 +237,7 @@ class _Confirmation:
         utterances = utterances[: decode.limit or None]
         self.references = {u.id: u.text or "" for u in utterances}
         self.emissions: list[Emissions] = []
+        self.found: dict[tuple[str, ...], list[dict[str, float]]] = {}  # by sources, best of earlier methods
         self.skipped: list[str] = []
         for batch in tqdm(
             list(batches(utterances, decode.batch_size, decode.batch_seconds, decode.longest)),
@@ -253,8 +256,12 @@ class _Confirmation:
         check(len(self.emissions) > 0, "TuneOptions.confirm.test_sets", "have audio that can be read", 0)
 
     def improve(self, method: str, weights: Mapping[str, float]) -> tuple[dict[str, float], float]:
-        """Return the best weights among the neighbors of ``weights``, and their WER on dev in percent."""
-        best = dict(weights)
+        """Climb from the best of several starts, with ever smaller steps; return weights and WER in percent.
+
+        A language model in the first pass changes which hypotheses survive, so that it mostly takes larger
+        weights than a second pass over a beam that was pruned without it. Hence the further starts: a usual
+        first-pass weight, and what an earlier method with the same sources ended with.
+        """
         seen: dict[tuple[float, ...], float] = {}
 
         def wer(tried: Mapping[str, float]) -> float:
@@ -264,21 +271,29 @@ class _Confirmation:
                 logging.info("%s: dev WER %.2f %% by decoding with %s", method, seen[key], dict(tried))
             return seen[key]
 
-        wer(best)
-        for _ in range(self.options.confirm_rounds):
-            before = dict(best)
-            for source in [name for name in best if name != "ctc"]:
-                tries = [{**best, source: value} for value in self._neighbors(source, best[source])]
-                best = min([best, *tries], key=wer)  # the first of equals: stay
-            if best == before:
-                break
+        names = tuple(weights)
+        usual = {**weights, "words": FIRST_PASS_BONUS}
+        for part in parse_method(method):
+            if part.kind != "rescoring":
+                usual[part.source] = FIRST_PASS_WEIGHT
+        best = min([dict(weights), usual, *self.found.get(names, [])], key=wer)
+        for fineness in range(self.options.confirm_rounds):
+            for source in [name for name in names if name != "ctc"]:
+                for direction in (1, -1):
+                    tried = self._step(best, source, direction, fineness)
+                    while wer(tried) < wer(best):  # of equals, stay
+                        best, tried = tried, self._step(tried, source, direction, fineness)
+        self.found.setdefault(names, []).append(best)
         return best, wer(best)
 
-    def _neighbors(self, source: str, value: float) -> list[float]:
-        step = self.options.confirm_step
+    def _step(
+        self, weights: Mapping[str, float], source: str, direction: int, fineness: int
+    ) -> dict[str, float]:
+        """Return weights with one of them moved: by a factor, the bonus by some nats; halved each round."""
+        share, value = direction * 0.5**fineness, weights[source]
         if source == "words":
-            return [value - 0.3, value + 0.3]
-        return [value / step, value * step] if value > 0 else [0.1]
+            return {**weights, source: value + share * BONUS_STEP}
+        return {**weights, source: (value or 0.1) * self.options.confirm_step**share}
 
     def _wer(self, method: str, weights: Mapping[str, float]) -> float:
         decoder = self.decoder

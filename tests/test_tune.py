@@ -3,10 +3,12 @@ Knows: icefall_fusion.tune. Must not know: how hypotheses came about.
 """
 from __future__ import annotations
 
+import json
 import random
 
 import numpy as np
 import pytest
+import tiny
 import yaml
 
 from icefall_fusion.__main__ import main
@@ -94,3 +96,21 @@ def test_job_writes_weights_that_decode_reads(tmp_path) -> None:
     weights = weights_of("llm-nbest-rescoring", read_weights(str(out)))
     assert weights["llm"] > 0.3 and weights["ctc"] == 1.0
     assert yaml.safe_load(out.read_text())["dev_wer"]["llm-nbest-rescoring"] < 50
+
+
+def test_confirmation_gives_the_error_rate_of_a_decode_with_its_weights(tmp_path) -> None:
+    made = tiny.everything(tmp_path / "models")
+    models = [f"emissions.model={made['model']}", *(f"{n}.path={made[n]}" for n in ("nlm", "llm"))]
+    options = [*models, f"test_sets.noise={made['cuts']}", "search.beam=4"]
+    method, scores = "llm-delayed-interval-16", "nlm-nbest-rescoring+llm-nbest-rescoring"
+    as_words = [f"--{option}" for option in options]
+    assert main(["decode", *as_words, "--methods", scores, "--out", str(tmp_path / "dev")]) == 0
+    weights = tmp_path / "weights.yaml"
+    confirm = [f"--confirm.{option}" for option in [*options, f"out={tmp_path / 'confirm'}"]]
+    lists = str(tmp_path / "dev" / f"nbest-noise-{scores}.jsonl")
+    assert main(["tune", "--nbest", f"[{lists}]", "--ref", made["cuts"], "--methods", f"{method},nlm-shallow",
+                 "--out", str(weights), *confirm]) == 0  # fmt: skip
+    out = tmp_path / "again"
+    assert main(["decode", *as_words, "--methods", method, "--weights", str(weights), "--out", str(out)]) == 0
+    (row,) = json.loads((out / "results.json").read_text())
+    assert row["wer"] == pytest.approx(yaml.safe_load(weights.read_text())["dev_wer"][method], abs=6e-3)

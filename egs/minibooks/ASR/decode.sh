@@ -17,7 +17,7 @@ pretrained_dir=
 methods=all
 device=cpu
 limit=0
-confirm=200
+confirm=64
 
 while [ $# -gt 0 ]; do
   common_option "$@"
