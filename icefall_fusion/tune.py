@@ -92,15 +92,17 @@ def run(options: TuneOptions) -> int:
     return code
 
 
-def _write(path: str, weights: Mapping[str, Mapping[str, float]], wer: Mapping[str, float]) -> None:
+def _write(path: str, weights: Mapping[str, Mapping[str, float]], wer: Mapping[str, float]) -> str:
+    """Write the YAML file and return its text."""
     rounded = {
         method: {source: round(float(weight), 4) for source, weight in given.items() if source != "ctc"}
         for method, given in weights.items()
     }
     content = {"weights": rounded, "dev_wer": {method: round(value, 3) for method, value in wer.items()}}
     head = "# Found on dev by: python -m icefall_fusion tune. \"words\" is the bonus a word, in nats.\n"
-    write_text(path, head + yaml.safe_dump(content, sort_keys=False))
-    print(yaml.safe_dump(content, sort_keys=False))
+    text = head + yaml.safe_dump(content, sort_keys=False)
+    write_text(path, text)
+    return text
 
 
 # --- from stored scores -------------------------------------------------------------------------------
