@@ -87,8 +87,9 @@ def run(options: TuneOptions) -> int:
         for method in weights:
             if any(part.kind != "rescoring" for part in parse_method(method)):
                 weights[method], wer[method] = confirmed.improve(method, weights[method])
+                _write(options.out, weights, wer)  # hours with a large LM: a kill loses one method at most
         code = SKIPPED_SOME if confirmed.skipped else 0
-    _write(options.out, weights, wer)
+    print(_write(options.out, weights, wer))
     return code
 
 

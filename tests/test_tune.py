@@ -98,7 +98,7 @@ def test_job_writes_weights_that_decode_reads(tmp_path) -> None:
     assert yaml.safe_load(out.read_text())["dev_wer"]["llm-nbest-rescoring"] < 50
 
 
-def test_confirmation_gives_the_error_rate_of_a_decode_with_its_weights(tmp_path) -> None:
+def test_confirmation_gives_the_error_rate_of_a_decode_with_its_weights(tmp_path, capsys) -> None:
     made = tiny.everything(tmp_path / "models")
     models = [f"emissions.model={made['model']}", *(f"{n}.path={made[n]}" for n in ("nlm", "llm"))]
     options = [*models, f"test_sets.noise={made['cuts']}", "search.beam=4"]
@@ -110,6 +110,7 @@ def test_confirmation_gives_the_error_rate_of_a_decode_with_its_weights(tmp_path
     lists = str(tmp_path / "dev" / f"nbest-noise-{scores}.jsonl")
     assert main(["tune", "--nbest", f"[{lists}]", "--ref", made["cuts"], "--methods", f"{method},nlm-shallow",
                  "--out", str(weights), *confirm]) == 0  # fmt: skip
+    assert weights.read_text() in capsys.readouterr().out
     out = tmp_path / "again"
     assert main(["decode", *as_words, "--methods", method, "--weights", str(weights), "--out", str(out)]) == 0
     (row,) = json.loads((out / "results.json").read_text())
