@@ -98,12 +98,16 @@ def read_jsonl(path: PathLike) -> Iterator[dict]:
 
     Raises:
         FileNotFoundError: there is no such file.
+        ValueError: a line is not JSON (the message has its number).
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"utterance file not found: {str(path)!r}; run prepare-text first")
+        raise FileNotFoundError(f"no list of utterances at {path}; run prepare-text first")
     with open(path, encoding="utf-8") as file:
-        for line in file:
-            yield json.loads(line)
+        for number, line in enumerate(file, 1):
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
 
 
 def write_jsonl(path: PathLike, items: Sequence[dict]) -> None:

@@ -12,6 +12,7 @@ from typing import Any, Iterable, Mapping, Sequence
 from lhotse import AudioSource, MonoCut, Recording, SupervisionSegment
 
 from icefall_fusion.checks import check
+from icefall_fusion.data.books import read_jsonl
 from icefall_fusion.files import PathLike, atomic_path
 
 SAMPLE_RATE = 16_000  # Hz
@@ -22,28 +23,20 @@ def cuts_path(folder: PathLike, split: str) -> Path:
     return Path(folder) / f"minibooks_cuts_{split}.jsonl.gz"
 
 
-def read_jsonl(path: PathLike, required: Sequence[str]) -> list[dict[str, Any]]:
+def read_utterances(path: PathLike, required: Sequence[str]) -> list[dict[str, Any]]:
     """Return the objects of a JSON-lines file, each of which must have the keys ``required`` and its own id.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: a broken line, a missing key, or an id that occurs twice.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no list of utterances at {path}")
     rows, seen = [], set()
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
-            for key in required:
-                check(key in row, f"{path}, line {number}", f"have the key {key!r}", sorted(row))
-            check(row["id"] not in seen, f"{path}, line {number}", "have an id of its own", row["id"])
-            seen.add(row["id"])
-            rows.append(row)
+    for number, row in enumerate(read_jsonl(path), 1):
+        for key in required:
+            check(key in row, f"{path}, line {number}", f"have the key {key!r}", sorted(row))
+        check(row["id"] not in seen, f"{path}, line {number}", "have an id of its own", row["id"])
+        seen.add(row["id"])
+        rows.append(row)
     return rows
 
 

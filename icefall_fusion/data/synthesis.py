@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from icefall_fusion.checks import check, check_choice
 from icefall_fusion.data.espeak import SAMPLE_RATE, speak
-from icefall_fusion.data.manifests import cut_of, cuts_path, join_shards, read_jsonl, write_cuts
+from icefall_fusion.data.manifests import cut_of, cuts_path, join_shards, read_utterances, write_cuts
 from icefall_fusion.data.noise import CLEAN, OTHER, TRAIN, Conditions, distort
 from icefall_fusion.data.voices import SPEAKERS, Speakers
 from icefall_fusion.files import atomic_path, write_json
@@ -154,7 +154,7 @@ def punctuated(text: str, cased: str) -> str:
 def run(options: SynthesizeOptions) -> int:
     """Make the audio and ``manifests/minibooks_cuts_SPLIT.jsonl.gz``; return 0."""
     source = options.input or options.data_dir / "text" / f"selected_{options.split}.jsonl"
-    utterances = read_jsonl(source, ("id", "text"))
+    utterances = read_utterances(source, ("id", "text"))
     parts = options.data_dir / "manifests" / ".parts" / options.split
     shards = _plan(options, utterances, parts)
     todo = [shard for shard in shards if not shard.manifest.exists()]
