@@ -26,6 +26,7 @@ from icefall_fusion.training.checkpoints import (
     save_safetensors,
 )
 from icefall_fusion.training.loop import Trainer, TrainerOptions
+from icefall_fusion.training.optimizers import hidden_matrices, make_optimizer
 from icefall_fusion.training.schedule import learning_rate
 
 ROWS, WIDTH, BATCHES = 4, 6, 5
@@ -53,9 +54,23 @@ class Lines:
         self.epoch, self.batch = self.epoch + 1, 0
 
 
+class InTurn(nn.Module):
+    def __init__(self, blocks: nn.ModuleList) -> None:
+        super().__init__()
+        self.blocks = blocks
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + block(x).tanh()
+        return x
+
+
 def make_model(dropout: float = 0.0) -> nn.Module:
     torch.manual_seed(7)
-    return nn.Sequential(nn.Linear(WIDTH, 8), nn.Tanh(), nn.Dropout(dropout), nn.Linear(8, 1))
+    blocks = nn.ModuleList([nn.Linear(8, 8)])  # what Muon takes
+    return nn.Sequential(
+        nn.Linear(WIDTH, 8), nn.Tanh(), nn.Dropout(dropout), InTurn(blocks), nn.Linear(8, 1)
+    )
 
 
 def squared_error(model: nn.Module, batch: Any) -> tuple[Tensor, int, dict[str, Any]]:
@@ -87,10 +102,10 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("precision", ["float32", "bf16"])
-def test_resume_after_a_kill_equals_one_run(tmp_path: Path, precision: str) -> None:
+@pytest.mark.parametrize("precision, optimizer", [("float32", "adamw"), ("bf16", "adamw"), ("bf16", "muon")])
+def test_resume_after_a_kill_equals_one_run(tmp_path: Path, precision: str, optimizer: str) -> None:
     """Killed between checkpoints, across an epoch's end and with dropout: bit for bit the same model."""
-    settings = {"save_every_steps": 3, "precision": precision}
+    settings = {"save_every_steps": 3, "precision": precision, "optimizer": optimizer}
     whole = make_model(dropout=0.3)
     train(tmp_path / "whole", whole, **settings)
 
@@ -113,6 +128,33 @@ def test_resume_after_a_kill_equals_one_run(tmp_path: Path, precision: str) -> N
     again, _ = train(tmp_path / "cut", make_model(dropout=0.3), **settings)
     assert again.step == 8  # nothing left to do
     assert_same(whole, again.model)
+
+
+def test_muon_takes_the_matrices_of_blocks_alone() -> None:
+    model = make_model()
+    assert hidden_matrices(model) == {"3.blocks.0.weight"}
+    muon = make_optimizer(model, options(optimizer="muon"))
+    assert [p is model[3].blocks[0].weight for p in muon.parts["muon"].param_groups[0]["params"]] == [True]
+    rest = [p for group in muon.parts["adamw"].param_groups for p in group["params"]]
+    assert len(rest) == len(list(model.parameters())) - 1
+    assert set(make_optimizer(model, options()).parts) == {"adamw"}
+    with pytest.raises(ValueError, match=r"\['adamw'\].*TrainerOptions.optimizer.*\['adamw', 'muon'\]"):
+        make_optimizer(model, options()).load_state_dict(muon.state_dict())
+
+
+def test_muon_steps_are_as_large_as_adamw_steps_and_even_in_all_directions() -> None:
+    """An update has singular values all about equal, and the root mean square 0.2 * lr of AdamW's."""
+    model = make_model()
+    weight = model[3].blocks[0].weight
+    before = weight.detach().clone()
+    weight.grad = torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    make_optimizer(model, options(optimizer="muon", weight_decay=0.0)).step()
+    update = before - weight.detach()
+    values = torch.linalg.svdvals(update) / (0.01 * 0.2 * 8**0.5)
+    assert 0.4 < float(values.min()) and float(values.max()) < 1.5
+    assert float((update * weight.grad).sum()) > 0  # downhill
 
 
 def test_nonfinite_steps_are_skipped_and_counted(tmp_path: Path) -> None:

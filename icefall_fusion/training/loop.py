@@ -24,7 +24,8 @@ from icefall_fusion.training.checkpoints import (
     set_random_states,
 )
 from icefall_fusion.training.journal import Journal, StopSignals
-from icefall_fusion.training.options import TrainerOptions, make_optimizer
+from icefall_fusion.training.optimizers import make_optimizer
+from icefall_fusion.training.options import TrainerOptions
 from icefall_fusion.training.processes import init_distributed, sum_over_processes, to_device
 
 __all__ = ["BatchSource", "LossFunction", "Trainer", "TrainerOptions", "init_distributed"]

@@ -1,15 +1,14 @@
-"""Options of the training loop and the optimizer they ask for.
-Knows: numbers, parameters of a module. Must not know: data, what a model computes.
+"""Options of the training loop.
+Knows: numbers. Must not know: torch, data, what a model computes.
 """
 from __future__ import annotations
 
 import dataclasses
 
-import torch
-from torch import nn
-
 from icefall_fusion.checks import check, check_choice
 from icefall_fusion.training.schedule import SCHEDULES, learning_rate
+
+OPTIMIZERS = ("adamw", "muon")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +16,8 @@ class TrainerOptions:
     """How to optimize, how long, and what to write meanwhile.
 
     Args:
-        lr: peak learning rate of AdamW.
+        optimizer: "adamw", or "muon": the matrices of repeated layers by Muon, everything else by AdamW.
+        lr: peak learning rate; Muon's updates are scaled to the size of AdamW's, so one rate serves both.
         min_lr: learning rate at the end of the cosine (floor of the inverse square root).
         warmup_steps: steps of linear growth to ``lr``.
         schedule: "cosine" (ends at ``max_steps``) or "inverse-sqrt".
@@ -25,7 +25,7 @@ class TrainerOptions:
         max_minutes: wall-clock limit of this run in minutes: it stops with a checkpoint; 0 = none.
         beta1: AdamW's first moment decay.
         beta2: AdamW's second moment decay.
-        weight_decay: AdamW's decay, for parameters with two or more dimensions.
+        weight_decay: decoupled decay, for parameters with two or more dimensions.
         grad_clip: largest gradient norm; 0 = no clipping.
         accumulate: batches in one optimizer step.
         precision: "bf16" (autocast, float32 weights) or "float32".
@@ -39,6 +39,7 @@ class TrainerOptions:
         nan_limit: stop with an error after so many steps in a row with a non-finite loss or gradient.
     """
 
+    optimizer: str = "adamw"
     lr: float = 1e-3
     min_lr: float = 1e-5
     warmup_steps: int = 100
@@ -61,6 +62,7 @@ class TrainerOptions:
     nan_limit: int = 10
 
     def __post_init__(self) -> None:
+        check_choice(self.optimizer, OPTIMIZERS, "TrainerOptions.optimizer")
         check_choice(self.schedule, SCHEDULES, "TrainerOptions.schedule")
         check_choice(self.precision, ("bf16", "float32"), "TrainerOptions.precision")
         check(self.lr > 0, "TrainerOptions.lr", "be above 0", self.lr)
@@ -76,14 +78,3 @@ class TrainerOptions:
     def rate(self, step: int) -> float:
         """Return the learning rate of a step (the first is 0)."""
         return learning_rate(step, self.schedule, self.lr, self.warmup_steps, self.max_steps, self.min_lr)
-
-
-def make_optimizer(model: nn.Module, options: TrainerOptions) -> torch.optim.AdamW:
-    """AdamW with decay on matrices only, fused (one pass over memory) on CPU and CUDA alike."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": options.weight_decay},
-        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    betas = (options.beta1, options.beta2)
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=options.lr, betas=betas, fused=True)
