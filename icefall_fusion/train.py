@@ -46,6 +46,8 @@ class TrainOptions:
         valid_utterances: how many utterances a validation takes; 0 = all.
         stats_seconds: seconds of training data that the feature mean and deviation are taken from.
         device: "auto", "cpu" or "cuda".
+        compile: fuse each layer with torch.compile (needs a C++ compiler; a minute to start, then a seventh
+            faster on a CPU).
         threads: CPU threads; 0 = leave torch's choice.
         export_to: write the averaged model to this folder and do not train.
         export_dtype: "float32", "float16" or "bfloat16" of the exported weights.
@@ -65,6 +67,7 @@ class TrainOptions:
     valid_utterances: int = 200
     stats_seconds: float = 3600.0
     device: str = "auto"
+    compile: bool = False
     threads: int = 0
     export_to: str = ""
     export_dtype: str = "bfloat16"
@@ -223,15 +226,20 @@ def make_trainer(options: TrainOptions, device: torch.device, rank: int) -> Trai
     folder = Path(options.data_dir) / "fbank"
     train, valid = cuts_path(folder, options.train_split), cuts_path(folder, options.valid_split)
     if not list_checkpoints(options.exp):
-        plain = dataclasses.replace(options.data, spec_augment=False, workers=0)
+        plain = dataclasses.replace(options.data, frequency_warp=0.0, spec_augment=False, workers=0)
         mean, deviation = feature_statistics(TrainBatches(train, plain), options.stats_seconds)
         model.encoder.mean.copy_(mean)
         model.encoder.deviation.copy_(deviation)
     if rank == 0:
         size, encoder = (sum(p.numel() for p in part.parameters()) / 1e6 for part in (model, model.encoder))
         print(f"{size:.2f}M parameters ({encoder:.2f}M encoder), {device}", file=sys.stderr, flush=True)
+    if options.compile:
+        for layer in (*(layer for stack in model.encoder.stacks for layer in stack), *model.decoder.layers):
+            layer.compile(dynamic=True)
     encode = model.tokens.encode
-    short = dataclasses.replace(options.data, max_seconds=options.easy_seconds, spec_augment=False)
+    short = dataclasses.replace(
+        options.data, max_seconds=options.easy_seconds, frequency_warp=0.0, spec_augment=False
+    )
     easy, full = TrainBatches(train, short, encode), TrainBatches(train, options.data, encode)
     return Trainer(
         options.trainer,

@@ -14,6 +14,7 @@ from lhotse import CutSet
 from icefall_fusion.data.audio import AudioError, load_audio
 from icefall_fusion.data.datamodule import DataOptions, EvalBatches, TrainBatches
 from icefall_fusion.data.fbank import FbankOptions, extract, run
+from icefall_fusion.data.frequency_warp import warp_frequencies
 from icefall_fusion.data.manifests import cut_of, cuts_path, write_cuts
 
 OPTIONS = DataOptions(
@@ -111,6 +112,40 @@ def test_spec_augment_changes_training_only(data: Path) -> None:
         for id, features, length in zip(batch["ids"], batch["features"], batch["lens"]):
             changed += not torch.equal(features[:length], plain[id][:length])
     assert changed > 12
+
+
+@pytest.mark.parametrize("factor", [0.85, 0.95, 1.1])
+@pytest.mark.parametrize("peak", [300.0, 1000.0, 3000.0])
+def test_a_warped_resonance_lies_where_the_factor_says(factor: float, peak: float) -> None:
+    mel = lambda hertz: 1127.0 * np.log1p(hertz / 700.0)  # noqa: E731
+    centers = np.linspace(mel(20.0), mel(7600.0), 82)[1:-1]
+    features = torch.from_numpy(np.exp(-0.5 * ((centers - mel(peak)) / 60.0) ** 2))[None]
+    found = int(warp_frequencies(features, factor).argmax())
+    assert found == np.abs(centers - mel(factor * peak)).argmin()
+
+
+def test_warping_by_one_changes_nothing_and_nothing_leaves_the_range() -> None:
+    features = torch.randn(7, 80, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(warp_frequencies(features, 1.0), features, atol=1e-4, rtol=0)
+    for factor in (0.8, 1.25):
+        warped = warp_frequencies(features, factor)
+        assert features.min() <= warped.min() and warped.max() <= features.max()
+    assert warp_frequencies(features[:0], 0.9).shape == (0, 80)
+
+
+def test_frequency_warp_is_drawn_for_each_utterance_and_resumes(data: Path) -> None:
+    options = dataclasses.replace(OPTIONS, spec_augment=False, frequency_warp=0.2)
+    plain = {}
+    for batch in EvalBatches(_manifest(data), options):
+        plain.update(zip(batch["ids"], batch["features"]))
+    batches = [list(TrainBatches(_manifest(data), options)) for _ in range(2)]
+    for one, two in zip(*batches):
+        assert torch.equal(one["features"], two["features"])
+    for batch in batches[0]:
+        for id, features, length in zip(batch["ids"], batch["features"], batch["lens"]):
+            assert not torch.equal(features[:length], plain[id][:length])
+    with pytest.raises(ValueError, match="DataOptions.frequency_warp must lie in 0..0.5, but is 0.7"):
+        dataclasses.replace(OPTIONS, frequency_warp=0.7)
 
 
 def test_broken_files_are_skipped_and_listed(data: Path, tmp_path: Path) -> None:

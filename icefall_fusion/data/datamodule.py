@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from icefall_fusion.checks import check
 from icefall_fusion.data.fbank import DIM, cut_samples, extract
+from icefall_fusion.data.frequency_warp import warp_frequencies
 from icefall_fusion.files import PathLike
 
 PADDING = float(np.log(1e-10))  # the log energy of digital silence, as lhotse pads features
@@ -41,6 +42,7 @@ class DataOptions:
         max_seconds: longer training utterances are left out.
         workers: processes that load features; 0 loads in the main process. Batches do not depend on it.
         prefetch: batches that each worker holds ready.
+        frequency_warp: training utterances are warped by a factor from 1 - this to 1 + this (VTLP); 0 is off.
         spec_augment: mask and warp training features (Park et al., 2019).
         time_warp: frames, 0 is off.
         feature_masks: number of bands masked.
@@ -59,6 +61,7 @@ class DataOptions:
     max_seconds: float = 25.0
     workers: int = 1
     prefetch: int = 4
+    frequency_warp: float = 0.0
     spec_augment: bool = True
     time_warp: int = 80
     feature_masks: int = 2
@@ -78,6 +81,7 @@ class DataOptions:
             check(getattr(self, name) >= 1, f"DataOptions.{name}", "be at least 1", getattr(self, name))
         for name in ("frame_mask_fraction", "spec_augment_share"):
             check(0 <= getattr(self, name) <= 1, f"DataOptions.{name}", "lie in 0..1", getattr(self, name))
+        check(0 <= self.frequency_warp < 0.5, "DataOptions.frequency_warp", "lie in 0..0.5", self.frequency_warp)
         rule = "be at least max_seconds, else long utterances would never be used"
         check(self.max_duration >= self.max_seconds, "DataOptions.max_duration", rule, self.max_duration)
 
@@ -238,6 +242,7 @@ class _Loading(Dataset):
     def __init__(self, encode: Optional[Encode], options: Optional[DataOptions]) -> None:
         self._encode = encode
         self._augment = None
+        self._warp = 0.0 if options is None else options.frequency_warp
         if options is not None and options.spec_augment:
             self._augment = SpecAugment(
                 time_warp_factor=options.time_warp,
@@ -259,7 +264,10 @@ class _Loading(Dataset):
                 except (FileNotFoundError, ValueError) as error:
                     skipped.append({"id": cut.id, "error": str(error)})
                     continue
-                if self._augment is not None and len(one) > 0:  # before padding: independent of the batch
+                # before padding: independent of the batch
+                if self._warp > 0:
+                    one = warp_frequencies(one, random.uniform(1 - self._warp, 1 + self._warp))
+                if self._augment is not None and len(one) > 0:
                     one = self._augment(one[None])[0]
                 features.append(one)
                 kept.append(cut)
