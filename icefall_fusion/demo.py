@@ -35,7 +35,7 @@ class DemoOptions:
         stories: text, a sentence a line; lines that start with "#" are titles.
         pretrained: folder with ctc_aed, nlm, llm, matched_llm and weights.yaml.
         methods: comma-separated or a list; "all" is the whole comparison.
-        quick: only 16 sentences.
+        quick: only 16 sentences; everything then lies in the folder ``quick`` of ``out``.
         search: the prefix search.
         batch_size: utterances decoded together.
         workers: processes that speak, and then decode a set each.
@@ -65,13 +65,12 @@ class DemoOptions:
 def run(options: DemoOptions) -> int:
     """Run the job ``demo``."""
     begun = time.monotonic()
-    out = Path(options.out)
+    out = Path(options.out) / ("quick" if options.quick else "")
     sentences = read_sentences(options.stories)
     _decode_options(options, out, "any", "not made yet")  # missing models are told before anything is spoken
     if options.quick:
         sentences = sentences[:: max(1, len(sentences) // 16)][:16]
-    data = out / ("data-quick" if options.quick else "data")
-    manifests = {name: speak(options, data, name, sentences) for name in SETS}
+    manifests = {name: speak(options, out / "data", name, sentences) for name in SETS}
     jobs = [_decode_options(options, out, name, path) for name, path in manifests.items()]
     if options.workers > 1:  # a process for each set, a thread for each process
         with multiprocessing.get_context("spawn").Pool(min(options.workers, len(jobs))) as pool:

@@ -124,15 +124,8 @@ class ToyExport(nn.Module):
 
 @pytest.fixture(scope="module")
 def bpe(tmp_path_factory):
-    import sentencepiece
-
     folder = tmp_path_factory.mktemp("bpe")
-    lines = ["the cat sat on the mat", "a dog and a cat", "we saw the sea at dawn"] * 20
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_prefix=str(folder / "bpe"), vocab_size=30, model_type="unigram",
-        user_defined_symbols=["<blk>", "<sos/eos>"], unk_id=2, bos_id=-1, eos_id=-1, minloglevel=2,
-        hard_vocab_limit=False,
-    )  # fmt: skip
+    tiny.write_bpe(folder, ["the cat sat on the mat", "a dog and a cat", "we saw the sea at dawn"] * 20, 30)
     return folder
 
 

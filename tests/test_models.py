@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from torch.nn import functional as F
 
@@ -24,6 +25,7 @@ from icefall_fusion.models import (
 )
 from icefall_fusion.models.attention import attend, masked_bias, rotary_table, rotate
 from icefall_fusion.models.ctc import ctc_loss_sum, frames_needed
+from icefall_fusion.tokens import AcousticTokens
 
 BINS, VOCAB = 8, 11
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
@@ -192,23 +194,8 @@ def test_save_and_load_give_the_same_model(model: CtcAed, tmp_path: Path) -> Non
 
 
 def test_bpe_model_travels_along_and_must_fit(tmp_path: Path) -> None:
-    import sentencepiece
-
-    text = tmp_path / "text"
-    text.write_text("the cat sat on the mat\nthe dog ate the cat\n" * 20)
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(text),
-        model_prefix=str(tmp_path / "bpe"),
-        vocab_size=30,
-        model_type="unigram",
-        minloglevel=2,
-        user_defined_symbols=["<blk>", "<sos/eos>"],
-        unk_id=2,
-        bos_id=-1,
-        eos_id=-1,
-        hard_vocab_limit=False,
-    )
-    size = sentencepiece.SentencePieceProcessor(str(tmp_path / "bpe.model")).get_piece_size()
+    tiny.write_bpe(tmp_path, ["the cat sat on the mat", "the dog ate the cat"] * 20, 30)
+    size = AcousticTokens.load(tmp_path).size
     with pytest.raises(ValueError, match=f"have {size} pieces, but the acoustic model has 11 outputs"):
         CtcAed(tiny_options(), tmp_path)
     save(CtcAed(tiny_options(vocab_size=size), tmp_path), tmp_path / "model")

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import sentencepiece
 import soundfile
+import tiny
 import torch
 
 from icefall_fusion.data.datamodule import DataOptions
@@ -38,20 +39,7 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
             utterance = {"id": path.stem, "text": " ".join(words)}
             cuts.append(cut_of(utterance, path, len(sound), {"voice": "tone"}))
         write_cuts(cuts, cuts_path(folder / "fbank", split))
-    (folder / "text").write_text("\n".join([" ".join(TONES)] * 20))
-    (folder / "lang_bpe_500").mkdir()
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(folder / "text"),
-        model_prefix=str(folder / "lang_bpe_500" / "bpe"),
-        vocab_size=20,
-        model_type="unigram",
-        minloglevel=2,
-        user_defined_symbols=["<blk>", "<sos/eos>"],
-        unk_id=2,
-        bos_id=-1,
-        eos_id=-1,
-        hard_vocab_limit=False,
-    )
+    tiny.write_bpe(folder / "lang_bpe_500", [" ".join(TONES)] * 20, 20)
     return folder
 
 

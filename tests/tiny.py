@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,30 +27,30 @@ from transformers import (
 from icefall_fusion.data.manifests import cut_of, write_cuts
 from icefall_fusion.models import CtcAed, DecoderOptions, EncoderOptions, ModelOptions, save
 
-LINES = [
+LINES = (
     "the cat sat on the mat and looked at the sea",
     "a dog and a cat met near the old harbor",
     "we saw the sea at dawn and he didn't speak",
     "she sold the red shells to an honest sailor",
-] * 8
+) * 8
 
 
-@functools.lru_cache(maxsize=1)
-def bpe_bytes() -> bytes:
-    """Return a SentencePiece model of 40 pieces in the acoustic convention."""
+@functools.lru_cache(maxsize=8)
+def bpe_bytes(lines: tuple[str, ...] = LINES, size: int = 40) -> bytes:
+    """Return a SentencePiece model of at most ``size`` pieces in the acoustic convention."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(LINES), model_writer=model, vocab_size=40, model_type="unigram", unk_id=2,
+        sentence_iterator=iter(lines), model_writer=model, vocab_size=size, model_type="unigram", unk_id=2,
         bos_id=-1, eos_id=-1, user_defined_symbols=["<blk>", "<sos/eos>"], minloglevel=2,
         hard_vocab_limit=False,
     )  # fmt: skip
     return model.getvalue()
 
 
-def write_bpe(folder: Path) -> Path:
+def write_bpe(folder: Path, lines: Sequence[str] = LINES, size: int = 40) -> Path:
     """Write ``bpe.model`` and return its path."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "bpe.model").write_bytes(bpe_bytes())
+    (folder / "bpe.model").write_bytes(bpe_bytes(tuple(lines), size))
     return folder / "bpe.model"
 
 

@@ -81,7 +81,8 @@ class DataOptions:
             check(getattr(self, name) >= 1, f"DataOptions.{name}", "be at least 1", getattr(self, name))
         for name in ("frame_mask_fraction", "spec_augment_share"):
             check(0 <= getattr(self, name) <= 1, f"DataOptions.{name}", "lie in 0..1", getattr(self, name))
-        check(0 <= self.frequency_warp < 0.5, "DataOptions.frequency_warp", "lie in 0..0.5", self.frequency_warp)
+        warp = self.frequency_warp
+        check(0 <= warp < 0.5, "DataOptions.frequency_warp", "lie in 0..0.5", warp)
         rule = "be at least max_seconds, else long utterances would never be used"
         check(self.max_duration >= self.max_seconds, "DataOptions.max_duration", rule, self.max_duration)
 

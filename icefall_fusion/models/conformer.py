@@ -14,73 +14,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from icefall_fusion.checks import check
-from icefall_fusion.models.attention import SelfAttention, masked_bias, rotary_table
+from icefall_fusion.models.attention import masked_bias, rotary_table
+from icefall_fusion.models.conformer_layer import (
+    ChunkOptions,
+    ConformerLayer,
+    EncoderOptions,
+    Frames,
+    LayerCache,
+)
 from icefall_fusion.models.subsampling import FACTOR, HISTORY, Subsampling
-
-
-@dataclass(frozen=True)
-class EncoderOptions:
-    """The shape of the encoder.
-
-    Args:
-        bins: mel bins of a feature frame.
-        size: model size D.
-        heads: attention heads; D / heads must be even.
-        feedforward: inner size of the two feed-forward modules of a layer.
-        layers: numbers of layers at 40 ms, then at 80 ms, then at 40 ms again.
-        kernel: taps of the depthwise convolution, odd.
-        dropout: probability of dropping a value of a module's output in training.
-    """
-
-    bins: int = 80
-    size: int = 256
-    heads: int = 4
-    feedforward: int = 768
-    layers: tuple[int, int, int] = (2, 4, 1)
-    kernel: int = 15
-    dropout: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name in ("bins", "size", "heads", "feedforward"):
-            check(getattr(self, name) >= 1, f"EncoderOptions.{name}", "be at least 1", getattr(self, name))
-        even = self.size % (2 * self.heads) == 0
-        check(even, "EncoderOptions.size", f"be a multiple of {2 * self.heads}", self.size)
-        object.__setattr__(self, "layers", tuple(self.layers))
-        check(
-            len(self.layers) == 3 and min(self.layers) >= 0 and sum(self.layers) > 0,
-            "EncoderOptions.layers",
-            "be three counts, not all zero",
-            self.layers,
-        )
-        check(self.kernel % 2 == 1, "EncoderOptions.kernel", "be odd", self.kernel)
-        check(0 <= self.dropout < 1, "EncoderOptions.dropout", "be in [0, 1)", self.dropout)
-
-
-@dataclass(frozen=True)
-class ChunkOptions:
-    """How far an encoder frame may look when the encoder works in chunks.
-
-    Args:
-        size: 40 ms frames of a chunk; even, because some layers run at 80 ms.
-        left_chunks: earlier chunks that attention sees; None is all of them.
-    """
-
-    size: int = 16
-    left_chunks: Optional[int] = 8
-
-    def __post_init__(self) -> None:
-        check(self.size >= 2 and self.size % 2 == 0, "ChunkOptions.size", "be even and at least 2", self.size)
-        left = self.left_chunks
-        check(left is None or left >= 0, "ChunkOptions.left_chunks", "be None or at least 0", left)
-
-
-@dataclass
-class LayerCache:
-    """What one layer keeps between chunks: keys and values [B,H,P,E], convolution input [B,kernel//2,D]."""
-
-    keys: Tensor
-    values: Tensor
-    conv: Tensor
 
 
 @dataclass
@@ -92,90 +34,6 @@ class StreamingState:
     features: Tensor  # [B,HISTORY,bins], normalized
     valid: list[Tensor]  # per rate (40 ms, 80 ms): which cached keys are real [B,P]
     layers: list[LayerCache] = field(default_factory=list)
-
-
-@dataclass
-class _Frames:
-    """What all layers of one rate share in one call."""
-
-    valid: Tensor  # [B,T,1] in the dtype of the frames
-    bias: Tensor  # [B,1,1 or T,P+T]
-    rotary: tuple[Tensor, Tensor]
-    chunk: Optional[int]  # frames of this rate; None: no chunks
-
-
-class ConvModule(nn.Module):
-    """Gated depthwise convolution (Gulati et al. 2020, section 2.2) with layer norm and dynamic chunks.
-
-    In chunks, a frame sees the true frames on its left and only its own chunk on the right (Li et al. 2023,
-    arXiv 2304.09325): the same symmetric kernel serves whole utterances and streams.
-    """
-
-    def __init__(self, size: int, kernel: int) -> None:
-        super().__init__()
-        self.pad = kernel // 2
-        self.gate = nn.Linear(size, 2 * size)
-        self.depthwise = nn.Conv1d(size, size, kernel, groups=size)
-        self.norm = nn.LayerNorm(size)
-        self.out = nn.Linear(size, size)
-
-    def forward(self, x: Tensor, frames: _Frames, past: Optional[Tensor] = None) -> tuple[Tensor, Tensor]:
-        """Return the output [B,T,D] and the convolution's last inputs, for the next chunk."""
-        x = F.glu(self.gate(x), dim=-1)
-        x = x * frames.valid.to(x.dtype)
-        if past is None:
-            past = x.new_zeros(x.shape[0], self.pad, x.shape[2])
-        joined = torch.cat((past.to(x.dtype), x), dim=1)
-        if frames.chunk is None or x.shape[1] <= frames.chunk:
-            y = self.depthwise(F.pad(joined, (0, 0, 0, self.pad)).transpose(1, 2)).transpose(1, 2)
-        else:
-            y = self._by_chunks(joined, x.shape[1], frames.chunk)
-        y = self.out(F.silu(self.norm(y)))
-        return y, joined[:, joined.shape[1] - self.pad :]
-
-    def _by_chunks(self, joined: Tensor, length: int, chunk: int) -> Tensor:
-        batch, _, size = joined.shape
-        chunks = -(-length // chunk)
-        joined = F.pad(joined, (0, 0, 0, chunks * chunk - length))
-        windows = joined.unfold(1, self.pad + chunk, chunk)  # [B,chunks,D,pad+chunk]
-        y = self.depthwise(F.pad(windows, (0, self.pad)).flatten(0, 1))  # [B*chunks,D,chunk]
-        return y.transpose(1, 2).reshape(batch, chunks * chunk, size)[:, :length]
-
-
-class FeedForward(nn.Sequential):
-    """LayerNorm, linear, SiLU, linear."""
-
-    def __init__(self, size: int, inner: int) -> None:
-        super().__init__(nn.LayerNorm(size), nn.Linear(size, inner), nn.SiLU(), nn.Linear(inner, size))
-
-
-class ConformerLayer(nn.Module):
-    """Half feed-forward, self-attention, convolution, half feed-forward; pre-norm residuals.
-
-    Layer norm only (no batch norm), so that neither padding nor batch matters.
-    """
-
-    def __init__(self, options: EncoderOptions) -> None:
-        super().__init__()
-        self.before = FeedForward(options.size, options.feedforward)
-        self.attention_norm = nn.LayerNorm(options.size)
-        self.attention = SelfAttention(options.size, options.heads)
-        self.conv_norm = nn.LayerNorm(options.size)
-        self.conv = ConvModule(options.size, options.kernel)
-        self.after = FeedForward(options.size, options.feedforward)
-        self.dropout = nn.Dropout(options.dropout) if options.dropout > 0 else nn.Identity()
-
-    def forward(self, x: Tensor, frames: _Frames, cache: Optional[LayerCache] = None) -> Tensor:
-        """Return [B,T,D]; a given cache is read and replaced."""
-        x = x + 0.5 * self.dropout(self.before(x))
-        past = None if cache is None else (cache.keys, cache.values)
-        y, seen = self.attention(self.attention_norm(x), frames.bias, frames.rotary, past)
-        x = x + self.dropout(y)
-        y, conv = self.conv(self.conv_norm(x), frames, None if cache is None else cache.conv)
-        if cache is not None:
-            cache.keys, cache.values, cache.conv = seen[0], seen[1], conv
-        x = x + self.dropout(y)
-        return x + 0.5 * self.dropout(self.after(x))
 
 
 class ConformerEncoder(nn.Module):
@@ -286,7 +144,7 @@ class ConformerEncoder(nn.Module):
         return x, lens
 
     def _run(
-        self, x: Tensor, full: _Frames, half: _Frames, layer_caches: Optional[list[LayerCache]]
+        self, x: Tensor, full: Frames, half: Frames, layer_caches: Optional[list[LayerCache]]
     ) -> tuple[Tensor, Tensor]:
         """The three stacks and the last norm; caches are in the order of the layers."""
         caches: list[Optional[LayerCache]] = [None] * sum(self.options.layers)
@@ -313,7 +171,7 @@ class ConformerEncoder(nn.Module):
 
     def _whole_frames(
         self, x: Tensor, lens: Tensor, size: Optional[int], chunk: Optional[ChunkOptions]
-    ) -> _Frames:
+    ) -> Frames:
         length = x.shape[1]
         index = torch.arange(length, device=x.device)
         valid = index < lens[:, None]  # [B,T]
@@ -324,15 +182,15 @@ class ConformerEncoder(nn.Module):
             sees = (back >= 0) if chunk.left_chunks is None else (back >= 0) & (back <= chunk.left_chunks)
             allowed = allowed & sees
         rotary = rotary_table(0, length, self.options.size // self.options.heads, x)
-        return _Frames(valid[:, :, None].to(x.dtype), masked_bias(allowed, x.dtype), rotary, size)
+        return Frames(valid[:, :, None].to(x.dtype), masked_bias(allowed, x.dtype), rotary, size)
 
-    def _chunk_frames(self, x: Tensor, lens: Tensor, size: int, state: StreamingState, rate: int) -> _Frames:
+    def _chunk_frames(self, x: Tensor, lens: Tensor, size: int, state: StreamingState, rate: int) -> Frames:
         valid = torch.arange(size, device=x.device) < lens[:, None]
         state.valid[rate] = torch.cat((state.valid[rate], valid), dim=1)
         start = state.frames // (rate + 1)
         rotary = rotary_table(start, size, self.options.size // self.options.heads, x)
         bias = masked_bias(state.valid[rate][:, None, None, :], x.dtype)
-        return _Frames(valid[:, :, None].to(x.dtype), bias, rotary, size)
+        return Frames(valid[:, :, None].to(x.dtype), bias, rotary, size)
 
     def _forget(self, state: StreamingState) -> None:
         """Drop keys that no later chunk sees."""

@@ -2,6 +2,7 @@
 Knows: emissions, decoders as functions, exact log-probabilities. Must not know: how any decoder works.
 
     OMP_NUM_THREADS=1 python tools/bench/search.py               # synthetic sets, beams 4, 10, 20
+    PYTHONPATH=.cache/peers python tools/bench/search.py ...     # more decoders: see tools/bench/peers.txt
     python tools/bench/search.py --emissions FILE.npz --beams 10 --output bench/search-real.json
 
 Quality: the gap in exact log P(pieces | emissions) (torch's ctc_loss) to the best hypothesis that any decoder
