@@ -1,4 +1,4 @@
-"""Any Hugging Face causal LM as a scorer of token trees; the sole importer of transformers' models.
+"""Any Hugging Face causal LM as a scorer of token trees.
 Knows: transformers, tokens, devices. Must not know: acoustic models, search, fusion.
 """
 from __future__ import annotations
