@@ -80,11 +80,6 @@ class TreeScorer:
         check(0 <= node < len(self.tree), "node", f"lie between 0 and {len(self.tree) - 1}", node)
         return self.tree.insert(int(node), token_ids)
 
-    def insert_many(self, nodes: Sequence[int], paths: Sequence[Sequence[int]]) -> list[int]:
-        """Do `insert` for each pair."""
-        check(len(nodes) == len(paths), "paths", f"be as many as the {len(nodes)} nodes", len(paths))
-        return [self.insert(node, path) for node, path in zip(nodes, paths)]
-
     def child(self, nodes: Tensor, tokens: Tensor) -> Tensor:
         """Return the children [n] int64 of ``nodes`` [n] by ``tokens`` [n], made as needed.
 

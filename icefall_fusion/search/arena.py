@@ -55,10 +55,6 @@ class PrefixArena:
         """Return the node of the empty prefix of utterance ``utterance``."""
         return utterance * self.beam
 
-    def utterance_of(self, nodes: Tensor) -> Tensor:
-        """Return the utterance index of each node (any shape)."""
-        return torch.div(nodes % self.row_size, self.beam, rounding_mode="floor")
-
     # -- vectorized gathers; every one takes int64 nodes of any shape and gives the same shape
     def parent(self, nodes: Tensor) -> Tensor:
         """Return the prefix without its last piece (a root's parent is itself)."""
