@@ -580,6 +580,10 @@ def test_vocabularies_that_differ_are_refused_with_both_sizes(llm, nlm, tokens):
     other = AcousticTokens.from_pieces(PIECES[:-1] + ["z"], 0)
     with pytest.raises(ValueError, match="13 pieces, the acoustic model 13 and piece 12 is 't' .* 'z'"):
         ctc_prefix_search(log_probs, lens, None, other, [ShallowFusion(nlm, 0.5)])
+    fewer = Vocabulary(None, AcousticTokens.from_pieces(PIECES[:-1], 0), 1, 1)
+    padded = CausalLm(nlm.model, fewer, "padded", self_check=False)  # 12 pieces, 13 outputs
+    with pytest.raises(ValueError, match="'padded' has 12 pieces, the acoustic model 13; use"):
+        ctc_prefix_search(log_probs, lens, None, tokens, [ShallowFusion(padded, 0.5)])
 
 
 def test_a_language_model_without_vocabulary_is_named(tokens):
@@ -598,6 +602,23 @@ def test_delayed_fusion_needs_the_acoustic_vocabulary(llm):
     log_probs, lens = emissions()
     with pytest.raises(ValueError, match="tokens must be given"):
         ctc_prefix_search(log_probs, lens, None, None, [DelayedFusion(llm, 0.5)])
+
+
+@pytest.mark.parametrize("trigger", [EveryFrame(), AtEnd()], ids=names)
+@pytest.mark.parametrize("word_by_word", [True, False])
+def test_an_utterance_with_a_word_that_cannot_be_spelled_is_named(tokens, trigger, word_by_word):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    raw = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "the": 2, "of": 3}, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>")
+    lm = CausalLm(tiny_model(4, 1), Vocabulary(tokenizer, None, 0, 1), "few-words", self_check=False)
+    fusion = DelayedFusion(lm, 0.5, trigger=trigger)
+    fusion._tokenizer.word_by_word = word_by_word
+    path = torch.tensor([[4, 0, 4, 0, 4], [4, 0, 5, 0, 4]])  # the the the; the se the
+    log_probs = torch.full((2, 5, len(PIECES)), -math.inf).scatter_(2, path[..., None], 0.0)
+    with pytest.raises(ValueError, match="^utterance 'second': .* must spell every word, but 'se' has an"):
+        ctc_prefix_search(log_probs, torch.tensor([5, 5]), None, tokens, [fusion], ids=["first", "second"])
 
 
 def test_a_language_model_that_gives_nan_is_named(tokens):

@@ -44,7 +44,8 @@ class DelayedFusion(LmFusion):
         source: name of the score in N-best lists.
 
     Raises:
-        ValueError: a bad weight, bonus, trigger, text style or source (see `LmFusion`).
+        ValueError: a bad weight, bonus, trigger, text style or source (see `LmFusion`). In a search: a word
+            that the tokenizer cannot spell; the message has the utterance and the word.
     """
 
     def __init__(
@@ -142,7 +143,10 @@ class DelayedFusion(LmFusion):
             chain.append(history)
             history = history.before
         for after in reversed(chain):
-            after.node = self._extend(history, after)
+            try:
+                after.node = self._extend(history, after)
+            except ValueError as error:  # a word that the tokenizer cannot spell
+                raise ValueError(f"utterance {self._ids[after.utterance]!r}: {error}") from error
             history = after
 
     def _extend(self, before: History, history: History) -> int:
