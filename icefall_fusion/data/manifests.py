@@ -7,7 +7,7 @@ from __future__ import annotations
 import gzip
 import json
 from pathlib import Path
-from typing import Any, Iterable, Mapping, Sequence
+from typing import Any, Iterable, Mapping, Sequence, TypeVar
 
 from lhotse import AudioSource, MonoCut, Recording, SupervisionSegment
 
@@ -16,11 +16,22 @@ from icefall_fusion.data.books import read_jsonl
 from icefall_fusion.files import PathLike, atomic_path
 
 SAMPLE_RATE = 16_000  # Hz
+Item = TypeVar("Item")
 
 
-def cuts_path(folder: PathLike, split: str) -> Path:
-    """Return the name of a split's manifest in ``folder``."""
-    return Path(folder) / f"minibooks_cuts_{split}.jsonl.gz"
+def cuts_path(folder: PathLike, split: str, corpus: str = "minibooks") -> Path:
+    """Return the name of a split's manifest of a corpus in ``folder``."""
+    return Path(folder) / f"{corpus}_cuts_{split}.jsonl.gz"
+
+
+def spread(items: Sequence[Item], count: int) -> list[Item]:
+    """Return ``count`` of the items, spread evenly over them and in their order; 0 (or too many): all.
+
+    A manifest is sorted by book or speaker: its first utterances would be those of one.
+    """
+    if not 0 < count < len(items):
+        return list(items)
+    return [items[index * len(items) // count] for index in range(count)]
 
 
 def read_utterances(path: PathLike, required: Sequence[str]) -> list[dict[str, Any]]:
