@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +74,74 @@ def test_utterances_keep_to_their_bounds(paragraphs: list[str], minimum: int) ->
         for utterance in books.paragraph_utterances(paragraph, minimum, minimum * 6):
             assert minimum <= len(utterance) <= minimum * 6
             assert utterance == " ".join(utterance.split())
+
+
+def random_paragraphs(seed: int, least: int) -> list[str]:
+    generator = random.Random(seed)
+    words = [*WORDS, "spring-cart", "to-day", "half-forgotten", "stopped--then", "“Indeed,”"]
+    lines = ["CHAPTER I", "The Old House"]
+    for _ in range(generator.randint(10, 40)):
+        sentences = [generator.choices(words, k=generator.randint(least, 40)) for _ in range(3)]
+        lines.append(" ".join(" ".join(sentence).capitalize() + "." for sentence in sentences))
+        lines.append(" ".join(generator.choices(words, k=8)) + "?")
+    return lines
+
+
+@given(st.integers(0, 10**6), st.integers(3, 20), st.integers(60, 80))
+def test_hard_wrapped_books_give_the_same_utterances(seed: int, least: int, width: int) -> None:
+    lines = random_paragraphs(seed, least)
+    options = books.PrepareTextOptions("unused")
+    expected = books.book_utterances("\n".join(lines), "b", options)
+    assert len(expected) > 10 and books.paragraphs("\n".join(lines)) == lines
+    wrapped = "\n\n".join(textwrap.fill(line, width) for line in lines)
+    assert books.is_hard_wrapped(wrapped.splitlines())
+    assert books.book_utterances(wrapped, "b", options) == expected
+    assert books.book_utterances(wrapped.replace("\n", "\r\n"), "b", options) == expected
+
+
+def test_a_sentence_a_line_is_not_hard_wrapped() -> None:
+    stories = Path(__file__).resolve().parent.parent / "tools" / "demo" / "stories.txt"
+    assert not books.is_hard_wrapped(stories.read_text(encoding="utf-8").splitlines())
+    generator = random.Random(0)
+    lines = [" ".join(generator.choices(WORDS, k=generator.randint(9, 16))) for _ in range(200)]
+    assert not books.is_hard_wrapped([line + "." for line in lines])
+    assert not books.is_hard_wrapped(lines)
+    assert not books.is_hard_wrapped([])
+
+
+def test_hyphens_at_line_ends_are_joined_where_the_book_tells_how() -> None:
+    words = frozenset({"example", "today", "to-day"})
+    join = lambda text: books._join(text.split("/"), words)  # noqa: E731
+    assert join("an exam-/ple of that") == "an example of that"
+    assert join("even to-/day, they say") == "even to-day, they say"
+    assert join("in a spring-/cart") == "in a spring-cart"
+    assert join("two-/and threefold, in 1914-/18--/or so") == "two- and threefold, in 1914- 18-- or so"
+
+
+def test_verse_in_a_hard_wrapped_book_keeps_its_lines() -> None:
+    prose = [textwrap.fill(line, 72) for line in random_paragraphs(1, 20)]
+    verse = "The river ran so deep and wide,\nAnd nobody had seen\nThe house upon the other side."
+    found = books.paragraphs("\n\n".join([*prose, verse, *prose]))
+    assert set(verse.splitlines()) < set(found) and verse.replace("\n", " ") not in found
+
+
+START, END = "*** START OF THE PROJECT GUTENBERG EBOOK", "*** END OF THE PROJECT GUTENBERG EBOOK"
+
+
+@pytest.mark.parametrize(
+    ("head", "foot"),
+    [
+        (f"\ufeffThe Project Gutenberg eBook of It\n\n{START} IT ***\n", f"{END} IT ***\nlicense\n"),
+        (f"{START}, WITH\nA LONG TITLE ***\n", f"End of the Project Gutenberg EBook of It\n\n{END} ***\n"),
+        (f"{START} IT ***\n\nProduced by Jane Doe and\nvolunteers.\n\n", f"{END} IT ***\n*** END OF IT ***"),
+        ("legalese\n*END*THE SMALL PRINT! FOR PUBLIC DOMAIN ETEXTS*Ver.04.29.93*END*\n",
+         "End of Project Gutenberg's It"),
+    ],
+)  # fmt: skip
+def test_headers_and_footers_of_gutenberg_are_left_out(head: str, foot: str) -> None:
+    body = "It was\n\n*** END OF PART ONE ***\n\nthe end of it all."
+    assert books.gutenberg_body(f"{head}\n{body}\n\n\n{foot}").strip() == body
+    assert books.gutenberg_body(body) == body
 
 
 def test_splits_are_whole_books_by_alphabet(data: Path) -> None:
