@@ -19,8 +19,9 @@ from icefall_fusion.data.manifests import cuts_path
 from icefall_fusion.models import CtcAed, ModelOptions, greedy_pieces, save
 from icefall_fusion.models.ctc import ctc_loss_sum
 from icefall_fusion.training.checkpoints import average_checkpoints, list_checkpoints
-from icefall_fusion.training.loop import Trainer, TrainerOptions, init_distributed
+from icefall_fusion.training.loop import STOPPED, Trainer, TrainerOptions, init_distributed
 from icefall_fusion.training.memory import keep_freed_memory
+from icefall_fusion.training.processes import check_compiler
 from icefall_fusion.wer import count_errors
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -31,7 +32,8 @@ class TrainOptions:
     """Train the acoustic model; run again with the same options to go on after a stop.
 
     Args:
-        data_dir: holds ``fbank/minibooks_cuts_SPLIT.jsonl.gz`` and ``lang_bpe_500/``.
+        data_dir: holds ``fbank/CORPUS_cuts_SPLIT.jsonl.gz`` and ``lang_bpe_500/``.
+        corpus: name that the manifests begin with.
         train_split: what to train on.
         valid_split: what to validate on.
         bpe: the SentencePiece model, or its folder; empty: ``lang_bpe_500`` of ``data_dir``.
@@ -54,6 +56,7 @@ class TrainOptions:
     """
 
     data_dir: str = "data"
+    corpus: str = "minibooks"
     train_split: str = "train"
     valid_split: str = "dev"
     bpe: str = ""
@@ -199,7 +202,7 @@ def bpe_path(options: TrainOptions) -> Path:
 
 
 def run(options: TrainOptions) -> int:
-    """Train (or go on training) and export; return 0.
+    """Train (or go on training) and export; return 0, or 4 when it was stopped before its last step.
 
     Raises:
         FileNotFoundError, ValueError: data or vocabulary are missing or do not fit each other.
@@ -212,19 +215,21 @@ def run(options: TrainOptions) -> int:
     keep_freed_memory()
     if options.threads:
         torch.set_num_threads(options.threads)
-    rank, _, device = init_distributed(options.device)
-    result = make_trainer(options, device, rank).run()
+    rank, world, device = init_distributed(options.device)
+    result = make_trainer(options, device, rank, world).run()
     if rank == 0:
         print(result, file=sys.stderr)
-    return 0
+    return 0 if result["reason"] == "max_steps" else STOPPED
 
 
-def make_trainer(options: TrainOptions, device: torch.device, rank: int) -> Trainer:
+def make_trainer(options: TrainOptions, device: torch.device, rank: int = 0, world: int = 1) -> Trainer:
     """Put together model, batches and loop; the model of a new training gets the features' statistics."""
     torch.manual_seed(options.trainer.seed)
     model = CtcAed(options.model, bpe_path(options))
     folder = Path(options.data_dir) / "fbank"
-    train, valid = cuts_path(folder, options.train_split), cuts_path(folder, options.valid_split)
+    train, valid = (
+        cuts_path(folder, split, options.corpus) for split in (options.train_split, options.valid_split)
+    )
     if not list_checkpoints(options.exp):
         plain = dataclasses.replace(options.data, frequency_warp=0.0, spec_augment=False, workers=0)
         mean, deviation = feature_statistics(TrainBatches(train, plain), options.stats_seconds)
@@ -233,7 +238,12 @@ def make_trainer(options: TrainOptions, device: torch.device, rank: int) -> Trai
     if rank == 0:
         size, encoder = (sum(p.numel() for p in part.parameters()) / 1e6 for part in (model, model.encoder))
         print(f"{size:.2f}M parameters ({encoder:.2f}M encoder), {device}", file=sys.stderr, flush=True)
+    untrained = [model.decoder] if options.model.ctc_weight == 1 else []
+    untrained += [model.middle_norm, model.middle_ctc] if options.model.middle_weight == 0 else []
+    for part in untrained:  # data parallel waits for the gradient of whatever asks for one
+        part.requires_grad_(False)
     if options.compile:
+        check_compiler(device, "TrainOptions.compile")
         for layer in (*(layer for stack in model.encoder.stacks for layer in stack), *model.decoder.layers):
             layer.compile(dynamic=True)
     encode = model.tokens.encode
@@ -246,7 +256,7 @@ def make_trainer(options: TrainOptions, device: torch.device, rank: int) -> Trai
         model.to(device),
         compute_loss,
         Curriculum(easy, full, options.easy_batches),
-        EvalBatches(valid, options.data, encode, limit=options.valid_utterances or None),
+        EvalBatches(valid, options.data, encode, options.valid_utterances or None),
         options.exp,
         device=device,
         on_save=lambda step: export(options, str(Path(options.exp) / "export")),

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from icefall_fusion.checks import check, check_choice
 from icefall_fusion.files import atomic_path
-from icefall_fusion.training.loop import Trainer, TrainerOptions, init_distributed
+from icefall_fusion.training.loop import STOPPED, Trainer, TrainerOptions, init_distributed
 from icefall_fusion.training.memory import keep_freed_memory
 from icefall_fusion.training.packed import (
     PackedBatch,
@@ -27,6 +27,7 @@ from icefall_fusion.training.packed import (
     WholePass,
     attention_mask,
 )
+from icefall_fusion.training.processes import check_compiler
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "bpe.model", "tokens.txt",
@@ -248,7 +249,7 @@ def export(lm: nn.Module, vocabulary: Vocabulary, folder: Union[str, Path], dtyp
 
 
 def run(options: TrainLmOptions) -> int:
-    """Train (or go on training) and export; return 0.
+    """Train (or go on training) and export; return 0, or 4 when it was stopped before its last step.
 
     Raises:
         FileNotFoundError, ValueError: data or tokenizer are missing or do not fit each other.
@@ -279,6 +280,7 @@ def run(options: TrainLmOptions) -> int:
 
     trained = PackedLoss(lm)
     if options.compile:
+        check_compiler(device, "TrainLmOptions.compile")
         trained.compile()
     if rank == 0:
         size = sum(p.numel() for p in lm.parameters())
@@ -292,4 +294,4 @@ def run(options: TrainLmOptions) -> int:
     result = trainer.run()
     if rank == 0:
         print(result, file=sys.stderr)
-    return 0
+    return 0 if result["reason"] == "max_steps" else STOPPED

@@ -118,15 +118,3 @@ def average_checkpoints(paths: Sequence[PathLike]) -> dict[str, Tensor]:
             else:
                 mean[name] = value.float() / len(paths)
     return mean
-
-
-def save_safetensors(state: dict[str, Tensor], path: PathLike, dtype: Optional[torch.dtype] = None) -> None:
-    """Write named tensors as a safetensors file at once; floating tensors as ``dtype`` when given."""
-    from safetensors.torch import save_file
-
-    ready = {}
-    for name, value in state.items():
-        cast = value.detach().to("cpu", dtype if dtype and value.is_floating_point() else value.dtype)
-        ready[name] = cast.contiguous().clone()  # the format refuses tensors that share memory
-    with atomic_path(path) as temporary:
-        save_file(ready, str(temporary))

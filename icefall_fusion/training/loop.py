@@ -28,8 +28,9 @@ from icefall_fusion.training.optimizers import make_optimizer
 from icefall_fusion.training.options import TrainerOptions
 from icefall_fusion.training.processes import init_distributed, sum_over_processes, to_device
 
-__all__ = ["BatchSource", "LossFunction", "Trainer", "TrainerOptions", "init_distributed"]
+__all__ = ["BatchSource", "LossFunction", "STOPPED", "Trainer", "TrainerOptions", "init_distributed"]
 
+STOPPED = 4  # exit code of a training that ended, with a checkpoint, before its last step
 Metrics = dict[str, Any]
 #: (model, batch) -> (summed loss, number of items it was summed over, further sums over the same batch).
 LossFunction = Callable[[nn.Module, Any], tuple[Tensor, Union[int, float, Tensor], Metrics]]
@@ -239,6 +240,9 @@ class Trainer:
         self.train_batches.load_state_dict(mine["batches"])
         if same_world:
             set_random_states(mine["rng"])
+        else:
+            self.journal.say(f"{len(processes)} processes wrote {path}, now {self.world} go on: the rest of "
+                             f"this epoch does not hold just what was left of it")
         self.journal.say(f"resumed from {path} at step {self.step}")
 
     # Small parts.

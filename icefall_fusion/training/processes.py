@@ -4,12 +4,16 @@ Knows: torch.distributed. Must not know: models, data, options.
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from icefall_fusion.checks import check
+from icefall_fusion.emissions import check_device
 
 
 def init_distributed(device: str = "auto") -> tuple[int, int, torch.device]:
@@ -21,6 +25,7 @@ def init_distributed(device: str = "auto") -> tuple[int, int, torch.device]:
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    check_device(device, "device")
     chosen = torch.device(device)
     if chosen.type == "cuda" and chosen.index is None:
         chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -29,6 +34,18 @@ def init_distributed(device: str = "auto") -> tuple[int, int, torch.device]:
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     return rank, world, chosen
+
+
+def check_compiler(device: torch.device, option: str) -> None:
+    """Raise ValueError if torch.compile has no C++ compiler for this device (CUDA brings its own).
+
+    Args:
+        device: that is trained on.
+        option: its name for the message.
+    """
+    compilers = (os.environ.get("CXX", ""), "g++", "clang++")
+    found = device.type != "cpu" or any(name and shutil.which(name) for name in compilers)
+    check(found, option, "be false where there is no C++ compiler (CXX, g++ or clang++)", True)
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
