@@ -20,9 +20,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from icefall_fusion.checks import check
+from icefall_fusion.data.manifests import spread
 from icefall_fusion.emission_batch import Emissions, save_emissions
 from icefall_fusion.emissions import EmissionOptions, EmissionSource, open_source
-from icefall_fusion.files import write_json
+from icefall_fusion.files import fingerprint, write_json
 from icefall_fusion.methods import LM_SOURCES, LmOptions, Lms, Method, parse_methods, weights_of
 from icefall_fusion.nbest import NBest
 from icefall_fusion.report import peak_memory_bytes, reset_peak_memory, table
@@ -54,7 +55,7 @@ class DecodeOptions:
         batch_size: utterances in a batch.
         batch_seconds: padded audio in a batch, in seconds.
         longest: seconds; longer utterances are decoded in parts cut at quiet places.
-        limit: decode only the first so many utterances of each set; 0 decodes all.
+        limit: decode only so many utterances of each set, spread evenly over it; 0 decodes all.
         save_emissions: folder for the log-probs (float16 .npz); empty: not kept.
         threads: of torch; 0 leaves its default.
         restart: drop what an earlier run left in ``out`` instead of going on.
@@ -86,6 +87,8 @@ class DecodeOptions:
         check(self.batch_seconds > 0, "DecodeOptions.batch_seconds", "be above 0 s", self.batch_seconds)
         check(self.longest >= 1, "DecodeOptions.longest", "be at least 1 s", self.longest)
         check(self.limit >= 0, "DecodeOptions.limit", "be at least 0", self.limit)
+        shift, default = self.search.frame_shift, PrefixSearchOptions().frame_shift
+        check(shift == default, "search.frame_shift", "be left alone: it is the acoustic model's", shift)
         parse_methods(self.methods)
 
 
@@ -117,7 +120,7 @@ def run(options: DecodeOptions) -> int:
 
 
 @dataclass
-class _Part:
+class Stretch:
     """A stretch of an utterance (mostly all of it): its first second and its features, samples or nothing."""
 
     utterance: Utterance
@@ -161,8 +164,8 @@ class Decoder:
     def decode_set(self, name: str, manifest: str) -> list[dict[str, Any]]:
         """Decode one test set by all methods, write its files and return its rows of ``results.json``."""
         options = self.options
-        utterances = read_cuts(manifest, self.source.wants)[: options.limit or None]
-        data = {"cuts": manifest, "limit": options.limit}
+        utterances = spread(read_cuts(manifest, self.source.wants), options.limit)
+        data = {"cuts": manifest, "cuts_fingerprint": fingerprint(manifest), "limit": options.limit}
         received = {method.name: {**self._received(method), **data} for method in self.methods}
         logs = {
             method: MethodLog(self.out, name, method, values, options.restart)
@@ -198,14 +201,21 @@ class Decoder:
     def _received(self, method: Method) -> dict[str, Any]:
         """Return what a method's result depends on, from the objects that the search receives."""
         used = {part.source for part in method.parts} & set(LM_SOURCES)
+        search = dataclasses.asdict(method.search)
+        del search["frame_shift"]  # the acoustic model's
         received = {
             "method": method.name,
             "weights": method.weights,
-            "search": dataclasses.asdict(method.search),
+            "parts": method.describe(),
+            "search": search,
             "emissions": dataclasses.asdict(self.options.emissions),
             "longest": self.options.longest,
+            "fingerprint": fingerprint(self.options.emissions.model),
         }
-        return {**received, **{name: dataclasses.asdict(self.lms.options[name]) for name in sorted(used)}}
+        for name in sorted(used):
+            lm = self.lms.options[name]
+            received[name] = {**dataclasses.asdict(lm), "fingerprint": fingerprint(lm.path)}
+        return received
 
     # --- a batch -----------------------------------------------------------------------------------------
 
@@ -218,33 +228,42 @@ class Decoder:
 
     def _decode_batch(
         self, name: str, batch: Sequence[Utterance], done: Mapping[str, Container[str]]
-    ) -> dict[str, _Found]:
+    ) -> dict[str, Found]:
         """Return what each method found for those utterances that it has not done."""
+        found: dict[str, Found] = {}
+        for parts, emissions, seconds in self.emit_parts(name, batch):
+            for method in self.methods:
+                ready = done.get(method.name, ())
+                rows = [row for row, part in enumerate(parts) if part.utterance.id not in ready]
+                if rows:
+                    chosen = emissions if len(rows) == len(parts) else emissions.select(rows)
+                    nbests, line = self._search(method, chosen)
+                    line.update({stage: value * len(rows) for stage, value in seconds.items()})
+                    found.setdefault(method.name, Found()).add([parts[row] for row in rows], nbests, line)
+        return found
+
+    def emit_parts(
+        self, name: str, batch: Sequence[Utterance]
+    ) -> Iterator[tuple[list[Stretch], Emissions, dict[str, float]]]:
+        """Yield parts of utterances, their emissions, and the seconds a part of ``features`` and ``encoder``.
+
+        Args:
+            name: the test set, for the list of what could not be read (``skipped``).
+            batch: utterances; long ones are cut into parts.
+        """
         begun = time.perf_counter()
         parts = self._load(name, batch)
-        if not parts:
-            return {}
-        features_seconds = (time.perf_counter() - begun) / len(parts)
-        found: dict[str, _Found] = {}
+        features_seconds = (time.perf_counter() - begun) / max(len(parts), 1)
         size = min(self.options.batch_size, max(1, int(self.options.batch_seconds / self.options.longest)))
-        size = size if any(part.number for part in parts) else len(parts)
+        size = size if any(part.number for part in parts) else max(len(parts), 1)
         for first in range(0, len(parts), size):
             some = parts[first : first + size]
             begun = time.perf_counter()
             emissions = self._emit(name, some)
             encoder_seconds = (time.perf_counter() - begun) / len(some)
-            for method in self.methods:
-                ready = done.get(method.name, ())
-                rows = [row for row, part in enumerate(some) if part.utterance.id not in ready]
-                if rows:
-                    chosen = emissions if len(rows) == len(some) else emissions.select(rows)
-                    nbests, line = self._search(method, chosen)
-                    line["features"] = features_seconds * len(rows)
-                    line["encoder"] = encoder_seconds * len(rows)
-                    found.setdefault(method.name, _Found()).add([some[row] for row in rows], nbests, line)
-        return found
+            yield some, emissions, {"features": features_seconds, "encoder": encoder_seconds}
 
-    def _load(self, name: str, batch: Sequence[Utterance]) -> list[_Part]:
+    def _load(self, name: str, batch: Sequence[Utterance]) -> list[Stretch]:
         parts = []
         for utterance in batch:
             try:
@@ -256,10 +275,10 @@ class Decoder:
             whole = self.source.wants == "nothing"
             ranges = [(0, 0)] if whole else split_long(values, self.options.longest)
             rate = 100.0 if values.dim() == 2 else 16000.0
-            parts += [_Part(utterance, i, a / rate, values[a:b]) for i, (a, b) in enumerate(ranges)]
+            parts += [Stretch(utterance, i, a / rate, values[a:b]) for i, (a, b) in enumerate(ranges)]
         return parts
 
-    def _emit(self, name: str, parts: Sequence[_Part]) -> Emissions:
+    def _emit(self, name: str, parts: Sequence[Stretch]) -> Emissions:
         emissions = self.source.emit([part.id for part in parts], [part.values for part in parts])
         if emissions.log_probs.is_cuda:
             torch.cuda.synchronize()
@@ -292,20 +311,20 @@ class Decoder:
         write_json(self.out / "run.json", record)
 
 
-class _Found:
+class Found:
     """The N-best lists of the parts that one method has decoded of a batch, and what they cost."""
 
     def __init__(self) -> None:
-        self.parts: list[tuple[_Part, NBest]] = []
+        self.parts: list[tuple[Stretch, NBest]] = []
         self.line: dict[str, float] = {}
 
-    def add(self, parts: Sequence[_Part], nbests: Sequence[NBest], line: Mapping[str, float]) -> None:
+    def add(self, parts: Sequence[Stretch], nbests: Sequence[NBest], line: Mapping[str, float]) -> None:
         self.parts += zip(parts, nbests)
         add_counters(self.line, line)
 
     def join(self) -> list[NBest]:
         """Return one list an utterance."""
-        lists: dict[str, list[tuple[_Part, NBest]]] = {}
+        lists: dict[str, list[tuple[Stretch, NBest]]] = {}
         for part, nbest in self.parts:
             lists.setdefault(part.utterance.id, []).append((part, nbest))
         return [

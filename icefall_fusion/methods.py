@@ -5,6 +5,7 @@ A name joins parts by "+". A part is a fusion that takes part in the search, or 
 """
 from __future__ import annotations
 
+import math
 import re
 import time
 from dataclasses import dataclass, field, replace
@@ -195,7 +196,8 @@ def weights_of(name: str, given: Mapping[str, Mapping[str, float]]) -> dict[str,
     weights.pop("ctc", None)
     for source, weight in weights.items():
         check_choice(source, wanted, f"weights of {name}: the source")
-        check(isinstance(weight, (int, float)), f"weights.{name}.{source}", "be a number", weight)
+        number = isinstance(weight, (int, float)) and math.isfinite(weight)
+        check(number, f"weights.{name}.{source}", "be a number", weight)
         check(weight >= 0 or source == "words", f"weights.{name}.{source}", "be at least 0", weight)
     return {"ctc": 1.0, **{source: float(weights.get(source, DEFAULT_WEIGHTS[source])) for source in wanted}}
 
@@ -242,8 +244,24 @@ class Method:
         bonus = self.weights["words"] * share  # it makes up for what the LM takes a word
         lm, options = self._lms.get(part.source), self._lms.options[part.source]
         if part.kind == "shallow":
+            rule = "be left alone: shallow fusion reads acoustic pieces as they come"
+            check(options.text == "as-is", f"{part.source}.text", rule, options.text)
+            check(options.prompt is None, f"{part.source}.prompt", rule, options.prompt)
             return ShallowFusion(lm, weight, bonus, eos=options.eos, source=part.source)
         return DelayedFusion(lm, weight, bonus, part.trigger, options.text, options.prompt, options.eos)
+
+    def describe(self) -> list[dict[str, Any]]:
+        """Return what each part received: kind, source, weight, and of a fusion its bonus and trigger."""
+        fusions = iter(self._fusions)
+        described = []
+        for part in self.parts:
+            values = {"kind": part.kind, "source": part.source, "weight": self.weights[part.source]}
+            if part.kind != "rescoring":
+                values["word_bonus"] = next(fusions).word_bonus
+            if part.trigger is not None:
+                values["trigger"] = repr(part.trigger)
+            described.append(values)
+        return described
 
     def decode(self, emissions: Emissions, model: Any = None) -> tuple[list[NBest], Work]:
         """Decode a batch.

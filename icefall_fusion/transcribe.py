@@ -51,7 +51,7 @@ class TranscribeOptions:
     matched_llm: LmOptions = field(default_factory=LmOptions)
     search: PrefixSearchOptions = field(default_factory=PrefixSearchOptions)
     weights: Union[str, dict[str, dict[str, float]]] = field(default_factory=dict)
-    longest: float = 30.0
+    longest: float = 60.0
     batch_size: int = 16
 
     def __post_init__(self) -> None:

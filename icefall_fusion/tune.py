@@ -15,12 +15,13 @@ import yaml
 from tqdm import tqdm
 
 from icefall_fusion.checks import check
-from icefall_fusion.decode import SKIPPED_SOME, DecodeOptions, Decoder
+from icefall_fusion.data.manifests import spread
+from icefall_fusion.decode import SKIPPED_SOME, DecodeOptions, Decoder, Found, Stretch
 from icefall_fusion.emission_batch import Emissions
 from icefall_fusion.files import write_text
 from icefall_fusion.methods import Method, parse_method, parse_methods, weights_of
 from icefall_fusion.nbest import NBest, read_nbests
-from icefall_fusion.utterances import InputError, batches, read_cuts
+from icefall_fusion.utterances import batches, read_cuts
 from icefall_fusion.wer import count_errors, read_texts, word_errors
 
 _LOWEST = -1e9  # stands for the score of what is not there
@@ -63,6 +64,7 @@ class TuneOptions:
         check(self.highest > 0, "TuneOptions.highest", "be above 0", self.highest)
         check(self.bonus >= 0, "TuneOptions.bonus", "be at least 0", self.bonus)
         check(self.rounds >= 1, "TuneOptions.rounds", "be at least 1", self.rounds)
+        check(self.confirm_rounds >= 0, "TuneOptions.confirm_rounds", "be at least 0", self.confirm_rounds)
         check(self.confirm_step > 1, "TuneOptions.confirm_step", "be above 1", self.confirm_step)
         parse_methods(self.methods)
 
@@ -235,27 +237,18 @@ class _Confirmation:
         assert decode is not None
         self.options = options
         self.decoder = Decoder(replace(decode, methods="ctc-prefix", weights={}))
-        source = self.decoder.source
-        utterances = [u for path in decode.test_sets.values() for u in read_cuts(path, source.wants)]
-        utterances = utterances[: decode.limit or None]
-        self.references = {u.id: u.text or "" for u in utterances}
-        self.emissions: list[Emissions] = []
+        wants = self.decoder.source.wants
+        utterances = [u for path in decode.test_sets.values() for u in read_cuts(path, wants)]
+        utterances = spread(utterances, decode.limit)
+        self.emissions: list[tuple[list[Stretch], Emissions]] = []
         self.found: dict[tuple[str, ...], list[dict[str, float]]] = {}  # by sources, best of earlier methods
-        self.skipped: list[str] = []
         for batch in tqdm(
             list(batches(utterances, decode.batch_size, decode.batch_seconds, decode.longest)),
             desc="emissions of dev", unit="batch",
         ):  # fmt: skip
-            inputs = {}
-            for utterance in batch:
-                try:
-                    inputs[utterance.id] = utterance.load()
-                except InputError as error:
-                    logging.warning("skipped: %s", error)
-                    self.skipped.append(utterance.id)
-                    del self.references[utterance.id]
-            if inputs:
-                self.emissions.append(source.emit(list(inputs), list(inputs.values())))
+            self.emissions += [made[:2] for made in self.decoder.emit_parts("dev", batch)]
+        self.skipped = {entry["id"] for entry in self.decoder.skipped}
+        self.references = {u.id: u.text or "" for u in utterances if u.id not in self.skipped}
         check(len(self.emissions) > 0, "TuneOptions.confirm.test_sets", "have audio that can be read", 0)
 
     def improve(self, method: str, weights: Mapping[str, float]) -> tuple[dict[str, float], float]:
@@ -302,8 +295,7 @@ class _Confirmation:
         decoder = self.decoder
         chosen = {name: value for name, value in weights.items() if name != "ctc"}
         ready = Method(method, weights_of(method, {method: chosen}), decoder.options.search, decoder.lms)
-        texts: dict[str, str] = {}
-        for emissions in self.emissions:
-            nbests, _ = ready.decode(emissions, decoder.source.model)
-            texts.update({nbest.utterance: nbest[0].text for nbest in nbests})
-        return word_errors(self.references, texts).wer
+        found = Found()
+        for parts, emissions in self.emissions:
+            found.add(parts, ready.decode(emissions, decoder.source.model)[0], {})
+        return word_errors(self.references, {nbest.utterance: nbest[0].text for nbest in found.join()}).wer

@@ -3,6 +3,7 @@ Knows: jobs and their files. Must not know: how a search works.
 """
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import os
@@ -17,6 +18,7 @@ import pytest
 import soundfile
 import tiny
 import torch
+from lhotse import CutSet
 
 from icefall_fusion.__main__ import main
 from icefall_fusion.data.manifests import cut_of, write_cuts
@@ -130,6 +132,45 @@ def test_other_options_never_mix_with_an_old_run(made, tmp_path, capsys) -> None
     assert all(len(nbest) <= 3 for nbest in lists(tmp_path, "ctc-prefix").values())
 
 
+def test_retrained_models_and_changed_manifests_never_mix_with_an_old_run(made, tmp_path, capsys) -> None:
+    """The same paths with other content: weights of the acoustic model, of an LM, a shorter manifest."""
+    mine = tiny.everything(tmp_path / "models")
+    command = arguments(mine, tmp_path / "out", "--methods", "ctc-prefix,llm-delayed-shortest")
+    assert main(command) == 0
+    capsys.readouterr()
+    for path, changed in (("llm/model.safetensors", "llm"), ("ctc_aed/model.safetensors", "fingerprint")):
+        file = tmp_path / "models" / path
+        before = file.read_bytes()
+        file.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+        assert main(command) == 2
+        assert f"with {changed} = " in capsys.readouterr().err
+        file.write_bytes(before)
+    with gzip.open(mine["cuts"], "rt") as file:
+        lines = file.readlines()
+    with gzip.open(mine["cuts"], "wt") as file:
+        file.writelines(lines[:-1])
+    assert main(command) == 2 and "with cuts_fingerprint = " in capsys.readouterr().err
+
+
+def test_run_json_tells_what_the_search_received(whole, made, tmp_path, capsys) -> None:
+    rows = {row["method"]: row["options"] for row in json.loads((whole / "results.json").read_text())}
+    (part,) = rows["llm-delayed-shortest"]["parts"]
+    assert part["trigger"] == "ShortestHypothesis(unit='words', every=4)" and part["word_bonus"] == 0.5
+    shallow, delayed = rows["nlm-shallow+llm-delayed-interval-16"]["parts"]
+    assert delayed["trigger"] == "FixedInterval(frames=16)" and "trigger" not in shallow
+    assert shallow["word_bonus"] + delayed["word_bonus"] == pytest.approx(0.5)
+    assert main(arguments(made, tmp_path, "--search.frame_shift", "0.5")) == 2
+    assert "search.frame_shift must be left alone" in capsys.readouterr().err
+    assert main(arguments(made, tmp_path, "--methods", "nlm-shallow", "--nlm.text", "lower")) == 2
+    assert "nlm.text must be left alone" in capsys.readouterr().err
+
+
+def test_a_limit_is_spread_over_the_manifest(made, tmp_path) -> None:
+    assert main(arguments(made, tmp_path, "--methods", "ctc-greedy", "--limit", "3")) == 0
+    names = [cut.id for cut in CutSet.from_file(made["cuts"])]
+    assert set(lists(tmp_path, "ctc-greedy")) == {names[i * len(names) // 3] for i in range(3)}
+
+
 def test_missing_and_broken_audio_is_skipped_and_listed(made, tmp_path) -> None:
     cuts = []
     rng = np.random.default_rng(1)
@@ -240,6 +281,9 @@ def test_names_of_methods() -> None:
     assert weights_of("ctc-prefix", {"ctc-prefix": {}}) == {"ctc": 1.0}
     with pytest.raises(ValueError, match="did you mean 'llm'"):
         weights_of("llm-delayed-shortest", {"llm-delayed-shortest": {"lm": 0.5}})
+    for wrong in (math.nan, math.inf, "1", None):
+        with pytest.raises(ValueError, match="attention-rescoring.attention must be a number"):
+            weights_of("attention-rescoring", {"attention-rescoring": {"attention": wrong}})
 
 
 def test_batches_hold_like_lengths_and_every_utterance_once() -> None:

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from icefall_fusion.files import atomic_path, write_json, write_text
+from icefall_fusion.files import atomic_path, fingerprint, write_json, write_text
 
 FULL_DISK = """
 import resource, signal, sys
@@ -55,3 +55,19 @@ def test_an_error_leaves_nothing(tmp_path) -> None:
     assert os.listdir(tmp_path / "deep") == []
     write_json(tmp_path / "deep" / "a.json", {"ü": 1})
     assert (tmp_path / "deep" / "a.json").read_text(encoding="utf-8") == '{\n  "ü": 1\n}\n'
+
+
+def test_a_fingerprint_changes_with_names_sizes_and_content(tmp_path) -> None:
+    (tmp_path / "a").write_bytes(bytes(range(256)) * 40_000)  # 10 MB: read in samples
+    (tmp_path / "b").write_text("small")
+    (tmp_path / "folder").mkdir()
+    first = fingerprint(tmp_path)
+    assert first == fingerprint(tmp_path) and len(first) == 16
+    (tmp_path / "a").write_bytes(bytes(reversed(range(256))) * 40_000)
+    second = fingerprint(tmp_path)
+    (tmp_path / "b").write_text("smalk")
+    third = fingerprint(tmp_path)
+    (tmp_path / "b").rename(tmp_path / "c")
+    assert len({first, second, third, fingerprint(tmp_path)}) == 4
+    assert fingerprint(tmp_path / "c") not in ("", first)
+    assert fingerprint("some-team/some-model") == ""

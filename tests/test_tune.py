@@ -101,7 +101,8 @@ def test_job_writes_weights_that_decode_reads(tmp_path) -> None:
 def test_confirmation_gives_the_error_rate_of_a_decode_with_its_weights(tmp_path, capsys) -> None:
     made = tiny.everything(tmp_path / "models")
     models = [f"emissions.model={made['model']}", *(f"{n}.path={made[n]}" for n in ("nlm", "llm"))]
-    options = [*models, f"test_sets.noise={made['cuts']}", "search.beam=4"]
+    # longest: utterances are cut into parts in tuning just as in decoding
+    options = [*models, f"test_sets.noise={made['cuts']}", "search.beam=4", "longest=1"]
     method, scores = "llm-delayed-interval-16", "nlm-nbest-rescoring+llm-nbest-rescoring"
     as_words = [f"--{option}" for option in options]
     assert main(["decode", *as_words, "--methods", scores, "--out", str(tmp_path / "dev")]) == 0
