@@ -59,9 +59,6 @@ set_folders() {
   exp_dir=${exp_dir:-$here/exp$suffix}
 }
 
-# The folder of models to decode with. A small configuration must never overwrite the published models.
-default_pretrained() { if [ "$config" = full ]; then echo pretrained; else echo "$exp_dir/pretrained"; fi; }
-
 wanted() { # number, name: whether this stage is to run now
   if [ "$stage" -gt "$1" ] || [ "$stop_stage" -lt "$1" ]; then return 1; fi
   if [ -f "$marks/.$2.done" ]; then log "stage $1 ($2) is done"; return 1; fi

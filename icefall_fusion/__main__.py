@@ -190,7 +190,8 @@ def _make_parser(options_class: type, program: str, positional: str) -> Any:
     for group in parser._action_groups:
         if "<class" in (group.title or ""):
             section = group._group_actions[0].dest.partition(".")[0]
-            nested = any("." in action.dest for action in group._group_actions)
+            names = [action.dest for action in group._group_actions]
+            nested = all(name == section or name.startswith(f"{section}.") for name in names)
             group.title = f"{section} ({texts[section].rstrip('.')})" if nested else "options of this job"
     for action in parser._actions:
         if texts.get(action.dest):

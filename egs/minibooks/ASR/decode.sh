@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # Tune weights on dev, then decode the test sets by every method: WER, times, one table.
 #
-#   bash decode.sh                                   # models of pretrained/, data of data/
+#   bash decode.sh                                   # models of exp/pretrained, or else the published ones
 #   bash decode.sh --config tiny                     # what prepare.sh and train.sh made with --config tiny
 #   bash decode.sh --stage 2 --methods nlm-shallow,llm-delayed-shortest --device cuda
 #
 # Stages: 0 decode dev for tuning (all scores of an N-best list), 1 tune weights (on dev alone), 2 decode the
-# test sets, 3 report. Every stage can be killed and run again: finished utterances are kept. A finished
-# stage leaves a .done mark and is skipped; remove the mark (and the outputs) to run it again.
+# test sets, 3 report. Weights go to weights.yaml in --exp-dir. Every stage can be killed and run again:
+# finished utterances are kept. A finished stage leaves a .done mark and is skipped; remove the mark (and the
+# outputs) to run it again.
 # Exit code 3: done, but some audio was skipped (it is listed).
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
@@ -35,11 +36,15 @@ done
 cd "$here"
 set_folders
 marks=$exp_dir
-pretrained_dir=${pretrained_dir:-$(default_pretrained)}
+if [ -z "$pretrained_dir" ]; then # what train.sh made, or else the published models
+  pretrained_dir=$exp_dir/pretrained
+  if [ "$config" = full ] && [ ! -d "$pretrained_dir" ]; then pretrained_dir=$here/pretrained; fi
+fi
+log "models of $pretrained_dir"
 conf_file=$conf/decode.yaml
 [ -f "$conf_file" ] || conf_file=conf/decode.yaml
 mkdir -p "$exp_dir"
-weights=$pretrained_dir/weights.yaml
+weights=$exp_dir/weights.yaml
 tuning=$exp_dir/tune
 
 models=(--emissions.model "$pretrained_dir/ctc_aed" --emissions.device "$device")
@@ -56,8 +61,10 @@ if wanted 0 tune-decode; then
   finish tune-decode
 fi
 if wanted 1 tune; then
-  confirmation=() # by decoding with the defaults of the search, those of conf/decode.yaml
+  confirmation=() # by decoding as stage 2 does
   if [ "$confirm" -gt 0 ]; then
+    { echo "confirm:"; sed 's/^/  /' "$conf_file"; } >"$tuning/confirm.yaml"
+    confirmation=(--config "$tuning/confirm.yaml")
     for option in "${models[@]}"; do
       confirmation+=("${option/#--/--confirm.}")
     done

@@ -5,9 +5,11 @@
 #   bash train.sh --config tiny                     # smoke test: minutes
 #   bash train.sh --stage 0 --stop-stage 0 --world-size 4   # acoustic model on 4 GPUs
 #
-# Stages: 0 acoustic model (CTC-AED), 1 NLM, 2 LLM, 3 matched LLM, 4 export all to --pretrained-dir.
+# Stages: 0 acoustic model (CTC-AED), 1 NLM, 2 LLM, 3 matched LLM, 4 export all to --pretrained-dir (default:
+# pretrained/ in --exp-dir, where decode.sh looks first; the published models stay as they are).
 # Every stage can be killed and run again: it goes on from its newest checkpoint. A finished stage leaves
 # a .done mark and is skipped; remove the mark to run it again. Options after "--" go to every training.
+# A training that is stopped (Ctrl-C, SIGTERM) writes a checkpoint and ends this script with exit code 4.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 . "$here/../../stages.sh"
@@ -29,7 +31,7 @@ done
 cd "$here"
 set_folders
 marks=$exp_dir
-pretrained_dir=${pretrained_dir:-$(default_pretrained)}
+pretrained_dir=${pretrained_dir:-$exp_dir/pretrained}
 mkdir -p "$exp_dir"
 
 icefall_fusion() { # one process, or one a GPU under torchrun
