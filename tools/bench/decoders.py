@@ -17,12 +17,13 @@ Decode = Callable[[Tensor, Tensor], list[list[list[int]]]]
 
 @dataclass
 class Decoder:
-    """A decoder at one beam: its name, how to make it, and its exact settings in words."""
+    """A decoder at one beam: its name, how to make it, its exact settings in words, what devices it takes."""
 
     name: str
     beam: int
     settings: str
     make: Callable[[], Decode]
+    any_device: bool = False
 
 
 def collapse(path: list[int], blank: int) -> list[int]:
@@ -131,7 +132,7 @@ def fast_ctc_decode(beam: int, cut: float, blank: int) -> Callable[[], Decode]:
 
 def all_decoders(beams: list[int], blank: int) -> list[Decoder]:
     """Return every decoder at every beam."""
-    found = [Decoder("greedy (ours)", 1, "best path", greedy(blank))]
+    found = [Decoder("greedy (ours)", 1, "best path", greedy(blank), True)]
     for beam in beams:
         makers = {
             "ours": ("exact sum, all pieces", ours(beam, blank)),
@@ -143,7 +144,10 @@ def all_decoders(beams: list[int], blank: int) -> list[Decoder]:
             "pyctcdecode": ("its defaults: token -5, beam -10", pyctcdecode(beam, -5, -10, blank)),
             "fast-ctc-decode": ("cut 5e-4, 1-best", fast_ctc_decode(beam, 5e-4, blank)),
         }
-        found += [Decoder(name, beam, settings, make) for name, (settings, make) in makers.items()]
+        found += [
+            Decoder(name, beam, settings, make, name.startswith("ours"))
+            for name, (settings, make) in makers.items()
+        ]
     return found
 
 

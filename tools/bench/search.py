@@ -12,6 +12,7 @@ and the oracle of the beam's list. Speed: the least of the rounds, decoders taki
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import platform
 import sys
@@ -68,9 +69,16 @@ def error_rate(found: Sequence[Sequence[Sequence[int]]], references: Sequence[Se
     return 100.0 * errors / max(1, sum(map(len, references)))
 
 
-def measure(data: Data, decoders: Sequence[Decoder], blank: int, rounds: int, budget: float) -> list[dict]:
-    """Decode with every decoder, judge and time them; those that cannot be imported are reported as such."""
+def measure(
+    data: Data, decoders: Sequence[Decoder], blank: int, rounds: int, budget: float, device: str
+) -> list[dict]:
+    """Decode with every decoder, judge and time them; those that cannot be imported are reported as such.
+
+    Decoders that know one device only get the log-probs on the CPU. All return lists, so that a time holds
+    the device's work too.
+    """
     rows, functions, results = [], {}, {}
+    on_device = data.log_probs.to(device), data.lens.to(device)
     for decoder in decoders:
         decode, why = try_to_make(decoder)
         row = {"set": data.name, "decoder": decoder.name, "beam": decoder.beam, "settings": decoder.settings}
@@ -78,8 +86,11 @@ def measure(data: Data, decoders: Sequence[Decoder], blank: int, rounds: int, bu
         if decode is None:
             row["missing"] = why
             continue
+        row["device"] = device if decoder.any_device else "cpu"
+        inputs = on_device if decoder.any_device else (data.log_probs, data.lens)
+        decode = functools.partial(decode, *inputs)
         started = time.perf_counter()
-        results[len(rows) - 1] = decode(data.log_probs, data.lens)  # also the warm-up
+        results[len(rows) - 1] = decode()  # also the warm-up
         functions[len(rows) - 1] = decode
         row["first_seconds"] = time.perf_counter() - started
     exact = {i: exact_log_probs(data, [hyps[0] for hyps in found], blank) for i, found in results.items()}
@@ -96,7 +107,7 @@ def measure(data: Data, decoders: Sequence[Decoder], blank: int, rounds: int, bu
             if rows[i]["first_seconds"] * rounds > budget and times[i]:
                 continue
             started = time.perf_counter()
-            decode(data.log_probs, data.lens)
+            decode()
             times[i].append(time.perf_counter() - started)
     for i, taken in times.items():
         rows[i]["ms_per_second"] = 1000.0 * min(taken) / data.seconds
@@ -132,6 +143,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--budget", type=float, default=20.0, help="seconds a decoder; slower ones run once")
     parser.add_argument("--only", default="", help="only decoders whose name has this in it")
+    parser.add_argument("--device", default="cpu", help="of our decoders, e.g. cuda; the others know the CPU")
     parser.add_argument("--output", default="bench/search.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -141,7 +153,8 @@ def main() -> None:
             made = synthetic_emissions(args.batch, args.frames, smeared=smeared)
             sets.append(Data(name, *made, seconds=args.batch * args.frames * 0.04))
     decoders = [d for d in all_decoders(args.beams, args.blank) if args.only in d.name]
-    rows = [row for data in sets for row in measure(data, decoders, args.blank, args.rounds, args.budget)]
+    settings = (args.blank, args.rounds, args.budget, args.device)
+    rows = [row for data in sets for row in measure(data, decoders, *settings)]
     show(rows)
     machine = {"machine": platform.processor() or platform.machine(), "python": platform.python_version(),
                "torch": torch.__version__, "threads": torch.get_num_threads()}
