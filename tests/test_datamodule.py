@@ -4,6 +4,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Optional
 
 import numpy as np
 import pytest
@@ -193,6 +194,44 @@ def test_load_audio_resamples_and_mixes(tmp_path: Path, rate: int, channels: int
     assert samples.dtype == np.float32 and samples.shape == (16_000,)
     expected = np.sin(2 * np.pi * 440 * np.arange(16_000) / 16_000) * 0.5
     assert np.abs(samples - expected)[1000:-1000].max() < 0.01
+
+
+@pytest.mark.parametrize("rate", [8_000, 16_000, 22_050, 44_100, 48_000])
+@pytest.mark.parametrize(("offset", "duration"), [(0.0, 0.5), (0.7013, 1.1), (1.23456, None), (2.9, 5.0)])
+def test_a_part_of_a_file_is_that_of_the_whole(
+    tmp_path: Path, rate: int, offset: float, duration: Optional[float]
+) -> None:
+    soundfile.write(tmp_path / "a.flac", np.random.default_rng(2).uniform(-0.3, 0.3, 3 * rate), rate)
+    whole = load_audio(tmp_path / "a.flac")
+    part = load_audio(tmp_path / "a.flac", offset=offset, duration=duration)
+    first = round(offset * 16_000)
+    expected = whole[first:] if duration is None else whole[first : first + round(duration * 16_000)]
+    assert part.shape == expected.shape and np.abs(part - expected).max() < 1e-6
+
+
+def test_a_part_reads_no_more_than_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    soundfile.write(tmp_path / "a.wav", np.zeros(60 * 8_000), 8_000)
+    seen = []
+    read = soundfile.SoundFile.read
+
+    def counting(file: soundfile.SoundFile, frames: int, **kind: object) -> np.ndarray:
+        seen.append(frames)
+        return read(file, frames, **kind)
+
+    monkeypatch.setattr(soundfile.SoundFile, "read", counting)
+    assert len(load_audio(tmp_path / "a.wav", offset=50, duration=2.0)) == 32_000
+    assert sum(seen) < 2.1 * 8_000
+
+
+def test_a_part_behind_the_end_is_refused(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.flac", np.zeros(8_000), 8_000)
+    with pytest.raises(AudioError, match="a.flac holds no samples after 2 s"):
+        load_audio(tmp_path / "a.flac", offset=2, duration=1.0)
+    assert len(load_audio(tmp_path / "a.flac", allow_empty=True, offset=2)) == 0
+    with pytest.raises(ValueError, match="offset must be at least 0 seconds, but is -1"):
+        load_audio(tmp_path / "a.flac", offset=-1)
+    with pytest.raises(ValueError, match="duration must be more than 0 seconds, but is 0"):
+        load_audio(tmp_path / "a.flac", duration=0)
 
 
 def test_load_audio_names_the_file(tmp_path: Path) -> None:

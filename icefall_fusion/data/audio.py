@@ -5,6 +5,7 @@ Must not know: features, manifests, models.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Optional
 
 import numpy as np
 import soundfile
@@ -22,49 +23,93 @@ class AudioError(ValueError):
     """A file that exists but cannot be read as audio: empty, truncated, or in no known format."""
 
 
-def load_audio(path: PathLike, allow_empty: bool = False) -> np.ndarray:
-    """Return an audio file as mono at 16 kHz.
+def load_audio(
+    path: PathLike, allow_empty: bool = False, offset: float = 0.0, duration: Optional[float] = None
+) -> np.ndarray:
+    """Return an audio file, or a part of it, as mono at 16 kHz.
 
-    Channels are averaged, any sampling rate is resampled.
+    Channels are averaged, any sampling rate is resampled. Of a part no more is read than it needs; its
+    samples are those that the whole has there.
 
     Args:
         path: any file that soundfile can read (WAV, FLAC, OGG, MP3, ...).
-        allow_empty: return 0 samples for a file that holds none, instead of an error.
+        allow_empty: return 0 samples for a file (or part) that holds none, instead of an error.
+        offset: seconds at which the part begins.
+        duration: its seconds; None goes on to the end. A part that reaches over the end is shorter.
 
     Returns:
         float32 [samples] in about [-1, 1].
 
     Raises:
         FileNotFoundError: no such file.
-        AudioError: the file holds no samples, fewer than its header says, or no audio.
+        AudioError: the file holds no samples (there), fewer than its header says, or no audio.
     """
+    check(offset >= 0, "offset", "be at least 0 seconds", offset)
+    check(duration is None or duration > 0, "duration", "be more than 0 seconds", duration)
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no audio file at {path}")
     if path.stat().st_size == 0:
         raise AudioError(f"audio file {path} is empty (0 bytes)")
     _refuse_cut_wav(path)
-    blocks: list[np.ndarray] = []
     try:
         with soundfile.SoundFile(path) as file:
             rate, declared = file.samplerate, file.frames
-            while True:
-                block = file.read(_BLOCK, dtype="float32", always_2d=True)
-                if len(block) == 0:
-                    break
-                blocks.append(block.mean(axis=1) if block.shape[1] > 1 else block[:, 0])
+            part = _Part(rate, offset, duration)
+            samples = _read(file, part.first, part.last)
     except (soundfile.LibsndfileError, RuntimeError) as error:
         raise AudioError(f"audio file {path} cannot be read (truncated, or no audio): {error}") from None
-    samples = np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
-    if len(samples) == 0 and not allow_empty:
-        raise AudioError(f"audio file {path} holds no samples")
-    if path.suffix.lower() in (".wav", ".flac") and len(samples) < declared < 2**40:
-        raise AudioError(
-            f"audio file {path} is truncated: {len(samples)} of {declared} samples could be read"
-        )
+    if path.suffix.lower() in (".wav", ".flac") and declared < 2**40:
+        end = declared if part.last is None else min(part.last, declared)
+        if part.first + len(samples) < end:
+            got = f"{len(samples)} of {end - part.first}"
+            raise AudioError(f"audio file {path} is truncated: {got} samples could be read")
     if not np.isfinite(samples).all():
         raise AudioError(f"audio file {path} holds samples that are not finite numbers")
-    return resample(samples, rate)
+    samples = resample(samples, rate)[part.skipped :][: part.count]
+    if len(samples) == 0 and not allow_empty:
+        where = f" after {offset} s" if offset > 0 else ""
+        raise AudioError(f"audio file {path} holds no samples{where}")
+    return samples
+
+
+class _Part:
+    """What to read for a part: frames ``first`` to ``last``; resampled, it begins after ``skipped`` samples.
+
+    The frames begin early enough, and where a frame and a sample at 16 kHz fall together, so that resampling
+    gives what it gives for the whole.
+    """
+
+    def __init__(self, rate: int, offset: float, duration: Optional[float]) -> None:
+        divisor = int(np.gcd(SAMPLE_RATE, rate))
+        up, down = SAMPLE_RATE // divisor, rate // divisor
+        reach = 0 if up == down else -(-10 * max(up, down) // up) + 1  # of resample_poly's filter, in frames
+        start = round(offset * SAMPLE_RATE)
+        self.first = max(0, start * down // up - reach) // down * down
+        self.skipped = start - self.first // down * up
+        self.count, self.last = None, None
+        if duration is not None:
+            self.count = round(duration * SAMPLE_RATE)
+            self.last = -(-(start + self.count) * down // up) + reach
+
+
+def _read(file: soundfile.SoundFile, first: int, last: Optional[int]) -> np.ndarray:
+    """Return frames ``first`` to ``last`` (None: the end), channels averaged; fewer where the file ends."""
+    seekable = file.seekable()
+    if seekable:
+        file.seek(min(first, file.frames))
+    position = first if seekable else 0
+    blocks = [np.zeros(0, np.float32)]
+    while last is None or position < last:
+        size = _BLOCK if last is None else min(_BLOCK, last - position)
+        block = file.read(size, dtype="float32", always_2d=True)
+        if len(block) == 0:
+            break
+        unwanted = max(0, first - position)  # where one cannot seek
+        position += len(block)
+        block = block[unwanted:]
+        blocks.append(block.mean(axis=1) if block.shape[1] > 1 else block[:, 0])
+    return np.concatenate(blocks)
 
 
 def _refuse_cut_wav(path: Path) -> None:

@@ -16,7 +16,9 @@ from typing import Any, Iterator
 import numpy as np
 import torch
 from lhotse import CutSet, Fbank, FbankConfig, Features, LilcomChunkyWriter, MonoCut
+from lhotse.audio.utils import AudioLoadingError, DurationMismatchError
 from lhotse.features.base import FeatureExtractor
+from lhotse.utils import compute_num_samples
 from tqdm import tqdm
 
 from icefall_fusion.checks import check, check_choice
@@ -246,14 +248,21 @@ def _with_features(cut: MonoCut, frames: int, kind: str, archive: str, key: str)
 
 
 def cut_samples(cut: MonoCut) -> np.ndarray:
-    """Return the audio of a cut, [samples] at 16 kHz; a file shorter than its manifest says is an error."""
+    """Return the audio of a cut, [samples] at 16 kHz; only its part of the file is read.
+
+    Raises:
+        FileNotFoundError: the file is gone.
+        AudioError: it is broken, or shorter than the manifest says (a lack of up to 10 ms becomes silence).
+    """
     if cut.recording.transforms:  # speed perturbation: lhotse's business
-        return cut.load_audio()[0]
+        try:
+            return resample(cut.load_audio()[0], cut.recording.sampling_rate)
+        except (AudioLoadingError, DurationMismatchError) as error:
+            raise AudioError(str(error)) from error
     path = cut.recording.sources[0].source
-    samples = load_audio(path)
-    first, count = round(cut.start * SAMPLE_RATE), cut.num_samples
-    if len(samples) < first + count - HOP:
-        raise AudioError(
-            f"audio file {path} is truncated: {len(samples)} samples, the manifest needs {first + count}"
-        )
-    return samples[first : first + count]
+    samples = load_audio(path, allow_empty=True, offset=cut.start, duration=cut.duration)
+    first, count = round(cut.start * SAMPLE_RATE), compute_num_samples(cut.duration, SAMPLE_RATE)
+    if len(samples) < count - HOP:
+        there = f"{first + len(samples)} samples at 16 kHz" if len(samples) else "too few samples"
+        raise AudioError(f"audio file {path} is truncated: {there}, the manifest needs {first + count}")
+    return np.pad(samples[:count], (0, count - len(samples[:count])))
