@@ -108,18 +108,28 @@ def test_candidates_equal_topk():
 
 
 def test_agrees_with_flashlight_where_the_choice_is_easy():
+    """It keeps two slots a prefix (ends in blank or not) and tells the better one's mass: at least half."""
     module = pytest.importorskip("flashlight.lib.text.decoder")
-    log_probs = emissions(5, 4, 60, 20, sharpness=5.0, blank_bias=14.0)
     options = module.LexiconFreeDecoderOptions(
         beam_size=200, beam_size_token=20, beam_threshold=100, lm_weight=0.0, sil_score=0.0, log_add=True,
         criterion_type=module.CriterionType.CTC)
     decoder = module.LexiconFreeDecoder(options, module.ZeroLM(), -1, 0, [])
-    for rows, nbest in zip(log_probs, search(log_probs, beam=100)):
-        best = decoder.decode(rows.contiguous().data_ptr(), *rows.shape)[0]
-        path = [piece for piece in best.tokens if piece >= 0]
-        collapsed = [v for i, v in enumerate(path) if v != 0 and (i == 0 or path[i - 1] != v)]
-        assert nbest[0].tokens == collapsed
-        assert best.score <= nbest[0].scores["ctc"] + 1e-3  # it keeps two slots per prefix, we one
+    same = 0
+    for seed in range(6):
+        log_probs = emissions(seed, 4, 60, 20, sharpness=5.0, blank_bias=14.0)
+        for rows, nbest in zip(log_probs, search(log_probs, beam=100)):
+            best = decoder.decode(rows.contiguous().data_ptr(), *rows.shape)[0]
+            path = [piece for piece in best.tokens if piece >= 0]
+            theirs = [v for i, v in enumerate(path) if v != 0 and (i == 0 or path[i - 1] != v)]
+            exact = float(exact_log_prob(rows, theirs))
+            assert exact - math.log(2) - 0.05 < best.score < exact + 1e-3  # 0.05: what it pruned
+            (ours,) = (h.scores["ctc"] for h in nbest if h.tokens == theirs)
+            assert best.score - 1e-3 < ours < best.score + math.log(2)
+            our_exact = float(exact_log_prob(rows, nbest[0].tokens))
+            assert our_exact - 0.2 < nbest[0].scores["ctc"] < our_exact + 1e-3
+            assert our_exact > exact - 1e-3  # where we differ, ours is the more probable
+            same += nbest[0].tokens == theirs
+    assert same >= 22  # of 24
 
 
 # -- invariances
@@ -239,8 +249,8 @@ def test_word_times_find_the_peak_not_the_birth():
 
 
 @pytest.mark.parametrize(("field", "value"), [
-    ("beam", 0), ("top_pieces", 0), ("score_beam", 0.0), ("blank_skip", 1.5), ("blank_skip", 0.2),
-    ("nbest", 0), ("frame_shift", 0.0)])
+    ("beam", 0), ("beam", 2.5), ("top_pieces", 0), ("top_pieces", 2.5), ("nbest", 1.5), ("score_beam", 0.0),
+    ("blank_skip", 1.5), ("blank_skip", 0.2), ("nbest", 0), ("frame_shift", 0.0)])
 def test_bad_options_are_named(field, value):
     with pytest.raises(ValueError, match=rf"PrefixSearchOptions\.{field} must .* {value}"):
         PrefixSearchOptions(**{field: value})
@@ -261,8 +271,29 @@ def test_bad_log_probs_name_the_utterance():
     search(bad, torch.tensor([10, 10, 9]))  # padding is nobody's business
 
 
+@pytest.mark.parametrize("function", [ctc_prefix_search, ctc_greedy_search])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_logits_are_refused_but_not_log_probs_of_any_precision(function, dtype):
+    logits = 30 * torch.randn(2, 40, 50, generator=torch.Generator().manual_seed(15))
+    lens = torch.tensor([40, 30])
+    coarse = logits.to(dtype)
+    function(coarse.log_softmax(-1), lens)
+    function(coarse - coarse.logsumexp(-1, keepdim=True), lens)
+    one = logits.log_softmax(-1)
+    one[1, 30:] = 65.0  # padding
+    function(one.to(dtype), lens)
+    one[1, 7, 3] = 1.5
+    with pytest.raises(ValueError, match=r"utterance 1 must be normalized.*log_softmax.* '1\.5 in frame 7'"):
+        function(one.to(dtype), lens)
+    with pytest.raises(ValueError, match="utterance 0 must be normalized"):
+        function(coarse, lens)
+
+
 def test_bad_arguments_are_named():
     log_probs = emissions(14, 2, 10, 5)
+    for function in (ctc_prefix_search, ctc_greedy_search):
+        with pytest.raises(ValueError, match=r"lens must be a tensor of integers \[B\], but is \[10, 10\]"):
+            function(log_probs, [10, 10])
     with pytest.raises(ValueError, match=r"tokens.size must equal the 5 pieces .* 6"):
         search(log_probs, tokens=TOKENS)
     with pytest.raises(ValueError, match="blank_id must be in 0..4"):

@@ -4,6 +4,7 @@ Knows: the order of work in a frame, options, blocks of frames. Must not know: w
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral
 from typing import TYPE_CHECKING, Optional, Sequence
 
 import torch
@@ -59,15 +60,19 @@ class PrefixSearchOptions:
 
     def __post_init__(self) -> None:
         name = "PrefixSearchOptions."
-        check(self.beam >= 1, name + "beam", "be at least 1", self.beam)
-        check(self.top_pieces is None or self.top_pieces >= 1, name + "top_pieces", "be none or at least 1",
-              self.top_pieces)
+        check(_counts(self.beam), name + "beam", "be an integer, at least 1", self.beam)
+        for field in ("top_pieces", "nbest"):
+            value = getattr(self, field)
+            check(value is None or _counts(value), name + field, "be none or an integer, at least 1", value)
         check(self.score_beam is None or self.score_beam > 0, name + "score_beam", "be none or above 0",
               self.score_beam)
         check(self.blank_skip is None or 0.5 <= self.blank_skip <= 1, name + "blank_skip",
               "be none or between 0.5 and 1", self.blank_skip)
-        check(self.nbest is None or self.nbest >= 1, name + "nbest", "be none or at least 1", self.nbest)
         check(self.frame_shift > 0, name + "frame_shift", "be above 0 seconds", self.frame_shift)
+
+
+def _counts(value: object) -> bool:
+    return isinstance(value, Integral) and value >= 1
 
 
 @torch.no_grad()
@@ -100,8 +105,9 @@ def ctc_prefix_search(
         "words" and "total".
 
     Raises:
-        ValueError: shapes, lengths, blank or vocabulary do not fit; NaN or +inf among the log-probs, or a
-            frame in which nothing is possible (the message names the utterance).
+        ValueError: shapes, lengths, blank or vocabulary do not fit; NaN or +inf among the log-probs, values
+            clearly above 0 (logits), or a frame in which nothing is possible (the message names the
+            utterance).
     """
     options = options or PrefixSearchOptions()
     with torch.autocast(log_probs.device.type, enabled=False):  # masses need float32

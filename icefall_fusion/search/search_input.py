@@ -13,6 +13,9 @@ from icefall_fusion.checks import check
 if TYPE_CHECKING:
     from icefall_fusion.tokens import AcousticTokens
 
+_ABOVE_ZERO = 1e-2  # nats that rounding may put a log-prob above 0: float32 and better
+_ROUNDINGS = 32  # the same in units of the type's own precision: 0.03 in float16, 0.25 in bfloat16
+
 
 class SearchInput(NamedTuple):
     """Checked log-probs of a batch.
@@ -37,6 +40,7 @@ def check_input(log_probs: Tensor, lens: Tensor, blank: int, tokens: Optional[Ac
     Raises:
         ValueError: see ctc_prefix_search.
     """
+    check(isinstance(lens, Tensor), "lens", "be a tensor of integers [B]", lens)
     check(log_probs.dim() == 3, "log_probs", "have 3 dimensions [B, T, V]", tuple(log_probs.shape))
     check(log_probs.is_floating_point(), "log_probs", "be floating point", log_probs.dtype)
     batch, frames, pieces = log_probs.shape
@@ -53,22 +57,28 @@ def check_input(log_probs: Tensor, lens: Tensor, blank: int, tokens: Optional[Ac
     for name, length in zip(names, lens.tolist()):
         check(0 <= length <= frames, f"lens of utterance {name}", f"be in 0..{frames}", length)
     lens = lens.to(device=log_probs.device, dtype=torch.int64)
+    allowed = max(_ABOVE_ZERO, _ROUNDINGS * torch.finfo(log_probs.dtype).eps)
     log_probs = log_probs[:, : int(lens.max()) if batch else 0].float()
     live = torch.arange(log_probs.shape[1], device=lens.device) < lens.unsqueeze(1)
     if not log_probs.numel():
         return SearchInput(log_probs, live.float(), live, lens, names, blank)
     best = log_probs.amax(-1)  # NaN passes through a maximum
-    _refuse_bad_frames(best, live, names)
+    _refuse_bad_frames(best, live, names, allowed)
     if bool((~live & ~(best < torch.inf)).any()):
         log_probs = log_probs.masked_fill(~live.unsqueeze(-1), 0.0)
     return SearchInput(log_probs, best.masked_fill(~live, 0.0), live, lens, names, blank)
 
 
-def _refuse_bad_frames(best: Tensor, live: Tensor, names: Sequence[str]) -> None:
-    bad = live & ~torch.isfinite(best)
+def _refuse_bad_frames(best: Tensor, live: Tensor, names: Sequence[str], allowed: float) -> None:
+    """Raise ValueError, with utterance, value and frame, unless -inf < best <= allowed in all live frames."""
+    bad = live & ~((best > -torch.inf) & (best <= allowed))  # NaN fails both
     if not bool(bad.any()):
         return
     utterance, frame = bad.nonzero()[0].tolist()
     value = float(best[utterance, frame])
-    what = "have a possible piece in every frame" if value == -torch.inf else "not hold NaN or +inf"
+    what = "not hold NaN or +inf"
+    if value == -torch.inf:
+        what = "have a possible piece in every frame"
+    elif allowed < value < torch.inf:
+        what = "be normalized, none above 0 (apply log_softmax to logits)"
     check(False, f"log_probs of utterance {names[utterance]}", what, f"{value} in frame {frame}")
