@@ -1,5 +1,5 @@
 """Words -> LLM tokens: word by word is exactly the whole text, for real tokenizers and contrived ones.
-Knows: tokenizers of several families, trained here or shipped with mistral-common. Must not know: models.
+Knows: tokenizers of several families, trained by the recipe or shipped. Must not know: models.
 """
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from icefall_fusion.data.tokenizers import train_llm_tokenizer
 from icefall_fusion.fusion.retokenize import WordTokenizer, sample_words
 from icefall_fusion.text import adapt
 from icefall_fusion.tokens import AcousticTokens
@@ -20,6 +21,7 @@ from icefall_fusion.tokens import AcousticTokens
 tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
 
+SHIPPED = Path(__file__).parents[1] / "egs" / "minibooks" / "ASR" / "pretrained" / "llm"
 TEXTS = [
     "The old man of the sea said that he would not go down to the harbor again in the morning.",
     "It was the best of times, it was the worst of times; I don't know what o'clock it is.",
@@ -28,18 +30,24 @@ TEXTS = [
 WORDS = st.lists(st.from_regex(r"\A[a-z]{1,9}('[a-z]{1,2})?\Z"), min_size=0, max_size=9)
 
 
-def byte_level_bpe(split_words: bool = True) -> transformers.PreTrainedTokenizerFast:
-    """The recipe's kind of tokenizer; without splitting, merges reach over spaces ("Ġof Ġthe" is a token)."""
+def recipe_tokenizer(folder: Path) -> transformers.PreTrainedTokenizerBase:
+    """Train the recipe's kind of tokenizer and load it as the recipe does."""
+    train_llm_tokenizer(TEXTS, 256 + 2 + 80, folder)
+    return transformers.AutoTokenizer.from_pretrained(str(folder))
+
+
+def tokenizer_over_spaces() -> transformers.PreTrainedTokenizerFast:
+    """Byte-level BPE that does not split words: merges reach over spaces ("Ġof Ġthe" is a token)."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split_words)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    size = 256 + 2 + (80 if split_words else 150)
     trainer = trainers.BpeTrainer(
-        vocab_size=size, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
-    )
+        vocab_size=256 + 2 + 150, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet,
+        show_progress=False,
+    )  # fmt: skip
     tokenizer.train_from_iterator(TEXTS, trainer)
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
@@ -55,11 +63,14 @@ def mistral_sentencepiece(folder: Path) -> transformers.PreTrainedTokenizerBase:
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     """Word tokenizers of every family that needs no download."""
-    return {
-        "byte-level": byte_level_bpe(),
+    made = {
+        "byte-level": recipe_tokenizer(tmp_path_factory.mktemp("recipe")),
         "mistral-v1": mistral_sentencepiece(tmp_path_factory.mktemp("mistral")),
         "tekken": tekken(),
     }
+    if SHIPPED.is_dir():
+        made["shipped"] = transformers.AutoTokenizer.from_pretrained(str(SHIPPED))
+    return made
 
 
 class Tekken:
@@ -92,7 +103,7 @@ def tekken() -> Tekken:
     return Tekken()
 
 
-FAMILIES = ["byte-level", "mistral-v1", "tekken"]
+FAMILIES = ["byte-level", "mistral-v1", "tekken"] + ["shipped"] * SHIPPED.is_dir()
 _made: dict[tuple[str, str], WordTokenizer] = {}
 
 
@@ -146,7 +157,7 @@ def test_words_are_tokenized_once(loaded):
 
 
 def test_tokens_over_spaces_fall_back_to_whole_texts():
-    raw = byte_level_bpe(split_words=False)
+    raw = tokenizer_over_spaces()
     assert any(" " in raw.decode([i]).strip() for i in range(len(raw)))
     with pytest.warns(UserWarning, match="tokenized whole.*example"):
         tokenizer = WordTokenizer(raw)
