@@ -39,7 +39,7 @@ class PrepareTextOptions:
     """
 
     text: str
-    data_dir: str = "egs/minibooks/ASR/data"
+    data_dir: str = "data"
     test_books: int = 12
     dev_books: int = 8
     min_characters: int = 25

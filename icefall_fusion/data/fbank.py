@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from icefall_fusion.checks import check, check_choice
 from icefall_fusion.data.audio import SAMPLE_RATE, AudioError, load_audio, resample
-from icefall_fusion.data.manifests import cuts_path, join_shards, write_cuts
+from icefall_fusion.data.manifests import check_corpus, cuts_path, join_shards, write_cuts
 from icefall_fusion.files import atomic_path, write_json
 
 DIM = 80
@@ -48,21 +48,24 @@ class FbankOptions:
         device: for kaldifeat, e.g. cpu or cuda:0.
         speed_perturb: add copies of the training split at 0.9 and 1.1 of its speed, as icefall does. Off:
             synthesis already varies the speed of speech.
+        corpus: names the manifests: ``CORPUS_cuts_SPLIT.jsonl.gz``.
     """
 
-    data_dir: Path = Path("egs/minibooks/ASR/data")
+    data_dir: Path = Path("data")
     splits: tuple[str, ...] = ("train", "dev", "test-clean", "test-other")
     workers: int = 2
     shard_size: int = 500
     backend: str = "lhotse"
     device: str = "cpu"
     speed_perturb: bool = False
+    corpus: str = "minibooks"
 
     def __post_init__(self) -> None:
         check(len(self.splits) > 0, "FbankOptions.splits", "name at least one split", self.splits)
         check(self.workers >= 1, "FbankOptions.workers", "be at least 1", self.workers)
         check(self.shard_size >= 1, "FbankOptions.shard_size", "be at least 1", self.shard_size)
         check_choice(self.backend, BACKENDS, "FbankOptions.backend")
+        check_corpus(self.corpus, "FbankOptions.corpus")
 
 
 @functools.lru_cache(maxsize=4)
@@ -142,7 +145,7 @@ def _frames(compute: FeatureExtractor, samples: np.ndarray) -> torch.Tensor:
 
 
 def run(options: FbankOptions) -> int:
-    """Write ``fbank/minibooks_cuts_SPLIT.jsonl.gz`` and archives; return 0, or 3 when audio was skipped."""
+    """Write ``fbank/CORPUS_cuts_SPLIT.jsonl.gz`` and archives; return 0, or 3 when audio was skipped."""
     extractor(options.backend, options.device)  # fails here, not in a process of its own
     skipped = 0
     for split in options.splits:
@@ -151,7 +154,7 @@ def run(options: FbankOptions) -> int:
 
 
 def _run_split(options: FbankOptions, split: str) -> int:
-    source = cuts_path(options.data_dir / "manifests", split)
+    source = cuts_path(options.data_dir / "manifests", split, options.corpus)
     if not source.is_file():
         raise FileNotFoundError(f"no manifest at {source}: make the audio of {split} first (job synthesize)")
     shards = _plan(options, split, list(CutSet.from_jsonl_lazy(source)))
@@ -161,7 +164,7 @@ def _run_split(options: FbankOptions, split: str) -> int:
         bar.update(bar.total - sum(len(shard.cuts) for shard in todo))
         for done in _each(options, todo):
             bar.update(done)
-    target = cuts_path(options.data_dir / "fbank", split)
+    target = cuts_path(options.data_dir / "fbank", split, options.corpus)
     totals = join_shards([shard.manifest for shard in shards], target)
     skipped: list[dict[str, Any]] = []
     for shard in shards:

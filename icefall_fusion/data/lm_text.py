@@ -49,7 +49,7 @@ class LmTextOptions:
         workers: processes; the result does not depend on it.
     """
 
-    data_dir: str = "egs/minibooks/ASR/data"
+    data_dir: str = "data"
     pieces: int = 500
     spoken_train: str = "text/selected_train.jsonl"
     spoken_dev: str = "text/selected_dev.jsonl"

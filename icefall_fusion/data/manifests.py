@@ -24,6 +24,11 @@ def cuts_path(folder: PathLike, split: str, corpus: str = "minibooks") -> Path:
     return Path(folder) / f"{corpus}_cuts_{split}.jsonl.gz"
 
 
+def check_corpus(corpus: str, name: str) -> None:
+    """Raise ValueError unless manifests can be named by ``corpus``, the value of the option ``name``."""
+    check(corpus != "" and "/" not in corpus, name, "be a name without a slash", corpus)
+
+
 def spread(items: Sequence[Item], count: int) -> list[Item]:
     """Return ``count`` of the items, spread evenly over them and in their order; 0 (or too many): all.
 

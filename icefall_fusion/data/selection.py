@@ -28,7 +28,7 @@ class SelectOptions:
         seed: of the choice.
     """
 
-    data_dir: str = "egs/minibooks/ASR/data"
+    data_dir: str = "data"
     train_hours: float = 30.0
     dev_hours: float = 1.2
     test_hours: float = 1.7

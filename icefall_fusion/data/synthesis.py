@@ -20,7 +20,14 @@ from tqdm import tqdm
 
 from icefall_fusion.checks import check, check_choice
 from icefall_fusion.data.espeak import SAMPLE_RATE, speak
-from icefall_fusion.data.manifests import cut_of, cuts_path, join_shards, read_utterances, write_cuts
+from icefall_fusion.data.manifests import (
+    check_corpus,
+    cut_of,
+    cuts_path,
+    join_shards,
+    read_utterances,
+    write_cuts,
+)
 from icefall_fusion.data.noise import CLEAN, OTHER, TRAIN, Conditions, distort
 from icefall_fusion.data.voices import SPEAKERS, Speakers
 from icefall_fusion.files import atomic_path, write_json
@@ -53,10 +60,11 @@ class SynthesizeOptions:
         prosody: let the punctuation of the cased text shape the melody.
         speakers: another population than the split's own.
         conditions: other conditions than the split's own.
+        corpus: names the manifest: ``CORPUS_cuts_SPLIT.jsonl.gz``.
     """
 
     split: str
-    data_dir: Path = Path("egs/minibooks/ASR/data")
+    data_dir: Path = Path("data")
     input: Optional[Path] = None
     seed: int = 20250411
     workers: int = 2
@@ -66,9 +74,11 @@ class SynthesizeOptions:
     prosody: bool = True
     speakers: Optional[Speakers] = None
     conditions: Optional[Conditions] = None
+    corpus: str = "minibooks"
 
     def __post_init__(self) -> None:
         check_choice(self.split, SPLITS, "SynthesizeOptions.split")
+        check_corpus(self.corpus, "SynthesizeOptions.corpus")
         check(self.workers >= 1, "SynthesizeOptions.workers", "be at least 1", self.workers)
         check(self.shard_size >= 1, "SynthesizeOptions.shard_size", "be at least 1", self.shard_size)
         check(
@@ -152,7 +162,7 @@ def punctuated(text: str, cased: str) -> str:
 
 
 def run(options: SynthesizeOptions) -> int:
-    """Make the audio and ``manifests/minibooks_cuts_SPLIT.jsonl.gz``; return 0."""
+    """Make the audio and ``manifests/CORPUS_cuts_SPLIT.jsonl.gz``; return 0."""
     source = options.input or options.data_dir / "text" / f"selected_{options.split}.jsonl"
     utterances = read_utterances(source, ("id", "text"))
     parts = options.data_dir / "manifests" / ".parts" / options.split
@@ -226,7 +236,7 @@ def _make_shard(maker: Synthesizer, options: SynthesizeOptions, shard: _Shard) -
 
 
 def _finish(options: SynthesizeOptions, shards: list[_Shard]) -> int:
-    target = cuts_path(options.data_dir / "manifests", options.split)
+    target = cuts_path(options.data_dir / "manifests", options.split, options.corpus)
     totals = join_shards([shard.manifest for shard in shards], target)
     dropped: list[Mapping[str, Any]] = []
     for shard in shards:

@@ -32,7 +32,7 @@ class TokenizerOptions:
         seed: of the samples.
     """
 
-    data_dir: str = "egs/minibooks/ASR/data"
+    data_dir: str = "data"
     pieces: int = 500
     piece_lines: int = 200_000
     llm_tokens: int = 8192
