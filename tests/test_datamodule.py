@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from lhotse import CutSet
 
 from icefall_fusion.data.audio import AudioError, load_audio
 from icefall_fusion.data.datamodule import DataOptions, EvalBatches, TrainBatches
 from icefall_fusion.data.fbank import FbankOptions, extract, run
 from icefall_fusion.data.frequency_warp import warp_frequencies
-from icefall_fusion.data.manifests import cut_of, cuts_path, write_cuts
+from icefall_fusion.data.manifests import cut_of, cuts_path, spread, write_cuts
 
 OPTIONS = DataOptions(
     max_duration=6, eval_duration=6, num_buckets=2, min_seconds=0.1, max_seconds=3, workers=0
@@ -66,6 +68,44 @@ def test_eval_batches_are_complete_and_fixed(data: Path) -> None:
         assert one["features"].shape[1] * len(one["ids"]) <= 600
     fewer = EvalBatches(_manifest(data), OPTIONS, limit=5, done=["u4"])
     assert sum(len(batch["ids"]) for batch in fewer) == fewer.utterances == 4
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 50])
+def test_processes_share_eval_batches(data: Path, world: int) -> None:
+    whole = [batch["ids"] for batch in EvalBatches(_manifest(data), OPTIONS)]
+    shares = [EvalBatches(_manifest(data), OPTIONS, rank=rank, world=world) for rank in range(world)]
+    batches = [[batch["ids"] for batch in share] for share in shares]
+    assert sorted(ids for share in batches for ids in share) == sorted(whole)
+    assert sum(share.utterances for share in shares) == 24
+    assert max(map(len, batches)) - min(map(len, batches)) <= 1
+    with pytest.raises(ValueError, match="EvalBatches.rank must lie in .*, but is"):
+        EvalBatches(_manifest(data), OPTIONS, rank=world, world=world)
+
+
+@given(st.integers(0, 40), st.integers(0, 50))
+def test_spread_is_even(size: int, count: int) -> None:
+    chosen = spread(list(range(size)), count)
+    assert len(chosen) == min(size, count or size) and chosen == sorted(set(chosen))
+    gaps = [after - before for before, after in zip(chosen, [*chosen, size][1:])]
+    assert not gaps or (chosen[0] == 0 and max(gaps) - min(gaps) <= 1)
+
+
+def test_corpus_names_the_manifests(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.flac", np.zeros(16_000), 16_000)
+    cut = cut_of({"id": "a", "text": "x"}, tmp_path / "a.flac", 16_000, {"voice": "none"})
+    write_cuts([cut], tmp_path / "manifests" / "other_cuts_dev.jsonl.gz")
+    assert run(FbankOptions(tmp_path, ("dev",), workers=1, corpus="other")) == 0
+    assert (tmp_path / "fbank" / "other_cuts_dev.jsonl.gz").is_file()
+    assert cuts_path("data", "dev") == Path("data/minibooks_cuts_dev.jsonl.gz")
+    for wrong in ("", "a/b"):
+        message = f"FbankOptions.corpus must be a name without a slash, but is '{wrong}'"
+        with pytest.raises(ValueError, match=message):
+            FbankOptions(corpus=wrong)
+
+
+def test_bounds_that_leave_nothing_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"min_seconds must be below max_seconds \(3\), but is 3"):
+        dataclasses.replace(OPTIONS, min_seconds=3)
 
 
 @pytest.mark.parametrize("stop", [0, 1, 4])

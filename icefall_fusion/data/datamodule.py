@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from icefall_fusion.checks import check
 from icefall_fusion.data.fbank import DIM, cut_samples, extract
 from icefall_fusion.data.frequency_warp import warp_frequencies
+from icefall_fusion.data.manifests import spread
 from icefall_fusion.files import PathLike
 
 PADDING = float(np.log(1e-10))  # the log energy of digital silence, as lhotse pads features
@@ -83,6 +84,8 @@ class DataOptions:
             check(0 <= getattr(self, name) <= 1, f"DataOptions.{name}", "lie in 0..1", getattr(self, name))
         warp = self.frequency_warp
         check(0 <= warp < 0.5, "DataOptions.frequency_warp", "lie in 0..0.5", warp)
+        rule = f"be below max_seconds ({self.max_seconds})"
+        check(self.min_seconds < self.max_seconds, "DataOptions.min_seconds", rule, self.min_seconds)
         rule = "be at least max_seconds, else long utterances would never be used"
         check(self.max_duration >= self.max_seconds, "DataOptions.max_duration", rule, self.max_duration)
 
@@ -153,10 +156,13 @@ class EvalBatches:
         manifest: a lhotse manifest of cuts with features or with audio.
         options: see there; only ``eval_duration``, ``workers`` and ``prefetch`` matter.
         encode: text to token ids, or None.
-        limit: only so many utterances, spread evenly over the manifest; None takes all.
+        limit: only so many utterances, spread evenly over the manifest; None or 0 takes all.
         done: ids to leave out, e.g. those that a killed run has decoded.
+        rank: of this process, from 0: it takes every ``world``-th batch from this one on.
+        world: number of processes that share the batches.
 
     Attributes:
+        utterances: number of those in this process's batches.
         skipped: [{"id", "error"}] of the last iteration.
     """
 
@@ -167,15 +173,17 @@ class EvalBatches:
         encode: Optional[Encode] = None,
         limit: Optional[int] = None,
         done: Sequence[str] = (),
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
+        check(world >= 1, "EvalBatches.world", "be at least 1", world)
+        check(0 <= rank < world, "EvalBatches.rank", f"lie in 0..{world - 1} (below world)", rank)
         self.skipped: list[dict[str, str]] = []
         left_out = set(done)
         cuts = list(CutSet.from_jsonl_lazy(_existing(manifest)))
-        if limit is not None and limit < len(cuts):  # spread over the manifest, that is, over its books
-            cuts = [cuts[index * len(cuts) // limit] for index in range(limit)]
-        cuts = [cut for cut in cuts if cut.id not in left_out]
-        self.utterances = len(cuts)
-        self._batches = _batches_by_duration(cuts, options.eval_duration)
+        cuts = [cut for cut in spread(cuts, limit or 0) if cut.id not in left_out]
+        self._batches = _batches_by_duration(cuts, options.eval_duration)[rank::world]
+        self.utterances = sum(len(batch) for _, batch in self._batches)
         self._loader = _loader(_Loading(encode, None), self._batches, options)
 
     def __len__(self) -> int:
