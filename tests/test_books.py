@@ -233,6 +233,17 @@ def test_groups_cover_all_utterances_once(count: int, max_group: int, seed: int)
     assert all(1 <= stop - start <= max_group for start, stop in groups)
 
 
+def test_broken_lines_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "text" / "train.jsonl"
+    path.parent.mkdir()
+    good = '{"text": "a", "cased": "A."}'
+    missing = ('{"text": "a"}', "have the key 'cased', but is .'text'.")
+    for line, rule in (("[1]", "be a JSON object"), missing, ("{", "is not JSON")):
+        path.write_text(f"{good}\n{line}\n")
+        with pytest.raises(ValueError, match=rf"train.jsonl, line 2 (must )?{rule}"):
+            tokenizers.run(tokenizers.TokenizerOptions(str(tmp_path)))
+
+
 def test_missing_inputs_say_what_to_run(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="folder of books not found"):
         books.run(books.PrepareTextOptions(str(tmp_path / "none")))

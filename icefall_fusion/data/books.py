@@ -102,21 +102,27 @@ def split_books(folder: PathLike, test_books: int, dev_books: int) -> dict[str, 
     return {"train": books[:first_dev], "dev": books[first_dev:first_test], "test": books[first_test:]}
 
 
-def read_jsonl(path: PathLike) -> Iterator[dict]:
-    """Yield the objects of a JSON lines file.
+def read_jsonl(path: PathLike, required: Sequence[str] = ()) -> Iterator[dict]:
+    """Yield the objects of a JSON lines file, each of which must have the keys ``required``.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a line is not JSON (the message has its number).
+        ValueError: a line is not JSON, no object, or lacks a key (the message has its number).
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no list of utterances at {path}; run prepare-text first")
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             try:
-                yield json.loads(line)
+                row = json.loads(line)
             except json.JSONDecodeError as error:
                 raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}, line {number} must be a JSON object, but is {row!r}")
+            for key in required:
+                if key not in row:  # messages are made only then: files have millions of lines
+                    raise ValueError(f"{path}, line {number} must have the key {key!r}, but is {sorted(row)!r}")
+            yield row
 
 
 def write_jsonl(path: PathLike, items: Sequence[dict]) -> None:

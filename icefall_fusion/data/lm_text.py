@@ -76,7 +76,7 @@ def run(options: LmTextOptions) -> int:
     root = Path(options.data_dir)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process a core already
     for split, spoken in (("train", options.spoken_train), ("dev", options.spoken_dev)):
-        utterances = list(read_jsonl(root / spoken))
+        utterances = list(read_jsonl(root / spoken, ("text",)))
         tokenize = piece_tokenizer(root / f"lang_bpe_{options.pieces}")
         documents = tokenize([utterance["text"] for utterance in utterances])
         _write_stream(root / "lm" / "nlm" / split, [documents], options.seed)
@@ -186,7 +186,8 @@ def _lay_out(texts: list[str], ids: list[list[int]], bos: int, eos: int) -> Docu
 
 
 def _books(path: Path) -> Iterator[list[dict]]:
-    for _, utterances in itertools.groupby(read_jsonl(path), key=lambda utterance: utterance["book"]):
+    rows = read_jsonl(path, ("book", "cased", "text"))
+    for _, utterances in itertools.groupby(rows, key=lambda utterance: utterance["book"]):
         yield list(utterances)
 
 

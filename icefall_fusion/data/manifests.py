@@ -47,9 +47,7 @@ def read_utterances(path: PathLike, required: Sequence[str]) -> list[dict[str, A
         ValueError: a broken line, a missing key, or an id that occurs twice.
     """
     rows, seen = [], set()
-    for number, row in enumerate(read_jsonl(path), 1):
-        for key in required:
-            check(key in row, f"{path}, line {number}", f"have the key {key!r}", sorted(row))
+    for number, row in enumerate(read_jsonl(path, required), 1):
         check(row["id"] not in seen, f"{path}, line {number}", "have an id of its own", row["id"])
         seen.add(row["id"])
         rows.append(row)

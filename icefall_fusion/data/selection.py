@@ -118,7 +118,7 @@ def is_speakable(cased: str) -> bool:
 
 def _speakable_by_book(path: Path, min_words: int) -> dict[str, list[dict]]:
     books: dict[str, list[dict]] = {}
-    for utterance in read_jsonl(path):
+    for utterance in read_jsonl(path, ("book", "index", "cased", "text")):
         if utterance["text"].count(" ") + 1 >= min_words and is_speakable(utterance["cased"]):
             books.setdefault(utterance["book"], []).append(utterance)
     return books

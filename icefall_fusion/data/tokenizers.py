@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Iterator
 
+from tqdm import tqdm
+
 from icefall_fusion.checks import check
 from icefall_fusion.data.books import read_jsonl
 from icefall_fusion.files import atomic_path, write_text
@@ -21,6 +23,9 @@ LLM_BOS, LLM_EOS = "<s>", "</s>"  # ids 0, 1
 @dataclass(frozen=True)
 class TokenizerOptions:
     """Options of ``train-tokenizers``.
+
+    Each line of ``text/train.jsonl`` is a JSON object that has the keys ``text`` (normalized: lower case, no
+    punctuation) and ``cased`` (the same words as printed); ``prepare-text`` writes it.
 
     Args:
         data_dir: has ``text/train.jsonl``; gets ``lang_bpe_<pieces>/`` and ``llm_tokenizer/``.
@@ -55,18 +60,22 @@ def run(options: TokenizerOptions) -> int:
 
     Raises:
         FileNotFoundError: the utterance file is not there.
+        ValueError: a line of it is broken, or the text is too small for so many pieces.
     """
     root = Path(options.data_dir)
     utterances = root / "text" / "train.jsonl"
     normalized, cased = [], []
-    for utterance in read_jsonl(utterances):
+    print(f"reading {utterances}", flush=True)
+    for utterance in tqdm(read_jsonl(utterances, ("text", "cased")), unit="utt", desc="read"):
         normalized.append(utterance["text"])
         cased.append(utterance["cased"])
     spoken = _sample(normalized, options.piece_lines, options.seed)
+    print(f"training {options.pieces} acoustic pieces on {len(spoken)} utterances", flush=True)
     train_pieces(spoken, options.pieces, root / f"lang_bpe_{options.pieces}")
     print(f"{options.pieces} acoustic pieces from {len(spoken)} utterances")
     written = _sample(cased, options.llm_cased_lines, options.seed)
     written += _sample(normalized, options.llm_normalized_lines, options.seed + 1)
+    print(f"training {options.llm_tokens} LLM tokens on {len(written)} utterances", flush=True)
     size = train_llm_tokenizer(written, options.llm_tokens, root / "llm_tokenizer")
     print(f"{size} LLM tokens from {len(written)} utterances")
     return 0
