@@ -121,10 +121,11 @@ def run(options: DecodeOptions) -> int:
 
 @dataclass
 class Stretch:
-    """A stretch of an utterance (mostly all of it): its first second and its features, samples or nothing."""
+    """One of ``count`` stretches of an utterance (mostly all of it): its first second and what it holds."""
 
     utterance: Utterance
     number: int
+    count: int
     start: float
     values: Tensor
 
@@ -275,7 +276,8 @@ class Decoder:
             whole = self.source.wants == "nothing"
             ranges = [(0, 0)] if whole else split_long(values, self.options.longest)
             rate = 100.0 if values.dim() == 2 else 16000.0
-            parts += [Stretch(utterance, i, a / rate, values[a:b]) for i, (a, b) in enumerate(ranges)]
+            count = len(ranges)
+            parts += [Stretch(utterance, i, count, a / rate, values[a:b]) for i, (a, b) in enumerate(ranges)]
         return parts
 
     def _emit(self, name: str, parts: Sequence[Stretch]) -> Emissions:
@@ -285,7 +287,8 @@ class Decoder:
         if self.options.save_emissions:
             digest = hashlib.sha1("\n".join(emissions.ids).encode()).hexdigest()[:16]
             folder = Path(self.options.save_emissions) / name
-            save_emissions(folder / f"emissions-{digest}.npz", emissions, half=True)
+            whose = [(part.utterance.id, part.number, part.count) for part in parts]
+            save_emissions(folder / f"emissions-{digest}.npz", emissions, half=True, parts=whose)
         return emissions
 
     def _search(self, method: Method, emissions: Emissions) -> tuple[list[NBest], dict[str, float]]:

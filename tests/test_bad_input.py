@@ -65,7 +65,7 @@ def test_half_an_hour_in_one_cut_is_never_held_as_one_batch(model, tmp_path, mon
     assert [time.start for time in times] == sorted(time.start for time in times)
 
 
-def test_parts_of_a_long_cut_are_joined_when_saved_log_probs_are_decoded(model, tmp_path) -> None:
+def test_parts_of_a_long_cut_are_joined_when_saved_log_probs_are_decoded(model, tmp_path, capsys) -> None:
     noise = np.random.default_rng(4).normal(0, 0.1, 48000)
     cuts = manifest(tmp_path, {"long": noise, "short": noise[:16000]})
     kept = tmp_path / "kept"
@@ -77,6 +77,9 @@ def test_parts_of_a_long_cut_are_joined_when_saved_log_probs_are_decoded(model, 
     saved = ["--emissions.tokens", model]
     assert decode(str(kept / "noise"), cuts, tmp_path / "two", *saved) == 0
     assert lists(tmp_path / "two")["long"][0].times[-1].end > 2.0
+    assert decode(model, cuts, tmp_path / "three", "--longest", "60", "--save_emissions", str(kept)) == 0
+    assert decode(str(kept / "noise"), cuts, tmp_path / "four", *saved) == 2  # whole and in parts
+    assert "save each run into a folder of its own" in capsys.readouterr().err
 
 
 def test_silence_is_decoded(model, tmp_path) -> None:

@@ -3,6 +3,7 @@ Knows: emissions and tiny real models. Must not know: search, fusion.
 """
 from __future__ import annotations
 
+import json
 import math
 from typing import Tuple  # TorchScript reads this one
 
@@ -84,6 +85,41 @@ def test_saved_log_probs_come_back(tmp_path, half) -> None:
         SavedSource(tmp_path, AcousticTokens.from_pieces([*PIECES[:-1], "x"], blank_id=0))
     with pytest.raises(FileNotFoundError):
         SavedSource(tmp_path / "none.npz", TOKENS)
+
+
+def test_parts_are_joined_whatever_utterances_are_called(tmp_path) -> None:
+    made = emissions((3, 5, 2), ids=("x", "x#1", "x#2"))  # x#1 is part of x, x#2 another utterance
+    save_emissions(tmp_path / "a.npz", made.select([1, 2]), parts=[("x", 1, 2), ("x#2", 0, 1)])
+    with pytest.raises(ValueError, match=r"'x' must be all parts of one run, but parts \[1\] of 2 are there"):
+        SavedSource(tmp_path, TOKENS).emit(["x"])
+    save_emissions(tmp_path / "b.npz", made.select([0]), parts=[("x", 0, 2)])
+    source = SavedSource(tmp_path, TOKENS)
+    assert sorted(source.ids) == ["x", "x#2"]
+    back = source.emit(["x", "x#2"])
+    assert back.lens.tolist() == [8, 2]
+    assert torch.equal(back.log_probs[0], torch.cat([made.log_probs[0, :3], made.log_probs[1]]))
+    save_emissions(tmp_path / "b.npz", made.select([0]))  # x again, now whole
+    with pytest.raises(ValueError, match=r"of 'x' .* but parts \[0, 1\] of 1 or 2 are there"):
+        SavedSource(tmp_path, TOKENS).emit(["x"])
+    with pytest.raises(ValueError, match="ids must differ"):
+        save_emissions(tmp_path / "c.npz", emissions(ids=("x", "x#1", "x#1")))
+
+
+def test_files_of_several_runs_are_refused(tmp_path) -> None:
+    made = emissions()
+    save_emissions(tmp_path / "a.npz", made.select([0, 1]))
+    save_emissions(tmp_path / "b.npz", made.select([1, 2]))
+    with pytest.raises(ValueError, match="of one run, but 'u2' is in .*a.npz' and in .*b.npz'"):
+        SavedSource(tmp_path, TOKENS)
+    made.tokens = AcousticTokens.from_pieces([*PIECES[:-1], "x"], blank_id=0)
+    save_emissions(tmp_path / "b.npz", made.select([2]))
+    with pytest.raises(ValueError, match="b.npz' were made with another vocabulary"):
+        SavedSource(tmp_path, TOKENS)
+    old = {"fingerprint": TOKENS.fingerprint(), "frame_shift": 0.04}
+    arrays = {"__emissions__": np.array(json.dumps(old)), "u": np.zeros((4, 8)), "u#1": np.zeros((4, 8))}
+    np.savez(tmp_path / "b.npz", **arrays)
+    with pytest.raises(ValueError, match=r"b.npz must say which are parts .* \['u#1'\]"):
+        SavedSource(tmp_path, TOKENS)
 
 
 def test_plain_npz_of_others(tmp_path) -> None:
