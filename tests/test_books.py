@@ -217,6 +217,23 @@ def test_token_streams_hold_the_utterances(data: Path) -> None:
     assert len(read_documents(data / "lm" / "nlm" / "train.npy", 1, 1)) == len(selected)
 
 
+def test_the_llm_reads_all_of_both_forms(data: Path) -> None:
+    for name, split in (("train", "train"), ("dev_cased", "dev")):
+        utterances = list(books.read_jsonl(data / "text" / f"{split}.jsonl"))
+        words = sum(len(utterance["cased"].split()) for utterance in utterances)
+        if split == "train":
+            words += sum(len(utterance["text"].split()) for utterance in utterances)
+        assert json.loads((data / "lm" / "llm" / f"{name}.json").read_text())["words"] == words
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_cased_share_is_what_goes_in_as_printed(share: float) -> None:
+    utterances = [{"book": "b", "text": f"word {n}", "cased": f"Word {n}."} for n in range(3000)]
+    normalized, cased = lm_text.book_documents(utterances, "train", lm_text.LmTextOptions(cased_share=share))
+    assert " ".join(normalized) == " ".join(utterance["text"] for utterance in utterances)
+    assert " ".join(cased).count("Word") == pytest.approx(3000 * share, abs=200 if 0 < share < 1 else 0)
+
+
 def read_documents(path: Path, bos: int, eos: int) -> list[list[int]]:
     documents: list[list[int]] = []
     tokens = iter(np.load(path).tolist())
@@ -251,5 +268,5 @@ def test_missing_inputs_say_what_to_run(tmp_path: Path) -> None:
         tokenizers.run(tokenizers.TokenizerOptions(str(tmp_path)))
     with pytest.raises(ValueError, match=r"hold more than 12 \+ 8 books"):
         books.split_books(tmp_path, 12, 8)
-    with pytest.raises(ValueError, match="cased_fraction must be between 0 and 0.5, but is 0.9"):
-        lm_text.LmTextOptions(cased_fraction=0.9)
+    with pytest.raises(ValueError, match="cased_share must be between 0 and 1, but is 1.5"):
+        lm_text.LmTextOptions(cased_share=1.5)

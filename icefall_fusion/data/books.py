@@ -120,8 +120,9 @@ def read_jsonl(path: PathLike, required: Sequence[str] = ()) -> Iterator[dict]:
             if not isinstance(row, dict):
                 raise ValueError(f"{path}, line {number} must be a JSON object, but is {row!r}")
             for key in required:
-                if key not in row:  # messages are made only then: files have millions of lines
-                    raise ValueError(f"{path}, line {number} must have the key {key!r}, but is {sorted(row)!r}")
+                if key not in row:  # a call of check would make its message for each of a million lines
+                    rule = f"have the key {key!r}, but is {sorted(row)!r}"
+                    raise ValueError(f"{path}, line {number} must {rule}")
             yield row
 
 

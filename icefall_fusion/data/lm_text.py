@@ -44,7 +44,8 @@ class LmTextOptions:
         spoken_train: utterances of the NLM: those of the acoustic training audio (JSON lines, in data_dir).
         spoken_dev: the NLM's dev utterances (JSON lines, in data_dir).
         max_group: longest document, in consecutive utterances; half of the documents are one utterance.
-        cased_fraction: share of the LLM's training tokens that keep case and punctuation (0 to 0.5).
+        cased_share: share of the training books' documents that the LLM also gets as printed, with case and
+            punctuation (0 to 1). The normalized copy is always whole.
         seed: of groups and order.
         workers: processes; the result does not depend on it.
     """
@@ -54,14 +55,14 @@ class LmTextOptions:
     spoken_train: str = "text/selected_train.jsonl"
     spoken_dev: str = "text/selected_dev.jsonl"
     max_group: int = 8
-    cased_fraction: float = 0.25
+    cased_share: float = 1.0
     seed: int = 17
     workers: int = 2
 
     def __post_init__(self) -> None:
         check(self.max_group >= 2, "LmTextOptions.max_group", "be at least 2", self.max_group)
-        fraction = self.cased_fraction
-        check(0.0 <= fraction <= 0.5, "LmTextOptions.cased_fraction", "be between 0 and 0.5", fraction)
+        share = self.cased_share
+        check(0.0 <= share <= 1.0, "LmTextOptions.cased_share", "be between 0 and 1", share)
         check(self.workers >= 1, "LmTextOptions.workers", "be at least 1", self.workers)
 
 
@@ -134,14 +135,17 @@ def document_groups(count: int, max_group: int, generator: random.Random) -> lis
 
 
 def book_documents(utterances: list[dict], split: str, options: LmTextOptions) -> tuple[list[str], list[str]]:
-    """Return the normalized and the cased documents of one book; a pure function of book, split and seed."""
+    """Return the normalized and the cased documents of one book; a pure function of book, split and seed.
+
+    All of the book is normalized; of a training book ``cased_share`` is also there as printed, else all.
+    """
     book = utterances[0]["book"]
     generator = random.Random(f"{options.seed} {book}")
     normalized = [
         " ".join([utterance["text"] for utterance in utterances[start:stop]])
         for start, stop in document_groups(len(utterances), options.max_group, generator)
     ]
-    share = options.cased_fraction / (1.0 - options.cased_fraction) if split == "train" else 1.0
+    share = options.cased_share if split == "train" else 1.0
     cased = [
         " ".join([utterance["cased"] for utterance in utterances[start:stop]])
         for start, stop in document_groups(len(utterances), options.max_group, generator)
