@@ -1,15 +1,23 @@
 #!/usr/bin/env bash
 # Make all data of the MiniBooks recipe: text, vocabularies, noisy synthetic speech, features, LM text.
 #
-#   bash prepare.sh --text DIR                # a folder of UTF-8 books, one .txt file each
+#   bash prepare.sh --text DIR                # a folder of UTF-8 books, one .txt file each (see below)
 #   bash prepare.sh                           # download the books of local/books.tsv (public domain)
 #   bash prepare.sh --config tiny             # smoke test: a few minutes of speech, two minutes of work
 #   bash prepare.sh --stage 3 --stop-stage 4  # some stages only
 #
+# A book has one paragraph a line, or lines of up to about 80 characters with blank lines between paragraphs
+# (as at Project Gutenberg). That is recognized; Project Gutenberg's header and footer are left out.
+#
+# Warning: with --text, the split is by the alphabet of the books that are there: the last 12 are for test, the
+# 8 before them for dev. The shipped models were trained on the train books of local/books.tsv: where the split
+# is another one, its test books may be among those. Train your own models then.
+#
 # Stages: 0 books to utterances, 1 which of them are spoken, 2 vocabularies, 3 speech, 4 features, 5 LM text.
 # Every stage can be killed and run again: finished shards are kept. A finished stage leaves a .done mark in
 # --data-dir and is skipped; remove the mark to run it again. --config is "full" or a folder of conf/.
-# Exit code 3: done, but some books or audio files were skipped (they are listed).
+# Exit code 3: done, but some audio files were skipped (they are listed). Books that could not be downloaded
+# stop stage 0: run it again to fetch the rest.
 # Speech needs eSpeak NG (GPL-3): pip install espeakng-loader.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
@@ -56,7 +64,14 @@ find_books() { # sets $text where --text was not given
       ../../../tools/demo/stories.txt
   else
     text=download/books
-    tolerate_skips "$python" local/download_books.py --to "$text"
+    local code=0
+    "$python" local/download_books.py --to "$text" || code=$?
+    if [ "$code" -eq 3 ]; then # fewer books would be split otherwise
+      echo "prepare.sh: some books are missing (see above): the split would not be that of local/books.tsv." \
+        "Run prepare.sh again to fetch them, or take those that are there: prepare.sh --text $here/$text" >&2
+      exit 1
+    fi
+    if [ "$code" -ne 0 ]; then exit "$code"; fi
   fi
 }
 

@@ -1,27 +1,29 @@
 """Knows: books.tsv, Project Gutenberg's catalog and plain texts; writes one paragraph a line.
-Must not know: utterances, audio, models.
+Must not know: how paragraphs become utterances, audio, models.
 
     python local/download_books.py --to download/books
 
 Finds every book of local/books.tsv in Project Gutenberg's own catalog by title and author, and takes its
-plain text. A book that is there already is kept, so that the command can be run again. --mirror names another
-server (or, as file:///..., a folder) with the same layout.
+plain text. A book that is there already is kept, so that the command can be run again: after exit code 3
+(some books are missing; they are listed) it fetches only those. --mirror names another server (or, as
+file:///..., a folder) with the same layout.
 """
 from __future__ import annotations
 
 import argparse
 import csv
+import http.client
 import io
 import re
 import sys
 import time
 import unicodedata
-import urllib.error
 import urllib.request
 from pathlib import Path
 
 from tqdm import tqdm
 
+from icefall_fusion.data.books import paragraphs
 from icefall_fusion.files import write_text
 
 SERVER = "https://www.gutenberg.org"
@@ -49,7 +51,8 @@ def main() -> int:
     except OSError as error:
         print(
             f"error: {arguments.mirror} cannot be reached ({error}). Without a network give a folder of "
-            "UTF-8 books, one .txt file each: prepare.sh --text DIR",
+            "UTF-8 books, one .txt file each, a paragraph a line or hard-wrapped with blank lines between "
+            "paragraphs (as Project Gutenberg has them): prepare.sh --text DIR",
             file=sys.stderr,
         )
         return FAILED
@@ -74,10 +77,13 @@ def main() -> int:
 
 
 def fetch(address: str) -> bytes:
-    """Return what is at ``address``; raises OSError (urllib's errors are of that kind)."""
+    """Return what is at ``address``; raises OSError where it cannot be had whole."""
     request = urllib.request.Request(address, headers={"User-Agent": "icefall_fusion recipe"})
-    with urllib.request.urlopen(request, timeout=60) as answer:
-        return answer.read()
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.read()
+    except http.client.HTTPException as error:  # urllib passes on e.g. IncompleteRead
+        raise OSError(f"{address} was not sent whole: {error!r}") from error
 
 
 def read_catalog(text: str) -> list[tuple[int, str, str]]:
@@ -108,11 +114,8 @@ def find(catalog: list[tuple[int, str, str]], title: str, author: str) -> int | 
 
 def body(text: str) -> str:
     """Return the book between Project Gutenberg's marks, one paragraph a line, blank lines between."""
-    start = re.search(r"\*\*\* ?START OF.*?\*\*\*", text, re.S)
-    end = re.search(r"\*\*\* ?END OF", text)
-    text = text[start.end() if start else 0 : end.start() if end else None]
-    paragraphs = (" ".join(paragraph.split()) for paragraph in re.split(r"\r?\n\s*\r?\n", text))
-    return "\n\n".join(paragraph.replace("_", "") for paragraph in paragraphs if paragraph) + "\n"
+    found = (" ".join(paragraph.split()) for paragraph in paragraphs(text))
+    return "\n\n".join(paragraph for paragraph in found if paragraph) + "\n"
 
 
 if __name__ == "__main__":
