@@ -8,7 +8,7 @@ import dataclasses
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Iterable, Iterator
+from typing import Any, Iterable, Iterator, Union
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from icefall_fusion.models.ctc import ctc_loss_sum
 from icefall_fusion.training.checkpoints import average_checkpoints, list_checkpoints
 from icefall_fusion.training.loop import STOPPED, Trainer, TrainerOptions, init_distributed
 from icefall_fusion.training.memory import keep_freed_memory
-from icefall_fusion.training.processes import check_compiler
+from icefall_fusion.training.processes import check_compiler, sum_tensor
 from icefall_fusion.wer import count_errors
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -86,8 +86,15 @@ class TrainOptions:
         check_choice(self.export_dtype, DTYPES, "TrainOptions.export_dtype")
 
 
-def feature_statistics(batches: Iterable[Batch], seconds: float) -> tuple[Tensor, Tensor]:
+def feature_statistics(
+    batches: Iterable[Batch], seconds: float, device: Union[str, torch.device] = "cpu"
+) -> tuple[Tensor, Tensor]:
     """Return mean and standard deviation [bins] over the first ``seconds`` of features of 10 ms.
+
+    Args:
+        batches: each process has its own share.
+        seconds: of each share.
+        device: of the process group, if there is one.
 
     Raises:
         ValueError: there is no frame.
@@ -100,6 +107,8 @@ def feature_statistics(batches: Iterable[Batch], seconds: float) -> tuple[Tensor
         if count >= seconds * 100:
             break
     check(count > 0, "the training data", "hold at least one feature frame", count)
+    sums = torch.stack((torch.full_like(total, count), total, squares)).double().to(device)
+    count, total, squares = sum_tensor(sums).cpu()
     mean = total / count
     return mean.float(), (squares / count - mean.square()).clamp(min=1e-6).sqrt().float()
 
@@ -232,7 +241,7 @@ def make_trainer(options: TrainOptions, device: torch.device, rank: int = 0, wor
     )
     if not list_checkpoints(options.exp):
         plain = dataclasses.replace(options.data, frequency_warp=0.0, spec_augment=False, workers=0)
-        mean, deviation = feature_statistics(TrainBatches(train, plain), options.stats_seconds)
+        mean, deviation = feature_statistics(TrainBatches(train, plain), options.stats_seconds, device)
         model.encoder.mean.copy_(mean)
         model.encoder.deviation.copy_(deviation)
     if rank == 0:
@@ -247,16 +256,15 @@ def make_trainer(options: TrainOptions, device: torch.device, rank: int = 0, wor
         for layer in (*(layer for stack in model.encoder.stacks for layer in stack), *model.decoder.layers):
             layer.compile(dynamic=True)
     encode = model.tokens.encode
-    short = dataclasses.replace(
-        options.data, max_seconds=options.easy_seconds, frequency_warp=0.0, spec_augment=False
-    )
+    longest = min(options.easy_seconds, options.data.max_seconds)
+    short = dataclasses.replace(options.data, max_seconds=longest, frequency_warp=0.0, spec_augment=False)
     easy, full = TrainBatches(train, short, encode), TrainBatches(train, options.data, encode)
     return Trainer(
         options.trainer,
         model.to(device),
         compute_loss,
         Curriculum(easy, full, options.easy_batches),
-        EvalBatches(valid, options.data, encode, options.valid_utterances or None),
+        EvalBatches(valid, options.data, encode, options.valid_utterances or None, rank=rank, world=world),
         options.exp,
         device=device,
         on_save=lambda step: export(options, str(Path(options.exp) / "export")),

@@ -6,6 +6,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +17,7 @@ import sentencepiece
 import soundfile
 import tiny
 import torch
+import yaml
 
 from icefall_fusion.data.datamodule import DataOptions
 from icefall_fusion.data.manifests import cut_of, cuts_path, write_cuts
@@ -99,6 +103,34 @@ def test_training_resumes_to_the_same_model_and_exports_an_average(data_dir: Pat
     torch.testing.assert_close(exported.encoder.mean, first["encoder.mean"])
     assert run(dataclasses.replace(whole, export_to=str(tmp_path / "out"))) == 0
     assert torch.equal(load(tmp_path / "out").ctc.linear.weight, exported.ctc.linear.weight)
+
+
+@pytest.mark.parametrize("ctc_weight, middle_weight", [(0.4, 0.3), (1.0, 0.0)])
+def test_two_processes_under_torchrun_equal_one_that_accumulates(
+    data_dir: Path, tmp_path: Path, ctc_weight: float, middle_weight: float
+) -> None:
+    """The same batches, two at a time; also where parts of the model are not trained at all."""
+    whole = options_for(data_dir, tmp_path / "one", accumulate=2, max_steps=3, precision="float32")
+    shares = {"ctc_weight": ctc_weight, "middle_weight": middle_weight}
+    model = dataclasses.replace(whole.model, **shares)
+    # six batches an epoch: three steps of two
+    data = dataclasses.replace(whole.data, max_duration=4.2, max_seconds=4.0, spec_augment=False)
+    whole = dataclasses.replace(whole, model=model, data=data, easy_batches=0, stats_seconds=1000.0)
+    assert run(whole) == 0
+    trainer = dataclasses.replace(whole.trainer, accumulate=1)
+    two = dataclasses.replace(whole, exp=str(tmp_path / "two"), trainer=trainer)
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(two)))))
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "icefall_fusion"]
+    subprocess.run(
+        [sys.executable, *command, "train", "--config", str(tmp_path / "two.yaml")], check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)},
+        timeout=300,
+    )  # fmt: skip
+    curves = [
+        [json.loads(line)["valid_loss"] for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    ]
+    assert len(curves[0]) == 1 and curves[1] == pytest.approx(curves[0], rel=1e-4)
 
 
 def test_export_without_checkpoints_says_so(data_dir: Path, tmp_path: Path) -> None:

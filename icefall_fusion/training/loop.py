@@ -26,7 +26,12 @@ from icefall_fusion.training.checkpoints import (
 from icefall_fusion.training.journal import Journal, StopSignals
 from icefall_fusion.training.optimizers import make_optimizer
 from icefall_fusion.training.options import TrainerOptions
-from icefall_fusion.training.processes import init_distributed, sum_over_processes, to_device
+from icefall_fusion.training.processes import (
+    init_distributed,
+    merge_over_processes,
+    sum_over_processes,
+    to_device,
+)
 
 __all__ = ["BatchSource", "LossFunction", "STOPPED", "Trainer", "TrainerOptions", "init_distributed"]
 
@@ -194,7 +199,7 @@ class Trainer:
                 loss, weight, metrics = self.compute_loss(self.model, to_device(batch, self.device))
             for name, value in {"loss": loss, "weight": weight, **metrics}.items():
                 totals[name] = totals.get(name, 0.0) + value
-        sums = sum_over_processes(totals, self.device)
+        sums = merge_over_processes(totals)
         means = {name: value / max(sums["weight"], 1.0) for name, value in sums.items()}
         means["weight"] = sums["weight"]
         if self.describe:

@@ -69,6 +69,22 @@ def sum_over_processes(totals: Mapping[str, Any], device: torch.device) -> dict[
     if tensors:
         stacked = torch.stack([value.detach().double().reshape(()) for value in tensors.values()])
         values = torch.cat([values, stacked.to(device)])
+    return dict(zip([*numbers, *tensors], sum_tensor(values).tolist()))
+
+
+def sum_tensor(values: Tensor) -> Tensor:
+    """Return ``values`` (on the device of the process group) summed over the processes, in place."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(values)
-    return dict(zip([*numbers, *tensors], values.tolist()))
+    return values
+
+
+def merge_over_processes(totals: Mapping[str, Any]) -> dict[str, float]:
+    """Sum every value over the processes that have it: some may have seen no batch, and so no names."""
+    mine = {name: float(value) for name, value in totals.items()}
+    shares = [mine]
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        shares = [{} for _ in range(dist.get_world_size())]
+        dist.all_gather_object(shares, mine)
+    names = dict.fromkeys(name for share in shares for name in share)
+    return {name: sum(share.get(name, 0.0) for share in shares) for name in names}
