@@ -9,10 +9,25 @@ import numpy as np
 import pytest
 import soundfile
 
-from icefall_fusion.data import espeak
+from icefall_fusion.data import espeak, synthesis, voices
 from icefall_fusion.data.espeak import ACCENTS, Voice, speak, variants
-from icefall_fusion.data.synthesis import SPLITS, SynthesizeOptions, Synthesizer, punctuated, run
-from icefall_fusion.data.voices import DEV, DROPPED, SPEAKERS, TEST_CLEAN, TEST_OTHER, training_variants
+from icefall_fusion.data.synthesis import (
+    CONDITIONS,
+    SPLITS,
+    SynthesizeOptions,
+    Synthesizer,
+    punctuated,
+    run,
+)
+from icefall_fusion.data.voices import (
+    DEV,
+    DROPPED,
+    SPEAKERS,
+    TEST_CLEAN,
+    TEST_OTHER,
+    Speakers,
+    training_variants,
+)
 
 pytestmark = pytest.mark.skipif(not espeak.available(), reason="espeakng-loader is not installed")
 TEXT = "the old lighthouse keeper counted seven ships before breakfast"
@@ -111,10 +126,30 @@ def test_job_is_resumable_and_independent_of_sharding(tmp_path: Path) -> None:
     assert shard.stat().st_mtime_ns == before and _rows(first) == rows[0]
 
 
+def test_shards_of_other_selections_or_voices_are_not_mixed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"id": f"b-{index}", "text": f"{TEXT} number {index}"} for index in range(4)]
+
+    def names(utterances: list, **changed: object) -> list:
+        options = SynthesizeOptions("dev", tmp_path, shard_size=2, **changed)
+        return [shard.manifest.name for shard in synthesis._plan(options, utterances, tmp_path)]
+
+    before = names(rows)
+    assert names(rows) == before and len(set(before)) == 2
+    longer = names([*rows, {"id": "b-4", "text": TEXT}])  # its speech may be in the others' background
+    assert not set(longer) & set(before)
+    assert not set(names(rows, speakers=Speakers(DEV[1:]))) & set(before)
+    everyone = names(rows, speakers=Speakers())
+    monkeypatch.setattr(voices, "variants", lambda: ("f1", "f2", "f3"))
+    assert not set(names(rows, speakers=Speakers())) & set(everyone)
+
+
 def test_speech_of_an_utterance_depends_on_its_id() -> None:
-    maker = Synthesizer.for_split("test-clean", seed=1)
+    population = SPEAKERS["test-clean"], CONDITIONS["test-clean"]
+    maker = Synthesizer(*population, seed=1)
     samples, record = maker.say("a", TEXT)
-    again, _ = Synthesizer.for_split("test-clean", seed=1).say("a", TEXT)
+    again, _ = Synthesizer(*population, seed=1).say("a", TEXT)
     other, _ = maker.say("b", TEXT)
     assert np.array_equal(samples, again) and not np.array_equal(samples[:1000], other[:1000])
     assert record["voice"].partition("+")[2] in TEST_CLEAN

@@ -91,7 +91,6 @@ OTHER = Conditions(
     direct_to_reverb=(-1.0, 8.0),
     band_limit_share=0.15,
 )
-CONDITIONS: dict[str, Conditions] = {"train": TRAIN, "clean": CLEAN, "other": OTHER}
 
 
 def colored_noise(count: int, color: str, rng: np.random.Generator) -> np.ndarray:

@@ -19,7 +19,7 @@ import soundfile
 from tqdm import tqdm
 
 from icefall_fusion.checks import check, check_choice
-from icefall_fusion.data.espeak import SAMPLE_RATE, speak
+from icefall_fusion.data.espeak import ACCENTS, SAMPLE_RATE, speak
 from icefall_fusion.data.manifests import (
     check_corpus,
     cut_of,
@@ -108,12 +108,6 @@ class Synthesizer:
     prosody: bool = True
     _voices: Optional[list[np.ndarray]] = field(default=None, repr=False)
 
-    @classmethod
-    def for_split(cls, split: str, seed: int = 0, babble_texts: Sequence[str] = ()) -> Synthesizer:
-        """Return the synthesizer of the split train, dev, test-clean or test-other."""
-        check_choice(split, SPLITS, "split")
-        return cls(SPEAKERS[split], CONDITIONS[split], seed, babble_texts)
-
     def say(self, id: str, text: str, cased: Optional[str] = None) -> tuple[np.ndarray, dict[str, Any]]:
         """Return an utterance and how it was made.
 
@@ -187,13 +181,19 @@ class _Shard:
 
 
 def _plan(options: SynthesizeOptions, utterances: list[dict[str, Any]], parts: Path) -> list[_Shard]:
-    """Cut the work into shards, each named by what goes into it: changed options or texts are never mixed."""
+    """Cut the work into shards, each named by what goes into it: changed options or texts are never mixed.
+
+    What other talkers say in the background and the names of the voices go into all of them.
+    """
     shards = []
+    speakers, _ = _population(options)
+    shared = [_babble_texts(options, utterances), speakers.names(), ACCENTS]
+    background = _hash(shared)
     settings = {key: str(getattr(options, key)) for key in ("seed", "min_seconds", "max_seconds", "prosody")}
     for number, start in enumerate(range(0, len(utterances), options.shard_size)):
         chunk = utterances[start : start + options.shard_size]
-        content = json.dumps([FORMAT, settings, repr(_population(options)), chunk], sort_keys=True)
-        name = f"{number:05d}-{hashlib.sha1(content.encode()).hexdigest()[:8]}"
+        content = [FORMAT, settings, repr(_population(options)), background, chunk]
+        name = f"{number:05d}-{_hash(content)[:8]}"
         audio = options.data_dir / "audio" / options.split / name
         shards.append(_Shard(parts / f"{name}.jsonl.gz", audio, chunk))
     return shards
@@ -204,11 +204,19 @@ def _population(options: SynthesizeOptions) -> tuple[Speakers, tuple[Conditions,
     return options.speakers or SPEAKERS[options.split], conditions
 
 
+def _hash(content: Any) -> str:
+    return hashlib.sha1(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _babble_texts(options: SynthesizeOptions, utterances: list[dict[str, Any]]) -> list[str]:
+    chosen = np.random.default_rng(options.seed).permutation(len(utterances))[:_BABBLE_VOICES]
+    return [utterances[index]["text"] for index in chosen]
+
+
 def _each(options: SynthesizeOptions, utterances: list[dict[str, Any]], todo: list[_Shard]) -> Iterator[int]:
     speakers, conditions = _population(options)
-    texts = [utterance["text"] for utterance in utterances]
-    chosen = np.random.default_rng(options.seed).permutation(len(texts))[:_BABBLE_VOICES]
-    maker = Synthesizer(speakers, conditions, options.seed, [texts[i] for i in chosen], options.prosody)
+    babble = _babble_texts(options, utterances)
+    maker = Synthesizer(speakers, conditions, options.seed, babble, options.prosody)
     make = functools.partial(_make_shard, maker, options)
     if options.workers == 1 or len(todo) < 2:
         yield from map(make, todo)

@@ -62,9 +62,13 @@ class Speakers:
             check(len(value) == 2 and value[0] <= value[1], f"Speakers.{name}", "be (low, high)", value)
         check(len(self.accents) > 0, "Speakers.accents", "name at least one accent", self.accents)
 
+    def names(self) -> tuple[str, ...]:
+        """Return the variants to draw from."""
+        return self.variants or training_variants()
+
     def draw(self, rng: np.random.Generator) -> Voice:
         """Return a random speaker."""
-        names = self.variants or training_variants()
+        names = self.names()
         return Voice(
             accent=self.accents[rng.integers(len(self.accents))],
             variant=names[rng.integers(len(names))],
