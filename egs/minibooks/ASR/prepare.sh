@@ -9,9 +9,9 @@
 # A book has one paragraph a line, or lines of up to about 80 characters with blank lines between paragraphs
 # (as at Project Gutenberg). That is recognized; Project Gutenberg's header and footer are left out.
 #
-# Warning: with --text, the split is by the alphabet of the books that are there: the last 12 are for test, the
-# 8 before them for dev. The shipped models were trained on the train books of local/books.tsv: where the split
-# is another one, its test books may be among those. Train your own models then.
+# Warning: with --text, the split is by the alphabet of the books that are there: the last 12 are for test,
+# the 8 before them for dev. The shipped models were trained on the train books of local/books.tsv: where the
+# split is another one, its test books may be among those. Train your own models then.
 #
 # Stages: 0 books to utterances, 1 which of them are spoken, 2 vocabularies, 3 speech, 4 features, 5 LM text.
 # Every stage can be killed and run again: finished shards are kept. A finished stage leaves a .done mark in
