@@ -96,7 +96,7 @@ def _decode_options(options: DemoOptions, out: Path, name: str, manifest: str) -
         str(out / "decode" / name), {name: manifest}, methods=options.methods, search=options.search,
         nlm=lm, llm=lm, matched_llm=lm, batch_size=options.batch_size, threads=options.threads, restart=True,
     )  # fmt: skip
-    return with_pretrained(decode, options.pretrained)
+    return with_pretrained(decode, options.pretrained, "name a folder that has one (--pretrained)")
 
 
 def decode_one(job: tuple[int, DecodeOptions]) -> tuple[list[dict[str, Any]], int]:

@@ -16,7 +16,9 @@ FOLDER = RECIPE / "pretrained"
 WEIGHTS = "weights.yaml"
 
 
-def with_pretrained(options: DecodeOptions, folder: PathLike = FOLDER) -> DecodeOptions:
+def with_pretrained(
+    options: DecodeOptions, folder: PathLike = FOLDER, remedy: str = "name one (--emissions.model)"
+) -> DecodeOptions:
     """Return options in which every model that is not named is the shipped one.
 
     Weights come from the folder's ``weights.yaml`` when none are given and the acoustic model is shipped.
@@ -24,6 +26,7 @@ def with_pretrained(options: DecodeOptions, folder: PathLike = FOLDER) -> Decode
     Args:
         options: of a decoding job.
         folder: has ``ctc_aed``, ``nlm``, ``llm``, ``matched_llm`` and ``weights.yaml``.
+        remedy: for the message, what else can be done than to train a model.
 
     Raises:
         FileNotFoundError: the acoustic model is not there.
@@ -33,8 +36,7 @@ def with_pretrained(options: DecodeOptions, folder: PathLike = FOLDER) -> Decode
         return options
     if not (folder / "ctc_aed" / "config.json").is_file():
         raise FileNotFoundError(
-            f"there is no pretrained model in {folder}; train one (egs/minibooks/ASR/run.sh) or name one "
-            f"(--emissions.model)"
+            f"there is no pretrained model in {folder}; train one (egs/minibooks/ASR/run.sh) or {remedy}"
         )
     lms = {
         name: replace(getattr(options, name), path=_path(getattr(options, name), folder / name))

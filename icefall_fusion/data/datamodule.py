@@ -78,8 +78,8 @@ class DataOptions:
             check(getattr(self, name) > 0, f"DataOptions.{name}", "be positive", getattr(self, name))
         for name in ("min_seconds", "workers", "time_warp", "feature_masks", "frame_masks"):
             check(getattr(self, name) >= 0, f"DataOptions.{name}", "be at least 0", getattr(self, name))
-        for name in ("num_buckets", "prefetch"):
-            check(getattr(self, name) >= 1, f"DataOptions.{name}", "be at least 1", getattr(self, name))
+        check(self.num_buckets >= 2, "DataOptions.num_buckets", "be at least 2", self.num_buckets)
+        check(self.prefetch >= 1, "DataOptions.prefetch", "be at least 1", self.prefetch)
         for name in ("frame_mask_fraction", "spec_augment_share"):
             check(0 <= getattr(self, name) <= 1, f"DataOptions.{name}", "lie in 0..1", getattr(self, name))
         warp = self.frequency_warp
