@@ -3,21 +3,30 @@ Knows: acoustic models and their vocabularies. Must not know: search, fusion, ma
 """
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, Sequence
+from typing import Any, Iterator, Protocol, Sequence
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from icefall_fusion.checks import check, check_choice
 from icefall_fusion.emission_batch import Emissions, SavedSource, no_frames, pad_rows, scatter_rows
+from icefall_fusion.files import PathLike
 from icefall_fusion.tokens import AcousticTokens
 
 KINDS = ("auto", "checkpoint", "torchscript", "huggingface", "saved")
 SAMPLE_RATE = 16_000  # Hz, of all audio that sources are given
 FEATURE_SHIFT = 0.01  # seconds between feature frames
+_BINS = 80
+_SILENCE = 1000  # feature frames
+_BROKEN = (
+    OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError, torch.jit.Error,
+)  # fmt: skip
+_NOT_TRAINED = "masked_spec_embed"  # wav2vec 2.0 and its kin use it in training alone; many files lack it
 
 
 @dataclass(frozen=True)
@@ -82,7 +91,8 @@ def open_source(options: EmissionOptions) -> EmissionSource:
 
     Raises:
         FileNotFoundError: nothing is there.
-        ValueError: what is there is none of the known kinds, or lacks a vocabulary; there is no such device.
+        ValueError: what is there is none of the known kinds, broken, or lacks a vocabulary or a CTC head;
+            there is no such device.
     """
     check_device(options.device, "EmissionOptions.device")
     kind = options.kind if options.kind != "auto" else _kind_of(options.model)
@@ -94,6 +104,15 @@ def open_source(options: EmissionOptions) -> EmissionSource:
         "huggingface": HuggingFaceSource,
     }
     return sources[kind](options)
+
+
+@contextlib.contextmanager
+def _loading(name: PathLike, what: str) -> Iterator[None]:
+    """Turn what libraries say of broken files, or of a hub out of reach, into a ValueError with the name."""
+    try:
+        yield
+    except _BROKEN as error:
+        raise ValueError(f"{name} cannot be loaded as {what}: {error}") from error
 
 
 def _kind_of(model: str) -> str:
@@ -109,8 +128,9 @@ def _kind_of(model: str) -> str:
     if path.is_file() and path.suffix in (".pt", ".ts", ".jit"):
         return "torchscript"
     if (path / "config.json").is_file():
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        ours = str(config.get("model_type", "")).startswith("icefall_fusion")
+        with _loading(path / "config.json", "a JSON object"):
+            config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+            ours = str(config.get("model_type", "")).startswith("icefall_fusion")
         return "checkpoint" if ours else "huggingface"
     raise ValueError(
         f"EmissionOptions.model must be a model folder (with config.json), a TorchScript .pt file or saved "
@@ -137,11 +157,16 @@ class CheckpointSource:
     sample_rate = SAMPLE_RATE
 
     def __init__(self, options: EmissionOptions) -> None:
-        from icefall_fusion.models import load
+        from icefall_fusion.models.ctc_aed import check_vocabulary, load
 
         self.model = load(options.model, options.device)
-        tokens = AcousticTokens.load(options.tokens) if options.tokens else self.model.tokens
-        self.tokens = tokens if tokens is not None else _tokens_of(options)
+        own = self.model.tokens
+        self.tokens = _tokens_of(options) if options.tokens or own is None else own
+        what = f"the pieces of {options.tokens or options.model}"
+        check_vocabulary(self.model.options, self.tokens.size, self.tokens.blank_id, what)
+        same = own is None or own.fingerprint() == self.tokens.fingerprint()
+        rule = f"have the pieces of the model ({options.model} has a bpe.model of its own)"
+        check(same, "EmissionOptions.tokens", rule, options.tokens)
         self.device = torch.device(options.device)
         self.frame_shift = options.frame_shift or 0.04
 
@@ -170,27 +195,39 @@ class TorchScriptSource:
     def __init__(self, options: EmissionOptions) -> None:
         self.tokens = _tokens_of(options)
         self.device = torch.device(options.device)
-        self.script = torch.jit.load(options.model, map_location=self.device).eval()
+        with _loading(options.model, "a TorchScript model"):
+            self.script = torch.jit.load(options.model, map_location=self.device).eval()
         missing = [name for name in ("encoder", "ctc_output") if not hasattr(self.script, name)]
         if missing:
             raise ValueError(f"EmissionOptions.model must have encoder and ctc_output, but {options.model!r} "
                              f"lacks {missing}")  # fmt: skip
-        self.frame_shift = options.frame_shift
+        self.frame_shift = options.frame_shift or self._frame_shift(options.model)
 
     @torch.no_grad()
     def emit(self, ids: Sequence[str], inputs: Sequence[Tensor]) -> Emissions:
         rows = [row for row, features in enumerate(inputs) if len(features) >= self.least_frames]
         if not rows:
-            return no_frames(ids, self.tokens, self.frame_shift or 4 * FEATURE_SHIFT)
+            return no_frames(ids, self.tokens, self.frame_shift)
         padded, lens = pad_rows([inputs[row] for row in rows])
         encoder_out, kept = self.script.encoder(padded.to(self.device), lens.to(self.device))[:2]
         log_probs = self.script.ctc_output(encoder_out).float().log_softmax(dim=2)  # no change to log-probs
-        shift = self.frame_shift or round(padded.shape[1] / max(1, log_probs.shape[1])) * FEATURE_SHIFT
         out_lens = torch.zeros(len(ids), dtype=torch.long)
         out_lens[rows] = kept.cpu().long()
         log_probs = scatter_rows(rows, log_probs, len(ids))
         encoder_out = scatter_rows(rows, encoder_out, len(ids))
-        return Emissions(list(ids), log_probs, out_lens, self.tokens, shift, encoder_out)
+        return Emissions(list(ids), log_probs, out_lens, self.tokens, self.frame_shift, encoder_out)
+
+    @torch.no_grad()
+    def _frame_shift(self, name: str) -> float:
+        """Return the seconds of an output frame; of ten seconds, as subsampling loses frames at the edges.
+
+        Raises:
+            ValueError: the encoder does not take features [B,T,80] and lengths.
+        """
+        silence = torch.zeros(1, _SILENCE, _BINS, device=self.device)
+        with _loading(name, "an encoder of 80 features a frame"):
+            encoder_out = self.script.encoder(silence, torch.tensor([_SILENCE], device=self.device))[0]
+        return round(_SILENCE / max(1, encoder_out.shape[1])) * FEATURE_SHIFT
 
 
 class HuggingFaceSource:
@@ -203,14 +240,23 @@ class HuggingFaceSource:
         from transformers import AutoFeatureExtractor, AutoModelForCTC, AutoTokenizer
 
         self.device = torch.device(options.device)
-        self.network = AutoModelForCTC.from_pretrained(options.model).to(self.device).eval()
-        self.extractor = AutoFeatureExtractor.from_pretrained(options.model)
-        self.sample_rate = int(self.extractor.sampling_rate)
+        with _loading(options.model, "a CTC model"):
+            network, info = AutoModelForCTC.from_pretrained(options.model, output_loading_info=True)
+        with _loading(options.model, "a feature extractor"):
+            self.extractor = AutoFeatureExtractor.from_pretrained(options.model)
+            self.sample_rate = int(self.extractor.sampling_rate)
+        missing = sorted(name for name in info["missing_keys"] if not name.endswith(_NOT_TRAINED))
+        rule = "be complete, CTC head included, but these are missing"
+        check(not missing, f"weights of {options.model}", rule, missing[:5])
+        self.network = network.to(self.device).eval()
         rule = f"take audio of {SAMPLE_RATE} Hz ({options.model})"
         check(self.sample_rate == SAMPLE_RATE, "EmissionOptions.model", rule, self.sample_rate)
-        config = self.network.config
-        tokenizer = None if options.tokens else AutoTokenizer.from_pretrained(options.model)
-        self.tokens = AcousticTokens.load(options.tokens) if options.tokens else _hf_tokens(tokenizer, config)
+        if options.tokens:
+            self.tokens = AcousticTokens.load(options.tokens)
+        else:
+            with _loading(options.model, "a tokenizer"):
+                tokenizer = AutoTokenizer.from_pretrained(options.model)
+            self.tokens = _hf_tokens(tokenizer, self.network.config)
         self.frame_shift = options.frame_shift
         # Models normalized over time (wav2vec 2.0 base) hear padding and take no mask: one at a time then.
         self.can_batch = bool(getattr(self.extractor, "return_attention_mask", False))

@@ -177,6 +177,10 @@ def test_torchscript_export(tmp_path, bpe) -> None:
     inputs = [torch.randn(n, 80) for n in (41, 100, 3, 0)]
     made = same_one_by_one(source, inputs, 1e-6)
     assert made.lens.tolist() == [10, 25, 0, 0] and made.frame_shift == 0.04
+    for frames in (9, 11, 0):  # two frames of eleven would be 60 ms each
+        assert source.emit(["u"], [torch.randn(frames, 80)]).frame_shift == 0.04
+    given = open_source(EmissionOptions(model=str(path), tokens=str(bpe), frame_shift=0.02))
+    assert given.frame_shift == given.emit(["u"], [torch.randn(40, 80)]).frame_shift == 0.02
     torch.jit.script(ToyEncoder()).save(str(path))
     with pytest.raises(ValueError, match=r"lacks \['encoder', 'ctc_output'\]"):
         open_source(EmissionOptions(model=str(path), tokens=str(bpe)))
@@ -204,6 +208,28 @@ def test_our_checkpoint(tmp_path, bpe) -> None:
     assert source.emit(["u"], [torch.zeros(0, 80)]).lens.tolist() == [0]
 
 
+def test_our_checkpoint_keeps_to_its_own_pieces(tmp_path, bpe) -> None:
+    model = tiny.acoustic_model(tmp_path / "model")
+    size = tiny.piece_count()
+    assert open_source(EmissionOptions(str(model), tokens=str(model / "bpe.model"))).tokens.size == size
+    other = tmp_path / "other"
+    tiny.write_bpe(other, [line.replace("e", "i") for line in tiny.LINES], size)
+    assert AcousticTokens.load(other).size == size
+    for tokens, message in (
+        (other, "EmissionOptions.tokens must have the pieces of the model .*but is '.*other'"),
+        (bpe, f"have {AcousticTokens.load(bpe).size} pieces, but the acoustic model has {size} outputs"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            open_source(EmissionOptions(str(model), tokens=str(tokens)))
+    config = json.loads((model / "config.json").read_text())
+    del config["bpe_fingerprint"]
+    (model / "config.json").write_text(json.dumps(config))
+    (model / "bpe.model").unlink()
+    assert open_source(EmissionOptions(str(model), tokens=str(other))).tokens.size == size
+    with pytest.raises(ValueError, match=f"but the acoustic model has {size} outputs"):
+        open_source(EmissionOptions(str(model), tokens=str(bpe)))
+
+
 # --- Hugging Face -------------------------------------------------------------------------------------
 
 
@@ -217,3 +243,132 @@ def test_any_hugging_face_ctc_model(tmp_path, masked) -> None:
     made = same_one_by_one(source, [torch.randn(n) for n in (4000, 1600, 5, 0)], 1e-4)
     assert made.lens[2] == made.lens[3] == 0 and made.lens[0] > made.lens[1] > 0
     assert made.frame_shift == pytest.approx(0.005)
+
+
+def test_a_hugging_face_model_without_a_ctc_head_is_refused(tmp_path) -> None:
+    from transformers import Wav2Vec2ForCTC
+
+    tiny.hugging_face_ctc(tmp_path)
+    model = Wav2Vec2ForCTC.from_pretrained(tmp_path)
+    weights = model.state_dict()
+    del weights["wav2vec2.masked_spec_embed"]  # as in published models
+    model.save_pretrained(tmp_path, state_dict=weights)
+    open_source(EmissionOptions(str(tmp_path)))
+    model.wav2vec2.save_pretrained(tmp_path)
+    message = "weights of .* must be complete, CTC head included, .* 'lm_head.weight'"
+    with pytest.raises(ValueError, match=message):
+        open_source(EmissionOptions(str(tmp_path)))
+
+
+# --- broken files -------------------------------------------------------------------------------------
+
+
+def cut_short(name):
+    def damage(folder) -> None:
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[: len(content) // 2])
+
+    return damage
+
+
+def without(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def config(**values):
+    """Return what puts values into config.json (takes away what is None)."""
+
+    def damage(folder) -> None:
+        changed = {**json.loads((folder / "config.json").read_text()), **values}
+        changed = {name: value for name, value in changed.items() if value is not None}
+        (folder / "config.json").write_text(json.dumps(changed))
+
+    return damage
+
+
+def content(name, data: bytes):
+    return lambda folder: (folder / name).write_bytes(data)
+
+
+def torchscript(folder) -> None:
+    torch.jit.script(ToyExport(tiny.piece_count())).save(str(folder / "jit_script.pt"))
+
+
+def other_features(folder) -> None:
+    export = ToyExport(tiny.piece_count())
+    export.encoder = nn.GRU(40, 8)
+    torch.jit.script(export).save(str(folder / "jit_script.pt"))
+
+
+def saved(folder) -> None:
+    np.savez(folder / "a.npz", u=np.zeros((4, tiny.piece_count())))
+
+
+def one_array(folder) -> None:
+    np.save(folder / "a.npy", np.zeros(3))
+    (folder / "a.npy").rename(folder / "a.npz")
+
+
+OURS, HUGGING = (tiny.acoustic_model, ""), (tiny.hugging_face_ctc, "")
+SCRIPT, SAVED = (torchscript, "jit_script.pt"), (saved, "")
+WIDE = {"vocab_size": tiny.piece_count(), "encoder": {"size": 64, "layers": [1, 1, 0]}}
+BROKEN = {
+    "ours, weights cut short": (OURS, cut_short("model.safetensors"), "as an acoustic model"),
+    "ours, no weights": (OURS, without("model.safetensors"), "model.safetensors is missing"),
+    "ours, other size": (OURS, config(options=WIDE), "as an acoustic model: Error.* in loading state_dict"),
+    "ours, no options": (OURS, config(options=None), "must have options"),
+    "ours, options a list": (OURS, config(options=[3]), "as an acoustic model"),
+    "ours, unknown option": (OURS, config(options={"depth": 3}), "as an acoustic model: .*'depth'"),
+    "ours, unknown option of a part": (OURS, config(options={"encoder": {"depth": 3}}), "model: .*'depth'"),
+    "ours, bad option": (OURS, config(options={"vocab_size": 1}), "model: .*must be at least 2, but is 1"),
+    "ours, config cut short": (OURS, cut_short("config.json"), "as a JSON object"),
+    "ours, config a list": (OURS, content("config.json", b"[]"), "as a JSON object"),
+    "ours, pieces cut short": (OURS, cut_short("bpe.model"), "must be a SentencePiece model"),
+    "TorchScript, cut short": (SCRIPT, cut_short("jit_script.pt"), "as a TorchScript model"),
+    "TorchScript, other features": (SCRIPT, other_features, "as an encoder of 80 features"),
+    "Hugging Face, no weights": (HUGGING, without("model.safetensors"), "as a CTC model"),
+    "Hugging Face, weights cut short": (HUGGING, cut_short("model.safetensors"), "as a CTC model"),
+    "Hugging Face, other size": (HUGGING, config(hidden_size=32), "as a CTC model"),
+    "Hugging Face, another kind": (HUGGING, config(model_type="t5"), "as a CTC model"),
+    "Hugging Face, config cut short": (HUGGING, cut_short("config.json"), "as a JSON object"),
+    "Hugging Face, no preprocessor": (HUGGING, without("preprocessor_config.json"), "as a feature extractor"),
+    "Hugging Face, no vocabulary": (HUGGING, without("vocab.json"), "as a tokenizer"),
+    "saved, cut short": (SAVED, cut_short("a.npz"), "as saved log-probs"),
+    "saved, empty": (SAVED, content("a.npz", b""), "as saved log-probs"),
+    "saved, one array": (SAVED, one_array, "as saved log-probs"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_what_is_broken_is_refused_with_its_path(kind, tmp_path) -> None:
+    (make, name), damage, message = BROKEN[kind]
+    tokens = tmp_path / "tokens"
+    tiny.write_bpe(tokens)
+    folder = tmp_path / "model"
+    folder.mkdir()
+    make(folder)
+    given = "" if make in (tiny.acoustic_model, tiny.hugging_face_ctc) else str(tokens)
+    open_source(EmissionOptions(str(folder / name), tokens=given))
+    damage(folder)
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
+        open_source(EmissionOptions(str(folder / name), tokens=given))
+    assert str(folder) in str(caught.value) and len(str(caught.value)) < 1000
+
+
+def test_saved_log_probs_that_rot_later_are_named(tmp_path) -> None:
+    path = tmp_path / "a.npz"
+    save_emissions(path, emissions())
+    content = bytearray(path.read_bytes())
+    place = content.index(b"u2.npy") + 200  # within the array
+    content[place : place + 8] = b"rotten!!"
+    path.write_bytes(content)
+    source = SavedSource(path, TOKENS)
+    source.emit(["u1"])
+    with pytest.raises(ValueError, match="a.npz cannot be loaded as saved log-probs: .*u2"):
+        source.emit(["u2"])
+
+
+def test_a_hub_out_of_reach_is_refused(monkeypatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="nobody/nothing cannot be loaded as a CTC model: .*connect"):
+        open_source(EmissionOptions("nobody/nothing", kind="huggingface"))

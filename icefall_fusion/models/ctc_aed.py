@@ -9,11 +9,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional, Sequence
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -250,24 +252,41 @@ def load(folder: PathLike, device: str = "cpu") -> CtcAed:
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: the folder holds another kind of model, or a vocabulary that does not fit.
+        ValueError: the folder holds another kind of model, a vocabulary that does not fit, or broken files.
     """
     folder = Path(folder)
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} is no acoustic model folder: {name} is missing")
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = _read_config(folder / "config.json")
     if config.get("model_type") != MODEL_TYPE:
         kind = config.get("model_type")
         raise ValueError(f"{folder}/config.json: model_type must be {MODEL_TYPE!r}, but is {kind!r}")
+    check("options" in config, f"{folder}/config.json", "have options", sorted(config))
     bpe = folder / "bpe.model"
-    model = CtcAed(ModelOptions.from_dict(config["options"]), bpe if bpe.is_file() else None)
+    try:
+        options = ModelOptions.from_dict(config["options"])
+    except (ValueError, TypeError, AttributeError) as error:  # unknown names, values of another type
+        raise ValueError(f"{folder} cannot be loaded as an acoustic model: {error}") from error
+    model = CtcAed(options, bpe if bpe.is_file() else None)
     wanted = config.get("bpe_fingerprint")
     if wanted is not None and (model.tokens is None or model.tokens.fingerprint() != wanted):
         raise ValueError(
             f"{bpe} must be the SentencePiece model of the training, but it is missing or differs"
         )
-    model.load_state_dict(
-        {name: value.float() for name, value in load_file(folder / "model.safetensors").items()}
-    )
+    try:
+        weights = load_file(folder / "model.safetensors")
+        model.load_state_dict({name: value.float() for name, value in weights.items()})
+    except (SafetensorError, RuntimeError, OSError) as error:  # cut short, or of another size
+        what = textwrap.shorten(str(error), 400)
+        raise ValueError(f"{folder} cannot be loaded as an acoustic model: {what}") from error
     return model.to(device).eval()
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # no JSON, or no text at all
+        raise ValueError(f"{path} cannot be loaded as JSON: {error}") from error
+    check(isinstance(config, dict), str(path), "be a JSON object", config)
+    return config
