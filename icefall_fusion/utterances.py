@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,19 +50,28 @@ def read_cuts(path: PathLike, wants: str) -> list[Utterance]:
 
     Raises:
         FileNotFoundError: there is no manifest.
-        ValueError: an id occurs twice, or the manifest has none.
+        ValueError: the file is no manifest of cuts, it has none, or an id occurs twice.
     """
-    from lhotse import CutSet
-
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no manifest of cuts at {path}")
+    try:
+        utterances = _of_manifest(path, wants)
+    except Exception as error:  # lhotse and gzip have many errors for what is broken
+        what = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path} cannot be loaded as a manifest of cuts: {what}") from error
+    check(len(utterances) > 0, f"{path}", "hold at least one cut", 0)
+    _check_unique(utterances, str(path))
+    return utterances
+
+
+def _of_manifest(path: PathLike, wants: str) -> list[Utterance]:
+    from lhotse import CutSet
+
     utterances = []
     for cut in CutSet.from_file(path):
         texts = [s.text for s in cut.supervisions if s.text is not None]
         text = " ".join(texts) if texts else None
         utterances.append(Utterance(cut.id, float(cut.duration), text, _loader(cut, wants)))
-    check(len(utterances) > 0, f"{path}", "hold at least one cut", 0)
-    _check_unique(utterances, str(path))
     return utterances
 
 
@@ -107,22 +117,37 @@ def _stored_features(cut: Any) -> Tensor:
         raise InputError(f"features of {cut.id} cannot be read: {type(error).__name__}: {error}") from error
 
 
-def _cut_audio(cut: Any) -> Any:
-    sources = cut.recording.sources
-    whole = cut.start == 0 and abs(cut.duration - cut.recording.duration) < 1e-3
-    if whole and not cut.recording.transforms and len(sources) == 1 and sources[0].type == "file":
-        samples = load_audio(sources[0].source)
+def _cut_audio(cut: Any) -> np.ndarray:
+    """Return a cut's audio [samples] at 16 kHz; what is padded, mixed or part of a file is lhotse's work."""
+    file = _whole_file(cut)
+    if file is not None:
+        samples = load_audio(file)
         seconds = len(samples) / SAMPLE_RATE
         if seconds < cut.duration - _TOLERANCE:  # libsndfile takes a WAV that was cut short for a whole one
-            whole_seconds = f"{seconds:.2f} of {cut.duration:.2f} s"
-            raise AudioError(f"{sources[0].source} is truncated: it has {whole_seconds}")
+            raise AudioError(f"{file} is truncated: it has {seconds:.2f} of {cut.duration:.2f} s")
         return samples
-    from lhotse.audio.utils import AudioLoadingError, DurationMismatchError
-
     try:
-        return resample(cut.load_audio().mean(axis=0), cut.sampling_rate)
-    except (AudioLoadingError, DurationMismatchError, OSError) as error:
-        raise AudioError(str(error)) from error
+        loaded = cut.load_audio()
+    except Exception as error:  # of any backend, of what mixing asks for
+        raise AudioError(f"{type(error).__name__}: {error}") from error
+    if loaded is None:
+        raise AudioError("the cut has no recording")
+    samples = resample(loaded.mean(axis=0), int(cut.sampling_rate))
+    if not np.isfinite(samples).all():
+        raise AudioError("it holds samples that are not finite numbers")
+    return samples
+
+
+def _whole_file(cut: Any) -> str | None:
+    """Return the path of the file that a cut is all of, or None."""
+    from lhotse import MonoCut
+
+    if not isinstance(cut, MonoCut) or cut.recording is None or cut.recording.transforms:
+        return None
+    sources = cut.recording.sources
+    one_file = len(sources) == 1 and sources[0].type == "file" and len(sources[0].channels) == 1
+    whole = cut.start == 0 and abs(cut.duration - cut.recording.duration) < 1e-3
+    return str(sources[0].source) if one_file and whole else None
 
 
 def _of_audio(load: Callable[[], Any], name: Any, wants: str) -> Tensor:

@@ -18,6 +18,7 @@ from icefall_fusion.data.manifests import cut_of, write_cuts
 from icefall_fusion.decode import read_weights
 from icefall_fusion.emissions import CheckpointSource, EmissionOptions, open_source
 from icefall_fusion.nbest import NBest, read_nbests
+from icefall_fusion.utterances import InputError, read_cuts
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +127,60 @@ def test_without_references_there_is_no_wer_but_valid_json(model, tmp_path, caps
     assert main(["report", "--runs", str(tmp_path / "out"), "--out", str(tmp_path / "report")]) == 0
     assert "ctc-prefix" in capsys.readouterr().out
     assert not (tmp_path / "report" / "wer-vs-speed.png").exists()
+
+
+def test_cuts_of_all_kinds_are_read_or_named(tmp_path) -> None:
+    """Padded, mixed, cut out, of one channel, of another rate; without a recording, with a broken one."""
+    from lhotse import CutSet, MonoCut, Recording
+
+    rng = np.random.default_rng(6)
+
+    def cut(name: str, samples: np.ndarray, rate: int = 16000, seconds: float = 1.0) -> MonoCut:
+        path = tmp_path / f"{name}.wav"
+        soundfile.write(path, samples, rate, "FLOAT")
+        return MonoCut(name, 0.0, seconds, samples.ndim - 1, recording=Recording.from_file(path))
+
+    a, low = cut("a", rng.normal(0, 0.1, 16000)), cut("low", rng.normal(0, 0.1, 8000), 8000)
+    two = cut("two", rng.normal(0, 0.1, (16000, 2)))
+    bad = cut("bad", np.full(16000, np.nan), seconds=0.5)
+    gone = cut("gone", np.zeros(16000), seconds=0.5)
+    (tmp_path / "gone.wav").unlink()
+    cuts = [
+        a, low, two, bad, gone, MonoCut("none", 0.0, 1.0, 0),
+        a.pad(duration=1.5).with_id("padded"), low.pad(duration=1.5).with_id("low-padded"),
+        a.mix(two.with_id("b"), snr=10).with_id("mixed"), a.truncate(offset=0.25).with_id("part"),
+        a.append(gone.with_id("b")).with_id("half-gone"),
+    ]  # fmt: skip
+    CutSet.from_cuts(cuts).to_file(tmp_path / "cuts.jsonl.gz")
+    seconds = {"a": 1, "low": 1, "two": 1, "padded": 1.5, "low-padded": 1.5, "mixed": 1, "part": 0.75}
+    for wants, rate in (("audio", 16000), ("features", 100)):
+        read = {u.id: u for u in read_cuts(tmp_path / "cuts.jsonl.gz", wants)}
+        assert {name: len(read[name].load()) for name in seconds} == {n: s * rate for n, s in seconds.items()}
+        for name in ("bad", "gone", "none", "half-gone"):
+            with pytest.raises(InputError, match=f"audio of {name} cannot be read"):
+                read[name].load()
+    wave, _ = soundfile.read(tmp_path / "two.wav", dtype="float32")
+    read = {u.id: u for u in read_cuts(tmp_path / "cuts.jsonl.gz", "audio")}
+    assert np.abs(read["two"].load().numpy() - wave[:, 1]).max() < 1e-6  # not the mean of both channels
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[1, 2]", b"{", b"\xff", gzip.compress(b"{}" * 99)[:-9]])
+@pytest.mark.parametrize("name", ["cuts.jsonl", "cuts.jsonl.gz"])
+def test_a_broken_manifest_is_named(name, content, tmp_path) -> None:
+    (tmp_path / name).write_bytes(content)
+    message = rf"{name} (cannot be loaded as a manifest of cuts: |must hold at least one cut)"
+    with pytest.raises(ValueError, match=message):
+        read_cuts(tmp_path / name, "features")
+
+
+def test_a_manifest_of_recordings_is_no_manifest_of_cuts(tmp_path) -> None:
+    from lhotse import Recording, RecordingSet
+
+    soundfile.write(tmp_path / "a.wav", np.zeros(16000), 16000)
+    recordings = RecordingSet.from_recordings([Recording.from_file(tmp_path / "a.wav")])
+    recordings.to_file(tmp_path / "recordings.jsonl")
+    with pytest.raises(ValueError, match="recordings.jsonl cannot be loaded as a manifest of cuts"):
+        read_cuts(tmp_path / "recordings.jsonl", "features")
 
 
 def test_when_nothing_can_be_read_the_run_says_so(model, tmp_path) -> None:
