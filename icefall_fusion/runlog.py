@@ -98,6 +98,12 @@ class MethodLog:
         self._log.close()
         self._file.close()
 
+    def remove(self) -> None:
+        """Close both files and delete them, the work first: lists without their work count for nothing."""
+        self.close()
+        self.work_path.unlink()
+        self.nbest_path.unlink()
+
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:
     """Read JSON lines; a last line that a kill cut short is left out."""

@@ -16,11 +16,12 @@ from tqdm import tqdm
 
 from icefall_fusion.checks import check
 from icefall_fusion.data.manifests import spread
-from icefall_fusion.decode import SKIPPED_SOME, DecodeOptions, Decoder, Found, Stretch
+from icefall_fusion.decode import SKIPPED_SOME, DecodeOptions, Decoder
 from icefall_fusion.emission_batch import Emissions
 from icefall_fusion.files import write_text
 from icefall_fusion.methods import Method, parse_method, parse_methods, weights_of
 from icefall_fusion.nbest import NBest, read_nbests
+from icefall_fusion.stretches import Found, Stretch
 from icefall_fusion.utterances import batches, read_cuts
 from icefall_fusion.wer import count_errors, read_texts, word_errors
 

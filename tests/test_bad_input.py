@@ -15,7 +15,7 @@ import tiny
 from icefall_fusion.__main__ import main
 from icefall_fusion.data.audio import AudioError, load_audio
 from icefall_fusion.data.manifests import cut_of, write_cuts
-from icefall_fusion.decode import read_weights
+from icefall_fusion.decode_options import read_weights
 from icefall_fusion.emissions import CheckpointSource, EmissionOptions, open_source
 from icefall_fusion.nbest import NBest, read_nbests
 from icefall_fusion.utterances import InputError, read_cuts

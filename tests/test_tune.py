@@ -12,7 +12,7 @@ import tiny
 import yaml
 
 from icefall_fusion.__main__ import main
-from icefall_fusion.decode import read_weights
+from icefall_fusion.decode_options import read_weights
 from icefall_fusion.methods import weights_of
 from icefall_fusion.nbest import Hypothesis, NBest, write_nbests
 from icefall_fusion.tune import ScoreTable, coordinate_search
