@@ -22,7 +22,8 @@ from icefall_fusion.decode_options import DecodeOptions, read_weights
 from icefall_fusion.emission_batch import Emissions, save_emissions
 from icefall_fusion.emissions import EmissionSource, open_source
 from icefall_fusion.files import fingerprint, write_json
-from icefall_fusion.methods import LM_SOURCES, Lms, Method, parse_methods, weights_of
+from icefall_fusion.lms import LM_SOURCES, Lms
+from icefall_fusion.methods import Method, parse_methods, weights_of
 from icefall_fusion.nbest import NBest
 from icefall_fusion.report import peak_memory_bytes, reset_peak_memory, table
 from icefall_fusion.rescoring import add_counters
@@ -162,6 +163,7 @@ class Decoder:
         """Return what each method found for those utterances that it has not done."""
         found: dict[str, Found] = {}
         for parts, emissions, seconds in self.emit_parts(name, batch):
+            self.tell(parts)
             for method in self.methods:
                 ready = done.get(method.name, ())
                 rows = [row for row, part in enumerate(parts) if part.utterance.id not in ready]
@@ -171,6 +173,10 @@ class Decoder:
                     line.update({stage: value * len(rows) for stage, value in seconds.items()})
                     found.setdefault(method.name, Found()).add([parts[row] for row in rows], nbests, line)
         return found
+
+    def tell(self, parts: Sequence[Stretch]) -> None:
+        """Give the language models what precedes the utterances that are decoded next."""
+        self.lms.tell({part.id: None if part.number else part.utterance.custom for part in parts})
 
     def emit_parts(
         self, name: str, batch: Sequence[Utterance]

@@ -11,7 +11,8 @@ import yaml
 
 from icefall_fusion.checks import check
 from icefall_fusion.emissions import EmissionOptions
-from icefall_fusion.methods import LmOptions, parse_methods
+from icefall_fusion.lms import LmOptions
+from icefall_fusion.methods import parse_methods
 from icefall_fusion.search import PrefixSearchOptions
 
 Weights = Mapping[str, Mapping[str, float]]

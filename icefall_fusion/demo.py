@@ -16,7 +16,8 @@ from icefall_fusion.data import synthesis
 from icefall_fusion.data.manifests import cuts_path
 from icefall_fusion.decode import SKIPPED_SOME, DecodeOptions, Decoder
 from icefall_fusion.files import write_text
-from icefall_fusion.methods import LmOptions, parse_methods
+from icefall_fusion.lms import LmOptions
+from icefall_fusion.methods import parse_methods
 from icefall_fusion.pretrained import FOLDER, with_pretrained
 from icefall_fusion.report import table, write_report
 from icefall_fusion.search import PrefixSearchOptions

@@ -9,13 +9,12 @@ import math
 import re
 import time
 from dataclasses import dataclass, field, replace
-from typing import Any, Callable, Iterable, Mapping, MutableMapping, Optional, Sequence, Union
+from typing import Any, Callable, Mapping, MutableMapping, Sequence, Union
 
 import torch
 
 from icefall_fusion.checks import check, check_choice, nearest
 from icefall_fusion.emission_batch import Emissions
-from icefall_fusion.emissions import check_device
 from icefall_fusion.fusion import (
     AtEnd,
     DelayedFusion,
@@ -24,7 +23,7 @@ from icefall_fusion.fusion import (
     ShallowFusion,
     ShortestHypothesis,
 )
-from icefall_fusion.lm import CausalLm
+from icefall_fusion.lms import Lms
 from icefall_fusion.nbest import NBest
 from icefall_fusion.rescoring import add_counters, rescore_with_attention, rescore_with_lm
 from icefall_fusion.search import PrefixSearchOptions, ctc_greedy_search, ctc_prefix_search
@@ -46,74 +45,6 @@ METHODS = (
 )
 #: Used for a method that the weights file does not name.
 DEFAULT_WEIGHTS = {"attention": 1.0, "nlm": 0.3, "llm": 0.4, "matched_llm": 0.4, "words": 0.5}
-#: LM of a score: (source) -> field of the options.
-LM_SOURCES = ("nlm", "llm", "matched_llm")
-
-
-@dataclass(frozen=True)
-class LmOptions:
-    """A language model and how it is used.
-
-    Args:
-        path: folder or Hugging Face name; empty: there is none.
-        dtype: float32, bfloat16, float16 or auto.
-        device: e.g. cpu or cuda; empty: that of the acoustic model.
-        device_map: for models that need more than one device, e.g. auto.
-        quantization: 8bit or 4bit (needs bitsandbytes).
-        text: how the LM sees words: as-is, lower or sentence.
-        prompt: earlier text, read but not scored.
-        eos: score the end of the utterance too.
-    """
-
-    path: str = ""
-    dtype: str = "float32"
-    device: str = ""
-    device_map: Optional[str] = None
-    quantization: Optional[str] = None
-    text: str = "as-is"
-    prompt: Optional[str] = None
-    eos: bool = True
-
-    def __post_init__(self) -> None:
-        check_choice(self.dtype, ("float32", "bfloat16", "float16", "auto"), "LmOptions.dtype")
-        check_choice(self.text, ("as-is", "lower", "sentence"), "LmOptions.text")
-        check_choice(self.quantization, (None, "8bit", "4bit"), "LmOptions.quantization")
-
-
-class Lms:
-    """The language models of a run, each loaded when a method first asks for it.
-
-    Args:
-        options: by source: ``nlm``, ``llm``, ``matched_llm``.
-        device: for those that name none.
-    """
-
-    def __init__(self, options: Mapping[str, LmOptions], device: str = "cpu") -> None:
-        self.options, self._device = dict(options), device
-        self._loaded: dict[str, CausalLm] = {}
-
-    def get(self, source: str) -> CausalLm:
-        """Return the LM of a source.
-
-        Raises:
-            ValueError: the options name none.
-        """
-        if source not in self._loaded:
-            options = self.options.get(source, LmOptions())
-            check(bool(options.path), f"{source}.path", "name a language model for this method", options.path)
-            check_device(options.device or self._device, f"{source}.device")
-            dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
-            self._loaded[source] = CausalLm.from_pretrained(
-                options.path, dtype=dtype, device=options.device or self._device,
-                device_map=options.device_map, quantization=options.quantization,
-            )  # fmt: skip
-        return self._loaded[source]
-
-    def unused_bytes(self, used: Iterable[str]) -> int:
-        """Return the bytes of the weights that are loaded for other sources than ``used``."""
-        used = set(used)
-        lms = [lm for source, lm in self._loaded.items() if source not in used]
-        return sum(p.numel() * p.element_size() for lm in lms for p in lm.model.parameters())
 
 
 # --- names --------------------------------------------------------------------------------------------
@@ -247,8 +178,10 @@ class Method:
             rule = "be left alone: shallow fusion reads acoustic pieces as they come"
             check(options.text == "as-is", f"{part.source}.text", rule, options.text)
             check(options.prompt is None, f"{part.source}.prompt", rule, options.prompt)
+            check(not options.context, f"{part.source}.context", rule, options.context)
             return ShallowFusion(lm, weight, bonus, eos=options.eos, source=part.source)
-        return DelayedFusion(lm, weight, bonus, part.trigger, options.text, options.prompt, options.eos)
+        prompt = self._lms.prompt(part.source)
+        return DelayedFusion(lm, weight, bonus, part.trigger, options.text, prompt, options.eos)
 
     def describe(self) -> list[dict[str, Any]]:
         """Return what each part received: kind, source, weight, and of a fusion its bonus and trigger."""
@@ -306,9 +239,8 @@ class Method:
                                  f"(EmissionOptions.model), but this one has none")  # fmt: skip
             return rescore_with_attention(nbests, model, emissions.encoder_out, emissions.lens)
         lm, options = self._lms.get(part.source), self._lms.options[part.source]
-        return rescore_with_lm(
-            nbests, lm, part.source, options.text, options.prompt, options.eos, counters=counters
-        )
+        prompt = self._lms.prompt(part.source)
+        return rescore_with_lm(nbests, lm, part.source, options.text, prompt, options.eos, counters=counters)
 
 
 class _Stopwatch:

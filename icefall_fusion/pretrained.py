@@ -9,7 +9,7 @@ from pathlib import Path
 from icefall_fusion.decode import DecodeOptions
 from icefall_fusion.emissions import EmissionOptions
 from icefall_fusion.files import PathLike
-from icefall_fusion.methods import LmOptions
+from icefall_fusion.lms import LmOptions
 
 RECIPE = Path(__file__).resolve().parent.parent / "egs" / "minibooks" / "ASR"
 FOLDER = RECIPE / "pretrained"

@@ -13,7 +13,8 @@ from icefall_fusion.checks import check, check_choice
 from icefall_fusion.decode import SKIPPED_SOME, DecodeOptions, Decoder
 from icefall_fusion.emissions import EmissionOptions
 from icefall_fusion.files import write_text
-from icefall_fusion.methods import LmOptions, parse_methods
+from icefall_fusion.lms import LmOptions
+from icefall_fusion.methods import parse_methods
 from icefall_fusion.nbest import NBest
 from icefall_fusion.pretrained import with_pretrained
 from icefall_fusion.search import PrefixSearchOptions

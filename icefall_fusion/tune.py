@@ -298,5 +298,6 @@ class _Confirmation:
         ready = Method(method, weights_of(method, {method: chosen}), decoder.options.search, decoder.lms)
         found = Found()
         for parts, emissions in self.emissions:
+            decoder.tell(parts)
             found.add(parts, ready.decode(emissions, decoder.source.model)[0], {})
         return word_errors(self.references, {nbest.utterance: nbest[0].text for nbest in found.join()}).wer

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, Sequence
+from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -33,12 +33,14 @@ class Utterance:
         seconds: duration, as far as known before reading.
         text: the reference, or None when there is none.
         load: reads features [T,80] or samples [N] float32, whichever was asked for; may raise InputError.
+        custom: further fields of the cut's first supervision.
     """
 
     id: str
     seconds: float
     text: str | None
     load: Callable[[], Tensor] = field(compare=False)
+    custom: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
 
 def read_cuts(path: PathLike, wants: str) -> list[Utterance]:
@@ -71,7 +73,8 @@ def _of_manifest(path: PathLike, wants: str) -> list[Utterance]:
     for cut in CutSet.from_file(path):
         texts = [s.text for s in cut.supervisions if s.text is not None]
         text = " ".join(texts) if texts else None
-        utterances.append(Utterance(cut.id, float(cut.duration), text, _loader(cut, wants)))
+        custom = (cut.supervisions[0].custom or {}) if cut.supervisions else {}
+        utterances.append(Utterance(cut.id, float(cut.duration), text, _loader(cut, wants), custom))
     return utterances
 
 

@@ -22,6 +22,7 @@ from lhotse import CutSet
 
 from icefall_fusion.__main__ import main
 from icefall_fusion.data.manifests import cut_of, write_cuts
+from icefall_fusion.lm import CausalLm
 from icefall_fusion.methods import METHODS, parse_method, parse_methods, weights_of
 from icefall_fusion.nbest import Hypothesis, NBest, WordTime, read_nbests
 from icefall_fusion.report import ROW_KEYS
@@ -163,6 +164,28 @@ def test_run_json_tells_what_the_search_received(whole, made, tmp_path, capsys) 
     assert "search.frame_shift must be left alone" in capsys.readouterr().err
     assert main(arguments(made, tmp_path, "--methods", "nlm-shallow", "--nlm.text", "lower")) == 2
     assert "nlm.text must be left alone" in capsys.readouterr().err
+
+
+def test_earlier_text_of_each_utterance_is_the_llm_s_prompt(made, tmp_path, capsys) -> None:
+    """Scores are those of a plain forward after the last words of the field; with and without a fusion."""
+    cuts = []
+    for cut in CutSet.from_file(made["cuts"]):
+        cut.supervisions[0].custom["pre_text"] = f"he spoke of the sea and {cut.id.replace('-', ' ')}"
+        cuts.append(cut)
+    write_cuts(cuts, tmp_path / "cuts.jsonl.gz")
+    named = {**made, "cuts": str(tmp_path / "cuts.jsonl.gz")}
+    methods = "llm-delayed-shortest,llm-nbest-rescoring"
+    command = arguments(named, tmp_path / "out", "--methods", methods, "--llm.context", "pre_text")
+    assert main([*command, "--llm.context_words", "3"]) == 0
+    lm = CausalLm.from_pretrained(made["llm"])
+    for method in methods.split(","):
+        for name, nbest in lists(tmp_path / "out", method).items():
+            for h in nbest:
+                prompt = "and " + name.replace("-", " ")
+                text = f" {h.text}" if h.text else ""  # it goes on after the prompt
+                assert h.scores["llm"] == pytest.approx(lm.log_prob(text, prompt, eos=True), abs=2e-3)
+    assert main(arguments(made, tmp_path / "none", "--llm.context", "pre_text")) == 2
+    assert "llm.context must name a custom field of every cut that has text" in capsys.readouterr().err
 
 
 def test_a_limit_is_spread_over_the_manifest(made, tmp_path) -> None:

@@ -19,7 +19,7 @@ from icefall_fusion.__main__ import main
 from icefall_fusion.decode import Decoder
 from icefall_fusion.decode_options import DecodeOptions
 from icefall_fusion.emissions import EmissionOptions
-from icefall_fusion.methods import LmOptions
+from icefall_fusion.lms import LmOptions
 from icefall_fusion.nbest import Hypothesis, NBest
 from icefall_fusion.runlog import MethodLog
 from icefall_fusion.shards import Processes, ShardedLog

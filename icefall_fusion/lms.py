@@ -1,0 +1,115 @@
+"""The language models of a decode: their options, loading on first use, what text precedes an utterance.
+Knows: causal language models. Must not know: searches, fusions, files of a run.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Iterable, Mapping, Optional, Union
+
+import torch
+
+from icefall_fusion.checks import check, check_choice
+from icefall_fusion.emissions import check_device
+from icefall_fusion.lm import CausalLm
+
+#: LM of a score: (source) -> field of the options.
+LM_SOURCES = ("nlm", "llm", "matched_llm")
+
+
+@dataclass(frozen=True)
+class LmOptions:
+    """A language model and how it is used.
+
+    Args:
+        path: folder or Hugging Face name; empty: there is none.
+        dtype: float32, bfloat16, float16 or auto.
+        device: e.g. cpu or cuda; empty: that of the acoustic model.
+        device_map: for models that need more than one device, e.g. auto.
+        quantization: 8bit or 4bit (needs bitsandbytes).
+        text: how the LM sees words: as-is, lower or sentence.
+        prompt: earlier text, read but not scored.
+        context: a custom field of the cuts, e.g. pre_text: the earlier text of each utterance, as its prompt.
+        context_words: so many words of it, the last ones.
+        eos: score the end of the utterance too.
+    """
+
+    path: str = ""
+    dtype: str = "float32"
+    device: str = ""
+    device_map: Optional[str] = None
+    quantization: Optional[str] = None
+    text: str = "as-is"
+    prompt: Optional[str] = None
+    context: str = ""
+    context_words: int = 200
+    eos: bool = True
+
+    def __post_init__(self) -> None:
+        check_choice(self.dtype, ("float32", "bfloat16", "float16", "auto"), "LmOptions.dtype")
+        check_choice(self.text, ("as-is", "lower", "sentence"), "LmOptions.text")
+        check_choice(self.quantization, (None, "8bit", "4bit"), "LmOptions.quantization")
+        both = self.prompt is not None and bool(self.context)
+        check(not both, "LmOptions.prompt", "be left out with LmOptions.context", self.prompt)
+        check(self.context_words >= 1, "LmOptions.context_words", "be at least 1", self.context_words)
+
+
+class Lms:
+    """The language models of a run, each loaded when a method first asks for it.
+
+    Args:
+        options: by source: ``nlm``, ``llm``, ``matched_llm``.
+        device: for those that name none.
+    """
+
+    def __init__(self, options: Mapping[str, LmOptions], device: str = "cpu") -> None:
+        self.options, self._device = dict(options), device
+        self._loaded: dict[str, CausalLm] = {}
+        self._contexts: dict[str, dict[str, str]] = {source: {} for source in self.options}
+
+    def get(self, source: str) -> CausalLm:
+        """Return the LM of a source.
+
+        Raises:
+            ValueError: the options name none.
+        """
+        if source not in self._loaded:
+            options = self.options.get(source, LmOptions())
+            check(bool(options.path), f"{source}.path", "name a language model for this method", options.path)
+            check_device(options.device or self._device, f"{source}.device")
+            dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
+            self._loaded[source] = CausalLm.from_pretrained(
+                options.path, dtype=dtype, device=options.device or self._device,
+                device_map=options.device_map, quantization=options.quantization,
+            )  # fmt: skip
+        return self._loaded[source]
+
+    def prompt(self, source: str) -> Union[None, str, Mapping[str, str]]:
+        """Return the prompt of a source's LM: one for all, or a mapping that `tell` keeps up to date."""
+        options = self.options[source]
+        return self._contexts[source] if options.context else options.prompt
+
+    def tell(self, customs: Mapping[str, Optional[Mapping[str, Any]]]) -> None:
+        """Say which utterances come next, so that each LM with a context has their earlier texts.
+
+        Args:
+            customs: fields of each utterance by its id; None where no earlier text is to be given.
+
+        Raises:
+            ValueError: an utterance has no text in the field that an LM wants.
+        """
+        for source, options in self.options.items():
+            if not options.context:
+                continue
+            texts = self._contexts[source]
+            texts.clear()
+            for name, custom in customs.items():
+                text = "" if custom is None else custom.get(options.context)
+                rule = f"name a custom field of every cut that has text ({name} has none)"
+                check(isinstance(text, str), f"{source}.context", rule, options.context)
+                texts[name] = " ".join(str(text).split()[-options.context_words :])
+
+    def unused_bytes(self, used: Iterable[str]) -> int:
+        """Return the bytes of the weights that are loaded for other sources than ``used``."""
+        used = set(used)
+        lms = [lm for source, lm in self._loaded.items() if source not in used]
+        return sum(p.numel() * p.element_size() for lm in lms for p in lm.model.parameters())
