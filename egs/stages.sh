@@ -1,3 +1,4 @@
+# shellcheck shell=bash disable=SC2034,SC2154 # variables of who sources it
 # What the stage scripts of every recipe share. Source it after setting `here` (the recipe's folder); it runs
 # nothing. Scripts set `marks` (where .done marks lie), `stage` and `stop_stage` before they call `wanted`.
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -80,3 +81,10 @@ def test_every_script_is_valid_and_has_help(path) -> None:
     assert subprocess.run(["bash", "-n", str(path)]).returncode == 0
     done = subprocess.run(["bash", str(path), "--help"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and done.stdout.strip(), done.stderr
+
+
+def test_shellcheck_finds_nothing() -> None:
+    scripts = [*ROOT.glob("egs/*.sh"), *ROOT.glob("egs/*/ASR/*.sh"), *ROOT.glob("tools/*.sh"), ROOT / ".ci/run"]
+    command = [str(Path(sys.executable).parent / "shellcheck"), "-x", "-P", "SCRIPTDIR", *map(str, scripts)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout

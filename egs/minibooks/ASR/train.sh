@@ -13,16 +13,14 @@
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 . "$here/../../stages.sh"
+. "$here/../../models.sh"
+corpus=minibooks
 stop_stage=4
-pretrained_dir=
-world_size=1
 
 while [ $# -gt 0 ]; do
-  common_option "$@"
+  model_option "$@"
   if [ "$taken" -gt 0 ]; then shift "$taken"; continue; fi
   case "$1" in
-    --pretrained-dir) pretrained_dir=$(absolute "$2"); shift 2 ;;
-    --world-size) world_size=$2; shift 2 ;;
     --) shift; break ;;
     *) unknown_option "$1" ;;
   esac
@@ -34,24 +32,8 @@ marks=$exp_dir
 pretrained_dir=${pretrained_dir:-$exp_dir/pretrained}
 mkdir -p "$exp_dir"
 
-icefall_fusion() { # one process, or one a GPU under torchrun
-  if [ "$world_size" -gt 1 ]; then
-    "$python" -m torch.distributed.run --standalone --nproc_per_node "$world_size" -m icefall_fusion "$@"
-  else
-    "$python" -m icefall_fusion "$@"
-  fi
-}
-
-train_lm() { # name, tokenizer folder, further options
-  local name=$1 tokenizer=$2
-  shift 2
-  icefall_fusion train-lm --config "$conf/$name.yaml" --data "$data_dir/lm/$name" --tokenizer "$tokenizer" \
-    --exp "$exp_dir/$name" "$@"
-}
-
 if wanted 0 ctc_aed; then
-  icefall_fusion train --config "$conf/ctc_aed.yaml" --data_dir "$data_dir" \
-    --exp "$exp_dir/ctc_aed" "$@"
+  train_acoustic "$@"
   finish ctc_aed
 fi
 if wanted 1 nlm; then
@@ -67,16 +49,7 @@ if wanted 3 matched_llm; then
   finish matched_llm
 fi
 if wanted 4 export; then
-  "$python" -m icefall_fusion train --config "$conf/ctc_aed.yaml" --data_dir "$data_dir" \
-    --exp "$exp_dir/ctc_aed" --export_to "$pretrained_dir/ctc_aed"
-  for name in nlm llm matched_llm; do
-    mkdir -p "$pretrained_dir/$name"
-    for file in "$exp_dir/$name/export/"*; do # a kill never leaves half a file under its final name
-      cp "$file" "$pretrained_dir/$name/.new"
-      mv "$pretrained_dir/$name/.new" "$pretrained_dir/$name/$(basename "$file")"
-    done
-  done
-  du -sh "$pretrained_dir"/*
+  export_models nlm llm matched_llm
   finish export
 fi
 log "finished"

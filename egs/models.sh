@@ -1,0 +1,115 @@
+# shellcheck shell=bash disable=SC2034,SC2154 # variables of who sources it
+# What the train.sh and decode.sh of every recipe share. Source it after stages.sh; it runs nothing.
+
+pretrained_dir=
+world_size=1
+torchrun=--standalone
+
+# Takes the options that train.sh and decode.sh have in common, and those of all scripts; as common_option.
+model_option() {
+  common_option "$@"
+  if [ "$taken" -gt 0 ]; then return; fi
+  case "$1" in
+    --pretrained-dir) pretrained_dir=$(absolute "$2") taken=2 ;;
+    --world-size) world_size=$(number "$1" "$2") taken=2 ;; # processes on this machine, one a GPU
+    --torchrun) torchrun=$2 taken=2 ;;                      # e.g. "--nnodes 4 --rdzv-backend c10d --rdzv-endpoint HOST"
+  esac
+}
+
+launch() { # job, options: one process, or several under torchrun
+  if [ "$world_size" -gt 1 ] || [ "$torchrun" != --standalone ]; then
+    # shellcheck disable=SC2086 # several options in one word
+    "$python" -m torch.distributed.run $torchrun --nproc_per_node "$world_size" -m icefall_fusion "$@"
+  else
+    "$python" -m icefall_fusion "$@"
+  fi
+}
+
+train_acoustic() { # further options
+  launch train --config "$conf/ctc_aed.yaml" --corpus "$corpus" --data_dir "$data_dir" --exp "$exp_dir/ctc_aed" "$@"
+}
+
+train_lm() { # name, tokenizer folder, further options
+  local name=$1 tokenizer=$2
+  shift 2
+  launch train-lm --config "$conf/$name.yaml" --data "$data_dir/lm/$name" --tokenizer "$tokenizer" \
+    --exp "$exp_dir/$name" "$@"
+}
+
+export_models() { # names of language models: they and the averaged acoustic model go to $pretrained_dir
+  local name file
+  "$python" -m icefall_fusion train --config "$conf/ctc_aed.yaml" --corpus "$corpus" --data_dir "$data_dir" \
+    --exp "$exp_dir/ctc_aed" --export_to "$pretrained_dir/ctc_aed"
+  for name in "$@"; do
+    mkdir -p "$pretrained_dir/$name"
+    for file in "$exp_dir/$name/export/"*; do # a kill never leaves half a file under its final name
+      cp "$file" "$pretrained_dir/$name/.new"
+      mv "$pretrained_dir/$name/.new" "$pretrained_dir/$name/$(basename "$file")"
+    done
+  done
+  du -sh "$pretrained_dir"/*
+}
+
+# --- decoding: dev for tuning, tune, test sets, report ---------------------------------------------------
+
+methods=all
+device=cpu
+limit=0
+confirm=64
+models=() # options of decode that name models, filled by the recipe
+
+decode_option() { # as common_option
+  model_option "$@"
+  if [ "$taken" -gt 0 ]; then return; fi
+  taken=2
+  case "$1" in
+    --methods) methods=$2 ;;
+    --device) device=$2 ;;
+    --limit) limit=$(number "$1" "$2") ;;     # decode only so many utterances of each set; 0: all
+    --confirm) confirm=$(number "$1" "$2") ;; # tuning decodes so many utterances of dev; 0: from N-best lists alone
+    *) taken=0 ;;
+  esac
+}
+
+cuts() { echo "$data_dir/fbank/${corpus}_cuts_$1.jsonl.gz"; }
+
+decode_job() { # output folder, options: by all processes; what was skipped is told by exit code or run.json
+  local out=$1
+  shift
+  tolerate_skips launch decode --config "$conf_file" "${models[@]}" --limit "$limit" --out "$out" "$@"
+  if ! grep -q '"skipped": \[\]' "$out/run.json"; then skipped=3; fi
+}
+
+decode_stages() { # methods that give all scores of an N-best list of dev; $dev_set and $test_sets are set
+  local scores=$1 weights=$exp_dir/weights.yaml tuning=$exp_dir/tune sets=() name option confirmation=()
+  conf_file=$conf/decode.yaml
+  [ -f "$conf_file" ] || conf_file=conf/decode.yaml
+  mkdir -p "$exp_dir"
+  # One search without LM, a wide beam, and every source's score of every hypothesis.
+  if wanted 0 tune-decode; then
+    decode_job "$tuning" "--test_sets.$dev_set" "$(cuts "$dev_set")" --methods "$scores" --search.beam 20
+    finish tune-decode
+  fi
+  if wanted 1 tune; then
+    if [ "$confirm" -gt 0 ]; then # by decoding as stage 2 does
+      { echo "confirm:"; sed 's/^/  /' "$conf_file"; } >"$tuning/confirm.yaml"
+      confirmation=(--config "$tuning/confirm.yaml")
+      for option in "${models[@]}"; do confirmation+=("${option/#--/--confirm.}"); done
+      confirmation+=(--confirm.test_sets "{$dev_set: $(cuts "$dev_set")}" --confirm.limit "$confirm")
+      confirmation+=(--confirm.out "$tuning")
+    fi
+    job tune --nbest "[$tuning/nbest-$dev_set-$scores.jsonl]" --ref "$(cuts "$dev_set")" --methods "$methods" \
+      --out "$weights" ${confirmation[@]+"${confirmation[@]}"}
+    finish tune
+  fi
+  if wanted 2 decode; then
+    for name in $test_sets; do sets+=("--test_sets.$name" "$(cuts "$name")"); done
+    decode_job "$exp_dir/decode" "${sets[@]}" --methods "$methods" --weights "$weights"
+    finish decode
+  fi
+  if wanted 3 report; then
+    job report --runs "[$exp_dir/decode]" --out "$exp_dir/report"
+    finish report
+  fi
+  log "finished: $exp_dir"
+}
