@@ -1,8 +1,9 @@
-"""Knows: batches, resuming, broken files. Must not know: models."""
+"""Knows: batches, their order at scale, resuming, broken files. Must not know: models."""
 from __future__ import annotations
 
 import dataclasses
 import json
+import runpy
 from pathlib import Path
 from typing import Optional
 
@@ -13,8 +14,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from lhotse import CutSet
+from lhotse.dataset import DynamicBucketingSampler
 
+from icefall_fusion.data import bucketing
 from icefall_fusion.data.audio import AudioError, load_audio
+from icefall_fusion.data.bucketing import Epoch, Rules
+from icefall_fusion.data.cut_lines import CutLine, TruncatedError, read_cut_lines
 from icefall_fusion.data.datamodule import DataOptions, EvalBatches, TrainBatches
 from icefall_fusion.data.fbank import FbankOptions, extract, run
 from icefall_fusion.data.frequency_warp import warp_frequencies
@@ -135,6 +140,153 @@ def test_position_at_the_end_leads_into_the_next_epoch(data: Path) -> None:
     resumed = TrainBatches(_manifest(data), OPTIONS)
     resumed.load_state_dict(batches.state_dict())
     assert sum(len(batch["ids"]) for batch in resumed) == 24 and resumed.epoch == 2
+
+
+# --- order at scale ------------------------------------------------------------------------------------
+
+
+def _described(path: Path, count: int) -> Path:
+    """Write cuts of 1-20 s, in no order, whose audio and features need not be there."""
+    rng = np.random.default_rng(7)
+    cuts = []
+    for number in range(count):
+        samples = int(rng.integers(16_000, 320_000))
+        utterance = {"id": f'u"{number}", "duration": 1', "text": "a word", "cased": 'A "word": {1}'}
+        cuts.append(cut_of(utterance, Path(f"{number}.flac"), samples, {"voice": "none"}))
+    write_cuts(cuts, path)
+    return path
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 7])
+@pytest.mark.parametrize("max_duration", [25.0, 200.0])
+def test_order_is_that_of_lhotse(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: int, max_duration: float
+) -> None:
+    manifest = _described(tmp_path / "cuts.jsonl.gz", 500)
+    monkeypatch.setattr(bucketing, "BUFFER", 60)
+    rules = Rules(2.0, 18.0, max_duration, 5, seed=3, world=world)
+    groups = list(Epoch(manifest, rules, epoch=2))
+    for rank in range(world):
+        kept = CutSet.from_jsonl_lazy(manifest).filter(lambda cut: 2 <= cut.duration <= 18)
+        theirs = DynamicBucketingSampler(
+            kept, max_duration=max_duration, num_buckets=5, shuffle=True, seed=3, buffer_size=60,
+            world_size=world, rank=rank,
+        )  # fmt: skip
+        theirs.set_epoch(2)
+        expected = [[cut.id.split("_dup")[0] for cut in batch] for batch in theirs]
+        assert [[line.cut().id for line in group[rank]] for group in groups] == expected
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_a_position_leads_to_the_same_batches(tmp_path: Path, world: int) -> None:
+    manifest = _described(tmp_path / "cuts.jsonl.gz", 300)
+    rules = Rules(2.0, 18.0, 60.0, 5, seed=3, world=world)
+    epoch = Epoch(manifest, rules, 1)
+    positions, groups = [epoch.position()], []
+    for group in epoch:
+        groups.append(group)
+        positions.append(json.loads(json.dumps(epoch.position())))
+    for number in (0, 1, len(groups) // 2, len(groups)):
+        assert list(Epoch(manifest, rules, 1, positions[number])) == groups[number:]
+
+
+def test_resuming_does_not_make_all_batches_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = _described(tmp_path / "cuts.jsonl.gz", 300)
+    monkeypatch.setattr(bucketing, "SNAPSHOT_EVERY", 8)
+    monkeypatch.setattr(bucketing, "BUFFER", 50)
+    options = DataOptions(max_duration=60, num_buckets=5, workers=0)
+    whole = list(TrainBatches(manifest, options).order)
+    killed = TrainBatches(manifest, options)
+    ahead = iter(killed.order)
+    for _ in range(20):  # as workers fetch in advance
+        next(ahead)
+    killed.order.used = 13
+    state = json.loads(json.dumps(killed.state_dict()))
+    assert state["position"]["groups"] == 8 and state["used"] == 13
+    made = []
+    next_batch = Epoch._next_batch
+    monkeypatch.setattr(Epoch, "_next_batch", lambda epoch: made.append(1) or next_batch(epoch))
+    other = {"position": {**state["position"], "key": "of other data"}}
+    for changed, count in (({}, 6), ({"position": None}, 14), (other, 14)):
+        resumed = TrainBatches(manifest, options)
+        resumed.load_state_dict({**state, **changed})
+        made.clear()
+        assert next(iter(resumed.order)) == whole[13] and len(made) == count
+        assert [lines for _, lines in resumed.order] == [lines for _, lines in whole[13:]]
+    old = {name: state[name] for name in ("epoch", "used", "seed")}  # of a checkpoint without positions
+    resumed.load_state_dict(old)
+    assert list(resumed.order) == whole[13:]
+
+
+def test_a_position_of_other_processes_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = _described(tmp_path / "cuts.jsonl.gz", 300)
+    monkeypatch.setattr(bucketing, "SNAPSHOT_EVERY", 4)
+    options = DataOptions(max_duration=60, num_buckets=5, workers=0)
+    alone = TrainBatches(manifest, options)
+    for _, _ in zip(range(6), alone.order):
+        alone.order.used += 1
+    state = alone.state_dict()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    shares = []
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        one = TrainBatches(manifest, options)
+        one.load_state_dict(state)
+        shares.append([lines for _, lines in one.order])
+    groups = list(Epoch(manifest, Rules(1.0, 25.0, 60.0, 5, 0, world=2), 0))[6:]
+    assert [list(pair) for pair in zip(*shares)] == groups
+
+
+def test_lines_are_parsed_only_where_lhotse_did_not_write_them(tmp_path: Path) -> None:
+    manifest = _described(tmp_path / "cuts.jsonl.gz", 5)
+    cuts = list(CutSet.from_jsonl_lazy(manifest))
+    lines = list(read_cut_lines(manifest))
+    assert [line.duration for line in lines] == [cut.duration for cut in cuts]
+    assert [line.cut() for line in lines] == cuts
+    for separators in ((",", ":"), (", ", ": ")):  # another order of keys
+        texts = [json.dumps(dict(reversed(cut.to_dict().items())), separators=separators) for cut in cuts]
+        other = tmp_path / "other.jsonl"
+        other.write_text("\n".join(texts))
+        assert [line.duration for line in read_cut_lines(other)] == [cut.duration for cut in cuts]
+    mixed = cuts[0].append(cuts[1])
+    CutSet([mixed]).to_file(tmp_path / "mixed.jsonl")
+    assert [line.cut() for line in read_cut_lines(tmp_path / "mixed.jsonl")] == [mixed]
+    with pytest.raises(ValueError, match="line 3 of the manifest is no cut of lhotse's"):
+        CutLine(3, 1.0, b'{"id": "a", "start": 0, "duration": 1.0, ').cut()
+    for broken in ("[]", "{", '{"id": "a", "recording_id": "a", "start": 0, "duration": 1}'):
+        other.write_text("\n".join([*texts, broken]))
+        with pytest.raises(ValueError, match="other.jsonl, line 6 is no cut of lhotse's"):
+            list(read_cut_lines(other))
+
+
+def test_a_manifest_that_was_cut_short_is_named(tmp_path: Path) -> None:
+    manifest = _described(tmp_path / "cuts.jsonl.gz", 2000)
+    whole = list(read_cut_lines(manifest))
+    manifest.write_bytes(manifest.read_bytes()[:-3000])
+    found = []
+    with pytest.raises(TruncatedError, match=r"cuts.jsonl.gz is truncated or damaged after line \d+"):
+        for line in read_cut_lines(manifest):
+            found.append(line)
+    assert found == whole[: len(found)] and 1000 < len(found) < 2000
+    with pytest.raises(TruncatedError):
+        list(TrainBatches(manifest, DataOptions(max_duration=60, workers=0)).order)
+
+
+def test_too_few_utterances_for_the_buckets_are_refused(tmp_path: Path) -> None:
+    manifest = _described(tmp_path / "cuts.jsonl.gz", 4)
+    message = r"hold at least 20 \(num_buckets\) cuts of 1.0-25.0 s, but is 4"
+    with pytest.raises(ValueError, match=message):
+        next(iter(TrainBatches(manifest, DataOptions(workers=0)).order))
+
+
+def test_bench_of_the_data_pipeline(tmp_path: Path) -> None:
+    tool = Path(__file__).resolve().parent.parent / "tools" / "bench" / "data_pipeline.py"
+    bench = runpy.run_path(str(tool))
+    figures = bench["measure"](bench["BenchOptions"](cuts=3000, points=3, lhotse_cuts=1000), tmp_path)
+    assert figures["resume"]["same_next_batch"] and len(figures["points"]) == 3
+    assert figures["points"][-1]["cuts"] == 3000 and figures["memory_growth_mb"] < 50
 
 
 def test_workers_do_not_change_batches(data: Path) -> None:

@@ -8,19 +8,20 @@ from __future__ import annotations
 import contextlib
 import logging
 import random
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Optional
+from typing import Any, Callable, Optional, Union
 
 import numpy as np
 import torch
 from lhotse import CutSet, MonoCut
-from lhotse.dataset import DynamicBucketingSampler, SpecAugment
+from lhotse.dataset import SpecAugment
 from torch.utils.data import DataLoader, Dataset
 
 from icefall_fusion.checks import check
+from icefall_fusion.data.bucketing import Order, Rules
+from icefall_fusion.data.cut_lines import CutLine
 from icefall_fusion.data.fbank import DIM, cut_samples, extract
 from icefall_fusion.data.frequency_warp import warp_frequencies
 from icefall_fusion.data.manifests import spread
@@ -104,47 +105,57 @@ class TrainBatches:
 
     Attributes:
         skipped: [{"id", "error"}], the utterances whose features or audio could not be read so far.
+        order: the sampler.
     """
 
     def __init__(self, manifest: PathLike, options: DataOptions, encode: Optional[Encode] = None) -> None:
         self.options = options
         self.skipped: list[dict[str, str]] = []
-        self._order = _Order(_existing(manifest), options)
-        self._loader = _loader(_Loading(encode, options), self._order, options)
+        rules = Rules(
+            options.min_seconds, options.max_seconds, options.max_duration, options.num_buckets, options.seed
+        )
+        self.order = Order(_existing(manifest), rules)
+        self._loader = _loader(_Loading(encode, options), self.order, options)
 
     @property
     def epoch(self) -> int:
         """The epoch that the next batch belongs to, from 0."""
-        return self._order.epoch
+        return self.order.epoch
 
     def set_epoch(self, epoch: int) -> None:
         """Begin ``epoch`` from its first batch."""
         check(epoch >= 0, "epoch", "be at least 0", epoch)
-        self._order.epoch, self._order.used = epoch, 0
+        self.order.go_to(epoch)
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield the rest of the epoch; a position at its very end leads into the next one."""
-        resumed = self._order.used > 0
+        resumed = self.order.used > 0
         any_left = False
         for batch in self._loader:
             any_left = True
-            self._order.used += 1
+            self.order.used += 1
             _note_skipped(batch, self.skipped)
             if batch["ids"]:
                 yield batch
-        self.set_epoch(self._order.epoch + 1)
+        self.set_epoch(self.order.epoch + 1)
         if resumed and not any_left:
             yield from self
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position after the batch that was yielded last (prefetched batches do not count)."""
-        return {"epoch": self._order.epoch, "used": self._order.used, "seed": self.options.seed}
+        """Return the position after the batch that was yielded last (prefetched batches do not count).
+
+        Its part "position" (see bucketing.py; about 200 kB) saves making all batches since the epoch's
+        beginning again. A state without it, or of other options or data, leads on just as well, slower.
+        """
+        order = self.order
+        state = {"epoch": order.epoch, "used": order.used, "seed": self.options.seed}
+        return {**state, "position": order.position()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a position; the batches after it are those that would have followed."""
         rule = f"be the saved one, {state['seed']}, to go on with the same batches"
         check(state["seed"] == self.options.seed, "DataOptions.seed", rule, self.options.seed)
-        self._order.epoch, self._order.used = state["epoch"], state["used"]
+        self.order.go_to(state["epoch"], state["used"], state.get("position"))
 
 
 class EvalBatches:
@@ -220,33 +231,8 @@ def load_features(cut: MonoCut) -> torch.Tensor:
     return features
 
 
-class _Order:
-    """The sampler: (seed of the batch, cuts) of an epoch from its batch ``used`` on."""
-
-    def __init__(self, manifest: Path, options: DataOptions) -> None:
-        self.epoch, self.used = 0, 0
-        self._manifest, self._options = manifest, options
-
-    def __iter__(self) -> Iterator[tuple[int, list[MonoCut]]]:
-        options = self._options
-        shortest, longest = options.min_seconds, options.max_seconds
-        kept = CutSet.from_jsonl_lazy(self._manifest).filter(lambda cut: shortest <= cut.duration <= longest)
-        sampler = DynamicBucketingSampler(
-            kept,
-            max_duration=options.max_duration,
-            num_buckets=options.num_buckets,
-            shuffle=True,
-            seed=options.seed,
-        )
-        sampler.set_epoch(self.epoch)
-        epoch, skip = self.epoch, self.used
-        for number, cuts in enumerate(sampler):
-            if number >= skip:
-                yield zlib.crc32(f"{options.seed} {epoch} {number}".encode()), list(cuts)
-
-
 class _Loading(Dataset):
-    """Turns (seed, cuts) into a batch, in a worker; ``options`` None means no augmentation."""
+    """Turns (seed, cuts or their lines) into a batch, in a worker; ``options`` None: no augmentation."""
 
     def __init__(self, encode: Optional[Encode], options: Optional[DataOptions]) -> None:
         self._encode = encode
@@ -263,15 +249,17 @@ class _Loading(Dataset):
                 p=options.spec_augment_share,
             )
 
-    def __getitem__(self, item: tuple[int, list[MonoCut]]) -> Batch:
+    def __getitem__(self, item: tuple[int, list[Union[CutLine, MonoCut]]]) -> Batch:
         seed, cuts = item
         features, kept, skipped = [], [], []
         with _seeded(seed):
             for cut in cuts:
+                id = f"line {cut.number}" if isinstance(cut, CutLine) else cut.id
                 try:
-                    one = load_features(cut)
+                    cut = cut.cut() if isinstance(cut, CutLine) else cut
+                    id, one = cut.id, load_features(cut)
                 except (FileNotFoundError, ValueError) as error:
-                    skipped.append({"id": cut.id, "error": str(error)})
+                    skipped.append({"id": id, "error": str(error)})
                     continue
                 # before padding: independent of the batch
                 if self._warp > 0:

@@ -1,0 +1,244 @@
+"""Knows: batches of like duration from the lines of a manifest, in lhotse's order, resumable at once.
+Must not know: JSON of cuts, features, audio, models.
+
+`Epoch` gives what lhotse's DynamicBucketingSampler gives (shuffled, the same bucket for all processes; a test
+compares them), but holds lines instead of cuts, which is 3 to 5 times as fast, and can say where it is in a
+few numbers: lhotse's own resumes by making all batches of the epoch once more.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import random
+import zlib
+from bisect import bisect_left
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Iterable, Iterator, Optional
+
+import torch.distributed as dist
+from lhotse.dataset.sampling.base import TimeConstraint
+from lhotse.dataset.sampling.dynamic_bucketing import estimate_duration_buckets
+
+from icefall_fusion.checks import check
+from icefall_fusion.data.cut_lines import CutLine, cut_line, read_cut_lines, read_lines
+from icefall_fusion.files import fingerprint
+
+BUFFER = 20_000  # cuts held in all buckets together, as lhotse does
+BINS_FROM = 10_000  # cuts, the first ones, whose durations part the buckets
+SNAPSHOT_EVERY = 500  # groups of batches; to resume, fewer than these are made once more
+_BUCKET_SEED = 1234  # of lhotse's choice of buckets, which all processes share
+Group = list[list[CutLine]]
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What the order of batches depends on, beside the manifest and the epoch.
+
+    Args:
+        shortest: seconds; shorter cuts are left out.
+        longest: seconds; longer cuts are left out.
+        max_duration: seconds of audio in a batch, padding included.
+        num_buckets: groups of like duration.
+        seed: of the order.
+        world: processes that share the batches: each group has one for every process.
+    """
+
+    shortest: float
+    longest: float
+    max_duration: float
+    num_buckets: int
+    seed: int
+    world: int = 1
+
+    def key(self, manifest: Path) -> str:
+        """Return a digest of the rules and of the manifest: positions are good for the same one only."""
+        content = json.dumps([dataclasses.astuple(self), fingerprint(manifest)])
+        return hashlib.sha1(content.encode()).hexdigest()[:16]
+
+
+def process() -> tuple[int, int]:
+    """Return (rank, number of processes), found as lhotse's samplers find them."""
+    if "WORLD_SIZE" in os.environ and "RANK" in os.environ:
+        return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+class Epoch:
+    """The groups of batches of one epoch; memory does not grow with the manifest.
+
+    Args:
+        manifest: of cuts, read line by line.
+        rules: see there.
+        epoch: number of the epoch, part of the seed.
+        position: what `position` returned when the next group was the one to begin with; None: the first.
+
+    Attributes:
+        groups: how many were given before.
+    """
+
+    def __init__(
+        self, manifest: Path, rules: Rules, epoch: int, position: Optional[dict[str, Any]] = None
+    ) -> None:
+        self._manifest, self._rules = manifest, rules
+        self._bins = self._find_bins()
+        self._buckets: list[list[CutLine]] = [[] for _ in range(len(self._bins) + 1)]
+        self._rng, self._bucket_rng = random.Random(rules.seed + epoch), random.Random(_BUCKET_SEED)
+        self._chosen, self._uses = 0, rules.world  # used up: the first batch chooses anew
+        self.groups, self._read = 0, 0
+        if position is None:
+            self._lines = filter(self._is_kept, read_cut_lines(manifest))
+            self._fill(BUFFER)
+        else:
+            self._go_to(position)
+
+    def __iter__(self) -> Iterator[Group]:
+        """Yield one batch for each process until no cut is left."""
+        while group := self.next_group():
+            yield group
+
+    def next_group(self) -> Group:
+        """Return one batch for each process; an empty list when no cut is left."""
+        world = self._rules.world
+        batches = [batch for _ in range(world) if (batch := self._next_batch())]
+        self.groups += 1 if batches else 0
+        if 0 < len(batches) < world:
+            batches = _share_out([cut for batch in batches for cut in batch], world)
+        return batches
+
+    def position(self) -> dict[str, Any]:
+        """Return where the next group begins: numbers that JSON can hold."""
+        return {
+            "groups": self.groups,
+            "read": self._read,
+            "buckets": [[cut.number for cut in bucket] for bucket in self._buckets],
+            "chosen": [self._chosen, self._uses],
+            "rng": [list(self._rng.getstate()[1]), list(self._bucket_rng.getstate()[1])],
+        }
+
+    def _go_to(self, position: dict[str, Any]) -> None:
+        self.groups, self._read = position["groups"], position["read"]
+        self._chosen, self._uses = position["chosen"]
+        for rng, state in zip((self._rng, self._bucket_rng), position["rng"]):
+            rng.setstate((random.Random.VERSION, tuple(state), None))
+        wanted = {number for bucket in position["buckets"] for number in bucket}
+        held, lines = {}, read_lines(self._manifest)
+        for number, line in itertools.islice(lines, self._read):
+            if number in wanted:
+                held[number] = cut_line(number, line, self._manifest)
+        self._buckets = [[held[number] for number in bucket] for bucket in position["buckets"]]
+        self._lines = filter(
+            self._is_kept, (cut_line(number, line, self._manifest) for number, line in lines)
+        )
+
+    def _is_kept(self, cut: CutLine) -> bool:
+        return self._rules.shortest <= cut.duration <= self._rules.longest
+
+    def _find_bins(self) -> list[float]:
+        rules = self._rules
+        first = list(itertools.islice(filter(self._is_kept, read_cut_lines(self._manifest)), BINS_FROM))
+        where = f"manifest {self._manifest}"
+        rule = f"hold at least {rules.num_buckets} (num_buckets) cuts of {rules.shortest}-{rules.longest} s"
+        check(len(first) >= rules.num_buckets, where, rule, len(first))
+        constraint = TimeConstraint(max_duration=rules.max_duration)
+        return [float(bin) for bin in estimate_duration_buckets(first, rules.num_buckets, constraint)]
+
+    def _fill(self, count: int) -> None:
+        for cut in itertools.islice(self._lines, count):
+            self._buckets[bisect_left(self._bins, cut.duration)].append(cut)
+            self._read = cut.number
+
+    def _next_batch(self) -> list[CutLine]:
+        """Take a batch from a bucket that has enough for one or else any; fill up what was taken."""
+        if self._uses >= self._rules.world:
+            self._chosen, self._uses = self._bucket_rng.randrange(len(self._buckets)), 0
+        self._uses += 1
+        near = sorted(range(len(self._buckets)), key=lambda index: (abs(index - self._chosen), index))
+        buckets = [self._buckets[index] for index in near]  # nearest to the chosen one first
+        bucket = next(filter(self._size, buckets), None) or next(filter(None, buckets), [])
+        if not bucket:
+            return []
+        order = list(range(len(bucket)))
+        self._rng.shuffle(order)
+        taken = order[: self._size(bucket[index] for index in order) or len(order)]
+        batch = [bucket[index] for index in taken]
+        for index in sorted(taken, reverse=True):
+            del bucket[index]
+        self._fill(len(batch))
+        return batch
+
+    def _size(self, cuts: Iterable[CutLine]) -> int:
+        """Return how many of the cuts, the first ones, fill a batch; 0 when all do not."""
+        longest = 0.0
+        for count, cut in enumerate(cuts, 1):
+            longest = max(longest, cut.duration)
+            if (count + 1) * longest > self._rules.max_duration:
+                return count
+        return 0
+
+
+def _share_out(cuts: list[CutLine], world: int) -> Group:
+    """Give each process a share of the last cuts, some to several when there are fewer than processes."""
+    while len(cuts) < world:
+        cuts = cuts + cuts[: world - len(cuts)]
+    size, more = divmod(len(cuts), world)
+    starts = [rank * size + min(rank, more) for rank in range(world + 1)]
+    return [cuts[start:stop] for start, stop in zip(starts, starts[1:])]
+
+
+class Order:
+    """The sampler of training: (seed of a batch, lines of its cuts) for this process; resumable.
+
+    Args:
+        manifest: of cuts.
+        rules: their ``world`` is replaced by the number of processes there is when an iteration begins.
+
+    Attributes:
+        epoch: the one that the next iteration is of.
+        used: batches of it that were used; an iteration begins after them.
+    """
+
+    def __init__(self, manifest: Path, rules: Rules) -> None:
+        self.epoch, self.used = 0, 0
+        self._manifest, self._rules = manifest, rules
+        self._positions: dict[int, dict[str, Any]] = {}  # by number of the next batch; some lie ahead of it
+
+    def go_to(self, epoch: int, used: int = 0, position: Optional[dict[str, Any]] = None) -> None:
+        """Go to a batch; ``position`` is what `position` returned there, where it is known."""
+        self.epoch, self.used = epoch, used
+        self._positions = {position["groups"]: position} if position else {}
+
+    def position(self) -> Optional[dict[str, Any]]:
+        """Return the newest known position at or before the next batch; None is the beginning."""
+        passed = [number for number in self._positions if number <= self.used]
+        return self._positions[max(passed)] if passed else None
+
+    def __iter__(self) -> Iterator[tuple[int, list[CutLine]]]:
+        rank, world = process()
+        rules = dataclasses.replace(self._rules, world=world)
+        key, known = rules.key(self._manifest), self.position()
+        if known is not None and known["key"] != key:  # of other rules, data or processes
+            known, self._positions = None, {}
+        number, skip = self.epoch, self.used
+        epoch = Epoch(self._manifest, rules, number, known)
+        while True:
+            batch = epoch.groups
+            if batch > 0 and batch % SNAPSHOT_EVERY == 0:
+                self._note({**epoch.position(), "key": key})
+            group = epoch.next_group()
+            if not group:
+                return
+            if batch >= skip:
+                yield zlib.crc32(f"{rules.seed} {number} {batch}".encode()), group[rank]
+
+    def _note(self, position: dict[str, Any]) -> None:
+        passed = self.position()
+        oldest = passed["groups"] if passed else 0
+        kept = {number: one for number, one in self._positions.items() if number >= oldest}
+        self._positions = {**kept, position["groups"]: position}
