@@ -270,3 +270,30 @@ def test_missing_inputs_say_what_to_run(tmp_path: Path) -> None:
         books.split_books(tmp_path, 12, 8)
     with pytest.raises(ValueError, match="cased_share must be between 0 and 1, but is 1.5"):
         lm_text.LmTextOptions(cased_share=1.5)
+
+
+def test_samples_are_those_of_the_lists_without_holding_them(tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"
+    rows = [{"text": f"t {i}", "cased": f"C {i}"} for i in range(50)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    few, all_cased, other = tokenizers.sample_fields(path, [("text", 7, 3), ("cased", 99, 3), ("text", 7, 4)])
+    assert few == random.Random(3).sample([row["text"] for row in rows], 7) != other
+    assert all_cased == [row["cased"] for row in rows]
+
+
+def test_a_recipe_with_an_llm_of_its_own_needs_neither_tokens_nor_streams_of_one(
+    data: Path, tmp_path: Path
+) -> None:
+    for name in ("train", "selected_train", "selected_dev"):
+        target = tmp_path / "text" / f"{name}.jsonl"
+        target.parent.mkdir(exist_ok=True)
+        target.write_bytes((data / "text" / f"{name}.jsonl").read_bytes())
+    assert tokenizers.run(tokenizers.TokenizerOptions(str(tmp_path), pieces=32, llm_tokens=0)) == 0
+    assert lm_text.run(lm_text.LmTextOptions(str(tmp_path), pieces=32, streams=("nlm",), workers=1)) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lang_bpe_32", "lm", "text"]
+    assert [path.name for path in (tmp_path / "lm").iterdir()] == ["nlm"]
+    for split in ("train", "dev"):
+        same = [(root / "lm" / "nlm" / f"{split}.npy").read_bytes() for root in (data, tmp_path)]
+        assert same[0] == same[1]
+    with pytest.raises(ValueError, match="LmTextOptions.streams must be one of"):
+        lm_text.LmTextOptions(streams=("lm",))

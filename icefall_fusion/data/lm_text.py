@@ -14,9 +14,11 @@ from typing import Any, Callable, Iterator
 import numpy as np
 from tqdm import tqdm
 
-from icefall_fusion.checks import check
+from icefall_fusion.checks import check, check_choice
 from icefall_fusion.data.books import read_jsonl
 from icefall_fusion.files import atomic_path, write_json
+
+STREAMS = ("nlm", "llm", "matched_llm")
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class LmTextOptions:
         pieces: size of the acoustic vocabulary (names its folder).
         spoken_train: utterances of the NLM: those of the acoustic training audio (JSON lines, in data_dir).
         spoken_dev: the NLM's dev utterances (JSON lines, in data_dir).
+        streams: which are made, of nlm, llm and matched_llm.
         max_group: longest document, in consecutive utterances; half of the documents are one utterance.
         cased_share: share of the training books' documents that the LLM also gets as printed, with case and
             punctuation (0 to 1). The normalized copy is always whole.
@@ -54,12 +57,16 @@ class LmTextOptions:
     pieces: int = 500
     spoken_train: str = "text/selected_train.jsonl"
     spoken_dev: str = "text/selected_dev.jsonl"
+    streams: tuple[str, ...] = STREAMS
     max_group: int = 8
     cased_share: float = 1.0
     seed: int = 17
     workers: int = 2
 
     def __post_init__(self) -> None:
+        check(len(self.streams) > 0, "LmTextOptions.streams", "name one at least", self.streams)
+        for name in self.streams:
+            check_choice(name, STREAMS, "LmTextOptions.streams")
         check(self.max_group >= 2, "LmTextOptions.max_group", "be at least 2", self.max_group)
         share = self.cased_share
         check(0.0 <= share <= 1.0, "LmTextOptions.cased_share", "be between 0 and 1", share)
@@ -67,7 +74,7 @@ class LmTextOptions:
 
 
 def run(options: LmTextOptions) -> int:
-    """Write the six token streams (and ``llm/dev_cased``) and their counts; return the exit status 0.
+    """Write a token stream of train and dev each (and ``llm/dev_cased``) and their counts; return 0.
 
     The dev streams of llm and matched_llm are the same normalized documents: losses per word compare.
 
@@ -77,12 +84,21 @@ def run(options: LmTextOptions) -> int:
     root = Path(options.data_dir)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process a core already
     for split, spoken in (("train", options.spoken_train), ("dev", options.spoken_dev)):
-        utterances = list(read_jsonl(root / spoken, ("text",)))
-        tokenize = piece_tokenizer(root / f"lang_bpe_{options.pieces}")
-        documents = tokenize([utterance["text"] for utterance in utterances])
-        _write_stream(root / "lm" / "nlm" / split, [documents], options.seed)
-        _write_book_streams(root, split, options)
+        if "nlm" in options.streams:
+            tokenize = piece_tokenizer(root / f"lang_bpe_{options.pieces}")
+            documents = [tokenize(texts) for texts in _texts(root / spoken)]
+            _write_stream(root / "lm" / "nlm" / split, documents, options.seed)
+        if set(options.streams) - {"nlm"}:
+            _write_book_streams(root, split, options)
     return 0
+
+
+def _texts(path: Path, most: int = 100_000) -> Iterator[list[str]]:
+    """Yield the texts of a file of utterances, some at a time: in memory they are 20 times their tokens."""
+    bar = tqdm(read_jsonl(path, ("text",)), unit="utt", desc=f"tokenize {path.stem}")
+    rows = (row["text"] for row in bar)
+    while texts := list(itertools.islice(rows, most)):
+        yield texts
 
 
 def _write_book_streams(root: Path, split: str, options: LmTextOptions) -> None:
@@ -93,7 +109,10 @@ def _write_book_streams(root: Path, split: str, options: LmTextOptions) -> None:
             for name, documents in streams.items():
                 parts[name].append(documents)
     folder = root / "lm"
-    _write_stream(folder / "matched_llm" / split, parts["pieces"], options.seed)
+    if "matched_llm" in options.streams:
+        _write_stream(folder / "matched_llm" / split, parts["pieces"], options.seed)
+    if "llm" not in options.streams:
+        return
     if split == "train":
         _write_stream(folder / "llm" / split, parts["normalized"] + parts["cased"], options.seed)
     else:
@@ -201,14 +220,17 @@ _worker: dict[str, Any] = {}  # a process's own tokenizers and options
 def _start_worker(options: LmTextOptions, split: str) -> None:
     root = Path(options.data_dir)
     _worker["options"], _worker["split"] = options, split
-    _worker["pieces"] = piece_tokenizer(root / f"lang_bpe_{options.pieces}")
-    _worker["llm"] = llm_tokenizer(root / "llm_tokenizer")
+    if "matched_llm" in options.streams:
+        _worker["pieces"] = piece_tokenizer(root / f"lang_bpe_{options.pieces}")
+    if "llm" in options.streams:
+        _worker["llm"] = llm_tokenizer(root / "llm_tokenizer")
 
 
 def _tokenize_book(utterances: list[dict]) -> dict[str, Documents]:
     normalized, cased = book_documents(utterances, _worker["split"], _worker["options"])
-    return {
-        "normalized": _worker["llm"](normalized),
-        "cased": _worker["llm"](cased),
-        "pieces": _worker["pieces"](normalized),
-    }
+    found = {}
+    if "matched_llm" in _worker["options"].streams:
+        found["pieces"] = _worker["pieces"](normalized)
+    if "llm" in _worker["options"].streams:
+        found.update(normalized=_worker["llm"](normalized), cased=_worker["llm"](cased))
+    return found

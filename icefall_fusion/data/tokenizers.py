@@ -8,7 +8,7 @@ import random
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterator
+from typing import Iterator, Sequence
 
 from tqdm import tqdm
 
@@ -31,7 +31,7 @@ class TokenizerOptions:
         data_dir: has ``text/train.jsonl``; gets ``lang_bpe_<pieces>/`` and ``llm_tokenizer/``.
         pieces: size of the acoustic vocabulary, blank included.
         piece_lines: normalized utterances that the acoustic pieces are learned from.
-        llm_tokens: size of the LLM's vocabulary.
+        llm_tokens: size of the LLM's vocabulary; 0: none is made (the LLM brings its own).
         llm_cased_lines: cased utterances that the LLM's tokens are learned from.
         llm_normalized_lines: normalized utterances beside them, so that both forms are spelled well.
         seed: of the samples.
@@ -48,8 +48,9 @@ class TokenizerOptions:
     def __post_init__(self) -> None:
         check(self.pieces >= 32, "TokenizerOptions.pieces", "be at least 32", self.pieces)
         check(self.piece_lines >= 1, "TokenizerOptions.piece_lines", "be at least 1", self.piece_lines)
-        rule = "be from 258 (bytes, <s>, </s>) to 65536 (uint16)"
-        check(258 <= self.llm_tokens <= 65536, "TokenizerOptions.llm_tokens", rule, self.llm_tokens)
+        rule = "be 0, or from 258 (bytes, <s>, </s>) to 65536 (uint16)"
+        good = self.llm_tokens == 0 or 258 <= self.llm_tokens <= 65536
+        check(good, "TokenizerOptions.llm_tokens", rule, self.llm_tokens)
         lines = self.llm_cased_lines + self.llm_normalized_lines
         rule = "be at least 1 (with llm_normalized_lines)"
         check(lines >= 1, "TokenizerOptions.llm_cased_lines", rule, lines)
@@ -64,21 +65,42 @@ def run(options: TokenizerOptions) -> int:
     """
     root = Path(options.data_dir)
     utterances = root / "text" / "train.jsonl"
-    normalized, cased = [], []
-    print(f"reading {utterances}", flush=True)
-    for utterance in tqdm(read_jsonl(utterances, ("text", "cased")), unit="utt", desc="read"):
-        normalized.append(utterance["text"])
-        cased.append(utterance["cased"])
-    spoken = _sample(normalized, options.piece_lines, options.seed)
+    plans = [("text", options.piece_lines, options.seed)]
+    if options.llm_tokens:
+        plans.append(("cased", options.llm_cased_lines, options.seed))
+        plans.append(("text", options.llm_normalized_lines, options.seed + 1))
+    spoken, *written = sample_fields(utterances, plans)
     print(f"training {options.pieces} acoustic pieces on {len(spoken)} utterances", flush=True)
     train_pieces(spoken, options.pieces, root / f"lang_bpe_{options.pieces}")
     print(f"{options.pieces} acoustic pieces from {len(spoken)} utterances")
-    written = _sample(cased, options.llm_cased_lines, options.seed)
-    written += _sample(normalized, options.llm_normalized_lines, options.seed + 1)
-    print(f"training {options.llm_tokens} LLM tokens on {len(written)} utterances", flush=True)
-    size = train_llm_tokenizer(written, options.llm_tokens, root / "llm_tokenizer")
-    print(f"{size} LLM tokens from {len(written)} utterances")
+    if options.llm_tokens:
+        lines = [line for sample in written for line in sample]
+        print(f"training {options.llm_tokens} LLM tokens on {len(lines)} utterances", flush=True)
+        size = train_llm_tokenizer(lines, options.llm_tokens, root / "llm_tokenizer")
+        print(f"{size} LLM tokens from {len(lines)} utterances")
     return 0
+
+
+def sample_fields(path: Path, plans: Sequence[tuple[str, int, int]]) -> list[list[str]]:
+    """Return random samples of fields of a file of utterances, which is never in memory as a whole.
+
+    Args:
+        path: JSON lines.
+        plans: for each sample the field, its size (all lines where there are no more) and its seed.
+    """
+    names = tuple(dict.fromkeys(name for name, _, _ in plans))
+    total = sum(1 for _ in tqdm(read_jsonl(path, names), unit="utt", desc="count"))
+    samples: list[list[str]] = []
+    places: list[dict[int, int]] = []  # of each sample: number of a line -> its place
+    for _, count, seed in plans:
+        chosen = range(total) if total <= count else random.Random(seed).sample(range(total), count)
+        places.append({line: place for place, line in enumerate(chosen)})
+        samples.append([""] * len(chosen))
+    for number, utterance in enumerate(tqdm(read_jsonl(path, names), total=total, unit="utt", desc="sample")):
+        for (name, _, _), place, sample in zip(plans, places, samples):
+            if number in place:
+                sample[place[number]] = utterance[name]
+    return samples
 
 
 def train_pieces(lines: list[str], size: int, folder: Path) -> None:
@@ -153,7 +175,3 @@ def _with_leading_spaces(lines: list[str]) -> Iterator[str]:
     """Yield each line twice in three with a space before: most words of a document have one."""
     for index, line in enumerate(lines):
         yield line if index % 3 == 0 else " " + line
-
-
-def _sample(lines: list[str], count: int, seed: int) -> list[str]:
-    return lines if len(lines) <= count else random.Random(seed).sample(lines, count)
