@@ -5,17 +5,18 @@ Must not know: models (they normalize features themselves), how audio was made.
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
+import itertools
 import logging
 import multiprocessing
-from dataclasses import dataclass, replace
+import random
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Iterator, Optional
 
 import numpy as np
 import torch
-from lhotse import CutSet, Fbank, FbankConfig, Features, LilcomChunkyWriter, MonoCut
+from lhotse import Fbank, FbankConfig, Features, LilcomChunkyWriter, MonoCut
 from lhotse.audio.utils import AudioLoadingError, DurationMismatchError
 from lhotse.features.base import FeatureExtractor
 from lhotse.utils import compute_num_samples
@@ -23,7 +24,9 @@ from tqdm import tqdm
 
 from icefall_fusion.checks import check, check_choice
 from icefall_fusion.data.audio import SAMPLE_RATE, AudioError, load_audio, resample
-from icefall_fusion.data.manifests import check_corpus, cuts_path, join_shards, write_cuts
+from icefall_fusion.data.cut_lines import parse_cut, read_lines
+from icefall_fusion.data.feature_shards import Shard, joined_lines, plan, ranges
+from icefall_fusion.data.manifests import check_corpus, cuts_path, join_lines
 from icefall_fusion.files import atomic_path, write_json
 
 DIM = 80
@@ -32,12 +35,18 @@ HOP = 160  # samples
 MARGIN = 4  # frames at both ends of a chunk that are cut away again: a frame reaches 280 samples to its right
 SHORTEST = 400  # samples in one window; shorter audio is padded with silence to give its frames
 BACKENDS = ("lhotse", "kaldifeat")
-SKIPPED_SOME = 3  # exit code
+SKIPPED_SOME, UNFINISHED = 3, 4  # exit codes
+SHOWN, LISTED = 20, 10_000  # skipped cuts that are printed, and that the report has
+EVALUATION = ("dev", "test")  # what splits begin with that are neither perturbed nor shuffled
 
 
 @dataclass(frozen=True)
 class FbankOptions:
     """Compute and store the features of manifests.
+
+    Several machines (or GPUs) that share ``data_dir`` can share the work: each takes some shards, e.g.
+    ``--start 0 --stop 500``; the one that finds all shards done joins them. What was killed goes on when
+    called again.
 
     Args:
         data_dir: where ``manifests/`` is and ``fbank/`` goes.
@@ -46,9 +55,14 @@ class FbankOptions:
         shard_size: cuts in one resumable piece of work.
         backend: lhotse, or kaldifeat (faster on a GPU; built by hand, see the README).
         device: for kaldifeat, e.g. cpu or cuda:0.
-        speed_perturb: add copies of the training split at 0.9 and 1.1 of its speed, as icefall does. Off:
-            synthesis already varies the speed of speech.
+        speed_perturb: add copies of splits (but dev and test) at 0.9 and 1.1 of their speed, as icefall does.
+            Off: synthesis already varies the speed of speech.
         corpus: names the manifests: ``CORPUS_cuts_SPLIT.jsonl.gz``.
+        start: first shard to compute here, from 0.
+        stop: the shard before which to stop here; none goes on to the last.
+        retry: compute the shards again in which audio was skipped (it is there by now).
+        shuffle: join the shards (but of dev and test) in a random order, the same each time. For a corpus
+            that is sorted by speaker and has far more than the 20,000 cuts that training shuffles at a time.
     """
 
     data_dir: Path = Path("data")
@@ -59,6 +73,10 @@ class FbankOptions:
     device: str = "cpu"
     speed_perturb: bool = False
     corpus: str = "minibooks"
+    start: int = 0
+    stop: Optional[int] = None
+    retry: bool = False
+    shuffle: bool = False
 
     def __post_init__(self) -> None:
         check(len(self.splits) > 0, "FbankOptions.splits", "name at least one split", self.splits)
@@ -66,6 +84,9 @@ class FbankOptions:
         check(self.shard_size >= 1, "FbankOptions.shard_size", "be at least 1", self.shard_size)
         check_choice(self.backend, BACKENDS, "FbankOptions.backend")
         check_corpus(self.corpus, "FbankOptions.corpus")
+        check(self.start >= 0, "FbankOptions.start", "be at least 0", self.start)
+        rule = f"be above start ({self.start})"
+        check(self.stop is None or self.stop > self.start, "FbankOptions.stop", rule, self.stop)
 
 
 @functools.lru_cache(maxsize=4)
@@ -145,95 +166,104 @@ def _frames(compute: FeatureExtractor, samples: np.ndarray) -> torch.Tensor:
 
 
 def run(options: FbankOptions) -> int:
-    """Write ``fbank/CORPUS_cuts_SPLIT.jsonl.gz`` and archives; return 0, or 3 when audio was skipped."""
+    """Write ``fbank/CORPUS_cuts_SPLIT.jsonl.gz`` and archives.
+
+    Returns:
+        0; 3 when audio was skipped (it is listed); 4 when shards of a split are missing, so that it was not
+        joined: other machines are at them, or have not begun.
+    """
     extractor(options.backend, options.device)  # fails here, not in a process of its own
-    skipped = 0
-    for split in options.splits:
-        skipped += _run_split(options, split)
-    return SKIPPED_SOME if skipped else 0
+    return max(_run_split(options, split) for split in options.splits)
 
 
 def _run_split(options: FbankOptions, split: str) -> int:
     source = cuts_path(options.data_dir / "manifests", split, options.corpus)
     if not source.is_file():
         raise FileNotFoundError(f"no manifest at {source}: make the audio of {split} first (job synthesize)")
-    shards = _plan(options, split, list(CutSet.from_jsonl_lazy(source)))
-    todo = [shard for shard in shards if not shard.manifest.exists()]
-    print(f"compute-fbank {split}: {len(shards)} shards, {len(shards) - len(todo)} already done")
-    with tqdm(total=sum(len(shard.cuts) for shard in shards), unit="cut", desc=split, smoothing=0.05) as bar:
-        bar.update(bar.total - sum(len(shard.cuts) for shard in todo))
+    folder = options.data_dir / "fbank"
+    perturb = options.speed_perturb and not split.startswith(EVALUATION)
+    shards = plan(source, folder, split, options.shard_size, f"{options.backend} {DIM}", perturb)
+    mine = shards[options.start : options.stop]
+    todo = [one for one in mine if not one.features.exists() or (options.retry and one.has_errors())]
+    share = f" ({len(mine)} of them here)" if len(mine) < len(shards) else ""
+    print(f"compute-fbank {split}: {len(shards)} shards{share}, {len(mine) - len(todo)} already done")
+    with tqdm(total=sum(shard.count for shard in mine), unit="cut", desc=split, smoothing=0.05) as bar:
+        bar.update(bar.total - sum(shard.count for shard in todo))
         for done in _each(options, todo):
             bar.update(done)
-    target = cuts_path(options.data_dir / "fbank", split, options.corpus)
-    totals = join_shards([shard.manifest for shard in shards], target)
-    skipped: list[dict[str, Any]] = []
-    for shard in shards:
-        skipped += json.loads(shard.manifest.with_suffix(".skipped").read_text())
-    write_json(target.parent / f"compute-fbank-{split}.json", {**totals, "skipped": skipped})
-    for entry in skipped:
-        logging.warning("skipped %s: %s", entry["id"], entry["error"])
-    print(
-        f"{split}: {totals['hours']:.2f} h, {totals['utterances']} cuts, {len(skipped)} skipped -> {target}"
-    )
-    return len(skipped)
-
-
-@dataclass(frozen=True)
-class _Shard:
-    manifest: Path
-    archive: Path
-    cuts: list[MonoCut]
-
-
-def _plan(options: FbankOptions, split: str, cuts: list[MonoCut]) -> list[_Shard]:
-    if options.speed_perturb and split == "train":
-        cuts = [copy for cut in cuts for copy in (cut, cut.perturb_speed(0.9), cut.perturb_speed(1.1))]
-    folder = options.data_dir / "fbank"
-    shards = []
-    for number, start in enumerate(range(0, len(cuts), options.shard_size)):
-        chunk = cuts[start : start + options.shard_size]
-        content = [
-            options.backend,
-            [(cut.id, cut.duration, cut.recording.sources[0].source) for cut in chunk],
-        ]
-        name = f"{number:05d}-{hashlib.sha1(json.dumps(content).encode()).hexdigest()[:8]}"
-        shards.append(
-            _Shard(folder / ".parts" / split / f"{name}.jsonl.gz", folder / split / f"{name}.lca", chunk)
+    missing = [shard.number for shard in shards if not shard.features.exists()]
+    if missing:
+        print(
+            f"{split}: not joined yet, {len(missing)} of {len(shards)} shards are missing: {ranges(missing)} "
+            "(--start FIRST --stop LAST+1). Run this once more when they are done"
         )
-    return shards
+        return UNFINISHED
+    return _join(options, split, shards)
 
 
-def _each(options: FbankOptions, todo: list[_Shard]) -> Iterator[int]:
+def _join(options: FbankOptions, split: str, shards: list[Shard]) -> int:
+    skipped: list[dict[str, str]] = []
+    count = itertools.count()
+
+    def skip(id: str, error: str) -> None:
+        number = next(count)
+        if number < SHOWN:
+            logging.warning("skipped %s: %s", id, error)
+        if number < LISTED:
+            skipped.append({"id": id, "error": error})
+
+    if options.shuffle and not split.startswith(EVALUATION):
+        random.Random(0).shuffle(shards)
+    target = cuts_path(options.data_dir / "fbank", split, options.corpus)
+    lines = tqdm(joined_lines(shards, skip), unit="cut", desc=f"join {split}", smoothing=0.05)
+    totals = join_lines(lines, target)
+    number = next(count)
+    report = target.parent / f"compute-fbank-{split}.json"
+    write_json(report, {**totals, "skipped_count": number, "skipped": skipped})
+    if number > SHOWN:
+        logging.warning("... and %d more, see %s", number - SHOWN, report)
+    print(f"{split}: {totals['hours']:.2f} h, {totals['utterances']} cuts, {number} skipped -> {target}")
+    return SKIPPED_SOME if number else 0
+
+
+def _each(options: FbankOptions, todo: list[Shard]) -> Iterator[int]:
     make = functools.partial(_make_shard, options)
     if options.workers == 1 or len(todo) < 2 or options.device != "cpu":
         yield from map(make, todo)
         return
-    with multiprocessing.get_context("spawn").Pool(
-        min(options.workers, len(todo)), initializer=torch.set_num_threads, initargs=(1,)
-    ) as pool:
-        yield from pool.imap_unordered(make, todo)
+    with ProcessPoolExecutor(
+        min(options.workers, len(todo)), multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)
+    ) as pool:  # says so when a process is killed, where a multiprocessing.Pool would wait for it forever
+        try:
+            for future in as_completed([pool.submit(make, shard) for shard in todo]):
+                yield future.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _make_shard(options: FbankOptions, shard: _Shard) -> int:
+def _make_shard(options: FbankOptions, shard: Shard) -> int:
+    if shard.features.exists() and not options.retry:
+        return shard.count  # another machine has done it by now
     compute = extractor(options.backend, options.device)
-    done, skipped = [], []
-    with atomic_path(shard.archive) as temporary, LilcomChunkyWriter(str(temporary)) as writer:
-        for cut in shard.cuts:
+    made, archive = [], shard.new_archive()
+    with atomic_path(archive) as temporary, LilcomChunkyWriter(str(temporary)) as writer:
+        for number, line in read_lines(shard.cuts):
+            cut = parse_cut(line, f"{shard.cuts}, line {number}")
             try:
                 features = extract(cut_samples(cut), backend=options.backend, device=options.device)
             except (AudioError, FileNotFoundError) as error:
-                skipped.append({"id": cut.id, "error": str(error)})
+                made.append({"id": cut.id, "error": str(error)})
                 continue
             key = writer.write(cut.id, features.numpy())
-            done.append(_with_features(cut, len(features), compute.name, str(shard.archive.absolute()), key))
+            described = _described(cut, len(features), compute.name, str(archive.absolute()), key)
+            made.append({"id": cut.id, "features": described.to_dict()})
         writer.close()
-    write_json(shard.manifest.with_suffix(".skipped"), skipped)
-    write_cuts(done, shard.manifest)  # last: its presence says that the archive is whole
-    return len(shard.cuts)
+    shard.publish(made, archive, options.retry)
+    return shard.count
 
 
-def _with_features(cut: MonoCut, frames: int, kind: str, archive: str, key: str) -> MonoCut:
-    features = Features(
+def _described(cut: MonoCut, frames: int, kind: str, archive: str, key: str) -> Features:
+    return Features(
         type=kind,
         num_frames=frames,
         num_features=DIM,
@@ -247,7 +277,6 @@ def _with_features(cut: MonoCut, frames: int, kind: str, archive: str, key: str)
         recording_id=cut.recording_id,
         channels=0,
     )
-    return replace(cut, features=features)
 
 
 def cut_samples(cut: MonoCut) -> np.ndarray:

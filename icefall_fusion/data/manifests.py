@@ -5,9 +5,10 @@ Must not know: how audio or features are made, models.
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 from pathlib import Path
-from typing import Any, Iterable, Mapping, Sequence, TypeVar
+from typing import Any, Iterable, Iterator, Mapping, Sequence, TypeVar
 
 from lhotse import AudioSource, MonoCut, Recording, SupervisionSegment
 
@@ -95,20 +96,28 @@ def write_cuts(cuts: Iterable[MonoCut], path: PathLike) -> None:
 
 def join_shards(shards: Sequence[Path], target: PathLike) -> dict[str, Any]:
     """Join manifests into one, at once, and return its totals: hours, utterances, words, speakers."""
+    return join_lines(itertools.chain.from_iterable(map(_lines, shards)), target)
+
+
+def join_lines(lines: Iterable[str], target: PathLike) -> dict[str, Any]:
+    """Write lines of cuts as a manifest, at once, and return its totals as `join_shards`."""
     seconds, utterances, words = 0.0, 0, 0
     speakers = set()
     with (
         atomic_path(target) as temporary,
         gzip.open(temporary, "wt", encoding="utf-8", compresslevel=5) as out,
     ):
-        for shard in shards:
-            with gzip.open(shard, "rt", encoding="utf-8") as lines:
-                for line in lines:
-                    cut = json.loads(line)
-                    supervision = cut["supervisions"][0]
-                    seconds += cut["duration"]
-                    utterances += 1
-                    words += len(supervision["text"].split())
-                    speakers.add(supervision.get("speaker"))
-                    out.write(line)
+        for line in lines:
+            cut = json.loads(line)
+            supervision = cut["supervisions"][0]
+            seconds += cut["duration"]
+            utterances += 1
+            words += len(supervision["text"].split())
+            speakers.add(supervision.get("speaker"))
+            out.write(line)
     return {"hours": seconds / 3600, "utterances": utterances, "words": words, "speakers": len(speakers)}
+
+
+def _lines(path: Path) -> Iterator[str]:
+    with gzip.open(path, "rt", encoding="utf-8") as lines:
+        yield from lines
