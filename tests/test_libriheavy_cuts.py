@@ -1,5 +1,5 @@
 """LibriHeavy's manifests to the recipe's: the forms of text, paths, faults, files that were cut short.
-Knows: egs/libriheavy/ASR/local/libriheavy_cuts.py, a line of LibriHeavy. Must not know: models.
+Knows: libriheavy_cuts.py and export_shar.py of the recipe, a line of LibriHeavy. Must not know: models.
 """
 
 from __future__ import annotations
@@ -14,8 +14,14 @@ import sys
 from pathlib import Path
 from typing import Any, Callable
 
+import numpy as np
 import pytest
+import soundfile
 from lhotse import CutSet, MonoCut
+
+from icefall_fusion.data.fbank import FbankOptions
+from icefall_fusion.data.fbank import run as compute_fbank
+from icefall_fusion.data.manifests import cut_of, cuts_path, write_cuts
 
 LOCAL = Path(__file__).resolve().parent.parent / "egs" / "libriheavy" / "ASR" / "local"
 TOOL = runpy.run_path(str(LOCAL / "libriheavy_cuts.py"))
@@ -186,3 +192,37 @@ def test_wrong_options_are_refused(tmp_path: Path) -> None:
     done = subprocess.run([*command, "--subsets", "dev"], capture_output=True, text=True, env=environment)
     assert done.returncode == 2, done.stderr
     assert f"no manifest at {tmp_path}/libriheavy/libriheavy_cuts_dev.jsonl.gz" in done.stderr
+
+
+# --- export_shar.py -------------------------------------------------------------------------------------
+
+
+def test_export_as_shar(tmp_path: Path) -> None:
+    shar = runpy.run_path(str(LOCAL / "export_shar.py"))
+    samples = np.random.default_rng(0).uniform(-0.3, 0.3, 16_000)
+    cuts = []
+    for number in range(5):
+        path = tmp_path / f"{number}.flac"
+        soundfile.write(path, samples, 16_000)
+        cuts.append(cut_of({"id": f"u{number}", "text": "x"}, path, 16_000, {"voice": "none"}))
+    write_cuts(cuts, cuts_path(tmp_path / "manifests", "train"))
+    assert compute_fbank(FbankOptions(tmp_path, ("train",), workers=1)) == 0
+    manifest = cuts_path(tmp_path / "fbank", "train")
+    options = shar["ExportSharOptions"](manifest, tmp_path / "shar", shard_size=2, start=1)
+    assert shar["run"](options) == 0
+    names = {path.name for path in (tmp_path / "shar").iterdir()}
+    assert names == {f"{kind}.00000{n}.{end}" for n in (1, 2)
+                     for kind, end in (("cuts", "jsonl.gz"), ("features", "tar"))}  # fmt: skip
+    before = (tmp_path / "shar" / "features.000001.tar").stat().st_mtime_ns
+    assert shar["run"](dataclasses.replace(options, start=0)) == 0
+    assert (tmp_path / "shar" / "features.000001.tar").stat().st_mtime_ns == before
+    read = list(CutSet.from_shar(in_dir=tmp_path / "shar"))
+    expected = list(CutSet.from_jsonl_lazy(manifest))
+    assert [cut.id for cut in read] == [cut.id for cut in expected]
+    for one, two in zip(read, expected):
+        assert np.abs(one.load_features() - two.load_features()).max() < 0.05
+    Path(expected[0].features.storage_path).unlink()
+    gone = dataclasses.replace(options, to=tmp_path / "other", start=0)
+    assert shar["run"](gone) == 3
+    with pytest.raises(ValueError, match="fields must be one of .* did you mean 'features'"):
+        dataclasses.replace(options, fields=("feature",))
