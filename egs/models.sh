@@ -4,6 +4,7 @@
 pretrained_dir=
 world_size=1
 torchrun=--standalone
+acoustic=() # further options of the acoustic model's training and export, set by the recipe
 
 # Takes the options that train.sh and decode.sh have in common, and those of all scripts; as common_option.
 model_option() {
@@ -26,7 +27,8 @@ launch() { # job, options: one process, or several under torchrun
 }
 
 train_acoustic() { # further options
-  launch train --config "$conf/ctc_aed.yaml" --corpus "$corpus" --data_dir "$data_dir" --exp "$exp_dir/ctc_aed" "$@"
+  launch train --config "$conf/ctc_aed.yaml" --corpus "$corpus" --data_dir "$data_dir" --exp "$exp_dir/ctc_aed" \
+    ${acoustic[@]+"${acoustic[@]}"} "$@"
 }
 
 train_lm() { # name, tokenizer folder, further options
@@ -39,7 +41,7 @@ train_lm() { # name, tokenizer folder, further options
 export_models() { # names of language models: they and the averaged acoustic model go to $pretrained_dir
   local name file
   "$python" -m icefall_fusion train --config "$conf/ctc_aed.yaml" --corpus "$corpus" --data_dir "$data_dir" \
-    --exp "$exp_dir/ctc_aed" --export_to "$pretrained_dir/ctc_aed"
+    --exp "$exp_dir/ctc_aed" ${acoustic[@]+"${acoustic[@]}"} --export_to "$pretrained_dir/ctc_aed"
   for name in "$@"; do
     mkdir -p "$pretrained_dir/$name"
     for file in "$exp_dir/$name/export/"*; do # a kill never leaves half a file under its final name

@@ -19,6 +19,8 @@ usage() { # the comment at the head of the script
 
 absolute() { case "$1" in /*) echo "$1" ;; *) echo "$started_in/$1" ;; esac; }
 
+path_or_name() { if [ -e "$1" ]; then absolute "$1"; else echo "$1"; fi; } # a folder here, or a name on the hub
+
 log() { echo "$(date '+%F %T') $script: $*"; }
 
 number() { # option, value: the value, if it is one

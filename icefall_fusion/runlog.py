@@ -56,7 +56,7 @@ class MethodLog:
 
     def _read_work(self, options: Mapping[str, Any], method: str) -> list[dict[str, Any]]:
         lines = _whole_lines(self.work_path)
-        if not lines:
+        if len(lines) <= 1:  # nothing was decoded yet, so other options can do no harm
             self.work_path.parent.mkdir(parents=True, exist_ok=True)
             _write_lines(self.work_path, [{"options": options}])
             return []

@@ -1,0 +1,66 @@
+#!/usr/bin/env bash
+# Tune weights on dev, then decode the test sets by every method: WER, times, one table.
+#
+#   bash decode.sh --llm mistralai/Mistral-7B-v0.1 --device cuda --world-size 8
+#   bash decode.sh --llm openlm-research/open_llama_3b --llm-context pre_text   # earlier text as prompt
+#   bash decode.sh --llm ../../minibooks/ASR/pretrained/llm --test-sets "test_clean test_other_large"
+#   bash decode.sh --config tiny                     # what prepare.sh and train.sh made with --config tiny
+#
+# Stages: 0 decode dev for tuning (all scores of an N-best list), 1 tune weights (on dev alone), 2 decode the
+# test sets, 3 report. Weights go to weights.yaml in --exp-dir. Every stage can be killed and run again, with
+# another --world-size too: finished utterances are kept. A finished stage leaves a .done mark and is skipped;
+# remove the mark (and the outputs) to run it again. --limit N decodes N utterances of each set, --confirm N
+# (64) so many in tuning. Exit code 3: done, but some audio was skipped (it is listed).
+#
+# --llm: any causal LM of the Hugging Face hub, or a folder. --llm-text says how it sees words (as-is, lower,
+# sentence), --llm-quantization 8bit or 4bit, --llm-device-map auto spreads it over GPUs. --matched-llm names an
+# LM over the acoustic pieces for llm-shallow, which is left out without it.
+set -euo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+. "$here/../../stages.sh"
+. "$here/../../models.sh"
+corpus=libriheavy
+dev_set=dev
+test_sets="test_clean test_other"
+stop_stage=3
+llm=
+llm_options=()
+matched_llm=
+
+while [ $# -gt 0 ]; do
+  decode_option "$@"
+  if [ "$taken" -gt 0 ]; then shift "$taken"; continue; fi
+  case "$1" in
+    --llm) llm=$(path_or_name "$2") ;;
+    --llm-text) llm_options+=(--llm.text "$2") ;;
+    --llm-context) llm_options+=(--llm.context "$2") ;;
+    --llm-quantization) llm_options+=(--llm.quantization "$2") ;;
+    --llm-device-map) llm_options+=(--llm.device_map "$2") ;;
+    --matched-llm) matched_llm=$(path_or_name "$2") ;;
+    --test-sets) test_sets=$2 ;;
+    *) unknown_option "$1" ;;
+  esac
+  shift 2
+done
+
+cd "$here"
+set_folders
+marks=$exp_dir
+pretrained_dir=${pretrained_dir:-$exp_dir/pretrained}
+if [ -z "$llm" ]; then
+  echo "decode.sh: --llm must name a language model (see --help)" >&2
+  exit 2
+fi
+models=(--emissions.model "$pretrained_dir/ctc_aed" --emissions.device "$device")
+models+=(--nlm.path "$pretrained_dir/nlm" --llm.path "$llm" ${llm_options[@]+"${llm_options[@]}"})
+scores=attention-rescoring+nlm-nbest-rescoring+llm-nbest-rescoring
+if [ -n "$matched_llm" ]; then
+  models+=(--matched_llm.path "$matched_llm")
+  scores+=+matched-nbest-rescoring
+elif [ "$methods" = all ]; then
+  methods=ctc-greedy,ctc-prefix,attention-rescoring,nlm-shallow,llm-nbest-rescoring,llm-delayed-shortest
+  methods+=,llm-delayed-interval-16,llm-delayed-interval-32,llm-delayed-interval-64
+  methods+=,nlm-shallow+llm-delayed-shortest,nlm-shallow+llm-delayed-interval-16
+fi
+decode_stages "$scores"
+exit "$skipped"

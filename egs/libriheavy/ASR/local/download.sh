@@ -1,0 +1,83 @@
+#!/usr/bin/env bash
+# Fetch Libri-Light's audio and LibriHeavy's manifests; run it again to go on after any interruption.
+#
+#   bash local/download.sh --to download --subset small    # 509 h, 35 GB (and 1 GB of manifests)
+#   bash local/download.sh --to download --subset medium   # small and medium: 5,551 h, 356 GB
+#   bash local/download.sh --to download --subset large    # all: 56,345 h, 3.4 TB
+#
+# Audio: --to/librilight/SUBSET/SPEAKER/BOOK/CHAPTER.flac; manifests: --to/libriheavy/libriheavy_cuts_*.jsonl.gz.
+# Archives are checked against the MD5 sums that Libri-Light publishes and removed once they are unpacked
+# (--keep yes keeps them). --audio-url and --manifest-url name mirrors (also file:///...).
+set -euo pipefail
+to=download
+subset=small
+keep=no
+audio_url=https://dl.fbaipublicfiles.com/librilight/data
+manifest_url=https://huggingface.co/datasets/pkufool/libriheavy/resolve/main
+
+fail() { echo "download.sh: $1" >&2; exit "${2:-1}"; }
+
+while [ $# -gt 0 ]; do
+  case "$1" in
+    -h | --help) awk 'NR > 1 { if (!/^#/) exit; sub(/^# ?/, ""); print }' "$0"; exit 0 ;;
+    --to | --subset | --keep | --audio-url | --manifest-url) [ $# -ge 2 ] || fail "$1 needs a value (see --help)" 2 ;;
+    *) fail "unknown option $1 (see --help)" 2 ;;
+  esac
+  case "$1" in
+    --to) to=$2 ;;
+    --subset) subset=$2 ;;
+    --keep) keep=$2 ;;
+    --audio-url) audio_url=$2 ;;
+    --manifest-url) manifest_url=$2 ;;
+  esac
+  shift 2
+done
+
+case "$subset" in # the larger subsets hold the smaller ones
+  small) parts="small" ;;
+  medium) parts="small medium" ;;
+  large) parts="small medium large" ;;
+  *) fail "--subset must be small, medium or large, but is '$subset'" 2 ;;
+esac
+
+md5_of() { # of data_preparation/README.md in facebookresearch/libri-light
+  case "$1" in
+    small) echo c49207eb86a8e8ac895561c37232041e ;;
+    medium) echo c75e7ac62471bfbf2db77528d62a9b74 ;;
+    large) echo 4dfbac018f50b99797ece101fc9f0c30 ;;
+  esac
+}
+
+fetch() { # address, file: goes on where an earlier try ended; the file has its name only when it is whole
+  if [ -f "$2" ]; then return; fi
+  echo "fetching $1"
+  mkdir -p "$(dirname "$2")"
+  curl --fail --location --retry 5 --continue-at - --output "$2.part" "$1" || fail \
+    "$1 cannot be fetched (see above); run the same command again to go on, or name a mirror (see --help)"
+  mv "$2.part" "$2"
+}
+
+for part in $parts dev test_clean test_other test_clean_large test_other_large; do
+  name=libriheavy_cuts_$part.jsonl.gz
+  fetch "$manifest_url/$name" "$to/libriheavy/$name"
+  gzip --test "$to/libriheavy/$name" || {
+    rm "$to/libriheavy/$name"
+    fail "$manifest_url/$name is no whole gzip file and was removed; run the same command again"
+  }
+done
+
+for part in $parts; do
+  mark=$to/librilight/.$part.unpacked
+  if [ -f "$mark" ]; then echo "$part is unpacked"; continue; fi
+  archive=$to/librilight/$part.tar
+  fetch "$audio_url/$part.tar" "$archive"
+  echo "checking $archive"
+  sum=$(md5sum "$archive" | cut -d ' ' -f 1)
+  if [ "$sum" != "$(md5_of "$part")" ]; then
+    mv "$archive" "$archive.wrong"
+    fail "$archive must have the MD5 sum $(md5_of "$part"), but has $sum; it is now $part.tar.wrong"
+  fi
+  tar --extract --file "$archive" --directory "$to/librilight" --skip-old-files
+  touch "$mark"
+  if [ "$keep" = no ]; then rm "$archive"; fi
+done

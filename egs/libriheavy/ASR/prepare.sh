@@ -1,0 +1,107 @@
+#!/usr/bin/env bash
+# Make all data of the LibriHeavy recipe: audio, manifests, features, pieces, LM text.
+#
+#   bash prepare.sh --subset medium                    # downloads what is missing; small, medium or large
+#   bash prepare.sh --subset large --stage 3 --stop-stage 3 --start 0 --stop 500   # one machine's share of features
+#   bash prepare.sh --config tiny                      # smoke test, on a stand-in that it makes itself
+#
+# Stages: 0 download, 1 manifests (text as --text says: upper, lower or cased), 2 pieces (BPE), 3 features of
+# dev, the test sets and train, 4 LM text of the NLM (training transcripts without the books of dev and test).
+# Every stage can be killed and run again: finished shards are kept. A finished stage leaves a .done mark in
+# --data-dir and is skipped; remove the mark to run it again. --config is "full" or a folder of conf/.
+# --backend kaldifeat --device cuda computes features on a GPU (tools/install_kaldifeat.sh).
+# Exit code 3: done, but some inputs were skipped (they are listed).
+set -euo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+. "$here/../../stages.sh"
+corpus=libriheavy
+stop_stage=4
+download=$here/download
+subset=small
+form=lower
+pieces=
+workers=2
+features=()
+
+while [ $# -gt 0 ]; do
+  common_option "$@"
+  if [ "$taken" -gt 0 ]; then shift "$taken"; continue; fi
+  case "$1" in
+    --download) download=$(absolute "$2") ;;
+    --subset) subset=$2 ;;
+    --text) form=$2 ;;
+    --pieces) pieces=$(number "$1" "$2") ;;
+    --workers) workers=$(number "$1" "$2") ;;
+    --start | --stop) features+=("$1" "$(number "$1" "$2")") ;;
+    --backend | --device) features+=("$1" "$2") ;;
+    *) unknown_option "$1" ;;
+  esac
+  shift 2
+done
+
+case "$subset" in
+  small) parts="small" ;;
+  medium) parts="small medium" ;;
+  large) parts="small medium large" ;;
+  *) echo "prepare.sh: --subset must be small, medium or large, but is '$subset'" >&2; exit 2 ;;
+esac
+cd "$here"
+set_folders
+marks=$data_dir
+if [ -z "$pieces" ]; then
+  pieces=500
+  if [ "$config" != full ]; then pieces=100; fi # its text has no more
+fi
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # the jobs bring their own processes
+mkdir -p "$data_dir"
+
+test_sets="test_clean test_other"
+if [ "$config" = full ]; then test_sets="$test_sets test_clean_large test_other_large"; fi
+sizes=() # of the stand-in: many short recordings instead of a few long ones
+
+stand_in() { # the corpus of --config tiny: its stories are the demo's, one book each
+  local books=$data_dir/stories
+  mkdir -p "$books"
+  awk -v folder="$books" '/^# /{close(file); file=sprintf("%s/story-%d.txt", folder, ++n); next} {print > file}' \
+    ../../../tools/demo/stories.txt
+  sizes=(--hours 0.15 --dev-hours 0.03 --test-hours 0.03 --min-minutes 0.3 --max-minutes 1)
+  "$python" ../../../tools/make_librilike.py --text "$books" --out "$download" --workers "$workers" "${sizes[@]}"
+}
+
+if wanted 0 download; then
+  if [ "$config" = full ]; then
+    bash local/download.sh --to "$download" --subset "$subset"
+  else
+    stand_in
+  fi
+  finish download
+fi
+if wanted 1 manifests; then
+  cuts_of() { tolerate_skips "$python" local/libriheavy_cuts.py --download "$download" --data_dir "$data_dir" --text "$form" "$@"; }
+  # shellcheck disable=SC2086 # several names
+  cuts_of --subsets dev $test_sets --check_audio true
+  # shellcheck disable=SC2086
+  cuts_of --subsets $parts --split train --pre_text false --min_duration 1 --max_duration 30
+  finish manifests
+fi
+if wanted 2 pieces; then
+  # shellcheck disable=SC2086
+  "$python" local/text_lines.py --data_dir "$data_dir" --held_out dev $test_sets
+  job train-tokenizers --data_dir "$data_dir" --pieces "$pieces" --llm_tokens 0
+  finish pieces
+fi
+if wanted 3 features; then
+  for split in dev $test_sets train; do
+    # a machine that has done its share while others are at theirs ends here with an error that says so
+    job compute-fbank --corpus "$corpus" --data_dir "$data_dir" --splits "$split" --workers "$workers" \
+      --shuffle true ${features[@]+"${features[@]}"}
+  done
+  finish features
+fi
+if wanted 4 lm-text; then
+  job prepare-lm-text --data_dir "$data_dir" --pieces "$pieces" --streams nlm --spoken_train text/train.jsonl \
+    --spoken_dev text/dev.jsonl
+  finish lm-text
+fi
+log "finished: $data_dir"
+exit "$skipped"

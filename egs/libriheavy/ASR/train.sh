@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# Train the acoustic model and the NLM from what prepare.sh made. The LLM is a pre-trained one (decode.sh --llm).
+#
+#   bash train.sh --world-size 8                    # 8 GPUs of this machine
+#   bash train.sh --stage 0 --stop-stage 0 --world-size 8 \
+#     --torchrun "--nnodes 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500"    # the same on each of 8 machines
+#   bash train.sh --config tiny                     # smoke test: a minute
+#
+# Stages: 0 acoustic model (CTC-AED), 1 NLM, 2 export both to --pretrained-dir (default: in --exp-dir).
+# Every stage can be killed and run again: it goes on from its newest checkpoint, in the middle of an epoch. A
+# finished stage leaves a .done mark in --exp-dir and is skipped; remove the mark to run it again. Options after
+# "--" go to every training. A training that is stopped writes a checkpoint and ends this script with code 4.
+set -euo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+. "$here/../../stages.sh"
+. "$here/../../models.sh"
+corpus=libriheavy
+stop_stage=2
+
+while [ $# -gt 0 ]; do
+  model_option "$@"
+  if [ "$taken" -gt 0 ]; then shift "$taken"; continue; fi
+  case "$1" in
+    --) shift; break ;;
+    *) unknown_option "$1" ;;
+  esac
+done
+
+cd "$here"
+set_folders
+marks=$exp_dir
+pretrained_dir=${pretrained_dir:-$exp_dir/pretrained}
+mkdir -p "$exp_dir"
+pieces=$(find "$data_dir" -maxdepth 1 -name 'lang_bpe_*' | head -n 1) # as many as prepare.sh made
+if [ -z "$pieces" ]; then
+  echo "train.sh: there are no pieces (lang_bpe_*) in $data_dir: run prepare.sh first" >&2
+  exit 1
+fi
+acoustic=(--bpe "$pieces" --model.vocab_size "${pieces##*_}")
+
+if wanted 0 ctc_aed; then
+  train_acoustic "$@"
+  finish ctc_aed
+fi
+if wanted 1 nlm; then
+  train_lm nlm "$pieces" "$@"
+  finish nlm
+fi
+if wanted 2 export; then
+  export_models nlm
+  finish export
+fi
+log "finished"
