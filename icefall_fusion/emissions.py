@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from icefall_fusion.checks import check, check_choice
+from icefall_fusion.devices import check_device
 from icefall_fusion.emission_batch import Emissions, SavedSource, no_frames, pad_rows, scatter_rows
 from icefall_fusion.files import PathLike
 from icefall_fusion.tokens import AcousticTokens
@@ -68,22 +69,6 @@ class EmissionSource(Protocol):
     def emit(self, ids: Sequence[str], inputs: Sequence[Tensor]) -> Emissions:
         """Return the log-probs of a batch; an input that is too short for one frame gets none."""
         ...
-
-
-def check_device(device: str, option: str) -> None:
-    """Raise ValueError unless ``device`` is one that PyTorch knows and this machine has.
-
-    Args:
-        device: e.g. cpu or cuda:1.
-        option: its name for the message.
-    """
-    try:
-        wanted = torch.device(device)
-    except RuntimeError:
-        raise ValueError(f"{option} must be a device such as cpu or cuda, but is {device!r}") from None
-    if wanted.type == "cuda":
-        count = torch.cuda.device_count()
-        check((wanted.index or 0) < count, option, f"be one of the {count} GPUs that PyTorch sees", device)
 
 
 def open_source(options: EmissionOptions) -> EmissionSource:

@@ -9,7 +9,7 @@ from typing import Any, Iterable, Mapping, Optional, Union
 import torch
 
 from icefall_fusion.checks import check, check_choice
-from icefall_fusion.emissions import check_device
+from icefall_fusion.devices import check_device
 from icefall_fusion.lm import CausalLm
 
 #: LM of a score: (source) -> field of the options.

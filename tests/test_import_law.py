@@ -13,7 +13,7 @@ PACKAGE = ROOT / "icefall_fusion"
 
 #: Ranks of the design page; what it leaves open has a rank between. Files of a folder may import each other.
 RANKS = {
-    "__init__": -1, "checks": -1, "files": -1,
+    "__init__": -1, "checks": -1, "devices": -0.5, "files": -1,
     "text": 0, "nbest": 0,
     "wer": 1, "plot": 0.5, "report": 1, "runlog": 1, "results": 1.2, "tokens": 1, "data/": 1.5,
     "models/": 2, "emission_batch": 2, "utterances": 2, "emissions": 2.5,

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from icefall_fusion.checks import check
-from icefall_fusion.emissions import check_device
+from icefall_fusion.devices import check_device
 
 
 def init_distributed(device: str = "auto") -> tuple[int, int, torch.device]:
