@@ -5,6 +5,7 @@ pretrained_dir=
 world_size=1
 torchrun=--standalone
 acoustic=() # further options of the acoustic model's training and export, set by the recipe
+further=()  # what follows "--" on the command line of train.sh: options of every training
 
 # Takes the options that train.sh and decode.sh have in common, and those of all scripts; as common_option.
 model_option() {
@@ -17,6 +18,23 @@ model_option() {
   esac
 }
 
+prepare_training() { # the command line of train.sh: takes its options, sets the folders, goes to the recipe's
+  while [ $# -gt 0 ]; do
+    model_option "$@"
+    if [ "$taken" -gt 0 ]; then shift "$taken"; continue; fi
+    case "$1" in
+      --) shift; break ;;
+      *) unknown_option "$1" ;;
+    esac
+  done
+  further=("$@")
+  cd "$here" || exit
+  set_folders
+  marks=$exp_dir
+  pretrained_dir=${pretrained_dir:-$exp_dir/pretrained}
+  mkdir -p "$exp_dir"
+}
+
 launch() { # job, options: one process, or several under torchrun
   if [ "$world_size" -gt 1 ] || [ "$torchrun" != --standalone ]; then
     # shellcheck disable=SC2086 # several options in one word
@@ -26,16 +44,14 @@ launch() { # job, options: one process, or several under torchrun
   fi
 }
 
-train_acoustic() { # further options
+train_acoustic() {
   launch train --config "$conf/ctc_aed.yaml" --corpus "$corpus" --data_dir "$data_dir" --exp "$exp_dir/ctc_aed" \
-    ${acoustic[@]+"${acoustic[@]}"} "$@"
+    ${acoustic[@]+"${acoustic[@]}"} ${further[@]+"${further[@]}"}
 }
 
-train_lm() { # name, tokenizer folder, further options
-  local name=$1 tokenizer=$2
-  shift 2
-  launch train-lm --config "$conf/$name.yaml" --data "$data_dir/lm/$name" --tokenizer "$tokenizer" \
-    --exp "$exp_dir/$name" "$@"
+train_lm() { # name, tokenizer folder
+  launch train-lm --config "$conf/$1.yaml" --data "$data_dir/lm/$1" --tokenizer "$2" --exp "$exp_dir/$1" \
+    ${further[@]+"${further[@]}"}
 }
 
 export_models() { # names of language models: they and the averaged acoustic model go to $pretrained_dir

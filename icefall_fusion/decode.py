@@ -77,6 +77,7 @@ class Decoder:
         self.oom_backoffs, self._most_rows = 0, options.batch_size
         self.report: dict[str, Any] = {}
         self.rows: list[dict[str, Any]] = []
+        self._fingerprints: dict[str, str] = {}
         self._started = time.time()
 
     def decode_set(self, name: str, manifest: str) -> list[dict[str, Any]]:
@@ -141,12 +142,18 @@ class Decoder:
             "search": search,
             "emissions": dataclasses.asdict(self.options.emissions),
             "longest": self.options.longest,
-            "fingerprint": fingerprint(self.options.emissions.model),
+            "fingerprint": self._fingerprint(self.options.emissions.model),
         }
         for name in sorted(used):
             lm = getattr(self.options, name)
-            received[name] = {**dataclasses.asdict(lm), "fingerprint": fingerprint(lm.path)}
+            received[name] = {**dataclasses.asdict(lm), "fingerprint": self._fingerprint(lm.path)}
         return received
+
+    def _fingerprint(self, path: str) -> str:
+        """Return that of a model, read once: all methods and test sets ask for it."""
+        if path not in self._fingerprints:
+            self._fingerprints[path] = fingerprint(path)
+        return self._fingerprints[path]
 
     # --- a batch -----------------------------------------------------------------------------------------
 

@@ -16,21 +16,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 . "$here/../../models.sh"
 corpus=libriheavy
 stop_stage=2
-
-while [ $# -gt 0 ]; do
-  model_option "$@"
-  if [ "$taken" -gt 0 ]; then shift "$taken"; continue; fi
-  case "$1" in
-    --) shift; break ;;
-    *) unknown_option "$1" ;;
-  esac
-done
-
-cd "$here"
-set_folders
-marks=$exp_dir
-pretrained_dir=${pretrained_dir:-$exp_dir/pretrained}
-mkdir -p "$exp_dir"
+prepare_training "$@"
 pieces=$(find "$data_dir" -maxdepth 1 -name 'lang_bpe_*' | head -n 1) # as many as prepare.sh made
 if [ -z "$pieces" ]; then
   echo "train.sh: there are no pieces (lang_bpe_*) in $data_dir: run prepare.sh first" >&2
@@ -39,11 +25,11 @@ fi
 acoustic=(--bpe "$pieces" --model.vocab_size "${pieces##*_}")
 
 if wanted 0 ctc_aed; then
-  train_acoustic "$@"
+  train_acoustic
   finish ctc_aed
 fi
 if wanted 1 nlm; then
-  train_lm nlm "$pieces" "$@"
+  train_lm nlm "$pieces"
   finish nlm
 fi
 if wanted 2 export; then

@@ -16,36 +16,22 @@ here=$(cd "$(dirname "$0")" && pwd)
 . "$here/../../models.sh"
 corpus=minibooks
 stop_stage=4
-
-while [ $# -gt 0 ]; do
-  model_option "$@"
-  if [ "$taken" -gt 0 ]; then shift "$taken"; continue; fi
-  case "$1" in
-    --) shift; break ;;
-    *) unknown_option "$1" ;;
-  esac
-done
-
-cd "$here"
-set_folders
-marks=$exp_dir
-pretrained_dir=${pretrained_dir:-$exp_dir/pretrained}
-mkdir -p "$exp_dir"
+prepare_training "$@"
 
 if wanted 0 ctc_aed; then
-  train_acoustic "$@"
+  train_acoustic
   finish ctc_aed
 fi
 if wanted 1 nlm; then
-  train_lm nlm "$data_dir/lang_bpe_500" "$@"
+  train_lm nlm "$data_dir/lang_bpe_500"
   finish nlm
 fi
 if wanted 2 llm; then
-  train_lm llm "$data_dir/llm_tokenizer" "$@"
+  train_lm llm "$data_dir/llm_tokenizer"
   finish llm
 fi
 if wanted 3 matched_llm; then
-  train_lm matched_llm "$data_dir/lang_bpe_500" "$@"
+  train_lm matched_llm "$data_dir/lang_bpe_500"
   finish matched_llm
 fi
 if wanted 4 export; then
