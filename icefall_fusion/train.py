@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from icefall_fusion.checks import check, check_choice
 from icefall_fusion.data.datamodule import Batch, DataOptions, EvalBatches, TrainBatches
 from icefall_fusion.data.manifests import cuts_path
-from icefall_fusion.models import CtcAed, ModelOptions, greedy_pieces, save
+from icefall_fusion.models import CtcAed, ModelOptions, greedy_pieces, load, save
 from icefall_fusion.models.ctc import ctc_loss_sum
 from icefall_fusion.training.checkpoints import average_checkpoints, list_checkpoints
 from icefall_fusion.training.loop import STOPPED, Trainer, TrainerOptions, init_distributed
@@ -39,6 +39,8 @@ class TrainOptions:
         bpe: the SentencePiece model, or its folder; empty: ``lang_bpe_500`` of ``data_dir``.
         data: how utterances become batches, SpecAugment.
         exp: folder for checkpoints, logs and ``export/``, the average of the newest ``avg`` checkpoints.
+        init: acoustic model folder whose weights a new training begins with, feature statistics included
+            (fine-tuning, or one more leg of training); empty: random weights.
         model: shape and loss.
         trainer: optimization, limits and checkpoints.
         easy_batches: so many batches at first hold short utterances only, unmasked, where CTC finds its
@@ -62,6 +64,7 @@ class TrainOptions:
     bpe: str = ""
     data: DataOptions = field(default_factory=DataOptions)
     exp: str = "exp/ctc_aed"
+    init: str = ""
     model: ModelOptions = field(default_factory=ModelOptions)
     trainer: TrainerOptions = field(default_factory=TrainerOptions)
     easy_batches: int = 0
@@ -231,6 +234,23 @@ def run(options: TrainOptions) -> int:
     return 0 if result["reason"] == "max_steps" else STOPPED
 
 
+def begin_from(model: CtcAed, folder: str) -> None:
+    """Take over the weights of a model folder.
+
+    Raises:
+        FileNotFoundError, ValueError: it is no acoustic model folder, or its model has another shape or
+            vocabulary.
+    """
+    given = load(folder)
+    for part in ("encoder", "decoder", "vocab_size", "blank_id", "sos_eos_id"):
+        wanted, found = getattr(model.options, part), getattr(given.options, part)
+        check(found == wanted, f"TrainOptions.init {folder}: {part}", f"be {wanted}", found)
+    if given.tokens is not None and model.tokens is not None:
+        same = given.tokens.fingerprint() == model.tokens.fingerprint()
+        check(same, f"TrainOptions.init {folder}", "have the pieces of TrainOptions.bpe", given.bpe)
+    model.load_state_dict(given.state_dict())
+
+
 def make_trainer(options: TrainOptions, device: torch.device, rank: int = 0, world: int = 1) -> Trainer:
     """Put together model, batches and loop; the model of a new training gets the features' statistics."""
     torch.manual_seed(options.trainer.seed)
@@ -239,7 +259,11 @@ def make_trainer(options: TrainOptions, device: torch.device, rank: int = 0, wor
     train, valid = (
         cuts_path(folder, split, options.corpus) for split in (options.train_split, options.valid_split)
     )
-    if not list_checkpoints(options.exp):
+    if list_checkpoints(options.exp):
+        pass  # the loop goes on from the newest
+    elif options.init:
+        begin_from(model, options.init)
+    else:
         plain = dataclasses.replace(options.data, frequency_warp=0.0, spec_augment=False, workers=0)
         mean, deviation = feature_statistics(TrainBatches(train, plain), options.stats_seconds, device)
         model.encoder.mean.copy_(mean)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from icefall_fusion.checks import check, check_choice
 from icefall_fusion.files import atomic_path
+from icefall_fusion.training.checkpoints import newest_checkpoint
 from icefall_fusion.training.loop import STOPPED, Trainer, TrainerOptions, init_distributed
 from icefall_fusion.training.memory import keep_freed_memory
 from icefall_fusion.training.packed import (
@@ -78,6 +79,8 @@ class TrainLmOptions:
         data: folder with ``train.npy`` and ``dev.npy``: ids of documents ``bos t1 .. tn eos`` end to end.
         tokenizer: folder of a Hugging Face tokenizer, or a folder or file of a SentencePiece ``bpe.model``.
         exp: folder for checkpoints, logs and ``export/``, the Hugging Face folder of the newest checkpoint.
+        init: folder of a Llama model of the same size and vocabulary whose weights a new training begins
+            with; empty: random weights.
         model: size of the model.
         trainer: optimization, limits and checkpoints.
         rows: rows in a batch; ``rows * length`` tokens go into one batch of one process.
@@ -92,6 +95,7 @@ class TrainLmOptions:
     data: str
     tokenizer: str
     exp: str
+    init: str = ""
     model: LlamaOptions = field(default_factory=LlamaOptions)
     trainer: TrainerOptions = field(default_factory=TrainerOptions)
     rows: int = 16
@@ -212,6 +216,25 @@ class PackedLoss(nn.Module):
         return nn.functional.cross_entropy(logits.float(), batch.targets.flatten(), reduction="sum")
 
 
+def begin_from(lm: nn.Module, folder: str) -> None:
+    """Take over the weights of a Hugging Face model folder.
+
+    Raises:
+        FileNotFoundError: it is no model folder.
+        ValueError: its model has another shape.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if not (Path(folder) / "config.json").is_file():
+        raise FileNotFoundError(f"TrainLmOptions.init: {folder} must be a model folder with config.json")
+    given = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    shapes = [{name: tuple(value.shape) for name, value in m.state_dict().items()} for m in (lm, given)]
+    odd = sorted(name for name in shapes[0].keys() | shapes[1].keys()
+                 if shapes[0].get(name) != shapes[1].get(name))
+    check(not odd, f"TrainLmOptions.init {folder}", "have the shape of TrainLmOptions.model", odd[:3])
+    lm.load_state_dict(given.state_dict())
+
+
 def compute_loss(model: nn.Module, batch: PackedBatch) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """LossFunction of language models: one item is one predicted token."""
     return model(batch), (batch.targets >= 0).sum(), {}
@@ -271,6 +294,8 @@ def run(options: TrainLmOptions) -> int:
     torch.manual_seed(options.trainer.seed)
     # Eager attention is what torch.compile fuses best on a CPU; its sdpa backward takes a quarter of a step.
     lm = build_model(options.model, vocabulary, "sdpa" if device.type == "cuda" else "eager").to(device)
+    if options.init and newest_checkpoint(options.exp) is None:
+        begin_from(lm, options.init)
     words, documents = words_per_token(dev, vocabulary.count_words)
 
     def describe(means: dict[str, float]) -> dict[str, float]:

@@ -22,7 +22,7 @@ import yaml
 from icefall_fusion.data.datamodule import DataOptions
 from icefall_fusion.data.manifests import cut_of, cuts_path, write_cuts
 from icefall_fusion.models import DecoderOptions, EncoderOptions, ModelOptions, load
-from icefall_fusion.train import TrainOptions, feature_statistics, run
+from icefall_fusion.train import TrainOptions, feature_statistics, make_trainer, run
 from icefall_fusion.training.loop import STOPPED, TrainerOptions
 
 TONES = {"low": 300.0, "mid": 900.0, "high": 2500.0}  # a word sounds as its tone
@@ -78,6 +78,24 @@ def options_for(data_dir: Path, exp: Path, **trainer) -> TrainOptions:
             }
         ),
     )
+
+
+def test_a_training_begins_from_a_model_folder(data_dir: Path, tmp_path: Path) -> None:
+    first = options_for(data_dir, tmp_path / "first", max_steps=4)
+    assert run(first) == 0
+    folder = tmp_path / "first" / "export"
+    second = dataclasses.replace(first, exp=str(tmp_path / "second"), init=str(folder))
+    given, made = load(folder), make_trainer(second, torch.device("cpu")).model
+    assert all(torch.equal(value, made.state_dict()[name]) for name, value in given.state_dict().items())
+    assert run(second) == 0  # and goes on from its own checkpoints afterwards, whatever `init` holds
+    newest = torch.load(tmp_path / "second" / "checkpoint-4.pt", weights_only=True)["model"]
+    again = make_trainer(dataclasses.replace(second, init=str(tmp_path)), torch.device("cpu")).model
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in newest.items())
+    other = dataclasses.replace(second.model, decoder=DecoderOptions(layers=2, heads=2, feedforward=16))
+    with pytest.raises(ValueError, match="TrainOptions.init .*: decoder must be .*layers=2"):
+        run(dataclasses.replace(second, exp=str(tmp_path / "third"), model=other))
+    with pytest.raises(FileNotFoundError, match="config.json is missing"):
+        run(dataclasses.replace(second, exp=str(tmp_path / "third"), init=str(tmp_path)))
 
 
 def test_training_resumes_to_the_same_model_and_exports_an_average(data_dir: Path, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from icefall_fusion.train_lm import (
     TrainLmOptions,
     Vocabulary,
     build_model,
+    export,
     load_vocabulary,
     run,
 )
@@ -162,6 +163,12 @@ def test_job_trains_exports_and_goes_on(tmp_path: Path) -> None:
             nats -= float(lm(input_ids=ids[:, :-1]).logits.log_softmax(-1).gather(-1, ids[:, 1:, None]).sum())
             tokens += len(document) + 1
     assert nats / tokens == pytest.approx(lines[1]["valid_loss"], rel=0.02)  # trained under bf16 autocast
+    still = TrainerOptions(lr=1e-12, min_lr=0, max_steps=1, tensorboard=False)  # exports what it begins with
+    assert run(TrainLmOptions(**{**vars(make_options(tmp_path, folder)), "exp": str(tmp_path / "next"),
+                                 "init": str(export), "trainer": still})) == 0
+    weights = [AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).state_dict()
+               for path in (export, tmp_path / "next" / "export")]
+    assert all(torch.allclose(value, weights[1][name], atol=1e-9) for name, value in weights[0].items())
     words = sum(len(text.split()) + 1 for text in texts)
     expected = np.exp(lines[1]["valid_loss"] * tokens / words)
     assert lines[1]["valid_word_perplexity"] == pytest.approx(expected, rel=1e-4)
@@ -177,5 +184,15 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
         write_stream(tmp_path / "lm" / f"{name}.npy", [[5000, 7]], 0, 1)
     with pytest.raises(ValueError, match="must be below .* but is 5000"):
         run(make_options(tmp_path, folder))
+    write_stream(tmp_path / "lm" / "train.npy", [[5, 7]] * 4, 0, 1)
+    write_stream(tmp_path / "lm" / "dev.npy", [[5, 7]], 0, 1)
+    options = vars(make_options(tmp_path, folder))
+    with pytest.raises(FileNotFoundError, match="TrainLmOptions.init: .* must be a model folder"):
+        run(TrainLmOptions(**{**options, "init": str(folder)}))
+    vocabulary = load_vocabulary(folder)
+    export(build_model(LlamaOptions(hidden=16, layers=1, heads=2), vocabulary, "eager"), vocabulary,
+           tmp_path / "small")
+    with pytest.raises(ValueError, match="TrainLmOptions.init .* have the shape of TrainLmOptions.model"):
+        run(TrainLmOptions(**{**options, "init": str(tmp_path / "small")}))
     with pytest.raises(ValueError, match="LlamaOptions.hidden must be a multiple of heads=3"):
         LlamaOptions(hidden=32, heads=3)
