@@ -54,17 +54,27 @@ train_lm() { # name, tokenizer folder
     ${further[@]+"${further[@]}"}
 }
 
-export_models() { # names of language models: they and the averaged acoustic model go to $pretrained_dir
-  local name file
+train_ngram() { # name of a stream of pieces, folder of the pieces
+  job train-ngram --config "$conf/ngram.yaml" --data "$data_dir/lm/$1" --tokens "$2" --out "$exp_dir/ngram.arpa.gz"
+}
+
+move_in() { # files: copies of them to the folder that is named last; a kill leaves no half under a final name
+  local folder=${!#} file
+  mkdir -p "$folder"
+  for file in "${@:1:$#-1}"; do
+    cp "$file" "$folder/.new"
+    mv "$folder/.new" "$folder/$(basename "$file")"
+  done
+}
+
+export_models() { # names of language models: they, the n-gram and the averaged acoustic model go to $pretrained_dir
+  local name
   "$python" -m icefall_fusion train --config "$conf/ctc_aed.yaml" --corpus "$corpus" --data_dir "$data_dir" \
     --exp "$exp_dir/ctc_aed" ${acoustic[@]+"${acoustic[@]}"} --export_to "$pretrained_dir/ctc_aed"
   for name in "$@"; do
-    mkdir -p "$pretrained_dir/$name"
-    for file in "$exp_dir/$name/export/"*; do # a kill never leaves half a file under its final name
-      cp "$file" "$pretrained_dir/$name/.new"
-      mv "$pretrained_dir/$name/.new" "$pretrained_dir/$name/$(basename "$file")"
-    done
+    move_in "$exp_dir/$name/export/"* "$pretrained_dir/$name"
   done
+  move_in "$exp_dir/ngram.arpa.gz" "$pretrained_dir"
   du -sh "$pretrained_dir"/*
 }
 

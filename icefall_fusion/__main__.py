@@ -43,6 +43,7 @@ class Job(NamedTuple):
 JOBS: dict[str, Job] = {
     "train": Job("icefall_fusion.train", "TrainOptions", "train the CTC-AED acoustic model"),
     "train-lm": Job("icefall_fusion.train_lm", "TrainLmOptions", "train a causal language model (NLM, LLM)"),
+    "train-ngram": Job("icefall_fusion.train_ngram", "TrainNgramOptions", "train an n-gram over the pieces"),
     "decode": Job("icefall_fusion.decode", "DecodeOptions", "decode test sets by any methods; WER and times"),
     "transcribe": Job(
         "icefall_fusion.transcribe", "TranscribeOptions", "print the text of audio files", positional="files"

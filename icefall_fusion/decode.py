@@ -65,7 +65,7 @@ class Decoder:
         self.source: EmissionSource = open_source(replace(options.emissions, device=device))
         lms = {name: getattr(options, name) for name in LM_SOURCES}
         lms = {name: replace(lm, device=self.processes.device(lm.device)) for name, lm in lms.items()}
-        self.lms = Lms(lms, device)
+        self.lms = Lms(lms, device, options.ngram, self.source.tokens)
         given = read_weights(options.weights)
         names = parse_methods(options.methods)
         self.weights = {name: weights_of(name, given) for name in names}
@@ -147,6 +147,9 @@ class Decoder:
         for name in sorted(used):
             lm = getattr(self.options, name)
             received[name] = {**dataclasses.asdict(lm), "fingerprint": self._fingerprint(lm.path)}
+        if any(part.source == "ngram" or part.look_ahead for part in method.parts):
+            ngram = self.options.ngram
+            received["ngram"] = {**dataclasses.asdict(ngram), "fingerprint": self._fingerprint(ngram.path)}
         return received
 
     def _fingerprint(self, path: str) -> str:

@@ -11,7 +11,7 @@ import yaml
 
 from icefall_fusion.checks import check
 from icefall_fusion.emissions import EmissionOptions
-from icefall_fusion.lms import LmOptions
+from icefall_fusion.lms import LmOptions, NgramOptions
 from icefall_fusion.methods import parse_methods
 from icefall_fusion.search import PrefixSearchOptions
 
@@ -30,6 +30,7 @@ class DecodeOptions:
         nlm: LM over the acoustic pieces.
         llm: LM with a vocabulary of its own.
         matched_llm: LLM over the acoustic pieces, for llm-shallow.
+        ngram: n-gram over the acoustic pieces.
         search: the prefix search.
         weights: weight by method and source (words: the bonus a word), or a YAML file that has them.
         batch_size: utterances in a batch.
@@ -48,6 +49,7 @@ class DecodeOptions:
     nlm: LmOptions = field(default_factory=LmOptions)
     llm: LmOptions = field(default_factory=LmOptions)
     matched_llm: LmOptions = field(default_factory=LmOptions)
+    ngram: NgramOptions = field(default_factory=NgramOptions)
     search: PrefixSearchOptions = field(default_factory=PrefixSearchOptions)
     weights: Union[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     batch_size: int = 32

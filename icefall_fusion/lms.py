@@ -10,7 +10,10 @@ import torch
 
 from icefall_fusion.checks import check, check_choice
 from icefall_fusion.devices import check_device
+from icefall_fusion.fusion.look_ahead import LookAhead
 from icefall_fusion.lm import CausalLm
+from icefall_fusion.ngram import PieceNgram
+from icefall_fusion.tokens import AcousticTokens
 
 #: LM of a score: (source) -> field of the options.
 LM_SOURCES = ("nlm", "llm", "matched_llm")
@@ -53,16 +56,45 @@ class LmOptions:
         check(self.context_words >= 1, "LmOptions.context_words", "be at least 1", self.context_words)
 
 
+@dataclass(frozen=True)
+class NgramOptions:
+    """An n-gram over the acoustic pieces, for ngram-shallow and for the look-ahead of delayed fusion.
+
+    Args:
+        path: ARPA file, gzipped or not, e.g. of the job train-ngram; empty: there is none.
+        scale: in look-ahead, factor of its log-probs beside the weight of the LLM.
+        every: in look-ahead, take new pieces into account only after every so many frames.
+    """
+
+    path: str = ""
+    scale: float = 0.7
+    every: int = 1
+
+    def __post_init__(self) -> None:
+        check(self.scale > 0, "NgramOptions.scale", "be above 0", self.scale)
+        check(self.every >= 1, "NgramOptions.every", "be at least 1", self.every)
+
+
 class Lms:
     """The language models of a run, each loaded when a method first asks for it.
 
     Args:
         options: by source: ``nlm``, ``llm``, ``matched_llm``.
         device: for those that name none.
+        ngram: the n-gram over the acoustic pieces.
+        tokens: the acoustic pieces.
     """
 
-    def __init__(self, options: Mapping[str, LmOptions], device: str = "cpu") -> None:
+    def __init__(
+        self,
+        options: Mapping[str, LmOptions],
+        device: str = "cpu",
+        ngram: NgramOptions = NgramOptions(),
+        tokens: Optional[AcousticTokens] = None,
+    ) -> None:
         self.options, self._device = dict(options), device
+        self._ngram_options, self._tokens = ngram, tokens
+        self._ngram: Optional[PieceNgram] = None
         self._loaded: dict[str, CausalLm] = {}
         self._contexts: dict[str, dict[str, str]] = {source: {} for source in self.options}
 
@@ -82,6 +114,23 @@ class Lms:
                 device_map=options.device_map, quantization=options.quantization,
             )  # fmt: skip
         return self._loaded[source]
+
+    def ngram(self) -> PieceNgram:
+        """Return the n-gram over the acoustic pieces.
+
+        Raises:
+            ValueError: the options name none, or the acoustic pieces are not known.
+        """
+        if self._ngram is None:
+            path = self._ngram_options.path
+            check(bool(path), "ngram.path", "name an ARPA file of acoustic pieces for this method", path)
+            check(self._tokens is not None, "tokens", "be known to a method with an n-gram", None)
+            self._ngram = PieceNgram.load(path, self._tokens.pieces).to(torch.device(self._device))
+        return self._ngram
+
+    def look_ahead(self) -> LookAhead:
+        """Return the look-ahead of delayed fusion, by the n-gram."""
+        return LookAhead(self.ngram(), self._ngram_options.scale, self._ngram_options.every)
 
     def prompt(self, source: str) -> Union[None, str, Mapping[str, str]]:
         """Return the prompt of a source's LM: one for all, or a mapping that `tell` keeps up to date."""

@@ -20,12 +20,18 @@ from icefall_fusion.fusion import (
     DelayedFusion,
     EveryFrame,
     FixedInterval,
+    NgramFusion,
     ShallowFusion,
     ShortestHypothesis,
 )
 from icefall_fusion.lms import Lms
 from icefall_fusion.nbest import NBest
-from icefall_fusion.rescoring import add_counters, rescore_with_attention, rescore_with_lm
+from icefall_fusion.rescoring import (
+    add_counters,
+    rescore_with_attention,
+    rescore_with_lm,
+    rescore_with_ngram,
+)
 from icefall_fusion.search import PrefixSearchOptions, ctc_greedy_search, ctc_prefix_search
 
 #: The methods of the comparison, in the order of the table.
@@ -42,9 +48,14 @@ METHODS = (
     "llm-delayed-interval-64",
     "nlm-shallow+llm-delayed-shortest",
     "nlm-shallow+llm-delayed-interval-16",
+    "ngram-shallow",
+    "llm-delayed-shortest-ahead",
+    "llm-delayed-interval-16-ahead",
+    "llm-delayed-interval-64-ahead",
+    "ngram-shallow+llm-delayed-shortest",
 )
 #: Used for a method that the weights file does not name.
-DEFAULT_WEIGHTS = {"attention": 1.0, "nlm": 0.3, "llm": 0.4, "matched_llm": 0.4, "words": 0.5}
+DEFAULT_WEIGHTS = {"attention": 1.0, "nlm": 0.3, "ngram": 0.3, "llm": 0.4, "matched_llm": 0.4, "words": 0.5}
 
 
 # --- names --------------------------------------------------------------------------------------------
@@ -52,17 +63,20 @@ DEFAULT_WEIGHTS = {"attention": 1.0, "nlm": 0.3, "llm": 0.4, "matched_llm": 0.4,
 
 @dataclass(frozen=True)
 class Part:
-    """One part of a method's name: what it is, the source of its score, and when delayed fusion fires."""
+    """One part of a method's name: what it is, the source of its score, when and how delayed fusion acts."""
 
     kind: str  # shallow, delayed, rescoring
     source: str
     trigger: Any = None
+    look_ahead: bool = False
 
 
 _PARTS: dict[str, Part] = {
+    "ngram-shallow": Part("shallow", "ngram"),
     "nlm-shallow": Part("shallow", "nlm"),
     "llm-shallow": Part("shallow", "matched_llm"),
     "attention-rescoring": Part("rescoring", "attention"),
+    "ngram-nbest-rescoring": Part("rescoring", "ngram"),
     "nlm-nbest-rescoring": Part("rescoring", "nlm"),
     "llm-nbest-rescoring": Part("rescoring", "llm"),
     "matched-nbest-rescoring": Part("rescoring", "matched_llm"),
@@ -71,6 +85,7 @@ _PARTS: dict[str, Part] = {
     "llm-delayed-every-frame": Part("delayed", "llm", EveryFrame()),
     "llm-delayed-at-end": Part("delayed", "llm", AtEnd()),
 }
+_AHEAD = "-ahead"  # at the end of a part of delayed fusion: with look-ahead by the n-gram
 _INTERVAL = re.compile(r"llm-delayed-interval-(\d+)")
 
 
@@ -84,15 +99,17 @@ def parse_method(name: str) -> tuple[Part, ...]:
         return ()
     parts = []
     for text in name.removeprefix("ctc-prefix+").split("+"):
-        interval = _INTERVAL.fullmatch(text)
+        plain = text.removesuffix(_AHEAD) if text.startswith("llm-delayed-") else text
+        interval = _INTERVAL.fullmatch(plain)
         if interval:
-            parts.append(Part("delayed", "llm", FixedInterval(int(interval.group(1)))))
-        elif text in _PARTS:
-            parts.append(_PARTS[text])
+            part = Part("delayed", "llm", FixedInterval(int(interval.group(1))))
+        elif plain in _PARTS:
+            part = _PARTS[plain]
         else:
             known = [*METHODS, *_PARTS, "llm-delayed-interval-N"]
             raise ValueError(f"method must be built of known parts, but {text!r} of {name!r} is none"
                              f"{nearest(text, known)} (known: {known})")  # fmt: skip
+        parts.append(replace(part, look_ahead=plain != text))
     sources = [part.source for part in parts]
     check(len(set(sources)) == len(sources), f"method {name!r}", "use each source of scores once", sources)
     return tuple(parts)
@@ -173,6 +190,8 @@ class Method:
         fused = sum(self.weights[p.source] for p in self.parts if p.kind != "rescoring")
         share = weight / fused if fused else 1.0 / sum(p.kind != "rescoring" for p in self.parts)
         bonus = self.weights["words"] * share  # it makes up for what the LM takes a word
+        if part.source == "ngram":
+            return NgramFusion(self._lms.ngram(), weight, bonus)
         lm, options = self._lms.get(part.source), self._lms.options[part.source]
         if part.kind == "shallow":
             rule = "be left alone: shallow fusion reads acoustic pieces as they come"
@@ -181,7 +200,10 @@ class Method:
             check(not options.context, f"{part.source}.context", rule, options.context)
             return ShallowFusion(lm, weight, bonus, eos=options.eos, source=part.source)
         prompt = self._lms.prompt(part.source)
-        return DelayedFusion(lm, weight, bonus, part.trigger, options.text, prompt, options.eos)
+        ahead = self._lms.look_ahead() if part.look_ahead else None
+        return DelayedFusion(
+            lm, weight, bonus, part.trigger, options.text, prompt, options.eos, look_ahead=ahead
+        )
 
     def describe(self) -> list[dict[str, Any]]:
         """Return what each part received: kind, source, weight, and of a fusion its bonus and trigger."""
@@ -193,6 +215,7 @@ class Method:
                 values["word_bonus"] = next(fusions).word_bonus
             if part.trigger is not None:
                 values["trigger"] = repr(part.trigger)
+                values["look_ahead"] = part.look_ahead
             described.append(values)
         return described
 
@@ -238,6 +261,8 @@ class Method:
                 raise ValueError(f"{self.name} must have an acoustic model with an attention decoder "
                                  f"(EmissionOptions.model), but this one has none")  # fmt: skip
             return rescore_with_attention(nbests, model, emissions.encoder_out, emissions.lens)
+        if part.source == "ngram":
+            return rescore_with_ngram(nbests, self._lms.ngram())
         lm, options = self._lms.get(part.source), self._lms.options[part.source]
         prompt = self._lms.prompt(part.source)
         return rescore_with_lm(nbests, lm, part.source, options.text, prompt, options.eos, counters=counters)

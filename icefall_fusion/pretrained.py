@@ -14,6 +14,7 @@ from icefall_fusion.lms import LmOptions
 RECIPE = Path(__file__).resolve().parent.parent / "egs" / "minibooks" / "ASR"
 FOLDER = RECIPE / "pretrained"
 WEIGHTS = "weights.yaml"
+NGRAM = "ngram.arpa.gz"
 
 
 def with_pretrained(
@@ -25,7 +26,7 @@ def with_pretrained(
 
     Args:
         options: of a decoding job.
-        folder: has ``ctc_aed``, ``nlm``, ``llm``, ``matched_llm`` and ``weights.yaml``.
+        folder: has ``ctc_aed``, ``nlm``, ``llm``, ``matched_llm``, ``ngram.arpa.gz`` and ``weights.yaml``.
         remedy: for the message, what else can be done than to train a model.
 
     Raises:
@@ -42,10 +43,13 @@ def with_pretrained(
         name: replace(getattr(options, name), path=_path(getattr(options, name), folder / name))
         for name in ("nlm", "llm", "matched_llm")
     }
+    ngram, shipped = options.ngram, folder / NGRAM
+    if not ngram.path and shipped.is_file():
+        ngram = replace(ngram, path=str(shipped))
     weights = options.weights
     if not weights and (folder / WEIGHTS).is_file():
         weights = str(folder / WEIGHTS)
-    return replace(options, emissions=_model(options.emissions, folder), weights=weights, **lms)
+    return replace(options, emissions=_model(options.emissions, folder), weights=weights, ngram=ngram, **lms)
 
 
 def _path(options: LmOptions, shipped: Path) -> str:

@@ -1,16 +1,19 @@
-"""Second pass: N-best lists get a score more, from a language model or from the attention decoder.
+"""Second pass: N-best lists get a score more, from a language model or the attention decoder.
 Knows: N-best lists, token trees, the model's `score_tokens`. Must not know: k2, searches, which weights win.
 
-Both functions add a raw natural-log score and leave totals and order as they are; `NBest.reweight` takes the
+All functions add a raw natural-log score and leave totals and order as they are; `NBest.reweight` takes the
 new source in.
 """
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Iterator, Mapping, MutableMapping, Optional, Sequence, Union
 
+import torch
+
 from icefall_fusion.checks import check
 from icefall_fusion.fusion.retokenize import prompt_tokens, tokenizer_for
 from icefall_fusion.nbest import NBest
+from icefall_fusion.ngram import PieceNgram
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -86,6 +89,23 @@ def rescore_with_attention(
         for row, values in zip(chosen, found):
             scores[row] = values.tolist()
     return [nbest.with_scores(source, values) for nbest, values in zip(nbests, scores)]
+
+
+def rescore_with_ngram(nbests: Sequence[NBest], ngram: PieceNgram, source: str = "ngram") -> list[NBest]:
+    """Add ``log P(pieces of each hypothesis, its end included)`` of an n-gram over the acoustic pieces.
+
+    Args:
+        nbests: one list an utterance.
+        ngram: the n-gram.
+        source: name of the new score.
+    """
+    rows = [h.tokens for nbest in nbests for h in nbest]
+    ids = [i for pieces in rows for i in (ngram.start_id, *pieces, ngram.end_id)]
+    found, owner = ngram.score_sentences(torch.tensor(ids, dtype=torch.int64, device=ngram.device))
+    scores = torch.zeros(len(rows), dtype=torch.float64, device=ngram.device)
+    scores.index_add_(0, owner, found.double())
+    values = iter(scores.tolist())
+    return [nbest.with_scores(source, [next(values) for _ in nbest]) for nbest in nbests]
 
 
 def _chunks(paths: Sequence[Sequence[Sequence[int]]]) -> Iterator[tuple[int, int]]:

@@ -13,7 +13,7 @@ from icefall_fusion.checks import check, check_choice
 from icefall_fusion.decode import SKIPPED_SOME, DecodeOptions, Decoder
 from icefall_fusion.emissions import EmissionOptions
 from icefall_fusion.files import write_text
-from icefall_fusion.lms import LmOptions
+from icefall_fusion.lms import LmOptions, NgramOptions
 from icefall_fusion.methods import parse_methods
 from icefall_fusion.nbest import NBest
 from icefall_fusion.pretrained import with_pretrained
@@ -36,6 +36,7 @@ class TranscribeOptions:
         nlm: LM over the acoustic pieces.
         llm: LM with a vocabulary of its own.
         matched_llm: LLM over the acoustic pieces.
+        ngram: n-gram over the acoustic pieces.
         search: the prefix search.
         weights: weight by method and source, or a YAML file that has them.
         longest: seconds; longer files are decoded in parts cut at quiet places.
@@ -50,6 +51,7 @@ class TranscribeOptions:
     nlm: LmOptions = field(default_factory=LmOptions)
     llm: LmOptions = field(default_factory=LmOptions)
     matched_llm: LmOptions = field(default_factory=LmOptions)
+    ngram: NgramOptions = field(default_factory=NgramOptions)
     search: PrefixSearchOptions = field(default_factory=PrefixSearchOptions)
     weights: Union[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     longest: float = 60.0
@@ -79,10 +81,8 @@ def run(options: TranscribeOptions) -> int:
 
 
 def _decode_options(options: TranscribeOptions) -> DecodeOptions:
-    same = {
-        name: getattr(options, name)
-        for name in ("emissions", "nlm", "llm", "matched_llm", "search", "weights", "longest", "batch_size")
-    }
+    models = ("emissions", "nlm", "llm", "matched_llm", "ngram")
+    same = {name: getattr(options, name) for name in (*models, "search", "weights", "longest", "batch_size")}
     nowhere = {"out": "unused", "test_sets": {"files": "unused"}}  # nothing is written
     return with_pretrained(DecodeOptions(**nowhere, methods=options.method, **same))
 

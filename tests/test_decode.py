@@ -39,6 +39,7 @@ def arguments(made: dict[str, str], out: Path, *more: str) -> list[str]:
     models = ["--emissions.model", made["model"]]
     for name in ("nlm", "llm", "matched_llm"):
         models += [f"--{name}.path", made[name]]
+    models += ["--ngram.path", made["ngram"]]
     return ["decode", *models, "--test_sets.noise", made["cuts"], "--search.beam=4", "--out", str(out), *more]
 
 
@@ -72,7 +73,7 @@ def test_every_method_leaves_its_files_and_a_row(whole) -> None:
         assert math.isfinite(row["wer"]) and row["search_seconds"] > 0 and row["peak_memory_bytes"] > 0
         for kind in ("recogs", "errs", "wer-summary"):
             assert (whole / f"{kind}-noise-{row['method']}.txt").exists()
-        needs_lm = any(part.source != "attention" for part in parse_method(row["method"]))
+        needs_lm = any(part.source not in ("attention", "ngram") for part in parse_method(row["method"]))
         assert (row["lm_forwards"] > 0) == needs_lm and (row["lm_tokens_scored"] > 0) == needs_lm
     record = json.loads((whole / "run.json").read_text())
     assert record["status"] == "done" and record["skipped"] == [] and "torch" in record["versions"]
@@ -293,10 +294,15 @@ def test_a_hugging_face_model_decodes_with_an_llm(made, tmp_path) -> None:
 
 
 def test_names_of_methods() -> None:
-    assert parse_methods("all") == list(METHODS) and len(METHODS) == 12
+    assert parse_methods("all") == list(METHODS) and len(METHODS) == 17
     assert parse_method("ctc-prefix") == ()
     assert parse_method("llm-delayed-interval-7")[0].trigger.frames == 7
     assert [part.source for part in parse_method("nlm-shallow+llm-delayed-every-frame")] == ["nlm", "llm"]
+    ahead = parse_method("ngram-shallow+llm-delayed-interval-7-ahead")
+    assert [(part.source, part.look_ahead) for part in ahead] == [("ngram", False), ("llm", True)]
+    for wrong in ("nlm-shallow-ahead", "llm-delayed-ahead", "llm-delayed-shortest-ahead-ahead"):
+        with pytest.raises(ValueError, match="method must be built of known parts"):
+            parse_method(wrong)
     with pytest.raises(ValueError, match="use each source of scores once"):
         parse_method("llm-delayed-shortest+llm-nbest-rescoring")
     with pytest.raises(ValueError, match="FixedInterval.frames must be at least 1"):

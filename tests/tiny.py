@@ -26,6 +26,7 @@ from transformers import (
 
 from icefall_fusion.data.manifests import cut_of, write_cuts
 from icefall_fusion.models import CtcAed, DecoderOptions, EncoderOptions, ModelOptions, save
+from icefall_fusion.train_ngram import TrainNgramOptions, run
 
 LINES = (
     "the cat sat on the mat and looked at the sea",
@@ -104,6 +105,18 @@ def _byte_bpe(folder: Path) -> int:
     return tokenizer.get_vocab_size()
 
 
+def ngram(folder: Path) -> Path:
+    """Write a trigram over the acoustic pieces."""
+    bpe = write_bpe(folder / "ngram")
+    pieces = sentencepiece.SentencePieceProcessor(str(bpe))
+    stream = np.array([i for line in LINES for i in (1, *pieces.encode(line), 1)])
+    for name in ("train", "dev"):
+        np.save(folder / "ngram" / f"{name}.npy", stream)
+    path = folder / "ngram.arpa.gz"
+    run(TrainNgramOptions(str(folder / "ngram"), str(bpe), str(path), order=3))
+    return path
+
+
 def hugging_face_ctc(folder: Path, masked: bool = True) -> list[str]:
     """Write a random wav2vec 2.0 with a letter vocabulary and return its letters by id."""
     letters = ["<pad>", "<s>", "</s>", "<unk>", "|", *"ABCDE'"]
@@ -149,6 +162,7 @@ def everything(folder: Path) -> dict[str, str]:
         "nlm": language_model(folder / "nlm", 11, pieces=True),
         "llm": language_model(folder / "llm", 12, pieces=False),
         "matched_llm": language_model(folder / "matched_llm", 13, pieces=True),
+        "ngram": ngram(folder),
         "cuts": manifest(folder / "audio"),
     }
     return {name: str(path) for name, path in made.items()}

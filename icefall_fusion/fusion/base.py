@@ -4,7 +4,7 @@ Knows: the Fusion protocol, token trees. Must not know: which LM it is, words, w
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Optional, Sequence
+from typing import TYPE_CHECKING, Optional, Sequence, Union
 
 import torch
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from icefall_fusion.lm import CausalLm, TreeScorer
+    from icefall_fusion.ngram import PieceNgram
     from icefall_fusion.search.beam import Beam
 
 #: Names that an N-best list has of its own.
@@ -37,7 +38,9 @@ class LmFusion:
             scored by an LM that has no end-of-sentence token.
     """
 
-    def __init__(self, lm: CausalLm, weight: float, word_bonus: float, eos: bool, source: str) -> None:
+    def __init__(
+        self, lm: Union[CausalLm, PieceNgram], weight: float, word_bonus: float, eos: bool, source: str
+    ) -> None:
         name = type(self).__name__
         check(math.isfinite(weight) and weight >= 0, f"{name}.weight", "be finite and at least 0", weight)
         check(math.isfinite(word_bonus), f"{name}.word_bonus", "be finite", word_bonus)

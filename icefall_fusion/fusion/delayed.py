@@ -6,12 +6,13 @@ decoding in end-to-end speech recognition", ICASSP 2025 (arXiv 2501.09258), sect
 """
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Mapping, Sequence, Union
+from typing import TYPE_CHECKING, Any, Mapping, Optional, Sequence, Union
 
 import torch
 
 from icefall_fusion.checks import check
 from icefall_fusion.fusion.base import LmFusion, live_slots
+from icefall_fusion.fusion.look_ahead import LookAhead, LookAheadRun
 from icefall_fusion.fusion.retokenize import prompt_tokens, tokenizer_for
 from icefall_fusion.fusion.triggers import ShortestHypothesis, Trigger
 from icefall_fusion.fusion.words import ClosedWords, History
@@ -42,6 +43,7 @@ class DelayedFusion(LmFusion):
         prompt: earlier text, for all utterances or by utterance id; it is read, not scored.
         eos: whether the end of the utterance is scored too.
         source: name of the score in N-best lists.
+        look_ahead: ranks words that are not scored yet; None: by the acoustic score alone, as in the paper.
 
     Raises:
         ValueError: a bad weight, bonus, trigger, text style or source (see `LmFusion`). In a search: a word
@@ -58,10 +60,13 @@ class DelayedFusion(LmFusion):
         prompt: Prompt = None,
         eos: bool = True,
         source: str = "llm",
+        look_ahead: Optional[LookAhead] = None,
     ) -> None:
         super().__init__(lm, weight, word_bonus, eos, source)
         check(isinstance(trigger, Trigger), "DelayedFusion.trigger", "be a trigger", trigger)
-        self.trigger, self.text, self.prompt = trigger, text, prompt
+        good = look_ahead is None or isinstance(look_ahead, LookAhead)
+        check(good, "DelayedFusion.look_ahead", "be None or a LookAhead", look_ahead)
+        self.trigger, self.text, self.prompt, self.look_ahead = trigger, text, prompt, look_ahead
         self._tokenizer = tokenizer_for(lm, text)
 
     def begin(self, beam: Beam, index: int, tokens: Any, ids: Sequence[str]) -> None:
@@ -79,19 +84,29 @@ class DelayedFusion(LmFusion):
         for utterance, node in enumerate(self._tree.roots().tolist()):
             self._words.root(utterance).node = node
         self._run = self.trigger.start(beam, tokens)
+        self._ahead: Optional[LookAheadRun] = None
+        if self.look_ahead is not None and self.weight > 0:
+            weight = self.weight * self.look_ahead.scale
+            self._ahead = LookAheadRun(self.look_ahead, beam, tokens, weight, self.word_bonus)
         self._events = self._new_tokens = 0
         self._scored: set[int] = set()
         self._cache_before = (self._tokenizer.hits, self._tokenizer.misses)
 
     def advance(self, beam: Beam, source: Tensor, grew: Tensor) -> None:
-        """Let the trigger count (see ``Fusion.advance``)."""
+        """Let the trigger count, and the look-ahead estimate (see ``Fusion.advance``)."""
         self._run.advance(beam, source, grew)
+        if self._ahead is not None:
+            self._ahead.advance(beam, grew)
 
     def fuse(self, beam: Beam, frame: int, active: Tensor) -> None:
         """Score the closed words of every live hypothesis of the utterances that fuse now."""
         fires = self._run.fires(beam, frame, active)
-        if fires is None:
-            return
+        if fires is not None:
+            self._score_closed(beam, fires)
+        if self._ahead is not None:
+            self._ahead.fuse(beam, frame, fires)
+
+    def _score_closed(self, beam: Beam, fires: Tensor) -> None:
         slots = live_slots(beam, fires)
         if not slots.numel():
             return
@@ -111,8 +126,10 @@ class DelayedFusion(LmFusion):
         slots = live_slots(beam)
         if slots.numel():
             self._finish(beam, slots)
+        if self._ahead is not None:
+            self._ahead.finish(beam)
         self._close()
-        del self._words, self._run
+        del self._words, self._run, self._ahead
 
     def _finish(self, beam: Beam, slots: Tensor) -> None:
         histories = self._words.complete(beam.node.reshape(-1)[slots].tolist())

@@ -4,8 +4,9 @@ Knows: log-probs, pieces, plain functions that score. Must not know: tensors, tr
 
 from __future__ import annotations
 
+import copy
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Callable, Optional, Sequence
 
 Prefix = tuple[int, ...]
@@ -27,6 +28,8 @@ class SlowFusion:
     piece_score: Optional[Callable[[Prefix, int], float]] = None
     word_score: Optional[Callable[[Sequence[str]], float]] = None
     trigger: tuple = ("end",)
+    ahead: Optional[Callable[[Prefix, int], float]] = None  # (prefix, piece) -> estimate, until it is scored
+    ahead_every: int = 1
     longest_fused: int = 0
 
 
@@ -36,6 +39,8 @@ class Slot:
     nonblank: float
     lm: list[float]
     words: list[int] = field(default_factory=list)
+    scored: list[int] = field(default_factory=list)  # pieces that the LM has scored
+    ahead: list[float] = field(default_factory=list)
 
     def total(self) -> float:
         return log_add(self.blank, self.nonblank)
@@ -48,27 +53,33 @@ def log_add(*values: float) -> float:
 
 def fused_search(log_probs, beam: int, tokens, fusions: Sequence[SlowFusion]) -> list[tuple[Prefix, dict]]:
     """Return (pieces, scores) of the final beam, best first; ``log_probs`` is a list of rows."""
-    slots = {(): Slot(0.0, NEVER, [0.0] * len(fusions), [0] * len(fusions))}
+    nothing = [0.0] * len(fusions)
+    slots = {(): Slot(0.0, NEVER, list(nothing), [0] * len(fusions), [0] * len(fusions), list(nothing))}
     for fusion in fusions:
         fusion.longest_fused = 0
 
     def rank(slot: Slot) -> float:
         sums = (f.weight * s + f.bonus * w for f, s, w in zip(fusions, slot.lm, slot.words))
-        return slot.total() + sum(sums)
+        return slot.total() + sum(sums) + sum(slot.ahead)
 
     for frame, row in enumerate(log_probs):
         slots = step(slots, row, tokens, fusions)
         best = sorted(slots, key=lambda prefix: -rank(slots[prefix]))[:beam]
         slots = {prefix: slots[prefix] for prefix in best if slots[prefix].total() > NEVER}
         for s, fusion in enumerate(fusions):
-            if fires(fusion, frame, slots, tokens):
-                for prefix, slot in slots.items():
+            scored = fires(fusion, frame, slots, tokens)
+            for prefix, slot in slots.items():
+                if scored:
                     words = closed_words(prefix, tokens)
                     slot.lm[s], slot.words[s] = fusion.word_score(words), len(words)
+                    slot.scored[s] = closed_pieces(prefix, tokens)
+                if fusion.ahead is not None and (scored or (frame + 1) % fusion.ahead_every == 0):
+                    rest = range(slot.scored[s], len(prefix))
+                    slot.ahead[s] = sum(fusion.ahead(prefix[:i], prefix[i]) for i in rest)
     for s, fusion in enumerate(fusions):
         for prefix, slot in slots.items():
             words = tokens.words(prefix)
-            slot.lm[s], slot.words[s] = fusion.end_score(prefix, words), len(words)
+            slot.lm[s], slot.words[s], slot.ahead[s] = fusion.end_score(prefix, words), len(words), 0.0
     result = []
     for prefix, slot in slots.items():
         scores = {"ctc": slot.total(), "words": len(tokens.words(prefix)), "total": rank(slot)}
@@ -82,7 +93,8 @@ def step(slots: dict[Prefix, Slot], row, tokens, fusions) -> dict[Prefix, Slot]:
     after: dict[Prefix, Slot] = {}
     for prefix, slot in slots.items():
         repeated = slot.nonblank + row[prefix[-1]] if prefix else NEVER
-        after[prefix] = Slot(slot.total() + row[tokens.blank_id], repeated, list(slot.lm), list(slot.words))
+        blank = slot.total() + row[tokens.blank_id]
+        after[prefix] = replace(copy.deepcopy(slot), blank=blank, nonblank=repeated)
     for prefix, slot in slots.items():
         for piece, log_prob in enumerate(row):
             if piece == tokens.blank_id:
@@ -92,19 +104,23 @@ def step(slots: dict[Prefix, Slot], row, tokens, fusions) -> dict[Prefix, Slot]:
             if longer in slots:
                 after[longer].nonblank = log_add(after[longer].nonblank, mass)
                 continue
-            lm, words = list(slot.lm), list(slot.words)
+            grown = replace(copy.deepcopy(slot), blank=NEVER, nonblank=mass)
             for s, fusion in enumerate(fusions):
                 if fusion.piece_score is not None:
-                    lm[s] += fusion.piece_score(prefix, piece)
-                    words[s] += int(tokens.starts_word[piece] or not prefix)
-            after[longer] = Slot(NEVER, mass, lm, words)
+                    grown.lm[s] += fusion.piece_score(prefix, piece)
+                    grown.words[s] += int(tokens.starts_word[piece] or not prefix)
+            after[longer] = grown
     return after
 
 
 def closed_words(prefix: Prefix, tokens) -> list[str]:
     """Return the words before the last piece that starts one (a first piece starts none before it)."""
-    starts = [i for i, piece in enumerate(prefix) if i > 0 and tokens.starts_word[piece]]
-    return tokens.words(prefix[: starts[-1]]) if starts else []
+    return tokens.words(prefix[: closed_pieces(prefix, tokens)])
+
+
+def closed_pieces(prefix: Prefix, tokens) -> int:
+    """Return how many pieces the closed words have."""
+    return max((i for i, piece in enumerate(prefix) if i > 0 and tokens.starts_word[piece]), default=0)
 
 
 def fires(fusion: SlowFusion, frame: int, slots: dict[Prefix, Slot], tokens) -> bool:

@@ -6,7 +6,7 @@
 #     --torchrun "--nnodes 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500"    # the same on each of 8 machines
 #   bash train.sh --config tiny                     # smoke test: a minute
 #
-# Stages: 0 acoustic model (CTC-AED), 1 NLM, 2 export both to --pretrained-dir (default: in --exp-dir).
+# Stages: 0 acoustic model (CTC-AED), 1 NLM, 2 n-gram, 3 export all to --pretrained-dir (default: in --exp-dir).
 # Every stage can be killed and run again: it goes on from its newest checkpoint, in the middle of an epoch. A
 # finished stage leaves a .done mark in --exp-dir and is skipped; remove the mark to run it again. Options after
 # "--" go to every training. A training that is stopped writes a checkpoint and ends this script with code 4.
@@ -15,7 +15,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 . "$here/../../stages.sh"
 . "$here/../../models.sh"
 corpus=libriheavy
-stop_stage=2
+stop_stage=3
 prepare_training "$@"
 pieces=$(find "$data_dir" -maxdepth 1 -name 'lang_bpe_*' | head -n 1) # as many as prepare.sh made
 if [ -z "$pieces" ]; then
@@ -32,7 +32,11 @@ if wanted 1 nlm; then
   train_lm nlm "$pieces"
   finish nlm
 fi
-if wanted 2 export; then
+if wanted 2 ngram; then
+  train_ngram nlm "$pieces"
+  finish ngram
+fi
+if wanted 3 export; then
   export_models nlm
   finish export
 fi

@@ -5,8 +5,8 @@
 #   bash train.sh --config tiny                     # smoke test: minutes
 #   bash train.sh --stage 0 --stop-stage 0 --world-size 4   # acoustic model on 4 GPUs
 #
-# Stages: 0 acoustic model (CTC-AED), 1 NLM, 2 LLM, 3 matched LLM, 4 export all to --pretrained-dir (default:
-# pretrained/ in --exp-dir, where decode.sh looks first; the published models stay as they are).
+# Stages: 0 acoustic model (CTC-AED), 1 NLM, 2 LLM, 3 matched LLM, 4 n-gram, 5 export all to --pretrained-dir
+# (default: pretrained/ in --exp-dir, where decode.sh looks first; the published models stay as they are).
 # Every stage can be killed and run again: it goes on from its newest checkpoint. A finished stage leaves
 # a .done mark and is skipped; remove the mark to run it again. Options after "--" go to every training.
 # A training that is stopped (Ctrl-C, SIGTERM) writes a checkpoint and ends this script with exit code 4.
@@ -15,7 +15,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 . "$here/../../stages.sh"
 . "$here/../../models.sh"
 corpus=minibooks
-stop_stage=4
+stop_stage=5
 prepare_training "$@"
 
 if wanted 0 ctc_aed; then
@@ -34,7 +34,11 @@ if wanted 3 matched_llm; then
   train_lm matched_llm "$data_dir/lang_bpe_500"
   finish matched_llm
 fi
-if wanted 4 export; then
+if wanted 4 ngram; then
+  train_ngram matched_llm "$data_dir/lang_bpe_500"
+  finish ngram
+fi
+if wanted 5 export; then
   export_models nlm llm matched_llm
   finish export
 fi

@@ -1,0 +1,126 @@
+"""Look-ahead: until the LLM scores a word, a cheap n-gram over the pieces stands in for it.
+Knows: beams, prefixes, a piece n-gram. Must not know: LMs, their trees and tokenizers, triggers.
+
+In delayed fusion a hypothesis in the middle of a word, or one whose words were closed after the last event,
+is pruned by its acoustic score alone. Here it is ranked by an estimate as well, which goes away as soon as
+the LLM has spoken: final scores do not change, only who survives (language model look-ahead: Ortmanns, Ney,
+Eiden 1996; here for prefixes in a beam).
+"""
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Optional
+
+import torch
+
+from icefall_fusion.checks import check
+from icefall_fusion.fusion.ngram import piece_contexts
+from icefall_fusion.ngram import PieceNgram
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from icefall_fusion.search.beam import Beam, PrefixArena
+
+
+@dataclass(frozen=True)
+class LookAhead:
+    """How words that the LLM has not scored yet are ranked.
+
+    Args:
+        ngram: over the acoustic pieces.
+        scale: factor of its natural-log score beside that of the LLM: the weight is ``scale`` times the
+            fusion's; above 0.
+        every: take new pieces into account only after every so many frames, at least 1.
+    """
+
+    ngram: PieceNgram
+    scale: float = 0.5
+    every: int = 1
+
+    def __post_init__(self) -> None:
+        check(isinstance(self.ngram, PieceNgram), "LookAhead.ngram", "be a PieceNgram", self.ngram)
+        good = math.isfinite(self.scale) and self.scale > 0
+        check(good, "LookAhead.scale", "be finite and above 0", self.scale)
+        check(self.every >= 1, "LookAhead.every", "be at least 1", self.every)
+
+
+class LookAheadRun:
+    """Look-ahead over one batch: what each prefix was given for pieces that the LLM has not scored.
+
+    Every node of the arena has the sum of its estimates since the root; the estimate of its unscored part is
+    the difference to its boundary's, so nothing has to be traced back.
+
+    Args:
+        options: see LookAhead.
+        beam: at the root.
+        tokens: the acoustic vocabulary.
+        weight: of a natural log of the n-gram.
+        word_bonus: for a word that has begun.
+
+    Raises:
+        ValueError: the n-gram is over another number of pieces.
+    """
+
+    def __init__(self, options: LookAhead, beam: Beam, tokens: Any, weight: float, word_bonus: float) -> None:
+        device = beam.node.device
+        self._every, self._ngram = options.every, options.ngram.to(device)
+        self._ngram.check_size(tokens.size)
+        self._weight, self._bonus = weight, word_bonus
+        self._starts = torch.tensor(tokens.starts_word, device=device)
+        # Of each node: all estimates since the root; those until the boundary that was scored last; and how
+        # much of the difference ``beam.fused`` holds.
+        self._total, self._scored, self._given = (torch.zeros(0, device=device) for _ in range(3))
+
+    def advance(self, beam: Beam, grew: Tensor) -> None:
+        """Estimate the pieces that hypotheses [B, K] bool have just grown by."""
+        arena, node = beam.arena, beam.node
+        size = arena.rows * arena.row_size
+        if len(self._total) < size:
+            self._total, self._scored, self._given = (
+                _longer(x, 2 * size) for x in (self._total, self._scored, self._given)
+            )
+        before = torch.where(grew, arena.parent(node), node)
+        gain = self._estimate(arena, before, beam.last)
+        self._total[node] = self._total[before] + torch.where(grew, gain, torch.zeros_like(gain))
+        self._scored[node], self._given[node] = self._scored[before], self._given[before]
+
+    def fuse(self, beam: Beam, frame: int, scored: Optional[Tensor]) -> None:
+        """Bring ``beam.fused`` up to date.
+
+        Args:
+            beam: after the LLM's scores have come in.
+            frame: index of the encoder output frame, from 0.
+            scored: bool [B], utterances whose closed words were scored in this frame; None: no one's.
+        """
+        due = (frame + 1) % self._every == 0
+        if scored is None and not due:
+            return
+        node = beam.node
+        until, given = self._scored[node], self._given[node]
+        if scored is not None:
+            until = torch.where(scored.unsqueeze(1), self._total[beam.boundary], until)
+            self._scored[node] = until
+        ahead = self._total[node] - until
+        if not due:  # what others in the batch do must not matter
+            ahead = torch.where(scored.unsqueeze(1), ahead, given)
+        beam.fused += ahead - given
+        self._given[node] = ahead
+
+    def finish(self, beam: Beam) -> None:
+        """Take back all that was given."""
+        if len(self._given):
+            beam.fused -= self._given[beam.node]
+
+    def _estimate(self, arena: PrefixArena, before: Tensor, piece: Tensor) -> Tensor:
+        """Return what prefixes ``before`` get for growing by ``piece``, both [B, K]."""
+        score = self._ngram.score(piece_contexts(arena, before, self._ngram), piece)
+        first = before < arena.row_size  # a root: the first piece begins a word, marked or not
+        return self._weight * score + self._bonus * (self._starts[piece] | first)
+
+
+def _longer(values: Tensor, size: int) -> Tensor:
+    longer = values.new_zeros(size)
+    longer[: len(values)] = values
+    return longer

@@ -1,0 +1,279 @@
+"""Piece n-grams: estimation against a slow twin, ARPA files, shallow fusion and look-ahead in the search.
+Knows: n-grams, small searches. Must not know: trained models.
+"""
+from __future__ import annotations
+
+import gzip
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from icefall_fusion.__main__ import main
+from icefall_fusion.fusion import DelayedFusion, LookAhead, NgramFusion, ShallowFusion
+from icefall_fusion.ngram import NOTHING, NgramOrder, PieceNgram
+from icefall_fusion.rescoring import rescore_with_ngram
+from icefall_fusion.search import PrefixSearchOptions, ctc_prefix_search
+from icefall_fusion.train_ngram import count_ngrams, kneser_ney, write_arpa
+from tests.reference.fused_search import SlowFusion
+from tests.reference.kneser_ney import SlowKneserNey
+from tests.test_fusion import (
+    PIECES,
+    SLOW_TRIGGERS,
+    TRIGGERS,
+    assert_same,
+    compare_with_twin,
+    emissions,
+    llm,  # noqa: F401 (a fixture)
+    names,
+    nlm,  # noqa: F401 (a fixture)
+    slow_delayed,
+    slow_shallow,
+    tokens,  # noqa: F401 (a fixture)
+)
+
+SIZE = 5
+LETTERS = ["<blk>", "a", "b", "c", "d"]
+sentences = st.lists(st.lists(st.integers(1, SIZE - 1), max_size=6), min_size=1, max_size=12)
+
+
+def train(texts: list[list[int]], size: int, order: int, cutoffs: tuple[int, ...] = ()):
+    stream = np.array([i for text in texts for i in (0, *text, 0)], np.uint16)
+    ends = np.cumsum([len(text) + 2 for text in texts])
+    bounds = np.stack([ends - [len(text) + 2 for text in texts], ends], axis=1)
+    return kneser_ney(count_ngrams(stream, bounds, size, order), size, cutoffs)
+
+
+def as_model(texts, size: int, order: int, folder: Path, names_: list[str], cutoffs=()) -> PieceNgram:
+    path = folder / "pieces.arpa.gz"
+    write_arpa(path, train(texts, size, order, cutoffs), names_)
+    return PieceNgram.load(path, names_)
+
+
+def score(model: PieceNgram, context: tuple[int, ...], piece: int) -> float:
+    """Score one piece after a context (oldest first)."""
+    before = [*reversed(context), *[NOTHING] * model.order][: model.order - 1]
+    return float(model.score([torch.tensor([c]) for c in before], torch.tensor([piece]))[0])
+
+
+# --- estimation and files ------------------------------------------------------------------------------
+
+
+@settings(max_examples=40, deadline=None)
+@given(texts=sentences, order=st.integers(1, 4), cutoffs=st.lists(st.integers(1, 3), max_size=3))
+def test_estimates_are_those_of_the_slow_twin_and_sum_to_one(tmp_path_factory, texts, order, cutoffs):
+    folder = tmp_path_factory.mktemp("arpa")
+    model = as_model(texts, SIZE, order, folder, LETTERS, tuple(cutoffs))
+    slow = SlowKneserNey(texts, SIZE, SIZE + 1, order, [1, *cutoffs, 1, 1, 1])
+    pieces = [*range(SIZE), SIZE + 1]
+    contexts = {(SIZE, *text[:cut]) for text in texts for cut in range(len(text) + 1)}
+    for context in [*sorted(contexts)[:12], (1,), (2, 1), (4, 4, 4)]:
+        values = [math.exp(score(model, context, piece)) for piece in pieces]
+        assert sum(values) == pytest.approx(1, abs=2e-4)
+        assert values == pytest.approx([slow.prob(context, piece) for piece in pieces], rel=3e-4, abs=1e-9)
+
+
+def test_an_arpa_file_of_any_toolkit_is_read(tmp_path):
+    text = """made by hand
+\\data\\
+ngram 1=5
+ngram 2=3
+
+\\1-grams:
+-1.0\t<unk>
+-0.5\ta\t-0.25
+-0.75\tb
+-99\t<s>\t-0.1
+-0.6\t</s>
+
+\\2-grams:
+-0.2\t<s> a
+-0.3\ta b
+-0.4\tb </s>
+
+\\end\\
+"""
+    (tmp_path / "hand.arpa").write_text(text)
+    with gzip.open(tmp_path / "hand.arpa.gz", "wt") as file:
+        file.write(text)
+    for name in ("hand.arpa", "hand.arpa.gz"):
+        model = PieceNgram.load(tmp_path / name, ["<blk>", "a", "b", "<unk>"])
+        start, end, ten = model.start_id, model.end_id, math.log(10)
+        assert model.order == 2 and model.size == 4
+        assert score(model, (start,), 1) == pytest.approx(-0.2 * ten)
+        assert score(model, (start,), 2) == pytest.approx((-0.1 - 0.75) * ten)  # backs off
+        assert score(model, (1,), 1) == pytest.approx((-0.25 - 0.5) * ten)
+        assert score(model, (2,), 1) == pytest.approx(-0.5 * ten)  # b has no back-off weight
+        assert score(model, (2,), end) == pytest.approx(-0.4 * ten)
+        assert score(model, (1,), 0) < -200  # the file has no such piece
+        values, owner = model.score_sentences(torch.tensor([start, 1, 2, end, start, end]))
+        assert values.tolist() == pytest.approx([-0.2 * ten, -0.3 * ten, -0.4 * ten, (-0.1 - 0.6) * ten])
+        assert owner.tolist() == [0, 0, 0, 1]
+    broken = {
+        "no-unigrams": ("hello\n", "must have 1 orders of n-grams, but is 0"),
+        "short": (text.partition("\\2-grams")[0], "must have 2 orders of n-grams, but is 1"),
+        "few": (text.replace("ngram 2=3", "ngram 2=4"), "2-grams must be 4 as announced, but is 3"),
+        "many": (text.replace("ngram 2=3", "ngram 2=2"), "2-grams must be 2 as announced, but is 'more'"),
+        "twice": (text.replace("-0.3\ta b", "-0.3\t<s> a"), "2-grams must differ .*, but is 1"),
+        "words": (text.replace("a b\n", "a house\n"), "n-gram of the acoustic pieces, but holds 'house'"),
+        "ragged": (text.replace("a b\n", "a\n"), "lines of a number, 2 pieces"),
+    }
+    for name, (content, message) in broken.items():
+        (tmp_path / name).write_text(content)
+        with pytest.raises(ValueError, match=message):
+            PieceNgram.load(tmp_path / name, ["<blk>", "a", "b", "<unk>"])
+    whole = (tmp_path / "hand.arpa.gz").read_bytes()
+    (tmp_path / "cut.gz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="cut.gz must be an ARPA file, but reading says"):
+        PieceNgram.load(tmp_path / "cut.gz", ["<blk>", "a", "b", "<unk>"])
+    with pytest.raises(FileNotFoundError, match="no ARPA file at"):
+        PieceNgram.load(tmp_path / "absent", LETTERS)
+    with pytest.raises(ValueError, match="pieces must differ"):
+        PieceNgram.load(tmp_path / "hand.arpa", ["a", "a"])
+
+
+def test_the_job_trains_and_says_the_perplexity(tmp_path, capsys):
+    import tiny
+
+    bpe = tiny.write_bpe(tmp_path)
+    from icefall_fusion.tokens import AcousticTokens
+
+    pieces = AcousticTokens.load(bpe)
+    mark = pieces.sos_eos_id
+    for name, lines in (("train", tiny.LINES), ("dev", tiny.LINES[:2])):
+        stream = [i for text in lines for i in (mark, *pieces.encode(text), mark)]
+        np.save(tmp_path / f"{name}.npy", np.array(stream))
+    out = tmp_path / "n.arpa.gz"
+    job = ["train-ngram", "--data", str(tmp_path), "--tokens", str(bpe), "--out", str(out), "--order", "3"]
+    assert main(job) == 0
+    said = capsys.readouterr().out
+    model = PieceNgram.load(out, pieces.pieces)
+    ids = [i for t in tiny.LINES[:2] for i in (model.start_id, *pieces.encode(t), model.end_id)]
+    nats = -float(model.score_sentences(torch.tensor(ids))[0].sum())
+    words = sum(len(t.split()) + 1 for t in tiny.LINES[:2])
+    assert f"{math.exp(nats / words):.1f} perplexity" in said and "3-grams" in said
+    first = out.read_bytes()
+    assert main(job) == 0 and out.read_bytes() == first  # equal models are equal files
+    assert main([*job[:2], str(tmp_path / "absent"), *job[3:]]) == 2
+
+
+# --- in the search -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def ngram(tmp_path_factory) -> PieceNgram:
+    rng = np.random.default_rng(3)
+    texts = [rng.integers(3, len(PIECES), rng.integers(1, 9)).tolist() for _ in range(60)]
+    return as_model(texts, len(PIECES), 3, tmp_path_factory.mktemp("ngram"), PIECES)
+
+
+def slow_score(ngram: PieceNgram, prefix, piece) -> float:
+    return score(ngram, (ngram.start_id, *prefix), piece)
+
+
+def whole_score(ngram: PieceNgram, prefix) -> float:
+    return sum(slow_score(ngram, prefix[:i], p) for i, p in enumerate((*prefix, ngram.end_id)))
+
+
+def slow_ngram(ngram: PieceNgram, weight: float, bonus: float) -> SlowFusion:
+    return SlowFusion("ngram", weight, bonus, lambda prefix, words: whole_score(ngram, tuple(prefix)),
+                      piece_score=lambda prefix, piece: slow_score(ngram, prefix, piece))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_shallow_fusion_of_an_ngram_is_its_slow_twin(ngram, tokens, seed):  # noqa: F811
+    log_probs, lens = emissions(seed=seed)
+    lens[2] = 0
+    fusion = NgramFusion(ngram, 0.5, 0.6)
+    nbests = ctc_prefix_search(log_probs, lens, PrefixSearchOptions(beam=4), tokens, [fusion])
+    compare_with_twin(nbests, log_probs, lens, 4, tokens, [slow_ngram(ngram, 0.5, 0.6)])
+    for nbest, again in zip(nbests, rescore_with_ngram(nbests, ngram, "again")):
+        for one, other in zip(nbest, again):
+            assert other.scores["again"] == pytest.approx(one.scores["ngram"], abs=1e-4)
+
+
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("trigger", TRIGGERS, ids=names)
+@pytest.mark.parametrize("seed", range(2))
+def test_look_ahead_is_its_slow_twin(llm, ngram, tokens, trigger, seed, every):  # noqa: F811
+    log_probs, lens = emissions(seed=seed)
+    fusion = DelayedFusion(llm, 0.5, 0.7, trigger, look_ahead=LookAhead(ngram, 0.8, every))
+    nbests = ctc_prefix_search(log_probs, lens, PrefixSearchOptions(beam=4), tokens, [fusion])
+    slow = slow_delayed(llm, 0.5, 0.7, SLOW_TRIGGERS[type(trigger).__name__](trigger))
+    slow.ahead_every = every
+
+    def estimate(prefix, piece):
+        return 0.5 * 0.8 * slow_score(ngram, prefix, piece) + 0.7 * (tokens.starts_word[piece] or not prefix)
+
+    slow.ahead = estimate
+    compare_with_twin(nbests, log_probs, lens, 4, tokens, [slow])
+
+
+def test_look_ahead_beside_shallow_fusion_is_its_slow_twin(llm, nlm, ngram, tokens):  # noqa: F811
+    log_probs, lens = emissions(seed=5)
+    trigger = TRIGGERS[4]
+    fusions = [ShallowFusion(nlm, 0.3), DelayedFusion(llm, 0.4, 0.5, trigger, look_ahead=LookAhead(ngram))]
+    nbests = ctc_prefix_search(log_probs, lens, PrefixSearchOptions(beam=4), tokens, fusions)
+    slow = slow_delayed(llm, 0.4, 0.5, SLOW_TRIGGERS["ShortestHypothesis"](trigger))
+    slow.ahead = lambda prefix, piece: (
+        0.4 * 0.5 * slow_score(ngram, prefix, piece) + 0.5 * (tokens.starts_word[piece] or not prefix)
+    )
+    compare_with_twin(nbests, log_probs, lens, 4, tokens, [slow_shallow(nlm, 0.3, 0.0), slow])
+
+
+def test_look_ahead_changes_nothing_where_nothing_is_pruned(llm, ngram, tokens):  # noqa: F811
+    log_probs, _ = emissions(batch=2, frames=3, seed=6)
+    lens = torch.tensor([3, 2])
+    options = PrefixSearchOptions(beam=2000)
+    found = []
+    for ahead in (None, LookAhead(ngram)):
+        fusion = DelayedFusion(llm, 0.5, 0.7, TRIGGERS[1], look_ahead=ahead)
+        found.append(ctc_prefix_search(log_probs, lens, options, tokens, [fusion]))
+    assert len(found[0][0]) > 500
+    assert_same(*found)
+
+
+@pytest.mark.parametrize("every", [1, 4])
+@pytest.mark.parametrize("trigger", TRIGGERS, ids=names)
+def test_look_ahead_does_not_depend_on_the_batch(llm, ngram, tokens, trigger, every):  # noqa: F811
+    log_probs, lens = emissions(batch=6, seed=5)
+    lens[3] = 0
+
+    def decode(rows):
+        fusions = [DelayedFusion(llm, 0.4, 0.5, trigger, look_ahead=LookAhead(ngram, 0.7, every)),
+                   NgramFusion(ngram, 0.2)]
+        return ctc_prefix_search(log_probs[rows], lens[rows], PrefixSearchOptions(beam=4), tokens, fusions)
+
+    assert_same(decode(list(range(6))), [decode([row])[0] for row in range(6)])
+
+
+def test_weight_zero_is_no_lm_bit_for_bit(llm, ngram, tokens):  # noqa: F811
+    log_probs, lens = emissions(batch=5)
+    options = PrefixSearchOptions(beam=6)
+    bare = ctc_prefix_search(log_probs, lens, options, tokens)
+    for fusions in ([DelayedFusion(llm, 0.0, look_ahead=LookAhead(ngram))], [NgramFusion(ngram, 0.0)]):
+        fused = ctc_prefix_search(log_probs, lens, options, tokens, fusions)
+        for one, other in zip(bare, fused):
+            assert [(h.tokens, h.scores["ctc"], h.total) for h in one] == [
+                (h.tokens, h.scores["ctc"], h.total) for h in other
+            ]
+
+
+def test_bad_input_is_named(llm, ngram, tokens):  # noqa: F811
+    with pytest.raises(ValueError, match="LookAhead.scale must be finite and above 0, but is 0"):
+        LookAhead(ngram, 0)
+    with pytest.raises(ValueError, match="LookAhead.every must be at least 1"):
+        LookAhead(ngram, every=0)
+    with pytest.raises(ValueError, match="LookAhead.ngram must be a PieceNgram"):
+        LookAhead("pieces.arpa")
+    with pytest.raises(ValueError, match="DelayedFusion.look_ahead must be None or a LookAhead"):
+        DelayedFusion(llm, 0.5, look_ahead=ngram)
+    other = PieceNgram(3, [NgramOrder(1, torch.arange(5), torch.zeros(5), torch.zeros(5))], "small")
+    log_probs, lens = emissions(batch=1)
+    for fusion in (NgramFusion(other, 0.5), DelayedFusion(llm, 0.5, look_ahead=LookAhead(other))):
+        with pytest.raises(ValueError, match="n-gram small must be over 13 acoustic pieces, but is 3"):
+            ctc_prefix_search(log_probs, lens, None, tokens, [fusion])
