@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Iterator, Mapping, MutableMapping, Option
 import torch
 
 from icefall_fusion.checks import check
-from icefall_fusion.fusion.retokenize import prompt_tokens, tokenizer_for
+from icefall_fusion.fusion.retokenize import WordTokenizer, prompt_tokens, tokenizer_for
 from icefall_fusion.nbest import NBest
 from icefall_fusion.ngram import PieceNgram
 
@@ -52,10 +52,7 @@ def rescore_with_lm(
     tokenizer = tokenizer_for(lm, text)
     prompt_ids = prompt_tokens(lm, prompts, [nbest.utterance for nbest in nbests])
     prompted = [bool(ids) for ids in prompt_ids] if prompt_ids is not None else [False] * len(nbests)
-    paths = [
-        [tokenizer.encode(hypothesis.words(), goes_on) for hypothesis in nbest]
-        for nbest, goes_on in zip(nbests, prompted)
-    ]
+    paths = [_paths(tokenizer, nbest, goes_on) for nbest, goes_on in zip(nbests, prompted)]
     scores: list[list[float]] = []
     for start, stop in _chunks(paths):
         chosen = None if prompt_ids is None else prompt_ids[start:stop]
@@ -106,6 +103,13 @@ def rescore_with_ngram(nbests: Sequence[NBest], ngram: PieceNgram, source: str =
     scores.index_add_(0, owner, found.double())
     values = iter(scores.tolist())
     return [nbest.with_scores(source, [next(values) for _ in nbest]) for nbest in nbests]
+
+
+def _paths(tokenizer: WordTokenizer, nbest: NBest, prompted: bool) -> list[list[int]]:
+    try:
+        return [tokenizer.encode(hypothesis.words(), prompted) for hypothesis in nbest]
+    except ValueError as error:  # a word that the tokenizer cannot spell
+        raise ValueError(f"utterance {nbest.utterance!r}: {error}") from error
 
 
 def _chunks(paths: Sequence[Sequence[Sequence[int]]]) -> Iterator[tuple[int, int]]:

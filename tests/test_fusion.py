@@ -619,6 +619,9 @@ def test_an_utterance_with_a_word_that_cannot_be_spelled_is_named(tokens, trigge
     log_probs = torch.full((2, 5, len(PIECES)), -math.inf).scatter_(2, path[..., None], 0.0)
     with pytest.raises(ValueError, match="^utterance 'second': .* must spell every word, but 'se' has an"):
         ctc_prefix_search(log_probs, torch.tensor([5, 5]), None, tokens, [fusion], ids=["first", "second"])
+    bare = ctc_prefix_search(log_probs, torch.tensor([5, 5]), None, tokens, ids=["first", "second"])
+    with pytest.raises(ValueError, match="^utterance 'second': .* must spell every word, but 'se' has an"):
+        rescore_with_lm(bare, lm)
 
 
 def test_a_language_model_that_gives_nan_is_named(tokens):

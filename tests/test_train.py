@@ -7,8 +7,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +25,7 @@ from icefall_fusion.data.datamodule import DataOptions
 from icefall_fusion.data.manifests import cut_of, cuts_path, write_cuts
 from icefall_fusion.models import DecoderOptions, EncoderOptions, ModelOptions, load
 from icefall_fusion.train import TrainOptions, feature_statistics, make_trainer, run
+from icefall_fusion.training.checkpoints import list_checkpoints, newest_checkpoint
 from icefall_fusion.training.loop import STOPPED, TrainerOptions
 
 TONES = {"low": 300.0, "mid": 900.0, "high": 2500.0}  # a word sounds as its tone
@@ -149,6 +152,29 @@ def test_two_processes_under_torchrun_equal_one_that_accumulates(
         for name in ("one", "two")
     ]
     assert len(curves[0]) == 1 and curves[1] == pytest.approx(curves[0], rel=1e-4)
+
+
+def test_a_signal_to_the_whole_process_group_ends_with_a_checkpoint(data_dir: Path, tmp_path: Path) -> None:
+    """As Ctrl-C, or a scheduler that stops a job: the data loader's workers get the signal too."""
+    endless = options_for(data_dir, tmp_path / "exp", max_steps=10**6, save_every_steps=2)
+    endless = dataclasses.replace(endless, data=dataclasses.replace(endless.data, workers=1))
+    plain = json.loads(json.dumps(dataclasses.asdict(endless)))
+    (tmp_path / "options.yaml").write_text(yaml.safe_dump(plain))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        training = subprocess.Popen(
+            [sys.executable, "-m", "icefall_fusion", "train", "--config", str(tmp_path / "options.yaml")],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)},
+            start_new_session=True, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        begun = len(list_checkpoints(tmp_path / "exp"))
+        last = newest_checkpoint(tmp_path / "exp")
+        while newest_checkpoint(tmp_path / "exp") == last:  # it trains
+            assert training.poll() is None, training.stderr.read()
+            time.sleep(0.1)
+        os.killpg(training.pid, number)
+        _, said = training.communicate(timeout=120)
+        assert training.returncode == STOPPED, said
+        assert "'reason': 'signal'" in said and len(list_checkpoints(tmp_path / "exp")) >= max(1, begun)
 
 
 def test_export_without_checkpoints_says_so(data_dir: Path, tmp_path: Path) -> None:

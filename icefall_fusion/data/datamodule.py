@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import random
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -294,8 +295,18 @@ def _batches_by_duration(cuts: list[MonoCut], seconds: float) -> list[tuple[int,
 
 
 def _loader(loading: _Loading, sampler: Any, options: DataOptions) -> DataLoader:
-    workers = {"prefetch_factor": options.prefetch, "persistent_workers": True} if options.workers else {}
+    workers: dict[str, Any] = {}
+    if options.workers:
+        workers = {"prefetch_factor": options.prefetch, "persistent_workers": True}
+        workers["worker_init_fn"] = _leave_signals_to_the_trainer
     return DataLoader(loading, batch_size=None, sampler=sampler, num_workers=options.workers, **workers)
+
+
+def _leave_signals_to_the_trainer(worker: int) -> None:
+    """Ignore what stops a training (Ctrl-C, SIGTERM to the process group): the trainer hears it, writes a
+    checkpoint, which may take the next batch, and ends the workers."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _existing(manifest: PathLike) -> Path:
