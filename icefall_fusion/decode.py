@@ -23,6 +23,7 @@ from icefall_fusion.emission_batch import Emissions, save_emissions
 from icefall_fusion.emissions import EmissionSource, open_source
 from icefall_fusion.files import fingerprint, write_json
 from icefall_fusion.lms import LM_SOURCES, Lms
+from icefall_fusion.memory_plan import describe_plan, plan_memory
 from icefall_fusion.methods import Method, parse_methods, weights_of
 from icefall_fusion.nbest import NBest
 from icefall_fusion.report import peak_memory_bytes, reset_peak_memory, table
@@ -73,6 +74,13 @@ class Decoder:
             if name not in given and len(self.weights[name]) > 1:
                 logging.warning("no tuned weights for %s: %s are used", name, self.weights[name])
         self.methods = [Method(name, self.weights[name], options.search, self.lms) for name in names]
+        longest = min(options.longest, options.batch_seconds)
+        self.memory_plan = plan_memory(
+            getattr(self.source, "model", None), self.lms.loaded(),
+            min(options.batch_size, max(1, int(options.batch_seconds / longest))), longest,
+            options.search.beam,
+        )  # fmt: skip
+        logging.info(describe_plan(self.memory_plan))
         self.skipped: list[dict[str, str]] = []
         self.oom_backoffs, self._most_rows = 0, options.batch_size
         self.report: dict[str, Any] = {}
@@ -290,6 +298,7 @@ class Decoder:
             "weights": self.weights,
             **describe_environment(self.options.emissions.device),
             "processes": self.processes.world,
+            "memory_plan": self.memory_plan,
             "wall_seconds": time.time() - self._started,
             "test_sets": self.report,
             "oom_backoffs": self.oom_backoffs,

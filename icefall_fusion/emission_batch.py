@@ -128,7 +128,7 @@ class SavedSource:
 
     wants = "nothing"
     sample_rate = 16000
-    model = None
+    model = network = None
 
     def __init__(
         self, path: PathLike, tokens: AcousticTokens, device: str = "cpu", frame_shift: float = 0.0

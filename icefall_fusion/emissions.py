@@ -7,7 +7,7 @@ import contextlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterator, Protocol, Sequence
+from typing import Any, Iterator, Optional, Protocol, Sequence
 
 import torch
 from safetensors import SafetensorError
@@ -59,12 +59,14 @@ class EmissionSource(Protocol):
 
     ``wants`` says of what: ``features`` [T,80] log-mel, ``audio`` [samples] at ``sample_rate`` Hz, or
     ``nothing`` (saved: ids are enough). ``model`` scores N-best lists by an attention decoder, or is None.
+    ``network`` is what holds the weights, or None.
     """
 
     wants: str
     sample_rate: int
     tokens: AcousticTokens
     model: Any
+    network: Optional[torch.nn.Module]
 
     def emit(self, ids: Sequence[str], inputs: Sequence[Tensor]) -> Emissions:
         """Return the log-probs of a batch; an input that is too short for one frame gets none."""
@@ -144,7 +146,7 @@ class CheckpointSource:
     def __init__(self, options: EmissionOptions) -> None:
         from icefall_fusion.models.ctc_aed import check_vocabulary, load
 
-        self.model = load(options.model, options.device)
+        self.model = self.network = load(options.model, options.device)
         own = self.model.tokens
         self.tokens = _tokens_of(options) if options.tokens or own is None else own
         what = f"the pieces of {options.tokens or options.model}"
@@ -181,8 +183,8 @@ class TorchScriptSource:
         self.tokens = _tokens_of(options)
         self.device = torch.device(options.device)
         with _loading(options.model, "a TorchScript model"):
-            self.script = torch.jit.load(options.model, map_location=self.device).eval()
-        missing = [name for name in ("encoder", "ctc_output") if not hasattr(self.script, name)]
+            self.network = torch.jit.load(options.model, map_location=self.device).eval()
+        missing = [name for name in ("encoder", "ctc_output") if not hasattr(self.network, name)]
         if missing:
             raise ValueError(f"EmissionOptions.model must have encoder and ctc_output, but {options.model!r} "
                              f"lacks {missing}")  # fmt: skip
@@ -194,8 +196,8 @@ class TorchScriptSource:
         if not rows:
             return no_frames(ids, self.tokens, self.frame_shift)
         padded, lens = pad_rows([inputs[row] for row in rows])
-        encoder_out, kept = self.script.encoder(padded.to(self.device), lens.to(self.device))[:2]
-        log_probs = self.script.ctc_output(encoder_out).float().log_softmax(dim=2)  # no change to log-probs
+        encoder_out, kept = self.network.encoder(padded.to(self.device), lens.to(self.device))[:2]
+        log_probs = self.network.ctc_output(encoder_out).float().log_softmax(dim=2)  # no change to log-probs
         out_lens = torch.zeros(len(ids), dtype=torch.long)
         out_lens[rows] = kept.cpu().long()
         log_probs = scatter_rows(rows, log_probs, len(ids))
@@ -211,7 +213,7 @@ class TorchScriptSource:
         """
         silence = torch.zeros(1, _SILENCE, _BINS, device=self.device)
         with _loading(name, "an encoder of 80 features a frame"):
-            encoder_out = self.script.encoder(silence, torch.tensor([_SILENCE], device=self.device))[0]
+            encoder_out = self.network.encoder(silence, torch.tensor([_SILENCE], device=self.device))[0]
         return round(_SILENCE / max(1, encoder_out.shape[1])) * FEATURE_SHIFT
 
 

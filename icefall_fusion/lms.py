@@ -157,6 +157,10 @@ class Lms:
                 check(isinstance(text, str), f"{source}.context", rule, options.context)
                 texts[name] = " ".join(str(text).split()[-options.context_words :])
 
+    def loaded(self) -> dict[str, CausalLm]:
+        """Return the LMs that were asked for, by source."""
+        return dict(self._loaded)
+
     def unused_bytes(self, used: Iterable[str]) -> int:
         """Return the bytes of the weights that are loaded for other sources than ``used``."""
         used = set(used)

@@ -1,0 +1,87 @@
+"""What a decode will hold in memory, said before it starts: weights as they are, caches as estimated.
+Knows: loaded models, options of a decode. Must not know: how anything is computed.
+"""
+from __future__ import annotations
+
+import math
+from typing import Any, Mapping, Optional
+
+import torch
+
+from icefall_fusion.lm import CausalLm
+from icefall_fusion.lm.tree_scorer import TreeOptions
+
+#: Fast English speech in an LLM's tokens (or in acoustic pieces), and what a beam adds to the best path.
+TOKENS_A_SECOND, TOKENS_A_SLOT = 6.0, 12.0
+
+
+def plan_memory(
+    acoustic: Optional[torch.nn.Module], lms: Mapping[str, CausalLm], batch: int, seconds: float, beam: int
+) -> dict[str, Any]:
+    """Return bytes by part, and the free memory of each GPU that is used.
+
+    Keys and values are estimated: for each utterance one token tree that holds its best path and, for each
+    slot of the beam, some tokens beside it. ``kv_bytes_peak`` in ``run.json`` is what it came to.
+
+    Args:
+        acoustic: the acoustic model; None: log-probs come from a file.
+        lms: the language models by source.
+        batch: utterances decoded together.
+        seconds: of the longest utterance (or part of one).
+        beam: slots.
+
+    Returns:
+        ``acoustic_weights``; for each source ``{weights, kv_a_token, kv, distributions}``; ``total``;
+        ``free`` by device.
+    """
+    plan: dict[str, Any] = {"acoustic_weights": 0 if acoustic is None else weight_bytes(acoustic)}
+    tokens = batch * (seconds * TOKENS_A_SECOND + beam * TOKENS_A_SLOT)
+    total, most = plan["acoustic_weights"], 0
+    for source, lm in lms.items():
+        rows = batch * beam * 4 * lm.vocab_size  # a distribution for each slot, float32
+        part = {
+            "weights": weight_bytes(lm.model),
+            "kv_a_token": lm.kv_bytes_a_token,
+            "kv": math.ceil(tokens * lm.kv_bytes_a_token),
+            "distributions": min(rows, TreeOptions().max_distribution_bytes),
+        }
+        plan[source] = part
+        total += part["weights"]
+        most = max(most, part["kv"] + part["distributions"])  # of one method at a time
+    plan["total"] = total + most
+    plan["free"] = {str(device): free_bytes(device) for device in _gpus(acoustic, lms)}
+    return plan
+
+
+def weight_bytes(model: torch.nn.Module) -> int:
+    """Return the bytes of parameters and buffers, as they lie in memory."""
+    tensors = {t.data_ptr(): t for t in (*model.parameters(), *model.buffers())}
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return what a GPU can still give: unused, or kept by PyTorch for reuse."""
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + cached
+
+
+def describe_plan(plan: Mapping[str, Any]) -> str:
+    """Return a plan as one line of text."""
+    def megabytes(count: int) -> str:
+        return f"{count / 1e6:,.0f} MB"
+
+    parts = [f"acoustic model {megabytes(plan['acoustic_weights'])}"]
+    for source, part in plan.items():
+        if isinstance(part, dict) and "weights" in part:
+            parts.append(
+                f"{source} {megabytes(part['weights'])} + keys and values about {megabytes(part['kv'])} "
+                f"({part['kv_a_token'] / 1e3:,.1f} kB a token) + {megabytes(part['distributions'])}"
+            )
+    free = ", ".join(f"{device} has {megabytes(count)} left" for device, count in plan["free"].items())
+    return f"memory: {'; '.join(parts)}; in all about {megabytes(plan['total'])}{'; ' + free if free else ''}"
+
+
+def _gpus(acoustic: Optional[torch.nn.Module], lms: Mapping[str, CausalLm]) -> list[torch.device]:
+    models = [lm.model for lm in lms.values()] + ([] if acoustic is None else [acoustic])
+    devices = {parameter.device for model in models for parameter in model.parameters()}
+    return sorted((device for device in devices if device.type == "cuda"), key=str)
