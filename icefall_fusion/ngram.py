@@ -7,7 +7,7 @@ import functools
 import gzip
 import math
 from pathlib import Path
-from typing import Sequence, TextIO
+from typing import Optional, Sequence, TextIO
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from icefall_fusion.files import PathLike
 
 NOTHING = -1  # in a context: there is no piece so far back
 START, END = "<s>", "</s>"
+_MOST_PLACES = 2**22  # a direct index of so many keys is faster than a search, and takes 32 MB at most
 _LN10 = math.log(10.0)
 _IMPOSSIBLE = -99.0  # log10, as toolkits write 0
 
@@ -38,6 +39,10 @@ class NgramOrder:
 
     def __init__(self, length: int, keys: Tensor, log_probs: Tensor, backoffs: Tensor) -> None:
         self.length, self.keys, self.log_probs, self.backoffs = length, keys, log_probs, backoffs
+        self._places: Optional[Tensor] = None  # of every possible key, where those are few; or NOTHING
+        if len(keys) and int(keys[-1]) < _MOST_PLACES:
+            self._places = torch.full((int(keys[-1]) + 2,), NOTHING, device=keys.device)
+            self._places[keys] = torch.arange(len(keys), device=keys.device)
 
     def to(self, device: torch.device) -> NgramOrder:
         """Return the table on a device."""
@@ -45,6 +50,9 @@ class NgramOrder:
 
     def find(self, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Return the place of each key and whether it is there, two tensors of the keys' shape."""
+        if self._places is not None:
+            place = self._places[keys.clamp(max=len(self._places) - 1)]
+            return place.clamp(min=0), place >= 0
         place = torch.searchsorted(self.keys, keys).clamp_(max=len(self.keys) - 1)
         return place, self.keys[place] == keys
 
