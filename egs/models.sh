@@ -54,27 +54,22 @@ train_lm() { # name, tokenizer folder
     ${further[@]+"${further[@]}"}
 }
 
-train_ngram() { # name of a stream of pieces, folder of the pieces
-  job train-ngram --config "$conf/ngram.yaml" --data "$data_dir/lm/$1" --tokens "$2" --out "$exp_dir/ngram.arpa.gz"
+train_ngram() { # name of a stream of pieces, folder of the pieces: the n-gram goes to $pretrained_dir
+  job train-ngram --config "$conf/ngram.yaml" --data "$data_dir/lm/$1" --tokens "$2" \
+    --out "$pretrained_dir/ngram.arpa.gz"
 }
 
-move_in() { # files: copies of them to the folder that is named last; a kill leaves no half under a final name
-  local folder=${!#} file
-  mkdir -p "$folder"
-  for file in "${@:1:$#-1}"; do
-    cp "$file" "$folder/.new"
-    mv "$folder/.new" "$folder/$(basename "$file")"
-  done
-}
-
-export_models() { # names of language models: they, the n-gram and the averaged acoustic model go to $pretrained_dir
-  local name
+export_models() { # names of language models: they and the averaged acoustic model go to $pretrained_dir
+  local name file
   "$python" -m icefall_fusion train --config "$conf/ctc_aed.yaml" --corpus "$corpus" --data_dir "$data_dir" \
     --exp "$exp_dir/ctc_aed" ${acoustic[@]+"${acoustic[@]}"} --export_to "$pretrained_dir/ctc_aed"
   for name in "$@"; do
-    move_in "$exp_dir/$name/export/"* "$pretrained_dir/$name"
+    mkdir -p "$pretrained_dir/$name"
+    for file in "$exp_dir/$name/export/"*; do # a kill never leaves half a file under its final name
+      cp "$file" "$pretrained_dir/$name/.new"
+      mv "$pretrained_dir/$name/.new" "$pretrained_dir/$name/$(basename "$file")"
+    done
   done
-  move_in "$exp_dir/ngram.arpa.gz" "$pretrained_dir"
   du -sh "$pretrained_dir"/*
 }
 
@@ -97,6 +92,15 @@ decode_option() { # as common_option
     --confirm) confirm=$(number "$1" "$2") ;; # tuning decodes so many utterances of dev; 0: from N-best lists alone
     *) taken=0 ;;
   esac
+}
+
+use_ngram() { # adds the n-gram to $models and $scores, if it is there: models of before have none
+  if [ -f "$pretrained_dir/ngram.arpa.gz" ]; then
+    models+=(--ngram.path "$pretrained_dir/ngram.arpa.gz")
+    scores+=+ngram-nbest-rescoring
+  else
+    log "there is no $pretrained_dir/ngram.arpa.gz (train.sh makes it): methods with an n-gram are left out"
+  fi
 }
 
 cuts() { echo "$data_dir/fbank/${corpus}_cuts_$1.jsonl.gz"; }

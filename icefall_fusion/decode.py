@@ -24,7 +24,7 @@ from icefall_fusion.emissions import EmissionSource, open_source
 from icefall_fusion.files import fingerprint, write_json
 from icefall_fusion.lms import LM_SOURCES, Lms
 from icefall_fusion.memory_plan import describe_plan, plan_memory
-from icefall_fusion.methods import Method, parse_methods, weights_of
+from icefall_fusion.methods import Method, choose_methods, weights_of
 from icefall_fusion.nbest import NBest
 from icefall_fusion.report import peak_memory_bytes, reset_peak_memory, table
 from icefall_fusion.rescoring import add_counters
@@ -68,18 +68,17 @@ class Decoder:
         lms = {name: replace(lm, device=self.processes.device(lm.device)) for name, lm in lms.items()}
         self.lms = Lms(lms, device, options.ngram, self.source.tokens)
         given = read_weights(options.weights)
-        names = parse_methods(options.methods)
+        names = choose_methods(options.methods, self._available())
         self.weights = {name: weights_of(name, given) for name in names}
         for name in names:
             if name not in given and len(self.weights[name]) > 1:
                 logging.warning("no tuned weights for %s: %s are used", name, self.weights[name])
         self.methods = [Method(name, self.weights[name], options.search, self.lms) for name in names]
         longest = min(options.longest, options.batch_seconds)
+        rows = min(options.batch_size, max(1, int(options.batch_seconds / longest)))
         self.memory_plan = plan_memory(
-            getattr(self.source, "model", None), self.lms.loaded(),
-            min(options.batch_size, max(1, int(options.batch_seconds / longest))), longest,
-            options.search.beam,
-        )  # fmt: skip
+            self.source.network, self.lms.loaded(), rows, longest, options.search.beam, self.lms.ngram_bytes()
+        )
         logging.info(describe_plan(self.memory_plan))
         self.skipped: list[dict[str, str]] = []
         self.oom_backoffs, self._most_rows = 0, options.batch_size
@@ -87,6 +86,12 @@ class Decoder:
         self.rows: list[dict[str, Any]] = []
         self._fingerprints: dict[str, str] = {}
         self._started = time.time()
+
+    def _available(self) -> set[str]:
+        """Return the sources of scores that there are models for (see ``methods.needs``)."""
+        options = self.options
+        named = {name for name in (*LM_SOURCES, "ngram") if getattr(options, name).path}
+        return named if self.source.model is None else named | {"attention"}
 
     def decode_set(self, name: str, manifest: str) -> list[dict[str, Any]]:
         """Decode one test set by all methods, write its files and return its rows of ``results.json``."""
@@ -155,9 +160,11 @@ class Decoder:
         for name in sorted(used):
             lm = getattr(self.options, name)
             received[name] = {**dataclasses.asdict(lm), "fingerprint": self._fingerprint(lm.path)}
-        if any(part.source == "ngram" or part.look_ahead for part in method.parts):
-            ngram = self.options.ngram
-            received["ngram"] = {**dataclasses.asdict(ngram), "fingerprint": self._fingerprint(ngram.path)}
+        ngram = self.options.ngram
+        if any(part.look_ahead for part in method.parts):
+            received["look_ahead"] = {"scale": ngram.scale, "every": ngram.every}
+        if "ngram" in method.needs:
+            received["ngram"] = {"path": ngram.path, "fingerprint": self._fingerprint(ngram.path)}
         return received
 
     def _fingerprint(self, path: str) -> str:
@@ -279,7 +286,7 @@ class Decoder:
     def _search_once(self, method: Method, emissions: Emissions) -> tuple[list[NBest], dict[str, float]]:
         reset_peak_memory()
         nbests, work = method.decode(emissions, self.source.model)
-        peak = peak_memory_bytes() - self.lms.unused_bytes(part.source for part in method.parts)
+        peak = peak_memory_bytes() - self.lms.unused_bytes(method.needs)
         line = {"search": work.search_seconds, "lm": work.lm_seconds, "peak_memory_bytes": peak}
         return nbests, {**line, **work.counters}
 

@@ -10,7 +10,7 @@ import torch
 
 from icefall_fusion.checks import check, check_choice
 from icefall_fusion.devices import check_device
-from icefall_fusion.fusion.look_ahead import LookAhead
+from icefall_fusion.fusion.look_ahead import SCALE, LookAhead
 from icefall_fusion.lm import CausalLm
 from icefall_fusion.ngram import PieceNgram
 from icefall_fusion.tokens import AcousticTokens
@@ -67,7 +67,7 @@ class NgramOptions:
     """
 
     path: str = ""
-    scale: float = 0.7
+    scale: float = SCALE
     every: int = 1
 
     def __post_init__(self) -> None:
@@ -162,7 +162,12 @@ class Lms:
         return dict(self._loaded)
 
     def unused_bytes(self, used: Iterable[str]) -> int:
-        """Return the bytes of the weights that are loaded for other sources than ``used``."""
+        """Return the bytes of weights and tables that are loaded for other sources than ``used``."""
         used = set(used)
         lms = [lm for source, lm in self._loaded.items() if source not in used]
-        return sum(p.numel() * p.element_size() for lm in lms for p in lm.model.parameters())
+        weights = sum(p.numel() * p.element_size() for lm in lms for p in lm.model.parameters())
+        return weights + (0 if "ngram" in used else self.ngram_bytes())
+
+    def ngram_bytes(self) -> int:
+        """Return the bytes of the n-gram's tables, 0 if it was not asked for."""
+        return 0 if self._ngram is None else self._ngram.table_bytes

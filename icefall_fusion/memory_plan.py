@@ -16,7 +16,12 @@ TOKENS_A_SECOND, TOKENS_A_SLOT = 6.0, 12.0
 
 
 def plan_memory(
-    acoustic: Optional[torch.nn.Module], lms: Mapping[str, CausalLm], batch: int, seconds: float, beam: int
+    acoustic: Optional[torch.nn.Module],
+    lms: Mapping[str, CausalLm],
+    batch: int,
+    seconds: float,
+    beam: int,
+    ngram: int = 0,
 ) -> dict[str, Any]:
     """Return bytes by part, and the free memory of each GPU that is used.
 
@@ -29,14 +34,16 @@ def plan_memory(
         batch: utterances decoded together.
         seconds: of the longest utterance (or part of one).
         beam: slots.
+        ngram: bytes of the n-gram's tables.
 
     Returns:
-        ``acoustic_weights``; for each source ``{weights, kv_a_token, kv, distributions}``; ``total``;
-        ``free`` by device.
+        ``acoustic_weights``, ``ngram``; for each source ``{weights, kv_a_token, kv, distributions}``;
+        ``total``; ``free`` by device.
     """
     plan: dict[str, Any] = {"acoustic_weights": 0 if acoustic is None else weight_bytes(acoustic)}
+    plan["ngram"] = ngram
     tokens = batch * (seconds * TOKENS_A_SECOND + beam * TOKENS_A_SLOT)
-    total, most = plan["acoustic_weights"], 0
+    total, most = plan["acoustic_weights"] + ngram, 0
     for source, lm in lms.items():
         rows = batch * beam * 4 * lm.vocab_size  # a distribution for each slot, float32
         part = {
@@ -71,6 +78,8 @@ def describe_plan(plan: Mapping[str, Any]) -> str:
         return f"{count / 1e6:,.0f} MB"
 
     parts = [f"acoustic model {megabytes(plan['acoustic_weights'])}"]
+    if plan["ngram"]:
+        parts.append(f"n-gram {megabytes(plan['ngram'])}")
     for source, part in plan.items():
         if isinstance(part, dict) and "weights" in part:
             parts.append(

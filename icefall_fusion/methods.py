@@ -5,11 +5,12 @@ A name joins parts by "+". A part is a fusion that takes part in the search, or 
 """
 from __future__ import annotations
 
+import logging
 import math
 import re
 import time
 from dataclasses import dataclass, field, replace
-from typing import Any, Callable, Mapping, MutableMapping, Sequence, Union
+from typing import Any, Callable, Container, Mapping, MutableMapping, Sequence, Union
 
 import torch
 
@@ -56,6 +57,11 @@ METHODS = (
 )
 #: Used for a method that the weights file does not name.
 DEFAULT_WEIGHTS = {"attention": 1.0, "nlm": 0.3, "ngram": 0.3, "llm": 0.4, "matched_llm": 0.4, "words": 0.5}
+
+
+NO_DECODER = (
+    "{} must have an acoustic model with an attention decoder (EmissionOptions.model), but this one has none"
+)
 
 
 # --- names --------------------------------------------------------------------------------------------
@@ -113,6 +119,40 @@ def parse_method(name: str) -> tuple[Part, ...]:
     sources = [part.source for part in parts]
     check(len(set(sources)) == len(sources), f"method {name!r}", "use each source of scores once", sources)
     return tuple(parts)
+
+
+def needs(name: str) -> set[str]:
+    """Return the models that a method needs: sources of scores, and ``ngram`` for look-ahead."""
+    parts = parse_method(name)
+    return {part.source for part in parts} | ({"ngram"} if any(part.look_ahead for part in parts) else set())
+
+
+def choose_methods(names: Union[str, Sequence[str]], available: Container[str]) -> list[str]:
+    """Return the methods as `parse_methods` does; of ``all`` those that the available models allow.
+
+    Args:
+        names: as for `parse_methods`. What ``all`` would have been too is told by a warning.
+        available: sources, see `needs`.
+
+    Raises:
+        ValueError: a method that is named lacks a model.
+    """
+    given = names.split(",") if isinstance(names, str) else list(names)
+    named = {name.strip() for name in given}
+    chosen, left_out = [], {}
+    for name in parse_methods(names):
+        lacking = sorted(source for source in needs(name) if source not in available)
+        if lacking and name in named:
+            if lacking[0] == "attention":
+                raise ValueError(NO_DECODER.format(name))
+            raise ValueError(f"{lacking[0]}.path must name a model for the method {name!r}, but is ''")
+        if lacking:
+            left_out[name] = lacking
+        else:
+            chosen.append(name)
+    for name, lacking in left_out.items():
+        logging.warning("%s is left out of the comparison: there is no %s", name, ", ".join(lacking))
+    return chosen
 
 
 def parse_methods(names: Union[str, Sequence[str]]) -> list[str]:
@@ -182,7 +222,7 @@ class Method:
         self, name: str, weights: Mapping[str, float], search: PrefixSearchOptions, lms: Lms
     ) -> None:
         self.name, self.weights, self.search, self._lms = name, dict(weights), search, lms
-        self.parts = parse_method(name)
+        self.parts, self.needs = parse_method(name), needs(name)
         self._fusions = [self._make_fusion(part) for part in self.parts if part.kind != "rescoring"]
 
     def _make_fusion(self, part: Part) -> Any:
@@ -215,7 +255,8 @@ class Method:
                 values["word_bonus"] = next(fusions).word_bonus
             if part.trigger is not None:
                 values["trigger"] = repr(part.trigger)
-                values["look_ahead"] = part.look_ahead
+            if part.look_ahead:
+                values["look_ahead"] = True
             described.append(values)
         return described
 
@@ -258,8 +299,7 @@ class Method:
     ) -> list[NBest]:
         if part.source == "attention":
             if model is None or emissions.encoder_out is None:
-                raise ValueError(f"{self.name} must have an acoustic model with an attention decoder "
-                                 f"(EmissionOptions.model), but this one has none")  # fmt: skip
+                raise ValueError(NO_DECODER.format(self.name))
             return rescore_with_attention(nbests, model, emissions.encoder_out, emissions.lens)
         if part.source == "ngram":
             return rescore_with_ngram(nbests, self._lms.ngram())

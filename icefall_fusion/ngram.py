@@ -6,21 +6,21 @@ from __future__ import annotations
 import functools
 import gzip
 import math
+import zlib
 from pathlib import Path
 from typing import Optional, Sequence, TextIO
 
 import numpy as np
 import torch
-from numpy import ndarray
 from torch import Tensor
 
 from icefall_fusion.checks import check
 from icefall_fusion.files import PathLike
 
 NOTHING = -1  # in a context: there is no piece so far back
-START, END = "<s>", "</s>"
+START, END, UNKNOWN = "<s>", "</s>", "<unk>"
 _MOST_PLACES = 2**22  # a direct index of so many keys is faster than a search, and takes 32 MB at most
-_LN10 = math.log(10.0)
+LN10 = math.log(10.0)
 _IMPOSSIBLE = -99.0  # log10, as toolkits write 0
 
 
@@ -43,6 +43,11 @@ class NgramOrder:
         if len(keys) and int(keys[-1]) < _MOST_PLACES:
             self._places = torch.full((int(keys[-1]) + 2,), NOTHING, device=keys.device)
             self._places[keys] = torch.arange(len(keys), device=keys.device)
+
+    def tensors(self) -> list[Tensor]:
+        """Return all that it holds."""
+        index = [] if self._places is None else [self._places]
+        return [self.keys, self.log_probs, self.backoffs, *index]
 
     def to(self, device: torch.device) -> NgramOrder:
         """Return the table on a device."""
@@ -71,9 +76,10 @@ class PieceNgram:
 
     def __init__(self, size: int, orders: Sequence[NgramOrder], name: str = "n-gram") -> None:
         self.size, self.base, self.orders, self.name = size, size + 2, list(orders), name
+        self._copies: dict[torch.device, PieceNgram] = {}
         self.start_id = size
         self.end_id = self.eos_id = size + 1
-        longest = int(63 / math.log2(self.base))
+        longest = longest_order(size)
         check(1 <= len(orders) <= longest, "orders", f"be 1..{longest} for {size} pieces", len(orders))
         check(len(orders[0].keys) == self.base, "unigrams", f"be {self.base}", len(orders[0].keys))
 
@@ -87,11 +93,20 @@ class PieceNgram:
         """Where its tables are."""
         return self.orders[0].keys.device
 
+    @property
+    def table_bytes(self) -> int:
+        """What its tables take."""
+        return sum(x.numel() * x.element_size() for order in self.orders for x in order.tensors())
+
     def to(self, device: torch.device) -> PieceNgram:
-        """Return the model on a device."""
-        if self.device == torch.device(device):
+        """Return the model on a device; it is copied there once."""
+        device = torch.device(device)
+        if self.device == device:
             return self
-        return PieceNgram(self.size, [order.to(device) for order in self.orders], self.name)
+        if device not in self._copies:
+            orders = [order.to(device) for order in self.orders]
+            self._copies[device] = PieceNgram(self.size, orders, self.name)
+        return self._copies[device]
 
     def check_size(self, pieces: int) -> None:
         """Raise ValueError, with both sizes, unless the acoustic model has as many pieces."""
@@ -101,18 +116,20 @@ class PieceNgram:
         """Return natural-log P(piece | context) of the pieces' shape.
 
         Args:
-            contexts: the piece before, the one before that, ...; as many as there are, each of the shape of
-                ``pieces``; START or NOTHING at the beginning of the sentence.
+            contexts: the piece before, the one before that, ...; as many as there are, each of a shape that
+                broadcasts to that of ``pieces``; START or NOTHING at the beginning of the sentence.
             pieces: ids, END included.
         """
         scores = self.orders[0].log_probs[pieces]
-        history = torch.zeros_like(pieces)  # key of the context, as long as it is known
-        known = torch.ones_like(pieces, dtype=torch.bool)
+        if not contexts:
+            return scores
+        history = torch.zeros_like(contexts[0])  # key of the context, as long as it is known
+        known = torch.ones_like(history, dtype=torch.bool)
         for shorter, longer, piece in zip(self.orders, self.orders[1:], contexts):
             known = known & (piece >= 0)
             history = history + piece.clamp(min=0) * self.base ** (shorter.length - 1)
             place, found = shorter.find(history)
-            backoff = torch.where(known & found, shorter.backoffs[place], 0.0)
+            backoff = shorter.backoffs[place].masked_fill(~(known & found), 0.0)
             place, found = longer.find(history * self.base + pieces)
             scores = torch.where(known & found, longer.log_probs[place], scores + backoff)
         return scores
@@ -155,7 +172,7 @@ class PieceNgram:
         try:
             with opener(path, "rt", encoding="utf-8") as file:
                 tables = _read_tables(file, ids, str(path))
-        except (OSError, EOFError, UnicodeDecodeError) as error:  # gzip's words for a broken file
+        except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:  # gzip's words for a broken file
             raise ValueError(f"{path} must be an ARPA file, but reading says: {error}") from error
         return cls(len(pieces), tables, str(path))
 
@@ -163,63 +180,87 @@ class PieceNgram:
 def piece_ids(pieces: Sequence[str]) -> dict[str, int]:
     """Return the id of every piece, of START and of END.
 
+    Acoustic vocabularies may have silent pieces of the same names (wav2vec 2.0's have): to an n-gram START
+    and END are its own, and those pieces are never said.
+
     Raises:
-        ValueError: pieces repeat, or are START or END.
+        ValueError: pieces repeat, or hold white space.
     """
-    names = [*pieces, START, END]
-    ids = {name: index for index, name in enumerate(names)}
-    twice = len(names) - len(ids)
-    check(twice == 0, "pieces", f"differ from one another, {START} and {END} (duplicates)", twice)
-    return ids
+    twice = len(pieces) - len(set(pieces))
+    check(twice == 0, "pieces", "differ from one another (duplicates)", twice)
+    odd = [piece for piece in pieces if piece.split() != [piece]]
+    check(not odd, "pieces", "not be empty or hold white space, as an ARPA file is to have them", odd[:3])
+    return {**{piece: index for index, piece in enumerate(pieces)}, START: len(pieces), END: len(pieces) + 1}
+
+
+def longest_order(size: int) -> int:
+    """Return the longest n for which n-grams over ``size`` pieces, START and END have keys of 63 bits."""
+    return int(63 / math.log2(size + 2))
 
 
 def _read_tables(file: TextIO, ids: dict[str, int], name: str) -> list[NgramOrder]:
     counts: list[int] = []
     tables: list[NgramOrder] = []
+    base = max(ids.values()) + 1
     for line in file:
         line = line.strip()
         if line.startswith("ngram "):
-            counts.append(int(line.partition("=")[2]))
+            counts.append(int(_number(line.partition("=")[2], name, line)))
+            check(counts[-1] >= 0, f"{name}, {line!r}", "have a count of at least 0", counts[-1])
+            longest = longest_order(base - 2)
+            rule = f"be at most {longest} for {base - 2} acoustic pieces"
+            check(len(counts) <= longest, f"{name}: its longest n-gram", rule, len(counts))
         elif line.endswith("-grams:"):
             length = len(tables) + 1
             check(length <= len(counts), name, "announce its n-grams under \\data\\", line)
-            tables.append(_read_table(file, length, counts[length - 1], ids, name))
+            tables.append(_read_table(file, length, counts[length - 1], ids, base, name))
         elif line == "\\end\\":
             break
     check(len(tables) == len(counts) >= 1, name, f"have {max(1, len(counts))} orders of n-grams", len(tables))
+    while not len(tables[-1].keys):  # a short text has none of the longest; unigrams there always are
+        tables.pop()
     return tables
 
 
-def _read_table(file: TextIO, length: int, count: int, ids: dict[str, int], name: str) -> NgramOrder:
-    base = len(ids)
-    keys, numbers = np.empty(count, np.int64), np.zeros((count, 2), np.float32)
-    row = 0
+def _read_table(
+    file: TextIO, length: int, count: int, ids: dict[str, int], base: int, name: str
+) -> NgramOrder:
+    where = f"{name}, {length}-grams"
+    read = 0
+    keys: list[int] = []
+    numbers: list[tuple[float, float]] = []
     for line in file:
         fields = line.split()
         if not fields:
             break
-        check(len(fields) in (length + 1, length + 2), f"{name}, {length}-grams",
+        check(len(fields) in (length + 1, length + 2), where,
               f"have lines of a number, {length} pieces and perhaps a number", line.strip())
+        read += 1
+        if UNKNOWN in fields and UNKNOWN not in ids:
+            continue  # toolkits give it a probability; here nothing is unknown
         try:
             found = [ids[piece] for piece in fields[1 : length + 1]]
         except KeyError as error:
             raise ValueError(f"{name} must be an n-gram of the acoustic pieces, but holds {error}") from None
-        check(row < count, f"{name}, {length}-grams", f"be {count} as announced", "more")
-        keys[row] = functools.reduce(lambda key, piece: key * base + piece, found)
-        numbers[row] = float(fields[0]), float(fields[length + 1]) if len(fields) > length + 1 else 0.0
-        row += 1
-    check(row == count, f"{name}, {length}-grams", f"be {count} as announced", row)
+        keys.append(functools.reduce(lambda key, piece: key * base + piece, found))
+        backoff = fields[length + 1] if len(fields) > length + 1 else "0"
+        numbers.append((_number(fields[0], where, line), _number(backoff, where, line)))
+    check(read == count, where, f"be {count} as announced", read)
+    table = dict(zip(keys, numbers))
+    check(len(table) == len(keys), where, "differ from one another (duplicates)", len(keys) - len(table))
     if length == 1:  # pieces that the text never had
-        absent = np.setdiff1d(np.arange(base), keys)
-        keys = np.concatenate([keys, absent])
-        numbers = np.concatenate([numbers, np.tile(np.float32([_IMPOSSIBLE, 0]), (len(absent), 1))])
-    order = np.argsort(keys, kind="stable")
-    twice = int((np.diff(keys[order]) == 0).sum())
-    check(twice == 0, f"{name}, {length}-grams", "differ from one another (duplicates)", twice)
-    return _make_order(length, keys[order], numbers[order])
+        table = {**dict.fromkeys(range(base), (_IMPOSSIBLE, 0.0)), **table}
+    ordered = np.array(sorted(table), np.int64)
+    values = np.array([table[key] for key in ordered.tolist()], np.float32).reshape(-1, 2) * np.float32(LN10)
+    log_probs, backoffs = torch.from_numpy(values).unbind(1)
+    return NgramOrder(length, torch.from_numpy(ordered), log_probs.contiguous(), backoffs.contiguous())
 
 
-def _make_order(length: int, keys: ndarray, numbers: ndarray) -> NgramOrder:
-    """Return an order from sorted keys [n] and log10 numbers [n, 2]: probabilities, back-off weights."""
-    natural = torch.from_numpy(numbers.astype(np.float32) * np.float32(_LN10))
-    return NgramOrder(length, torch.from_numpy(keys), natural[:, 0].contiguous(), natural[:, 1].contiguous())
+def _number(text: str, where: str, line: str) -> float:
+    """Return a number of an ARPA file; log 0 becomes the lowest that toolkits write."""
+    try:
+        value = max(float(text), _IMPOSSIBLE)
+    except ValueError:
+        value = math.nan
+    check(not math.isnan(value), f"{where}, {line.strip()!r}", "have numbers", text)
+    return value

@@ -40,7 +40,7 @@ class TrainOptions:
         data: how utterances become batches, SpecAugment.
         exp: folder for checkpoints, logs and ``export/``, the average of the newest ``avg`` checkpoints.
         init: acoustic model folder whose weights a new training begins with, feature statistics included
-            (fine-tuning, or one more leg of training); empty: random weights.
+            (fine-tuning, or one more leg of training: then set ``easy_batches`` to 0); empty: random weights.
         model: shape and loss.
         trainer: optimization, limits and checkpoints.
         easy_batches: so many batches at first hold short utterances only, unmasked, where CTC finds its
@@ -243,12 +243,16 @@ def begin_from(model: CtcAed, folder: str) -> None:
     """
     given = load(folder)
     for part in ("encoder", "decoder", "vocab_size", "blank_id", "sos_eos_id"):
-        wanted, found = getattr(model.options, part), getattr(given.options, part)
+        wanted, found = (_without_dropout(getattr(m.options, part)) for m in (model, given))
         check(found == wanted, f"TrainOptions.init {folder}: {part}", f"be {wanted}", found)
     if given.tokens is not None and model.tokens is not None:
         same = given.tokens.fingerprint() == model.tokens.fingerprint()
         check(same, f"TrainOptions.init {folder}", "have the pieces of TrainOptions.bpe", given.bpe)
     model.load_state_dict(given.state_dict())
+
+
+def _without_dropout(value: Any) -> Any:
+    return dataclasses.replace(value, dropout=0.0) if hasattr(value, "dropout") else value
 
 
 def make_trainer(options: TrainOptions, device: torch.device, rank: int = 0, world: int = 1) -> Trainer:

@@ -216,18 +216,29 @@ class PackedLoss(nn.Module):
         return nn.functional.cross_entropy(logits.float(), batch.targets.flatten(), reduction="sum")
 
 
+#: Settings of a model that change what the same weights compute.
+_COMPUTES = (
+    "model_type", "num_attention_heads", "num_key_value_heads", "rope_parameters", "rms_norm_eps",
+    "hidden_act", "tie_word_embeddings", "bos_token_id", "eos_token_id",
+)
+
+
 def begin_from(lm: nn.Module, folder: str) -> None:
     """Take over the weights of a Hugging Face model folder.
 
     Raises:
         FileNotFoundError: it is no model folder.
-        ValueError: its model has another shape.
+        ValueError: its model has another shape, or computes something else from the same weights.
     """
     from transformers import AutoModelForCausalLM
 
     if not (Path(folder) / "config.json").is_file():
         raise FileNotFoundError(f"TrainLmOptions.init: {folder} must be a model folder with config.json")
     given = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    configs = [model.config.to_dict() for model in (lm, given)]
+    for name in _COMPUTES:
+        wanted, found = (config.get(name) for config in configs)
+        check(found == wanted, f"TrainLmOptions.init {folder}: {name}", f"be {wanted}", found)
     shapes = [{name: tuple(value.shape) for name, value in m.state_dict().items()} for m in (lm, given)]
     odd = sorted(name for name in shapes[0].keys() | shapes[1].keys()
                  if shapes[0].get(name) != shapes[1].get(name))

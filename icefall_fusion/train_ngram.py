@@ -19,12 +19,11 @@ from numpy import ndarray
 
 from icefall_fusion.checks import check
 from icefall_fusion.files import PathLike, atomic_path
-from icefall_fusion.ngram import END, START, PieceNgram
+from icefall_fusion.ngram import END, LN10, START, PieceNgram, longest_order, piece_ids
 from icefall_fusion.tokens import AcousticTokens
 from icefall_fusion.training.packed import document_bounds
 
-_LN10 = math.log(10.0)
-LOG_ZERO = -99.0 * _LN10  # as toolkits write it
+LOG_ZERO = -99.0 * LN10  # as toolkits write it
 _FEW = np.array([0.0, 0.5, 1.0, 1.5])  # discounts where there is too little text to estimate them
 
 
@@ -32,12 +31,15 @@ _FEW = np.array([0.0, 0.5, 1.0, 1.5])  # discounts where there is too little tex
 class TrainNgramOptions:
     """Train an n-gram over the acoustic pieces, for shallow fusion and for the look-ahead of delayed fusion.
 
+    All n-grams are held in memory: about 60 bytes for each piece of the text and each order.
+
     Args:
         data: folder with ``train.npy`` and ``dev.npy``: ids of documents ``bos t1 .. tn eos`` end to end.
         tokens: the acoustic model's ``bpe.model``, or its folder.
         out: the ARPA file to write; gzipped if it ends in .gz.
         order: longest n-gram.
         cutoffs: for n = 2, 3, ...: n-grams that count less are left out; missing ones are 1 (none left out).
+            What counts is Kneser-Ney's: occurrences of the longest, of shorter ones the pieces they follow.
     """
 
     data: str
@@ -48,6 +50,8 @@ class TrainNgramOptions:
 
     def __post_init__(self) -> None:
         check(self.order >= 1, "TrainNgramOptions.order", "be at least 1", self.order)
+        for name in ("data", "tokens", "out"):
+            check(bool(getattr(self, name)), f"TrainNgramOptions.{name}", "be given", getattr(self, name))
         good = all(cutoff >= 1 for cutoff in self.cutoffs)
         check(good, "TrainNgramOptions.cutoffs", "be at least 1", self.cutoffs)
 
@@ -61,6 +65,9 @@ def run(options: TrainNgramOptions) -> int:
     tokens = AcousticTokens.load(options.tokens)
     mark = tokens.sos_eos_id
     check(mark is not None, f"pieces of {options.tokens}", "have <sos/eos>", mark)
+    longest = longest_order(tokens.size)
+    rule = f"be at most {longest} for {tokens.size} pieces"
+    check(options.order <= longest, "TrainNgramOptions.order", rule, options.order)
     streams = []
     for name in ("train", "dev"):
         path = Path(options.data) / f"{name}.npy"
@@ -243,20 +250,30 @@ def write_arpa(path: PathLike, estimates: Sequence[Estimate], pieces: Sequence[s
     Args:
         path: the file.
         estimates: of lengths 1, 2, ...
-        pieces: text of every id.
+        pieces: text of every id; what is named as START or END is silent and left out.
     """
     names = [*pieces, START, END]
+    ids = piece_ids(pieces)
+    silent = np.array([i for i, name in enumerate(names) if ids[name] != i], np.int64)
+    last = len(estimates)
+    lines = [_lines(n, estimate, names, silent, n == last) for n, estimate in enumerate(estimates, 1)]
     with atomic_path(path) as temporary, _writer(temporary) as file:
         file.write("\\data\\\n")
-        file.writelines(f"ngram {n}={len(e.keys)}\n" for n, e in enumerate(estimates, 1))
-        for n, (keys, log_probs, backoffs) in enumerate(estimates, 1):
+        file.writelines(f"ngram {n}={len(rows)}\n" for n, rows in enumerate(lines, 1))
+        for n, rows in enumerate(lines, 1):
             file.write(f"\n\\{n}-grams:\n")
-            ids = [(keys // len(names) ** place % len(names)).tolist() for place in range(n)][::-1]
-            columns = zip(zip(*ids), (log_probs / _LN10).tolist(), (backoffs / _LN10).tolist())
-            for row, first, second in columns:
-                end = "" if n == len(estimates) else f"\t{second:.5g}"
-                file.write(f"{first:.5g}\t{' '.join(names[i] for i in row)}{end}\n")
+            file.writelines(rows)
         file.write("\n\\end\\\n")
+
+
+def _lines(n: int, estimate: Estimate, names: Sequence[str], silent: ndarray, last: bool) -> list[str]:
+    ids = np.stack([estimate.keys // len(names) ** place % len(names) for place in range(n)][::-1], axis=1)
+    spoken = ~np.isin(ids, silent).any(axis=1)
+    columns = (ids[spoken], estimate.log_probs[spoken] / LN10, estimate.backoffs[spoken] / LN10)
+    return [
+        f"{first:.5g}\t{' '.join(names[i] for i in row)}" + ("\n" if last else f"\t{second:.5g}\n")
+        for row, first, second in zip(*(column.tolist() for column in columns))
+    ]
 
 
 @contextlib.contextmanager

@@ -19,7 +19,8 @@ from icefall_fusion.data.manifests import spread
 from icefall_fusion.decode import SKIPPED_SOME, DecodeOptions, Decoder
 from icefall_fusion.emission_batch import Emissions
 from icefall_fusion.files import write_text
-from icefall_fusion.methods import Method, parse_method, parse_methods, weights_of
+from icefall_fusion.lms import LM_SOURCES
+from icefall_fusion.methods import Method, choose_methods, parse_method, parse_methods, weights_of
 from icefall_fusion.nbest import NBest, read_nbests
 from icefall_fusion.stretches import Found, Stretch
 from icefall_fusion.utterances import batches, read_cuts
@@ -76,7 +77,7 @@ def run(options: TuneOptions) -> int:
     lists = [nbest for path in options.nbest for nbest in read_nbests(path)]
     weights: dict[str, dict[str, float]] = {}
     wer: dict[str, float] = {}
-    for method in parse_methods(options.methods):
+    for method in choose_methods(options.methods, _available(options, lists)):
         sources = [part.source for part in parse_method(method)]
         if not sources:
             continue
@@ -94,6 +95,15 @@ def run(options: TuneOptions) -> int:
         code = SKIPPED_SOME if confirmed.skipped else 0
     print(_write(options.out, weights, wer))
     return code
+
+
+def _available(options: TuneOptions, lists: Sequence[NBest]) -> set[str]:
+    """Return the sources that N-best lists have scores of, and models if dev is decoded to confirm."""
+    scored = {source for nbest in lists for hypothesis in nbest for source in hypothesis.scores}
+    if options.confirm is None:
+        return scored | {"ngram"}  # look-ahead has no score
+    named = {source for source in (*LM_SOURCES, "ngram") if getattr(options.confirm, source).path}
+    return scored & (named | {"attention"})
 
 
 def _write(path: str, weights: Mapping[str, Mapping[str, float]], wer: Mapping[str, float]) -> str:

@@ -23,7 +23,7 @@ from lhotse import CutSet
 from icefall_fusion.__main__ import main
 from icefall_fusion.data.manifests import cut_of, write_cuts
 from icefall_fusion.lm import CausalLm
-from icefall_fusion.methods import METHODS, parse_method, parse_methods, weights_of
+from icefall_fusion.methods import METHODS, choose_methods, parse_method, parse_methods, weights_of
 from icefall_fusion.nbest import Hypothesis, NBest, WordTime, read_nbests
 from icefall_fusion.report import ROW_KEYS
 from icefall_fusion.runlog import MethodLog
@@ -250,7 +250,7 @@ def test_wrong_models_are_refused_with_names(made, tmp_path, capsys) -> None:
     assert main(arguments({**made, "model": str(tmp_path)}, tmp_path / "a")) == 2
     assert "must be a model folder" in capsys.readouterr().err
     assert main(arguments({**made, "llm": ""}, tmp_path / "b", "--methods", "llm-delayed-shortest")) == 2
-    assert "llm.path must name a language model" in capsys.readouterr().err
+    assert "llm.path must name a model for the method 'llm-delayed-shortest'" in capsys.readouterr().err
     assert main(arguments({**made, "nlm": made["llm"]}, tmp_path / "c", "--methods", "nlm-shallow")) == 2
     capsys.readouterr()
     assert main(arguments(made, tmp_path / "d", "--methods", "llm-delayd-shortest")) == 2
@@ -313,6 +313,15 @@ def test_names_of_methods() -> None:
     for wrong in (math.nan, math.inf, "1", None):
         with pytest.raises(ValueError, match="attention-rescoring.attention must be a number"):
             weights_of("attention-rescoring", {"attention-rescoring": {"attention": wrong}})
+
+
+def test_all_is_what_the_models_allow(caplog) -> None:
+    assert choose_methods("all", {"attention", "nlm", "llm", "matched_llm", "ngram"}) == list(METHODS)
+    found = choose_methods("all", {"llm"})
+    assert "llm-delayed-shortest" in found and "ctc-greedy" in found and len(found) == 7
+    assert "llm-delayed-shortest-ahead is left out of the comparison: there is no ngram" in caplog.text
+    with pytest.raises(ValueError, match="ngram.path must name a model for the method 'llm-delayed-short.*-ahead'"):
+        choose_methods("all,llm-delayed-shortest-ahead", {"llm"})
 
 
 def test_batches_hold_like_lengths_and_every_utterance_once() -> None:

@@ -33,6 +33,7 @@ from tests.test_fusion import (
     nlm,  # noqa: F401 (a fixture)
     slow_delayed,
     slow_shallow,
+    text_log_prob,
     tokens,  # noqa: F401 (a fixture)
 )
 
@@ -113,13 +114,22 @@ ngram 2=3
         values, owner = model.score_sentences(torch.tensor([start, 1, 2, end, start, end]))
         assert values.tolist() == pytest.approx([-0.2 * ten, -0.3 * ten, -0.4 * ten, (-0.1 - 0.6) * ten])
         assert owner.tolist() == [0, 0, 0, 1]
+    endless = text.replace("-0.3\ta b", "-inf\ta b").replace("ngram 2=3", "ngram 2=3\nngram 3=0")
+    (tmp_path / "endless").write_text(endless.replace("\\end\\", "\\3-grams:\n\n\\end\\"))
+    model = PieceNgram.load(tmp_path / "endless", ["<blk>", "a", "b", "<unk>"])
+    assert model.order == 2 and score(model, (1,), 2) == pytest.approx(-99 * ten)
     broken = {
         "no-unigrams": ("hello\n", "must have 1 orders of n-grams, but is 0"),
         "short": (text.partition("\\2-grams")[0], "must have 2 orders of n-grams, but is 1"),
         "few": (text.replace("ngram 2=3", "ngram 2=4"), "2-grams must be 4 as announced, but is 3"),
-        "many": (text.replace("ngram 2=3", "ngram 2=2"), "2-grams must be 2 as announced, but is 'more'"),
+        "many": (text.replace("ngram 2=3", "ngram 2=2"), "2-grams must be 2 as announced, but is 3"),
         "twice": (text.replace("-0.3\ta b", "-0.3\t<s> a"), "2-grams must differ .*, but is 1"),
         "words": (text.replace("a b\n", "a house\n"), "n-gram of the acoustic pieces, but holds 'house'"),
+        "nan": (text.replace("-0.3\ta b", "nan\ta b"), "2-grams, 'nan.*have numbers, but is 'nan'"),
+        "letters": (text.replace("-0.3\ta b", "x\ta b"), "have numbers, but is 'x'"),
+        "count": (text.replace("ngram 2=3", "ngram 2=x"), "'ngram 2=x' must have numbers"),
+        "below": (text.replace("ngram 2=3", "ngram 2=-3"), "have a count of at least 0, but is -3"),
+        "long": (text.replace("ngram 2=3", "ngram 2=3\n" * 25), "longest n-gram must be at most"),
         "ragged": (text.replace("a b\n", "a\n"), "lines of a number, 2 pieces"),
     }
     for name, (content, message) in broken.items():
@@ -132,8 +142,30 @@ ngram 2=3
         PieceNgram.load(tmp_path / "cut.gz", ["<blk>", "a", "b", "<unk>"])
     with pytest.raises(FileNotFoundError, match="no ARPA file at"):
         PieceNgram.load(tmp_path / "absent", LETTERS)
-    with pytest.raises(ValueError, match="pieces must differ"):
-        PieceNgram.load(tmp_path / "hand.arpa", ["a", "a"])
+    for pieces, message in ((["a", "a"], "pieces must differ"), (["a", "b c"], "hold white space")):
+        with pytest.raises(ValueError, match=message):
+            PieceNgram.load(tmp_path / "hand.arpa", pieces)
+    (tmp_path / "damaged.gz").write_bytes(whole[:20] + b"damage" + whole[26:])
+    with pytest.raises(ValueError, match="damaged.gz must be an ARPA file"):
+        PieceNgram.load(tmp_path / "damaged.gz", ["<blk>", "a", "b", "<unk>"])
+
+
+def test_silent_pieces_may_be_named_as_the_marks_of_sentences(tmp_path):
+    """As in the vocabularies of wav2vec 2.0; an <unk> of the file that is no piece is passed over."""
+    pieces = ["<pad>", "<s>", "</s>", "|", "A", "B"]
+    texts = [[4, 3, 5], [4, 5, 5], [5, 3, 4]]
+    model = as_model(texts, len(pieces), 3, tmp_path, pieces)
+    assert score(model, (model.start_id,), 1) < -200 and score(model, (4,), 2) < -200
+    said = [math.exp(score(model, (model.start_id,), piece)) for piece in (0, 3, 4, 5, model.end_id)]
+    assert 0.5 < sum(said) < 1  # the silent pieces have the rest in training
+    with gzip.open(tmp_path / "pieces.arpa.gz", "rt") as file:
+        lines = file.read().splitlines()
+    at = lines.index("\\1-grams:") + 1
+    lines[at:at] = ["-1.5\t<unk>\t0"]
+    lines[1] = f"ngram 1={int(lines[1].partition('=')[2]) + 1}"
+    (tmp_path / "unk.arpa").write_text("\n".join(lines))
+    again = PieceNgram.load(tmp_path / "unk.arpa", pieces)
+    assert all(torch.equal(a.log_probs, b.log_probs) for a, b in zip(model.orders, again.orders))
 
 
 def test_the_job_trains_and_says_the_perplexity(tmp_path, capsys):
@@ -159,6 +191,8 @@ def test_the_job_trains_and_says_the_perplexity(tmp_path, capsys):
     first = out.read_bytes()
     assert main(job) == 0 and out.read_bytes() == first  # equal models are equal files
     assert main([*job[:2], str(tmp_path / "absent"), *job[3:]]) == 2
+    assert main([*job[:-1], "30"]) == 2
+    assert "TrainNgramOptions.order must be at most 11 for" in capsys.readouterr().err
 
 
 # --- in the search -------------------------------------------------------------------------------------
@@ -216,7 +250,8 @@ def test_look_ahead_is_its_slow_twin(llm, ngram, tokens, trigger, seed, every): 
 def test_look_ahead_beside_shallow_fusion_is_its_slow_twin(llm, nlm, ngram, tokens):  # noqa: F811
     log_probs, lens = emissions(seed=5)
     trigger = TRIGGERS[4]
-    fusions = [ShallowFusion(nlm, 0.3), DelayedFusion(llm, 0.4, 0.5, trigger, look_ahead=LookAhead(ngram))]
+    ahead = LookAhead(ngram, 0.5)
+    fusions = [ShallowFusion(nlm, 0.3), DelayedFusion(llm, 0.4, 0.5, trigger, look_ahead=ahead)]
     nbests = ctc_prefix_search(log_probs, lens, PrefixSearchOptions(beam=4), tokens, fusions)
     slow = slow_delayed(llm, 0.4, 0.5, SLOW_TRIGGERS["ShortestHypothesis"](trigger))
     slow.ahead = lambda prefix, piece: (
@@ -237,18 +272,48 @@ def test_look_ahead_changes_nothing_where_nothing_is_pruned(llm, ngram, tokens):
     assert_same(*found)
 
 
+OPTIONS = [{}, {"score_beam": 1.5}, {"recover_mass": True}, {"blank_skip": 0.6}]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("every", [1, 4])
 @pytest.mark.parametrize("trigger", TRIGGERS, ids=names)
-def test_look_ahead_does_not_depend_on_the_batch(llm, ngram, tokens, trigger, every):  # noqa: F811
+def test_look_ahead_does_not_depend_on_the_batch(llm, ngram, tokens, trigger, every, options):  # noqa: F811
     log_probs, lens = emissions(batch=6, seed=5)
     lens[3] = 0
+    options = PrefixSearchOptions(beam=4, **options)
 
     def decode(rows):
         fusions = [DelayedFusion(llm, 0.4, 0.5, trigger, look_ahead=LookAhead(ngram, 0.7, every)),
                    NgramFusion(ngram, 0.2)]
-        return ctc_prefix_search(log_probs[rows], lens[rows], PrefixSearchOptions(beam=4), tokens, fusions)
+        return ctc_prefix_search(log_probs[rows], lens[rows], options, tokens, fusions)
 
     assert_same(decode(list(range(6))), [decode([row])[0] for row in range(6)])
+
+
+@pytest.mark.parametrize("options", OPTIONS[1:], ids=str)
+def test_scores_are_exact_whatever_the_search_leaves_out(llm, ngram, tokens, options):  # noqa: F811
+    log_probs, lens = emissions(seed=8)
+    fusions = [NgramFusion(ngram, 0.3, 0.2), DelayedFusion(llm, 0.4, 0.5, look_ahead=LookAhead(ngram))]
+    nbests = ctc_prefix_search(log_probs, lens, PrefixSearchOptions(beam=5, **options), tokens, fusions)
+    for hypothesis in (h for nbest in nbests for h in nbest):
+        assert hypothesis.scores["llm"] == pytest.approx(text_log_prob(llm, hypothesis.text), abs=1e-4)
+        expected = whole_score(ngram, tuple(hypothesis.tokens))
+        assert hypothesis.scores["ngram"] == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_finds_the_same(llm, ngram, tokens):  # noqa: F811
+    log_probs, lens = emissions(batch=4, seed=2)
+
+    def decode(device):
+        fusions = [NgramFusion(ngram, 0.3), DelayedFusion(llm, 0.4, 0.5, look_ahead=LookAhead(ngram))]
+        options = PrefixSearchOptions(beam=4)
+        return ctc_prefix_search(log_probs.to(device), lens.to(device), options, tokens, fusions)
+
+    assert_same(decode("cpu"), decode("cuda"))
+    assert_same(*(rescore_with_ngram(decode("cpu"), ngram.to(device)) for device in ("cpu", "cuda")))
 
 
 def test_weight_zero_is_no_lm_bit_for_bit(llm, ngram, tokens):  # noqa: F811
@@ -274,6 +339,8 @@ def test_bad_input_is_named(llm, ngram, tokens):  # noqa: F811
         DelayedFusion(llm, 0.5, look_ahead=ngram)
     other = PieceNgram(3, [NgramOrder(1, torch.arange(5), torch.zeros(5), torch.zeros(5))], "small")
     log_probs, lens = emissions(batch=1)
+    with pytest.raises(ValueError, match="tokens must be given to the search for an n-gram"):
+        ctc_prefix_search(log_probs, lens, None, None, [NgramFusion(ngram, 0.5)])
     for fusion in (NgramFusion(other, 0.5), DelayedFusion(llm, 0.5, look_ahead=LookAhead(other))):
         with pytest.raises(ValueError, match="n-gram small must be over 13 acoustic pieces, but is 3"):
             ctc_prefix_search(log_probs, lens, None, tokens, [fusion])

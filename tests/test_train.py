@@ -177,6 +177,25 @@ def test_a_signal_to_the_whole_process_group_ends_with_a_checkpoint(data_dir: Pa
         assert "'reason': 'signal'" in said and len(list_checkpoints(tmp_path / "exp")) >= max(1, begun)
 
 
+def test_an_error_in_a_worker_ends_the_training(data_dir: Path, tmp_path: Path) -> None:
+    """Whatever workers do with signals, they must be gone when the trainer is."""
+    code = """
+import sys, pickle
+from icefall_fusion.__main__ import _run
+from icefall_fusion.data import datamodule
+
+class Broken:
+    def __getitem__(self, place):
+        raise RuntimeError("a worker that fails")
+
+loader = datamodule._loader(Broken(), [0, 1, 2], datamodule.DataOptions(workers=1))
+sys.exit(_run(lambda options: list(loader), None))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60,
+                          cwd=Path(__file__).parent.parent)  # fmt: skip
+    assert done.returncode == 1 and "a worker that fails" in done.stderr
+
+
 def test_export_without_checkpoints_says_so(data_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
         run(dataclasses.replace(options_for(data_dir, tmp_path), export_to=str(tmp_path / "out")))

@@ -192,6 +192,10 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
     vocabulary = load_vocabulary(folder)
     export(build_model(LlamaOptions(hidden=16, layers=1, heads=2), vocabulary, "eager"), vocabulary,
            tmp_path / "small")
+    with pytest.raises(ValueError, match="TrainLmOptions.init .*: num_key_value_heads must be 1, but is 2"):
+        run(TrainLmOptions(**{**options, "init": str(tmp_path / "small")}))
+    small = LlamaOptions(hidden=16, layers=1, heads=2, kv_heads=1)
+    export(build_model(small, vocabulary, "eager"), vocabulary, tmp_path / "small")
     with pytest.raises(ValueError, match="TrainLmOptions.init .* have the shape of TrainLmOptions.model"):
         run(TrainLmOptions(**{**options, "init": str(tmp_path / "small")}))
     with pytest.raises(ValueError, match="LlamaOptions.hidden must be a multiple of heads=3"):

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import random
-import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -303,10 +303,9 @@ def _loader(loading: _Loading, sampler: Any, options: DataOptions) -> DataLoader
 
 
 def _leave_signals_to_the_trainer(worker: int) -> None:
-    """Ignore what stops a training (Ctrl-C, SIGTERM to the process group): the trainer hears it, writes a
+    """Leave the process group, which is what Ctrl-C and schedulers signal: the trainer hears it, writes a
     checkpoint, which may take the next batch, and ends the workers."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    os.setpgrp()
 
 
 def _existing(manifest: PathLike) -> Path:

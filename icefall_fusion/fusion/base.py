@@ -104,6 +104,11 @@ class LmFusion:
         return scores.to(beam.lm.device, torch.float32)
 
 
+def asked_slots(beam: Beam, active: Tensor) -> Tensor:
+    """Return the flat indices [n] into [B, K] of slots that may grow in this frame (see ``Beam.asked``)."""
+    return (beam.alive & beam.asked & active[:, None]).reshape(-1).nonzero().squeeze(1)
+
+
 def live_slots(beam: Beam, utterances: Optional[Tensor] = None) -> Tensor:
     """Return the flat indices [n] into [B, K] of live slots, of all utterances or of the marked [B]."""
     alive = beam.alive if utterances is None else beam.alive & utterances[:, None]

@@ -104,7 +104,7 @@ class DelayedFusion(LmFusion):
         if fires is not None:
             self._score_closed(beam, fires)
         if self._ahead is not None:
-            self._ahead.fuse(beam, frame, fires)
+            self._ahead.fuse(beam, frame, active, fires)
 
     def _score_closed(self, beam: Beam, fires: Tensor) -> None:
         slots = live_slots(beam, fires)

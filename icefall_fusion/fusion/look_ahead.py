@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from icefall_fusion.search.beam import Beam, PrefixArena
 
 
+SCALE = 0.7  # of the MiniBooks models a good one; weights matter more
+
+
 @dataclass(frozen=True)
 class LookAhead:
     """How words that the LLM has not scored yet are ranked.
@@ -36,7 +39,7 @@ class LookAhead:
     """
 
     ngram: PieceNgram
-    scale: float = 0.5
+    scale: float = SCALE
     every: int = 1
 
     def __post_init__(self) -> None:
@@ -86,12 +89,13 @@ class LookAheadRun:
         self._total[node] = self._total[before] + torch.where(grew, gain, torch.zeros_like(gain))
         self._scored[node], self._given[node] = self._scored[before], self._given[before]
 
-    def fuse(self, beam: Beam, frame: int, scored: Optional[Tensor]) -> None:
+    def fuse(self, beam: Beam, frame: int, active: Tensor, scored: Optional[Tensor]) -> None:
         """Bring ``beam.fused`` up to date.
 
         Args:
             beam: after the LLM's scores have come in.
             frame: index of the encoder output frame, from 0.
+            active: bool [B], utterances that have not ended.
             scored: bool [B], utterances whose closed words were scored in this frame; None: no one's.
         """
         due = (frame + 1) % self._every == 0
@@ -102,9 +106,9 @@ class LookAheadRun:
         if scored is not None:
             until = torch.where(scored.unsqueeze(1), self._total[beam.boundary], until)
             self._scored[node] = until
-        ahead = self._total[node] - until
-        if not due:  # what others in the batch do must not matter
-            ahead = torch.where(scored.unsqueeze(1), ahead, given)
+        # what others in the batch do must not matter
+        now = active if due or scored is None else active & scored
+        ahead = torch.where(now.unsqueeze(1), self._total[node] - until, given)
         beam.fused += ahead - given
         self._given[node] = ahead
 

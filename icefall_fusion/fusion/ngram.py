@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, Optional, Sequence
 
 import torch
 
-from icefall_fusion.fusion.base import LmFusion, live_slots
+from icefall_fusion.checks import check
+from icefall_fusion.fusion.base import LmFusion, asked_slots, live_slots
 from icefall_fusion.ngram import NOTHING, PieceNgram
 
 if TYPE_CHECKING:
@@ -39,10 +40,10 @@ class NgramFusion(LmFusion):
         """Start a batch (see ``Fusion.begin``).
 
         Raises:
-            ValueError: the n-gram is over another number of pieces.
+            ValueError: the search has no acoustic vocabulary, or the n-gram is over another number of pieces.
         """
-        if tokens is not None:
-            self.lm.check_size(tokens.size)
+        check(tokens is not None, "tokens", "be given to the search for an n-gram", None)
+        self.lm.check_size(tokens.size)
         self._ngram = self.lm.to(beam.node.device)
         self.index, self._ids = index, ids
 
@@ -50,12 +51,11 @@ class NgramFusion(LmFusion):
         """Return log P(piece | pieces before) [B, K, C] (see ``Fusion.extension_scores``)."""
         batch, beams = beam.node.shape
         scores = beam.lm.new_zeros(batch, beams, pieces.shape[1])
-        slots = live_slots(beam, active)
-        slots = slots[beam.asked.reshape(-1)[slots]]  # others cannot grow in this frame, however likely
+        slots = asked_slots(beam, active)
         if slots.numel():
             wanted = pieces[torch.div(slots, beams, rounding_mode="floor")]  # [n, C]
             contexts = piece_contexts(beam.arena, beam.node.reshape(-1)[slots], self._ngram)
-            found = self._ngram.score([c.unsqueeze(1).expand_as(wanted) for c in contexts], wanted)
+            found = self._ngram.score([context.unsqueeze(1) for context in contexts], wanted)
             scores.view(batch * beams, -1)[slots] = found.masked_fill(wanted == beam.blank, 0.0)
         return scores
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Optional, Sequence
 import torch
 
 from icefall_fusion.checks import check
-from icefall_fusion.fusion.base import LOG_ZERO, LmFusion, live_slots
+from icefall_fusion.fusion.base import LOG_ZERO, LmFusion, asked_slots, live_slots
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,8 +59,7 @@ class ShallowFusion(LmFusion):
         """Return log P(piece | pieces so far) [B, K, C] (see ``Fusion.extension_scores``)."""
         batch, beams = beam.node.shape
         scores = beam.lm.new_zeros(batch, beams, pieces.shape[1])
-        slots = live_slots(beam, active)
-        slots = slots[beam.asked.reshape(-1)[slots]]  # others cannot grow in this frame, however likely
+        slots = asked_slots(beam, active)
         if not slots.numel():
             return scores
         nodes, where = beam.state[..., self.index].reshape(-1)[slots].cpu().unique(return_inverse=True)

@@ -128,7 +128,8 @@ class FrameStep:
         piece = frame.piece.gather(1, pairs.piece_column[chosen]) if pairs.columns else beam.last
         dead = values == _NEVER
         if self.score_beam is not None:
-            dead |= values < values[:, :1] - self.score_beam
+            running = frame.shift > _NEVER  # an utterance that has ended keeps what it has
+            dead |= (values < values[:, :1] - self.score_beam) & running
         grew_alive = grew & ~dead
         masses = out.masses.gather(2, chosen.unsqueeze(1).expand(-1, 3, -1))
         if children is not None:

@@ -53,17 +53,11 @@ if [ -z "$llm" ]; then
 fi
 models=(--emissions.model "$pretrained_dir/ctc_aed" --emissions.device "$device")
 models+=(--nlm.path "$pretrained_dir/nlm" --llm.path "$llm" ${llm_options[@]+"${llm_options[@]}"})
-models+=(--ngram.path "$pretrained_dir/ngram.arpa.gz")
-scores=attention-rescoring+ngram-nbest-rescoring+nlm-nbest-rescoring+llm-nbest-rescoring
+scores=attention-rescoring+nlm-nbest-rescoring+llm-nbest-rescoring
+use_ngram
 if [ -n "$matched_llm" ]; then
   models+=(--matched_llm.path "$matched_llm")
   scores+=+matched-nbest-rescoring
-elif [ "$methods" = all ]; then
-  methods=ctc-greedy,ctc-prefix,attention-rescoring,nlm-shallow,llm-nbest-rescoring,llm-delayed-shortest
-  methods+=,llm-delayed-interval-16,llm-delayed-interval-32,llm-delayed-interval-64
-  methods+=,nlm-shallow+llm-delayed-shortest,nlm-shallow+llm-delayed-interval-16
-  methods+=,ngram-shallow,llm-delayed-shortest-ahead,llm-delayed-interval-16-ahead
-  methods+=,llm-delayed-interval-64-ahead,ngram-shallow+llm-delayed-shortest
 fi
 decode_stages "$scores"
 exit "$skipped"

@@ -37,7 +37,7 @@ models=(--emissions.model "$pretrained_dir/ctc_aed" --emissions.device "$device"
 for name in nlm llm matched_llm; do
   models+=("--$name.path" "$pretrained_dir/$name")
 done
-models+=(--ngram.path "$pretrained_dir/ngram.arpa.gz")
-scores=attention-rescoring+ngram-nbest-rescoring+nlm-nbest-rescoring+llm-nbest-rescoring
-decode_stages "$scores+matched-nbest-rescoring"
+scores=attention-rescoring+nlm-nbest-rescoring+llm-nbest-rescoring+matched-nbest-rescoring
+use_ngram
+decode_stages "$scores"
 exit "$skipped"
