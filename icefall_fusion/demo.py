@@ -34,7 +34,7 @@ class DemoOptions:
     Args:
         out: folder; audio is made once and kept there, results are made anew.
         stories: text, a sentence a line; lines that start with "#" are titles.
-        pretrained: folder with ctc_aed, nlm, llm, matched_llm and weights.yaml.
+        pretrained: folder with ctc_aed, nlm, llm, matched_llm, ngram.arpa.gz and weights.yaml.
         methods: comma-separated or a list; "all" is the whole comparison.
         quick: only 16 sentences; everything then lies in the folder ``quick`` of ``out``.
         search: the prefix search.

@@ -57,8 +57,6 @@ METHODS = (
 )
 #: Used for a method that the weights file does not name.
 DEFAULT_WEIGHTS = {"attention": 1.0, "nlm": 0.3, "ngram": 0.3, "llm": 0.4, "matched_llm": 0.4, "words": 0.5}
-
-
 NO_DECODER = (
     "{} must have an acoustic model with an attention decoder (EmissionOptions.model), but this one has none"
 )
