@@ -6,11 +6,12 @@ from __future__ import annotations
 import gzip
 import json
 import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
 import pytest
+
+from icefall_fusion.__main__ import main
 
 LOCAL = Path(__file__).resolve().parent.parent / "egs" / "libriheavy" / "ASR" / "local"
 SETS = ("small", "dev", "test_clean", "test_other", "test_clean_large", "test_other_large")
@@ -67,18 +68,29 @@ def write_manifest(data: Path, split: str, rows: list[tuple[str, str, str]]) -> 
             lines.write(json.dumps({"id": id, "supervisions": [said]}) + "\n")
 
 
-def test_texts_of_held_out_books_do_not_reach_training(tmp_path: Path) -> None:
+def test_texts_of_held_out_books_do_not_reach_training(tmp_path: Path, capsys) -> None:
     rows_of_train = [("a", "one two", "Emma"), ("b", "three", "Ivanhoe"), ("c", "four", "Emma")]
     write_manifest(tmp_path, "train", rows_of_train)
     write_manifest(tmp_path, "dev", [("d", "five", "Kim")])
     write_manifest(tmp_path, "test_clean", [("e", "six", "Ivanhoe")])
-    command = [sys.executable, str(LOCAL / "text_lines.py"), "--data_dir", str(tmp_path), "--held_out"]
-    assert subprocess.run([*command, "dev", "test_clean"], timeout=120).returncode == 0
+    command = ["export-transcripts", "--data_dir", str(tmp_path), "--corpus", "libriheavy", "--held_out"]
+    assert main([*command, "test_clean"]) == 0
     rows = {
         split: [json.loads(line) for line in (tmp_path / "text" / f"{split}.jsonl").read_text().splitlines()]
         for split in ("train", "dev")
     }
     assert [row["id"] for row in rows["train"]] == ["a", "c"]
     assert rows["dev"] == [{"id": "d", "text": "five", "cased": "Five", "book": "Kim"}]
-    done = subprocess.run([*command, "test_other"], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2 and "libriheavy_cuts_test_other.jsonl.gz: make it first" in done.stderr
+    assert main([*command, "test_other"]) == 2
+    assert "libriheavy_cuts_test_other.jsonl.gz: make it first" in capsys.readouterr().err
+    path = tmp_path / "manifests" / "libriheavy_cuts_dev.jsonl.gz"
+    said = {"text": "plain words"}  # other corpora: neither books nor case
+    path.write_bytes(gzip.compress((json.dumps({"id": "x", "supervisions": [said]}) + "\n").encode()))
+    assert main(command[:-1]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "text" / "train.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in rows] == ["a", "b", "c"]
+    row = json.loads((tmp_path / "text" / "dev.jsonl").read_text())
+    assert row == {"id": "x", "text": "plain words", "cased": "plain words"}
+    path.write_bytes(gzip.compress(b'{"id": "y", "supervisions": []}\n'))
+    assert main(command[:-1]) == 2
+    assert "cut 'y' must have a supervision with a text" in capsys.readouterr().err

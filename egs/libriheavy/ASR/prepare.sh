@@ -14,26 +14,21 @@
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 . "$here/../../stages.sh"
+. "$here/../../data.sh"
 corpus=libriheavy
+dev_set=dev
 stop_stage=4
 download=$here/download
 subset=small
 form=lower
-pieces=
-workers=2
-features=()
 
 while [ $# -gt 0 ]; do
-  common_option "$@"
+  data_option "$@"
   if [ "$taken" -gt 0 ]; then shift "$taken"; continue; fi
   case "$1" in
     --download) download=$(absolute "$2") ;;
     --subset) subset=$2 ;;
     --text) form=$2 ;;
-    --pieces) pieces=$(number "$1" "$2") ;;
-    --workers) workers=$(number "$1" "$2") ;;
-    --start | --stop) features+=("$1" "$(number "$1" "$2")") ;;
-    --backend | --device) features+=("$1" "$2") ;;
     *) unknown_option "$1" ;;
   esac
   shift 2
@@ -45,16 +40,7 @@ case "$subset" in
   large) parts="small medium large" ;;
   *) echo "prepare.sh: --subset must be small, medium or large, but is '$subset'" >&2; exit 2 ;;
 esac
-cd "$here"
-set_folders
-marks=$data_dir
-if [ -z "$pieces" ]; then
-  pieces=500
-  if [ "$config" != full ]; then pieces=100; fi # its text has no more
-fi
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # the jobs bring their own processes
-mkdir -p "$data_dir"
-
+set_data_folders
 test_sets="test_clean test_other"
 if [ "$config" = full ]; then test_sets="$test_sets test_clean_large test_other_large"; fi
 sizes=() # of the stand-in: many short recordings instead of a few long ones
@@ -84,24 +70,6 @@ if wanted 1 manifests; then
   cuts_of --subsets $parts --split train --pre_text false --min_duration 1 --max_duration 30
   finish manifests
 fi
-if wanted 2 pieces; then
-  # shellcheck disable=SC2086
-  "$python" local/text_lines.py --data_dir "$data_dir" --held_out dev $test_sets
-  job train-tokenizers --data_dir "$data_dir" --pieces "$pieces" --llm_tokens 0
-  finish pieces
-fi
-if wanted 3 features; then
-  for split in dev $test_sets train; do
-    # a machine that has done its share while others are at theirs ends here with an error that says so
-    job compute-fbank --corpus "$corpus" --data_dir "$data_dir" --splits "$split" --workers "$workers" \
-      --shuffle true ${features[@]+"${features[@]}"}
-  done
-  finish features
-fi
-if wanted 4 lm-text; then
-  job prepare-lm-text --data_dir "$data_dir" --pieces "$pieces" --streams nlm --spoken_train text/train.jsonl \
-    --spoken_dev text/dev.jsonl
-  finish lm-text
-fi
+data_stages 2
 log "finished: $data_dir"
 exit "$skipped"

@@ -1,0 +1,55 @@
+# shellcheck shell=bash disable=SC2034,SC2154 # variables of who sources it
+# What the prepare.sh of every recipe shares that begins with manifests. Source it after stages.sh; it runs nothing.
+
+pieces=     # acoustic pieces; empty: 500, of a small configuration 100
+workers=2
+features=() # options of compute-fbank
+
+data_option() { # takes the options of data_stages, and those of all scripts; as common_option
+  common_option "$@"
+  if [ "$taken" -gt 0 ]; then return; fi
+  taken=2
+  case "$1" in
+    --pieces) pieces=$(number "$1" "$2") ;;
+    --workers) workers=$(number "$1" "$2") ;;
+    --start | --stop) features+=("$1" "$(number "$1" "$2")") ;; # this machine's share of the shards
+    --backend | --device) features+=("$1" "$2") ;;
+    *) taken=0 ;;
+  esac
+}
+
+set_data_folders() {
+  cd "$here" || exit
+  set_folders
+  marks=$data_dir
+  if [ -z "$pieces" ]; then
+    pieces=500
+    if [ "$config" != full ]; then pieces=100; fi # its text has no more
+  fi
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # the jobs bring their own processes
+  mkdir -p "$data_dir"
+}
+
+# From $data_dir/manifests/${corpus}_cuts_{train,$dev_set,$test_sets}.jsonl.gz to all that training reads.
+data_stages() { # number of the first of three stages: pieces, features, LM text
+  local first=$1 split
+  if wanted "$first" pieces; then
+    # shellcheck disable=SC2086 # several names
+    job export-transcripts --data_dir "$data_dir" --corpus "$corpus" --dev "$dev_set" --held_out $test_sets
+    job train-tokenizers --data_dir "$data_dir" --pieces "$pieces" --llm_tokens 0
+    finish pieces
+  fi
+  if wanted $((first + 1)) features; then
+    for split in $dev_set $test_sets train; do
+      # a machine that has done its share while others are at theirs ends here with an error that says so
+      job compute-fbank --corpus "$corpus" --data_dir "$data_dir" --splits "$split" --workers "$workers" \
+        --shuffle true ${features[@]+"${features[@]}"}
+    done
+    finish features
+  fi
+  if wanted $((first + 2)) lm-text; then
+    job prepare-lm-text --data_dir "$data_dir" --pieces "$pieces" --streams nlm --spoken_train text/train.jsonl \
+      --spoken_dev text/dev.jsonl
+    finish lm-text
+  fi
+}
