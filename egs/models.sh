@@ -35,6 +35,15 @@ prepare_training() { # the command line of train.sh: takes its options, sets the
   mkdir -p "$exp_dir"
 }
 
+find_pieces() { # sets $lang, the folder of the acoustic pieces (as many as prepare.sh made), and $acoustic
+  lang=$(find "$data_dir" -maxdepth 1 -name 'lang_bpe_*' | head -n 1)
+  if [ -z "$lang" ]; then
+    echo "$script: there are no pieces (lang_bpe_*) in $data_dir: run prepare.sh first" >&2
+    exit 1
+  fi
+  acoustic=(--bpe "$lang" --model.vocab_size "${lang##*_}")
+}
+
 launch() { # job, options: one process, or several under torchrun
   if [ "$world_size" -gt 1 ] || [ "$torchrun" != --standalone ]; then
     # shellcheck disable=SC2086 # several options in one word
@@ -79,7 +88,8 @@ methods=all
 device=cpu
 limit=0
 confirm=64
-models=() # options of decode that name models, filled by the recipe
+models=()      # options of decode that name models, filled by the recipe
+llm_options=() # further ones of its LLM
 
 decode_option() { # as common_option
   model_option "$@"
@@ -144,4 +154,27 @@ decode_stages() { # methods that give all scores of an N-best list of dev; $dev_
     finish report
   fi
   log "finished: $exp_dir"
+}
+
+# All of a decode.sh whose LLM is named and whose other models train.sh made. $llm_options are of decode.
+decode_with_llm() { # folder or name of the LLM, of a matched LLM (may be empty)
+  local llm=$1 matched_llm=${2:-}
+  if [ -z "$llm" ]; then
+    echo "$script: --llm must name a language model (see --help)" >&2
+    exit 2
+  fi
+  cd "$here" || exit
+  set_folders
+  marks=$exp_dir
+  pretrained_dir=${pretrained_dir:-$exp_dir/pretrained}
+  models=(--emissions.model "$pretrained_dir/ctc_aed" --emissions.device "$device")
+  models+=(--nlm.path "$pretrained_dir/nlm" --llm.path "$llm" ${llm_options[@]+"${llm_options[@]}"})
+  scores=attention-rescoring+nlm-nbest-rescoring+llm-nbest-rescoring
+  use_ngram
+  if [ -n "$matched_llm" ]; then
+    models+=(--matched_llm.path "$matched_llm")
+    scores+=+matched-nbest-rescoring
+  fi
+  decode_stages "$scores"
+  exit "$skipped"
 }

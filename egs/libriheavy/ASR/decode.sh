@@ -24,7 +24,6 @@ dev_set=dev
 test_sets="test_clean test_other"
 stop_stage=3
 llm=
-llm_options=()
 matched_llm=
 
 while [ $# -gt 0 ]; do
@@ -43,21 +42,4 @@ while [ $# -gt 0 ]; do
   shift 2
 done
 
-cd "$here"
-set_folders
-marks=$exp_dir
-pretrained_dir=${pretrained_dir:-$exp_dir/pretrained}
-if [ -z "$llm" ]; then
-  echo "decode.sh: --llm must name a language model (see --help)" >&2
-  exit 2
-fi
-models=(--emissions.model "$pretrained_dir/ctc_aed" --emissions.device "$device")
-models+=(--nlm.path "$pretrained_dir/nlm" --llm.path "$llm" ${llm_options[@]+"${llm_options[@]}"})
-scores=attention-rescoring+nlm-nbest-rescoring+llm-nbest-rescoring
-use_ngram
-if [ -n "$matched_llm" ]; then
-  models+=(--matched_llm.path "$matched_llm")
-  scores+=+matched-nbest-rescoring
-fi
-decode_stages "$scores"
-exit "$skipped"
+decode_with_llm "$llm" "$matched_llm"

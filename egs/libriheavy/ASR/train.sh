@@ -17,23 +17,18 @@ here=$(cd "$(dirname "$0")" && pwd)
 corpus=libriheavy
 stop_stage=3
 prepare_training "$@"
-pieces=$(find "$data_dir" -maxdepth 1 -name 'lang_bpe_*' | head -n 1) # as many as prepare.sh made
-if [ -z "$pieces" ]; then
-  echo "train.sh: there are no pieces (lang_bpe_*) in $data_dir: run prepare.sh first" >&2
-  exit 1
-fi
-acoustic=(--bpe "$pieces" --model.vocab_size "${pieces##*_}")
+find_pieces
 
 if wanted 0 ctc_aed; then
   train_acoustic
   finish ctc_aed
 fi
 if wanted 1 nlm; then
-  train_lm nlm "$pieces"
+  train_lm nlm "$lang"
   finish nlm
 fi
 if wanted 2 ngram; then
-  train_ngram nlm "$pieces"
+  train_ngram nlm "$lang"
   finish ngram
 fi
 if wanted 3 export; then
