@@ -74,6 +74,9 @@ class Decoder:
             if name not in given and len(self.weights[name]) > 1:
                 logging.warning("no tuned weights for %s: %s are used", name, self.weights[name])
         self.methods = [Method(name, self.weights[name], options.search, self.lms) for name in names]
+        needed = set().union(*(method.needs for method in self.methods))
+        for source in sorted(needed & set(LM_SOURCES)):
+            self.lms.get(source)  # of second passes too: what is wrong is told before anything is decoded
         longest = min(options.longest, options.batch_seconds)
         rows = min(options.batch_size, max(1, int(options.batch_seconds / longest)))
         self.memory_plan = plan_memory(

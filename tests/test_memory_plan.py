@@ -51,11 +51,14 @@ def test_a_plan_adds_up_and_a_run_records_it(tmp_path):
     assert "llm" in describe_plan(plan) and "acoustic model 0 MB" in describe_plan(plan)
     models = ["--emissions.model", made["model"], "--llm.path", made["llm"]]
     out = tmp_path / "out"
-    what = ["--test_sets.noise", made["cuts"], "--methods", "llm-delayed-shortest", "--out", str(out)]
+    methods = "llm-delayed-shortest,nlm-nbest-rescoring"
+    models += ["--nlm.path", made["nlm"]]
+    what = ["--test_sets.noise", made["cuts"], "--methods", methods, "--out", str(out)]
     assert main(["decode", *models, *what]) == 0
     record = json.loads((out / "run.json").read_text())
     planned = record["memory_plan"]
-    assert planned["acoustic_weights"] > 0 and planned["llm"]["weights"] == part["weights"]
+    assert planned["acoustic_weights"] > 0 and planned["nlm"]["weights"] > 0
+    assert planned["llm"]["weights"] == part["weights"]
     stages = record["test_sets"]["noise"]["llm-delayed-shortest"]["stages"]
     assert 0 < stages["kv_bytes_peak"] < planned["llm"]["kv"]  # short utterances
 
