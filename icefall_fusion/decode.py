@@ -78,9 +78,10 @@ class Decoder:
         for source in sorted(needed & set(LM_SOURCES)):
             self.lms.get(source)  # of second passes too: what is wrong is told before anything is decoded
         longest = min(options.longest, options.batch_seconds)
-        rows = min(options.batch_size, max(1, int(options.batch_seconds / longest)))
+        many = (options.batch_size, min(longest, options.batch_seconds / options.batch_size))
+        long = (min(options.batch_size, max(1, int(options.batch_seconds / longest))), longest)
         self.memory_plan = plan_memory(
-            self.source.network, self.lms.loaded(), rows, longest, options.search.beam, self.lms.ngram_bytes()
+            self.source.network, self.lms.loaded(), (many, long), options.search.beam, self.lms.ngram_bytes()
         )
         logging.info(describe_plan(self.memory_plan))
         self.skipped: list[dict[str, str]] = []

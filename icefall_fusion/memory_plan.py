@@ -4,11 +4,12 @@ Knows: loaded models, options of a decode. Must not know: how anything is comput
 from __future__ import annotations
 
 import math
-from typing import Any, Mapping, Optional
+from typing import Any, Mapping, Optional, Sequence
 
 import torch
 
 from icefall_fusion.lm import CausalLm
+from icefall_fusion.lm.slots import FIRST_SLOTS
 from icefall_fusion.lm.tree_scorer import TreeOptions
 
 #: Fast English speech in an LLM's tokens (or in acoustic pieces), and what a beam adds to the best path.
@@ -18,8 +19,7 @@ TOKENS_A_SECOND, TOKENS_A_SLOT = 6.0, 12.0
 def plan_memory(
     acoustic: Optional[torch.nn.Module],
     lms: Mapping[str, CausalLm],
-    batch: int,
-    seconds: float,
+    batches: Sequence[tuple[int, float]],
     beam: int,
     ngram: int = 0,
 ) -> dict[str, Any]:
@@ -31,8 +31,7 @@ def plan_memory(
     Args:
         acoustic: the acoustic model; None: log-probs come from a file.
         lms: the language models by source.
-        batch: utterances decoded together.
-        seconds: of the longest utterance (or part of one).
+        batches: the largest that there may be: numbers of utterances, and seconds of each.
         beam: slots.
         ngram: bytes of the n-gram's tables.
 
@@ -42,14 +41,15 @@ def plan_memory(
     """
     plan: dict[str, Any] = {"acoustic_weights": 0 if acoustic is None else weight_bytes(acoustic)}
     plan["ngram"] = ngram
-    tokens = batch * (seconds * TOKENS_A_SECOND + beam * TOKENS_A_SLOT)
+    tokens = max(rows * _slots(seconds * TOKENS_A_SECOND + beam * TOKENS_A_SLOT) for rows, seconds in batches)
+    slots = beam * max(rows for rows, _ in batches)
     total, most = plan["acoustic_weights"] + ngram, 0
     for source, lm in lms.items():
-        rows = batch * beam * 4 * lm.vocab_size  # a distribution for each slot, float32
+        rows = slots * 4 * lm.vocab_size  # a distribution for each slot, float32
         part = {
             "weights": weight_bytes(lm.model),
             "kv_a_token": lm.kv_bytes_a_token,
-            "kv": math.ceil(tokens * lm.kv_bytes_a_token),
+            "kv": tokens * lm.kv_bytes_a_token,
             "distributions": min(rows, TreeOptions().max_distribution_bytes),
         }
         plan[source] = part
@@ -58,6 +58,11 @@ def plan_memory(
     plan["total"] = total + most
     plan["free"] = {str(device): free_bytes(device) for device in _gpus(acoustic, lms)}
     return plan
+
+
+def _slots(tokens: float) -> int:
+    """Return the slots of an utterance's buffer that holds so many tokens: it grows by doubling."""
+    return FIRST_SLOTS * 2 ** max(0, math.ceil(math.log2(tokens / FIRST_SLOTS)))
 
 
 def weight_bytes(model: torch.nn.Module) -> int:

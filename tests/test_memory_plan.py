@@ -41,11 +41,11 @@ def test_bytes_of_a_token_are_those_of_the_tree_cache(family, more, dtype):
 def test_a_plan_adds_up_and_a_run_records_it(tmp_path):
     made = tiny.everything(tmp_path / "models")
     lm = CausalLm.from_pretrained(made["llm"])
-    plan = plan_memory(None, {"llm": lm}, batch=4, seconds=10.0, beam=5)
+    plan = plan_memory(None, {"llm": lm}, ((4, 10.0), (1, 60.0)), beam=5)
     part = plan["llm"]
     tensors = [*lm.model.parameters(), *lm.model.buffers()]
     assert part["weights"] >= sum(t.numel() * 4 for t in tensors) * 0.9
-    assert part["kv"] == 4 * (10 * 6 + 5 * 12) * part["kv_a_token"]
+    assert part["kv"] == 4 * 128 * part["kv_a_token"]  # 10 s of speech and a beam of 5: 120 tokens
     assert part["distributions"] == 4 * 5 * 4 * lm.vocab_size
     assert plan["total"] == part["weights"] + part["kv"] + part["distributions"] and plan["free"] == {}
     assert "llm" in describe_plan(plan) and "acoustic model 0 MB" in describe_plan(plan)
