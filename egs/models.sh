@@ -159,12 +159,12 @@ decode_stages() { # methods that give all scores of an N-best list of dev; $dev_
 # All of a decode.sh whose LLM is named and whose other models train.sh made. $llm_options are of decode.
 decode_with_llm() { # folder or name of the LLM, of a matched LLM (may be empty)
   local llm=$1 matched_llm=${2:-}
+  cd "$here" || exit
+  set_folders
   if [ -z "$llm" ]; then
     echo "$script: --llm must name a language model (see --help)" >&2
     exit 2
   fi
-  cd "$here" || exit
-  set_folders
   marks=$exp_dir
   pretrained_dir=${pretrained_dir:-$exp_dir/pretrained}
   models=(--emissions.model "$pretrained_dir/ctc_aed" --emissions.device "$device")

@@ -31,7 +31,6 @@ class CausalLm:
         bos_id: put before every text; None when the model has none (then a prompt is needed).
         eos_id: end of a text, or None.
         device: where token ids go in and log-probs come out.
-        kv_bytes_a_token: keys and values of one token in all layers.
         name: folder or hub name.
         packed: whether tokens of all utterances share one unpadded row (`sdpa` attention), else one row each.
         window: sliding attention window in tokens, or None.
@@ -46,10 +45,6 @@ class CausalLm:
         config = model.config.get_text_config(decoder=True)
         self.vocab_size = int(config.vocab_size)
         self.layers = int(config.num_hidden_layers)
-        heads = int(config.num_attention_heads)
-        head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
-        heads = getattr(config, "num_key_value_heads", None) or heads
-        self.kv_bytes_a_token = 2 * self.layers * heads * head_size * model.dtype.itemsize
         self.device = model.get_input_embeddings().weight.device
         self.window, self._mixed = _window(config, name)
         self.max_tokens = _max_tokens(model, config)
@@ -90,6 +85,15 @@ class CausalLm:
         """
         model = _load(path_or_name, dtype, device, device_map, quantization)
         return cls(model, Vocabulary.load(path_or_name, model.config), str(path_or_name), self_check)
+
+    @property
+    def kv_bytes_a_token(self) -> int:
+        """Bytes of the keys and values of one token in all layers."""
+        config = self.model.config.get_text_config(decoder=True)
+        heads = int(config.num_attention_heads)
+        head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+        key_heads = getattr(config, "num_key_value_heads", None) or heads
+        return 2 * self.layers * key_heads * head_size * self.model.dtype.itemsize
 
     # --- texts -------------------------------------------------------------------------------------------
 
