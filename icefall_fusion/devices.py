@@ -1,9 +1,13 @@
-"""Names of devices, checked before anything is loaded onto one.
+"""Names of devices, checked before anything is loaded onto one; processes that find each other and part.
 Knows: torch. Must not know: models, data, jobs.
 """
 from __future__ import annotations
 
+import atexit
+from typing import Any
+
 import torch
+import torch.distributed as dist
 
 from icefall_fusion.checks import check
 
@@ -22,3 +26,23 @@ def check_device(device: str, option: str) -> None:
     if wanted.type == "cuda":
         count = torch.cuda.device_count()
         check((wanted.index or 0) < count, option, f"be one of the {count} GPUs that PyTorch sees", device)
+
+
+def join_processes(backend: str, **options: Any) -> None:
+    """Meet the other processes that torchrun has started; part from them when this one ends.
+
+    Without parting, an exit while threads of the backend still run may abort a process that has done all its
+    work (seen with gloo), and torchrun takes that for a failure.
+
+    Args:
+        backend: gloo or nccl.
+        options: of torch.distributed.init_process_group.
+    """
+    if not dist.is_initialized():
+        dist.init_process_group(backend, **options)
+        atexit.register(_part)
+
+
+def _part() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Iterable, Mapping, Sequence, TypeVar
 
+from icefall_fusion.devices import join_processes
 from icefall_fusion.files import PathLike
 from icefall_fusion.runlog import MethodLog
 
@@ -40,10 +41,7 @@ class Processes:
         """Return what torchrun's environment says; several processes find each other (gloo)."""
         rank, world, local = (int(os.environ.get(name, default)) for name, default in _ENVIRONMENT)
         if world > 1:
-            import torch.distributed as dist
-
-            if not dist.is_initialized():
-                dist.init_process_group("gloo", timeout=_SLOWEST)
+            join_processes("gloo", timeout=_SLOWEST)
         return cls(rank, world, local)
 
     def device(self, name: str) -> str:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from icefall_fusion.checks import check
-from icefall_fusion.devices import check_device
+from icefall_fusion.devices import check_device, join_processes
 
 
 def init_distributed(device: str = "auto") -> tuple[int, int, torch.device]:
@@ -31,8 +31,8 @@ def init_distributed(device: str = "auto") -> tuple[int, int, torch.device]:
         chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    if world > 1:
+        join_processes("nccl" if chosen.type == "cuda" else "gloo")
     return rank, world, chosen
 
 
