@@ -28,7 +28,7 @@ from icefall_fusion.methods import Method, choose_methods, weights_of
 from icefall_fusion.nbest import NBest
 from icefall_fusion.report import peak_memory_bytes, reset_peak_memory, table
 from icefall_fusion.rescoring import add_counters
-from icefall_fusion.results import make_row
+from icefall_fusion.results import join_rows, make_row, read_earlier_rows
 from icefall_fusion.runlog import describe_environment
 from icefall_fusion.shards import Processes, ShardedLog
 from icefall_fusion.stretches import Found, Stretch
@@ -88,6 +88,7 @@ class Decoder:
         self.oom_backoffs, self._most_rows = 0, options.batch_size
         self.report: dict[str, Any] = {}
         self.rows: list[dict[str, Any]] = []
+        self._earlier_rows = read_earlier_rows(self.out / "results.json")
         self._fingerprints: dict[str, str] = {}
         self._started = time.time()
 
@@ -127,7 +128,8 @@ class Decoder:
             self.report.setdefault(name, {})[row["method"]] = {**row, "stages": log.whole.totals()}
             log.whole.close()
         self.rows += rows
-        write_json(self.out / "results.json", self.rows)
+        earlier = [] if options.restart else self._earlier_rows
+        write_json(self.out / "results.json", join_rows(earlier, self.rows))
         return rows
 
     def _decode_share(

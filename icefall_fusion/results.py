@@ -3,7 +3,9 @@ Knows: run logs, references, word errors. Must not know: models, searches, how a
 """
 from __future__ import annotations
 
-from typing import Any, Mapping
+import json
+from pathlib import Path
+from typing import Any, Mapping, Sequence
 
 from icefall_fusion.files import PathLike
 from icefall_fusion.runlog import MethodLog
@@ -45,6 +47,29 @@ def make_row(
         "options": dict(options),
         "audio_seconds": audio,
     }
+
+
+def read_earlier_rows(path: PathLike) -> list[dict[str, Any]]:
+    """Return the rows that an earlier call left in its folder, none if there is no such file.
+
+    Raises:
+        ValueError: the file holds no rows.
+    """
+    path = Path(path)
+    if not path.is_file():
+        return []
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        join_rows(rows, [])
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} must hold rows of methods and test sets, but says: {error!r}") from error
+    return rows
+
+
+def join_rows(earlier: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return all rows, those of an earlier call first unless the method was decoded (or found done) now."""
+    now = {(row["test_set"], row["method"]) for row in rows}
+    return [row for row in earlier if (row["test_set"], row["method"]) not in now] + list(rows)
 
 
 def _scores(

@@ -293,6 +293,22 @@ def test_a_hugging_face_model_decodes_with_an_llm(made, tmp_path) -> None:
 # --- pieces -------------------------------------------------------------------------------------------
 
 
+def test_a_second_call_keeps_the_rows_of_the_first(made, tmp_path, capsys) -> None:
+    out = tmp_path / "out"
+
+    def methods() -> list[str]:
+        return [row["method"] for row in json.loads((out / "results.json").read_text())]
+
+    assert main(arguments(made, out, "--methods", "ctc-greedy,ctc-prefix")) == 0
+    assert main(arguments(made, out, "--methods", "ngram-shallow,ctc-greedy")) == 0
+    assert methods() == ["ctc-prefix", "ngram-shallow", "ctc-greedy"]
+    assert main(arguments(made, out, "--methods", "ctc-greedy", "--restart", "true")) == 0
+    assert methods() == ["ctc-greedy"]
+    (out / "results.json").write_text('{"no": "rows"}')
+    assert main(arguments(made, out, "--methods", "ctc-greedy")) == 2
+    assert "results.json must hold rows of methods and test sets" in capsys.readouterr().err
+
+
 def test_names_of_methods() -> None:
     assert parse_methods("all") == list(METHODS) and len(METHODS) == 17
     assert parse_method("ctc-prefix") == ()
