@@ -60,7 +60,7 @@ def run(options: TranscriptsOptions) -> int:
                     continue
                 kept += 1
                 lines.write(json.dumps(row, ensure_ascii=False) + "\n")
-        check(kept > 0, f"{target}", "get a text at least", kept)
+            check(kept > 0, f"{target}", "get a text at least", kept)
         print(f"{split}: {kept} texts, {left_out} of books of held-out sets left out -> {target}")
     return 0
 

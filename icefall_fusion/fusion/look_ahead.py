@@ -107,7 +107,7 @@ class LookAheadRun:
             until = torch.where(scored.unsqueeze(1), self._total[beam.boundary], until)
             self._scored[node] = until
         # what others in the batch do must not matter
-        now = active if due or scored is None else active & scored
+        now = active if due else active & scored
         ahead = torch.where(now.unsqueeze(1), self._total[node] - until, given)
         beam.fused += ahead - given
         self._given[node] = ahead

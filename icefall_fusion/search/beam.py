@@ -38,7 +38,7 @@ class Beam:
         words: [B, K, S] int64, words whose bonus fusion s has paid.
         state: [B, K, S] int64, one integer of the fusion's own (its tree node).
         fused: [B, K] float32, ``sum_s weight_s * lm_s + word_bonus_s * words_s``. Whoever changes lm or words
-            changes fused too.
+            changes fused too. Look-ahead adds to it for a while; after ``finish`` it is this sum.
         lens: [B] int64, frames of each utterance; a row is frozen from its own end on.
         asked: [B, K] bool, while ``extension_scores`` is called: slots of which an extension could survive.
         frame: the frame just searched (-1 before the first).
