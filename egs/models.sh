@@ -90,6 +90,7 @@ limit=0
 confirm=64
 models=()      # options of decode that name models, filled by the recipe
 llm_options=() # further ones of its LLM
+scoring=()     # of how the test sets are scored
 
 decode_option() { # as common_option
   model_option "$@"
@@ -99,6 +100,7 @@ decode_option() { # as common_option
     --methods) methods=$2 ;;
     --device) device=$2 ;;
     --limit) limit=$(number "$1" "$2") ;;     # decode only so many utterances of each set; 0: all
+    --printed-wer) scoring=(--printed_wer "$2") ;;
     --confirm) confirm=$(number "$1" "$2") ;; # tuning decodes so many utterances of dev; 0: from N-best lists alone
     *) taken=0 ;;
   esac
@@ -146,7 +148,7 @@ decode_stages() { # methods that give all scores of an N-best list of dev; $dev_
   fi
   if wanted 2 decode; then
     for name in $test_sets; do sets+=("--test_sets.$name" "$(cuts "$name")"); done
-    decode_job "$exp_dir/decode" "${sets[@]}" --methods "$methods" --weights "$weights"
+    decode_job "$exp_dir/decode" "${sets[@]}" --methods "$methods" --weights "$weights" ${scoring[@]+"${scoring[@]}"}
     finish decode
   fi
   if wanted 3 report; then

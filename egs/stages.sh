@@ -6,7 +6,6 @@ stage=0
 config=full
 data_dir=
 exp_dir=
-python=${PYTHON:-python}
 started_in=$PWD
 script=$(basename "$0")
 skipped=0
@@ -18,6 +17,9 @@ usage() { # the comment at the head of the script
 }
 
 absolute() { case "$1" in /*) echo "$1" ;; *) echo "$started_in/$1" ;; esac; }
+
+python=${PYTHON:-python}
+case "$python" in */*) python=$(absolute "$python") ;; esac # scripts go to their own folder
 
 path_or_name() { if [ -e "$1" ]; then absolute "$1"; else echo "$1"; fi; } # a folder here, or a name on the hub
 

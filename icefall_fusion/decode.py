@@ -121,7 +121,7 @@ class Decoder:
         references = {u.id: u.text for u in utterances}
         seconds = {u.id: u.seconds for u in utterances}
         rows = [
-            make_row(self.out, name, log.whole, references, seconds, received[method])
+            make_row(self.out, name, log.whole, references, seconds, received[method], options.printed_wer)
             for method, log in logs.items()
         ]
         for row, log in zip(rows, logs.values()):

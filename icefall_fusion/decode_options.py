@@ -37,6 +37,8 @@ class DecodeOptions:
         batch_seconds: padded audio in a batch, in seconds.
         longest: seconds; longer utterances are decoded in parts cut at quiet places.
         limit: decode only so many utterances of each set, spread evenly over it; 0 decodes all.
+        printed_wer: count words with their case and punctuation too, beside normalized words: for acoustic
+            models of cased text.
         save_emissions: folder for the log-probs (float16 .npz); empty: not kept.
         threads: of torch; 0 leaves its default.
         restart: drop what an earlier run left in ``out`` instead of going on.
@@ -56,6 +58,7 @@ class DecodeOptions:
     batch_seconds: float = 480.0
     longest: float = 60.0
     limit: int = 0
+    printed_wer: bool = False
     save_emissions: str = ""
     threads: int = 0
     restart: bool = False

@@ -83,6 +83,7 @@ def check_rows(rows: Iterable[Row]) -> list[Row]:
     return rows
 
 
+_PRINTED = ("printed WER %", lambda row: f"{row['wer_printed']:.2f}" if "wer_printed" in row else "-")
 _COLUMNS = (
     ("WER %", lambda row: "-" if row["wer"] is None else f"{row['wer']:.2f}"),
     ("RTF", lambda row: f"{row['rtf']:.4f}"),
@@ -99,6 +100,8 @@ _COLUMNS = (
 def table(rows: Sequence[Row], markdown: bool = False) -> str:
     """Return the rows as a table, one block a test set, the lowest WER of a block marked.
 
+    WER is that of normalized words; that of printed words has a column of its own where it was counted.
+
     Args:
         rows: as in ``results.json``.
         markdown: with bars; else plain columns.
@@ -108,8 +111,10 @@ def table(rows: Sequence[Row], markdown: bool = False) -> str:
     for test_set in test_sets(rows):
         block = [row for row in rows if row["test_set"] == test_set]
         best = min((row["wer"] for row in block if row["wer"] is not None), default=None)
-        head = ["method", *(name for name, _ in _COLUMNS)]
-        lines = [[row["method"], *(show(row) for _, show in _COLUMNS)] for row in block]
+        printed = (_PRINTED,) if any("wer_printed" in row for row in block) else ()
+        columns = (_COLUMNS[0], *printed, *_COLUMNS[1:])
+        head = ["method", *(name for name, _ in columns)]
+        lines = [[row["method"], *(show(row) for _, show in columns)] for row in block]
         for row, line in zip(block, lines):
             if row["wer"] is not None and row["wer"] == best:
                 line[1] = f"**{line[1]}**" if markdown else f"{line[1]} *"

@@ -19,7 +19,7 @@ _TREE_COUNTERS = ("eager_tokens", "path_kv_tokens", "full_text_tokens", "histori
 
 def make_row(
     folder: PathLike, test_set: str, log: MethodLog, references: Mapping[str, str | None],
-    seconds: Mapping[str, float], options: Mapping[str, Any],
+    seconds: Mapping[str, float], options: Mapping[str, Any], printed: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Write the WER files of a finished method and return its row.
 
@@ -30,6 +30,7 @@ def make_row(
         references: text by utterance; None where there is none.
         seconds: of audio by utterance.
         options: what the method received; ``method`` is its name.
+        printed: count words with case and punctuation too (``wer_printed``).
     """
     audio = sum(seconds[utterance] for utterance in log.done)
     totals = {**dict.fromkeys(_COUNTERS, 0), **log.totals()}
@@ -37,7 +38,7 @@ def make_row(
     return {
         "method": options["method"],
         "test_set": test_set,
-        **_scores(folder, test_set, options["method"], log, references),
+        **_scores(folder, test_set, options["method"], log, references, printed),
         "rtf": work / audio if audio else 0.0,
         "search_seconds": totals.get("search", 0.0),
         "lm_seconds": totals.get("lm", 0.0),
@@ -73,8 +74,9 @@ def join_rows(earlier: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]])
 
 
 def _scores(
-    folder: PathLike, test_set: str, method: str, log: MethodLog, references: Mapping[str, str | None]
-) -> dict[str, Any]:
+    folder: PathLike, test_set: str, method: str, log: MethodLog, references: Mapping[str, str | None],
+    printed: bool,
+) -> dict[str, Any]:  # fmt: skip
     """Return WER and oracle WER in percent and the number of words, of utterances that have a reference.
 
     Without words in the references both rates are None.
@@ -87,4 +89,7 @@ def _scores(
     errors = write_wer_files(folder, test_set, method, texts, hypotheses)
     if errors.words == 0:  # JSON has no word for infinity
         return {"wer": None, "words": 0, "oracle_wer": None}
-    return {"wer": errors.wer, "words": errors.words, "oracle_wer": oracle_errors(texts, nbests).wer}
+    scores = {"wer": errors.wer, "words": errors.words, "oracle_wer": oracle_errors(texts, nbests).wer}
+    if printed:
+        scores["wer_printed"] = write_wer_files(folder, test_set, method, texts, hypotheses, "printed").wer
+    return scores

@@ -1,5 +1,8 @@
 """Word error rates through kaldialign, and icefall's files of them: recogs-*, errs-*, wer-summary-*.
 Knows: references, hypotheses, N-best lists, one normalizer for both. Must not know: models, searches, torch.
+
+Two measures, never mixed: ``normalized`` counts spoken words (lower case, no punctuation, numbers spelled
+out), ``printed`` the words as they stand, with case and punctuation: for models of cased text.
 """
 from __future__ import annotations
 
@@ -13,12 +16,13 @@ from typing import Iterable, Iterator, Mapping, TextIO
 
 import kaldialign
 
-from icefall_fusion.checks import check
+from icefall_fusion.checks import check, check_choice
 from icefall_fusion.files import PathLike, atomic_path
 from icefall_fusion.nbest import NBest
 from icefall_fusion.text import normalize
 
 EPS = "*"
+MEASURES = ("normalized", "printed")
 
 
 @dataclass(frozen=True)
@@ -64,29 +68,44 @@ class WordErrors:
         )
 
 
-def count_errors(reference: str, hypothesis: str) -> WordErrors:
-    """Count the word errors of one utterance; both texts go through the same normalizer first."""
-    words = normalize(reference).split()
-    counts = kaldialign.edit_distance(words, normalize(hypothesis).split())
+def words_of(text: str, measure: str = "normalized") -> list[str]:
+    """Return the words that a measure counts, of references and hypotheses alike.
+
+    Raises:
+        ValueError: the measure is unknown.
+    """
+    check_choice(measure, MEASURES, "measure")
+    return (normalize(text) if measure == "normalized" else text).split()
+
+
+def count_errors(reference: str, hypothesis: str, measure: str = "normalized") -> WordErrors:
+    """Count the word errors of one utterance, of one of MEASURES."""
+    words = words_of(reference, measure)
+    counts = kaldialign.edit_distance(words, words_of(hypothesis, measure))
     return WordErrors(len(words), counts["ins"], counts["del"], counts["sub"])
 
 
-def word_errors(references: Mapping[str, str], hypotheses: Mapping[str, str]) -> WordErrors:
+def word_errors(
+    references: Mapping[str, str], hypotheses: Mapping[str, str], measure: str = "normalized"
+) -> WordErrors:
     """Count the word errors of a test set.
 
     Args:
         references: text by utterance id.
         hypotheses: text by utterance id; every reference needs one (an empty text is one).
+        measure: one of MEASURES.
 
     Raises:
         ValueError: an utterance has no hypothesis or no reference.
     """
     _check_same_utterances(references, hypotheses)
-    counts = (count_errors(text, hypotheses[utterance]) for utterance, text in references.items())
+    counts = (count_errors(text, hypotheses[utterance], measure) for utterance, text in references.items())
     return sum(counts, WordErrors())
 
 
-def oracle_errors(references: Mapping[str, str], nbests: Iterable[NBest]) -> WordErrors:
+def oracle_errors(
+    references: Mapping[str, str], nbests: Iterable[NBest], measure: str = "normalized"
+) -> WordErrors:
     """Count the errors that remain when the best hypothesis of each N-best list is known.
 
     Raises:
@@ -96,7 +115,8 @@ def oracle_errors(references: Mapping[str, str], nbests: Iterable[NBest]) -> Wor
     _check_same_utterances(references, lists)
     total = WordErrors()
     for utterance, text in references.items():
-        counts = [count_errors(text, h.text) for h in lists[utterance]] or [count_errors(text, "")]
+        texts = [h.text for h in lists[utterance]] or [""]
+        counts = [count_errors(text, found, measure) for found in texts]
         total += min(counts, key=lambda errors: errors.errors)
     return total
 
@@ -116,9 +136,12 @@ def _check_same_utterances(references: Mapping[str, object], hypotheses: Mapping
 
 
 def write_wer_files(
-    folder: PathLike, test_set: str, key: str, references: Mapping[str, str], hypotheses: Mapping[str, str]
-) -> WordErrors:
+    folder: PathLike, test_set: str, key: str, references: Mapping[str, str], hypotheses: Mapping[str, str],
+    measure: str = "normalized",
+) -> WordErrors:  # fmt: skip
     """Write ``recogs-``, ``errs-`` and ``wer-summary-<test set>-<key>.txt`` and return the counts.
+
+    The names of files of the measure ``printed`` end in ``-printed.txt``.
 
     Args:
         folder: where to; made when missing.
@@ -126,15 +149,17 @@ def write_wer_files(
         key: method and settings, part of the file names, so that no run overwrites another's.
         references: text by utterance id.
         hypotheses: text by utterance id, for the same utterances.
+        measure: one of MEASURES.
     """
     _check_same_utterances(references, hypotheses)
     pairs = {
-        utterance: (normalize(references[utterance]).split(), normalize(hypotheses[utterance]).split())
+        utterance: (words_of(references[utterance], measure), words_of(hypotheses[utterance], measure))
         for utterance in sorted(references)
     }
     alignments = {u: kaldialign.align(ref, hyp, EPS) for u, (ref, hyp) in pairs.items()}
-    total = word_errors(references, hypotheses)
+    total = word_errors(references, hypotheses, measure)
     folder = Path(folder)
+    key = key if measure == "normalized" else f"{key}-{measure}"
     name = f"{test_set}-{key}.txt"
     with atomic_path(folder / f"recogs-{name}") as path, open(path, "w", encoding="utf-8") as file:
         for utterance, (ref, hyp) in pairs.items():
@@ -211,6 +236,7 @@ class ScoreOptions:
         out: folder for recogs-, errs- and wer-summary- files; none are written without it.
         test_set: part of the files' names.
         key: part of the files' names: method and settings.
+        measure: normalized (spoken words), or printed (words with their case and punctuation).
     """
 
     ref: str
@@ -218,11 +244,13 @@ class ScoreOptions:
     out: str = ""
     test_set: str = "test"
     key: str = "score"
+    measure: str = "normalized"
 
     def __post_init__(self) -> None:
         for name in ("test_set", "key"):
             value = getattr(self, name)
             check(value and "/" not in value, f"ScoreOptions.{name}", "be a part of a file name", value)
+        check_choice(self.measure, MEASURES, "ScoreOptions.measure")
 
 
 def run(options: ScoreOptions) -> int:
@@ -230,12 +258,12 @@ def run(options: ScoreOptions) -> int:
     references = read_texts(options.ref)
     nbests = read_texts(options.hyp, nbests=True)
     hypotheses = {u: value[0].text if isinstance(value, NBest) else value for u, value in nbests.items()}
-    total = word_errors(references, hypotheses)
-    print(total)
+    measure = options.measure
+    print(word_errors(references, hypotheses, measure))
     if any(isinstance(value, NBest) for value in nbests.values()):
-        print(f"oracle {oracle_errors(references, nbests.values())}")
+        print(f"oracle {oracle_errors(references, nbests.values(), measure)}")
     if options.out:
-        write_wer_files(options.out, options.test_set, options.key, references, hypotheses)
+        write_wer_files(options.out, options.test_set, options.key, references, hypotheses, measure)
         logging.info("wrote recogs-, errs- and wer-summary- files to %s", options.out)
     return 0
 

@@ -218,6 +218,24 @@ def test_missing_and_broken_audio_is_skipped_and_listed(made, tmp_path) -> None:
     assert all(row["words"] == 4 for row in rows)
 
 
+def test_printed_words_are_counted_beside_normalized_ones(made, tmp_path) -> None:
+    cased = tmp_path / "cased.jsonl.gz"
+    cuts = [json.loads(line) for line in gzip.open(made["cuts"], "rt")]
+    for cut in cuts:
+        cut["supervisions"][0]["text"] = cut["supervisions"][0]["text"].upper() + "!"
+    with gzip.open(cased, "wt") as file:
+        file.writelines(json.dumps(cut) + "\n" for cut in cuts)
+    rows = []
+    for manifest in (made["cuts"], str(cased)):
+        out = tmp_path / str(len(rows))
+        run = arguments(made, out, "--methods", "ctc-prefix", "--printed_wer", "true")
+        assert main([*run, "--test_sets", json.dumps({"noise": manifest})]) == 0
+        rows += json.loads((out / "results.json").read_text())
+        assert (out / "recogs-noise-ctc-prefix-printed.txt").exists()
+    assert rows[0]["wer"] == rows[0]["wer_printed"] == rows[1]["wer"]  # the tiny corpus is normalized
+    assert rows[1]["wer_printed"] >= 100.0  # no word of the references is ever heard in capitals
+
+
 def test_long_audio_is_decoded_in_parts(made, tmp_path) -> None:
     more = ["--methods", "ctc-greedy,nlm-shallow+llm-delayed-interval-16", "--longest", "1"]
     assert main(arguments(made, tmp_path, *more)) == 0

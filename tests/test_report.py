@@ -42,6 +42,14 @@ def test_table_has_every_row_and_marks_the_best() -> None:
     assert text.count(" *") == 2 and table(made, markdown=True).count("**") == 4
 
 
+def test_printed_words_have_a_column_of_their_own() -> None:
+    assert "printed" not in table(rows())
+    made = rows(sets=("clean",))
+    made[3]["wer_printed"] = 47.125
+    header, line = (table(made).splitlines()[i] for i in (2, 7))
+    assert "WER %  printed WER %" in header and line.startswith(METHODS[3]) and " 47.12 " in line
+
+
 def test_a_row_without_a_key_is_refused() -> None:
     row = rows()[0]
     del row["rtf"]

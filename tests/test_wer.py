@@ -41,6 +41,16 @@ def test_reference_and_hypothesis_meet_the_same_normalizer() -> None:
     assert count_errors("She had twenty one cats", "She had 21 cats").errors == 0
 
 
+def test_printed_words_are_another_measure() -> None:
+    said, heard = 'The 2 cats -- "Tom" and Mr. Finch -- sat.', 'the two cats tom and mister finch sat'
+    assert count_errors(said, heard).errors == 0
+    printed = count_errors(said, heard, "printed")  # but "cats" and "and": two are too many
+    assert (printed.words, printed.errors) == (10, 8)
+    assert count_errors(said, f"  {said} ", "printed").errors == 0
+    with pytest.raises(ValueError, match="measure must be one of .*printed.*'cased'"):
+        count_errors(said, heard, "cased")
+
+
 def test_totals_agree_with_a_plain_edit_distance() -> None:
     random.seed(1)
     for _ in range(50):
@@ -73,6 +83,9 @@ def test_files_like_icefall(tmp_path) -> None:
     summary = (tmp_path / "wer-summary-test-clean-ctc-greedy.txt").read_text()
     assert summary == "settings\tWER\nctc-greedy\t66.67\n"
     assert total.wer == pytest.approx(200 / 3)
+    write_wer_files(tmp_path, "test-clean", "ctc-greedy", {"u1": "A b c"}, {"u1": "a b c"}, "printed")
+    summary = (tmp_path / "wer-summary-test-clean-ctc-greedy-printed.txt").read_text()
+    assert summary == "settings\tWER\nctc-greedy-printed\t33.33\n"
 
 
 def test_every_input_form(tmp_path) -> None:
@@ -110,6 +123,10 @@ def test_score_job(tmp_path, capsys) -> None:
     printed = capsys.readouterr().out
     assert "%WER = 50.00 [1 / 2, 0 ins, 1 del, 0 sub]" in printed and "oracle %WER = 0.00" in printed
     assert (tmp_path / "out" / "wer-summary-test-score.txt").exists()
+    (tmp_path / "ref.txt").write_text("u1 Hello there.\n")
+    assert main([*arguments, "--measure", "printed"]) == 0
+    printed = capsys.readouterr().out
+    assert "%WER = 100.00 [2 / 2, 0 ins, 1 del, 1 sub]" in printed and "oracle %WER = 100.00" in printed
     assert main(["score", "--ref", "missing.txt", "--hyp", "missing.txt"]) == 2
     with pytest.raises(ValueError, match="ScoreOptions.key must be a part of a file name"):
         ScoreOptions(ref="a", hyp="b", key="x/y")

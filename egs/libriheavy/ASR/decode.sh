@@ -10,7 +10,8 @@
 # test sets, 3 report. Weights go to weights.yaml in --exp-dir. Every stage can be killed and run again, with
 # another --world-size too: finished utterances are kept. A finished stage leaves a .done mark and is skipped;
 # remove the mark (and the outputs) to run it again. --limit N decodes N utterances of each set, --confirm N
-# (64) so many in tuning. Exit code 3: done, but some audio was skipped (it is listed).
+# (64) so many in tuning. --printed-wer true counts words with case and punctuation too, in a column of its own:
+# for models of prepare.sh --text cased. Exit code 3: done, but some audio was skipped (it is listed).
 #
 # --llm: any causal LM of the Hugging Face hub, or a folder. --llm-text says how it sees words (as-is, lower,
 # sentence), --llm-quantization 8bit or 4bit, --llm-device-map auto spreads it over GPUs. --matched-llm names an
