@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -176,6 +177,27 @@ def test_nonfinite_steps_are_skipped_and_counted(tmp_path: Path) -> None:
     valid = [line for line in lines if "valid_loss" in line]
     assert [line["step"] for line in valid] == [4, 8]
     assert valid[0]["valid_doubled"] == pytest.approx(2 * valid[0]["valid_loss"])
+
+
+def test_waiting_for_data_is_told(tmp_path: Path) -> None:
+    """A source that takes as long as the model makes half of the time waiting; a quick one nearly none."""
+
+    class Slow(Lines):
+        def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+            for batch in super().__iter__():
+                time.sleep(0.02)
+                yield batch
+
+    def slow_model(model: nn.Module, batch: Any) -> Any:
+        time.sleep(0.02)
+        return squared_error(model, batch)
+
+    _, quick = train(tmp_path / "quick", make_model(), slow_model)
+    assert 0 <= quick["data_wait"] < 0.3
+    slow = Trainer(options(), make_model(), slow_model, Slow(), [], tmp_path / "slow").run()
+    assert 0.2 < slow["data_wait"] < 0.8
+    line = json.loads((tmp_path / "slow" / "log.jsonl").read_text().splitlines()[-1])
+    assert line["data_wait"] == pytest.approx(slow["data_wait"], abs=0.1)
 
 
 def test_stops_with_an_error_after_too_many_nonfinite_steps(tmp_path: Path) -> None:

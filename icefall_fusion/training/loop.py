@@ -91,7 +91,7 @@ class Trainer:
         self.optimizer = make_optimizer(model, options)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.step = self.items_seen = self.skipped = self.skipped_in_row = 0
-        self.seconds_before = 0.0
+        self.seconds_before = self.step_seconds = self.wait_seconds = 0.0
         self.last_valid: dict[str, float] = {}
         self.agreed_stop = ""
         self.started = self.saved_at = time.monotonic()
@@ -107,9 +107,10 @@ class Trainer:
     # The loop.
 
     def run(self) -> dict[str, Any]:
-        """Train; return {"step", "reason", "valid", "skipped", "minutes"}.
+        """Train; return {"step", "reason", "valid", "skipped", "minutes", "data_wait"}.
 
-        ``reason`` is "max_steps", "max_minutes" or "signal".
+        ``reason`` is "max_steps", "max_minutes" or "signal"; ``data_wait`` is the share of the steps' time in
+        which they waited for a batch (of this run and process).
 
         Raises:
             RuntimeError: ``nan_limit`` steps in a row had a non-finite loss or gradient norm.
@@ -120,7 +121,9 @@ class Trainer:
         batches, reason = self._endless(), ""
         with self.journal.opened(self.options.max_steps, self.step), self.signals:
             while not (reason := self._reason_to_stop()):
+                begun = time.monotonic()
                 values = self._train_step(batches)
+                self.step_seconds += time.monotonic() - begun
                 self._report_step(values)
                 if self.options.valid_every_steps and self.step % self.options.valid_every_steps == 0:
                     self.validate()
@@ -133,7 +136,12 @@ class Trainer:
                 self.save()
         minutes = self._seconds() / 60
         return {"step": self.step, "reason": reason, "valid": self.last_valid, "skipped": self.skipped,
-                "minutes": minutes}
+                "minutes": minutes, "data_wait": self.data_wait}
+
+    @property
+    def data_wait(self) -> float:
+        """Share of the steps' time, 0 to 1, in which they waited for a batch."""
+        return self.wait_seconds / max(self.step_seconds, 1e-9)
 
     def _train_step(self, batches: Iterator[Any]) -> dict[str, float]:
         """One optimizer step over ``accumulate`` batches; gradients are of the mean over all items."""
@@ -141,7 +149,10 @@ class Trainer:
         self.model.train()
         totals: dict[str, Any] = {"loss": 0.0, "weight": 0.0}
         for part in range(self.options.accumulate):
-            batch = to_device(next(batches), self.device)
+            begun = time.monotonic()
+            batch = next(batches)
+            self.wait_seconds += time.monotonic() - begun
+            batch = to_device(batch, self.device)
             last = part == self.options.accumulate - 1
             # Gradients travel between processes once a step, with the last batch.
             quiet = contextlib.nullcontext() if last or self.world == 1 else self.wrapped.no_sync()
@@ -205,7 +216,8 @@ class Trainer:
         if self.describe:
             means.update(self.describe(means))
         self.last_valid = {"step": self.step, **means}
-        self._log_line({f"valid_{name}": value for name, value in means.items()})
+        line = {f"valid_{name}": value for name, value in means.items()}
+        self._log_line({**line, "data_wait": round(self.data_wait, 4)})
         self.journal.scalars("valid", means, self.step)
         return means
 
@@ -291,7 +303,7 @@ class Trainer:
         rate = self.items_seen / max(self._seconds(), 1e-9)
         loss, norm = values["loss"], values["grad_norm"]
         self.journal.advance(f"loss {loss:.3f} norm {norm:.2f} {rate:.0f} items/s skipped {self.skipped}")
-        more = {"skipped": float(self.skipped), "items_per_second": rate}
+        more = {"skipped": float(self.skipped), "items_per_second": rate, "data_wait": self.data_wait}
         self.journal.scalars("train", {**values, **more}, self.step)
 
     def _log_line(self, values: dict[str, Any]) -> None:
