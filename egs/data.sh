@@ -1,7 +1,7 @@
 # shellcheck shell=bash disable=SC2034,SC2154 # variables of who sources it
 # What the prepare.sh of every recipe shares that begins with manifests. Source it after stages.sh; it runs nothing.
 
-pieces=     # acoustic pieces; empty: 500, of a small configuration 100
+pieces=     # acoustic pieces; empty: 500, of the configuration "tiny" 100
 workers=2
 features=() # options of compute-fbank
 
@@ -24,7 +24,7 @@ set_data_folders() {
   marks=$data_dir
   if [ -z "$pieces" ]; then
     pieces=500
-    if [ "$config" != full ]; then pieces=100; fi # its text has no more
+    if [ "$config" = tiny ]; then pieces=100; fi # its text has no more
   fi
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # the jobs bring their own processes
   mkdir -p "$data_dir"

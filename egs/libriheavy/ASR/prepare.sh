@@ -4,6 +4,7 @@
 #   bash prepare.sh --subset medium                    # downloads what is missing; small, medium or large
 #   bash prepare.sh --subset large --stage 3 --stop-stage 3 --start 0 --stop 500   # one machine's share of features
 #   bash prepare.sh --config tiny                      # smoke test, on a stand-in that it makes itself
+#   bash prepare.sh --config standin --books DIR       # 20 h of stand-in, from a folder of UTF-8 books
 #
 # Stages: 0 download, 1 manifests (text as --text says: upper, lower or cased), 2 pieces (BPE), 3 features of
 # dev, the test sets and train, 4 LM text of the NLM (training transcripts without the books of dev and test).
@@ -21,6 +22,7 @@ stop_stage=4
 download=$here/download
 subset=small
 form=lower
+books=
 
 while [ $# -gt 0 ]; do
   data_option "$@"
@@ -29,6 +31,7 @@ while [ $# -gt 0 ]; do
     --download) download=$(absolute "$2") ;;
     --subset) subset=$2 ;;
     --text) form=$2 ;;
+    --books) books=$(absolute "$2") ;;
     *) unknown_option "$1" ;;
   esac
   shift 2
@@ -43,15 +46,21 @@ esac
 set_data_folders
 test_sets="test_clean test_other"
 if [ "$config" = full ]; then test_sets="$test_sets test_clean_large test_other_large"; fi
-sizes=() # of the stand-in: many short recordings instead of a few long ones
 
-stand_in() { # the corpus of --config tiny: its stories are the demo's, one book each
-  local books=$data_dir/stories
-  mkdir -p "$books"
-  awk -v folder="$books" '/^# /{close(file); file=sprintf("%s/story-%d.txt", folder, ++n); next} {print > file}' \
-    ../../../tools/demo/stories.txt
-  sizes=(--hours 0.15 --dev-hours 0.03 --test-hours 0.03 --min-minutes 0.3 --max-minutes 1)
-  "$python" ../../../tools/make_librilike.py --text "$books" --out "$download" --workers "$workers" "${sizes[@]}"
+stand_in() { # a corpus of other configurations than "full": conf/*/librilike.yaml says how large
+  local stories=$data_dir/stories
+  if [ -z "$books" ]; then # the demo's stories, one book each
+    if [ "$config" != tiny ]; then
+      echo "prepare.sh: --config $config needs --books, a folder of UTF-8 books, one .txt file each" >&2
+      exit 2
+    fi
+    books=$stories
+    mkdir -p "$stories"
+    awk -v folder="$stories" '/^# /{close(file); file=sprintf("%s/story-%d.txt", folder, ++n); next} {print > file}' \
+      ../../../tools/demo/stories.txt
+  fi
+  "$python" ../../../tools/make_librilike.py --config "$conf/librilike.yaml" --text "$books" --out "$download" \
+    --workers "$workers"
 }
 
 if wanted 0 download; then

@@ -3,10 +3,11 @@
 #
 #   bash run.sh --subset small --llm mistralai/Mistral-7B-v0.1 --device cuda --world-size 8
 #   bash run.sh --config tiny          # smoke test on a stand-in: minutes on 2 cores
+#   bash run.sh --config standin --books DIR     # 20 h of stand-in, MiniBooks' model sizes: hours on 2 cores
 #
-# --config, --data-dir and --exp-dir go to all three scripts; --subset and --download to prepare.sh;
-# --world-size to train.sh and decode.sh; --llm, --device and --limit to decode.sh. With --config tiny the LLM
-# is MiniBooks' shipped one. Every stage can be killed and run again.
+# --config, --data-dir and --exp-dir go to all three scripts; --subset, --download and --books to prepare.sh;
+# --world-size to train.sh and decode.sh; --llm, --device and --limit to decode.sh. On a stand-in the LLM is
+# MiniBooks' shipped one. Every stage can be killed and run again.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 . "$here/../../stages.sh"
@@ -21,7 +22,7 @@ while [ $# -gt 0 ]; do
   if [ "$taken" -gt 0 ]; then shift "$taken"; continue; fi
   case "$1" in
     --subset) prepare+=("$1" "$2") ;;
-    --download) prepare+=("$1" "$(absolute "$2")") ;;
+    --download | --books) prepare+=("$1" "$(absolute "$2")") ;;
     --world-size) train+=("$1" "$2") decode+=("$1" "$2") ;;
     --device | --limit) decode+=("$1" "$2") ;;
     --llm) llm=$(path_or_name "$2") ;;
@@ -32,7 +33,7 @@ done
 set_folders
 if [ "$config" != full ]; then
   llm=${llm:-$here/../../minibooks/ASR/pretrained/llm}
-  decode+=(--confirm 4)
+  if [ "$config" = tiny ]; then decode+=(--confirm 4); fi
 fi
 if [ -z "$llm" ]; then
   echo "run.sh: --llm must name a language model (see --help)" >&2
