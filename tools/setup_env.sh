@@ -6,6 +6,7 @@
 #   PYTHON=python3.12 bash tools/setup_env.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
+source tools/common.sh
 case "${1:-}" in -h | --help) sed -n '2,6p' "$0" | sed 's/^# \{0,1\}//'; exit 0 ;; esac
 
 venv=${VENV:-.venv}
@@ -15,16 +16,6 @@ find_python() { # the first that is new enough
   done
   echo "setup_env.sh: needs Python 3.11 or newer (set PYTHON)" >&2
   return 1
-}
-quietly() { # run; on failure show the end of what it said, without addresses
-  local report code=0
-  report=$(mktemp)
-  "$@" >"$report" 2>&1 || code=$?
-  if [ "$code" -ne 0 ]; then
-    tail -n 20 "$report" | sed -E 's#https?://[^ ,)]+#<address>#g' >&2
-  fi
-  rm -f "$report"
-  return "$code"
 }
 
 if [ ! -x "$venv/bin/python" ]; then
@@ -41,9 +32,7 @@ if [ "$(cat "$stamp" 2>/dev/null || true)" = "$wanted" ]; then
   exit 0
 fi
 echo "setup_env.sh: installing $(grep -cE '^[a-z]' requirements.txt) packages and what they need (about 5 GB)"
-if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then # made by another tool, or cut short
-  quietly "$venv/bin/python" -m ensurepip
-fi
+ensure_pip "$venv/bin/python"
 pip=("$venv/bin/python" -m pip --disable-pip-version-check)
 quietly "${pip[@]}" install -r requirements.txt
 quietly "${pip[@]}" install -e . --no-deps

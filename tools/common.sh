@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# What the scripts of tools/ share; to be sourced, it does nothing by itself.
+#
+#   source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+case "${BASH_SOURCE[0]}:${1:-}" in "$0":-h | "$0":--help) sed -n '2,4p' "$0" | sed 's/^# \{0,1\}//'; exit 0 ;; esac
+
+quietly() { # run; on failure show the end of what it said, without addresses
+  local report code=0
+  report=$(mktemp)
+  "$@" >"$report" 2>&1 || code=$?
+  if [ "$code" -ne 0 ]; then
+    tail -n 20 "$report" | sed -E 's#(https?|file)://[^ ,)]+#<address>#g' >&2
+  fi
+  rm -f "$report"
+  return "$code"
+}
+ensure_pip() { # of a Python whose environment was made by another tool, or cut short
+  if ! "$1" -m pip --version >/dev/null 2>&1; then quietly "$1" -m ensurepip; fi
+}
