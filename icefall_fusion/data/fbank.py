@@ -53,7 +53,7 @@ class FbankOptions:
         splits: names of manifests.
         workers: processes. The result does not depend on it.
         shard_size: cuts in one resumable piece of work.
-        backend: lhotse, or kaldifeat (faster on a GPU; built by hand, see the README).
+        backend: lhotse, or kaldifeat (for a GPU; tools/install_kaldifeat.sh installs it).
         device: for kaldifeat, e.g. cpu or cuda:0.
         speed_perturb: add copies of splits (but dev and test) at 0.9 and 1.1 of their speed, as icefall does.
             Off: synthesis already varies the speed of speech.
@@ -99,7 +99,7 @@ def extractor(backend: str = "lhotse", device: str = "cpu") -> FeatureExtractor:
         import kaldifeat  # noqa: F401
     except ModuleNotFoundError:
         raise ModuleNotFoundError(
-            "backend kaldifeat is not installed; it is built from source (see README, 'k2 and kaldifeat'), "
+            "backend kaldifeat is not installed: run 'bash tools/install_kaldifeat.sh', which builds it, "
             "or choose backend lhotse, which gives the same features",
             name="kaldifeat",
         ) from None
