@@ -255,6 +255,12 @@ def _without_dropout(value: Any) -> Any:
     return dataclasses.replace(value, dropout=0.0) if hasattr(value, "dropout") else value
 
 
+def compile_layers(model: CtcAed) -> None:
+    """Fuse each layer of encoder and decoder by itself, for batches of any shape."""
+    for layer in (*(layer for stack in model.encoder.stacks for layer in stack), *model.decoder.layers):
+        layer.compile(dynamic=True)
+
+
 def make_trainer(options: TrainOptions, device: torch.device, rank: int = 0, world: int = 1) -> Trainer:
     """Put together model, batches and loop; the model of a new training gets the features' statistics."""
     torch.manual_seed(options.trainer.seed)
@@ -281,8 +287,7 @@ def make_trainer(options: TrainOptions, device: torch.device, rank: int = 0, wor
         part.requires_grad_(False)
     if options.compile:
         check_compiler(device, "TrainOptions.compile")
-        for layer in (*(layer for stack in model.encoder.stacks for layer in stack), *model.decoder.layers):
-            layer.compile(dynamic=True)
+        compile_layers(model)
     encode = model.tokens.encode
     longest = min(options.easy_seconds, options.data.max_seconds)
     short = dataclasses.replace(options.data, max_seconds=longest, frequency_warp=0.0, spec_augment=False)
