@@ -105,13 +105,14 @@ class TrainBatches:
         encode: text to token ids, e.g. ``AcousticTokens.encode``; None gives empty lists.
 
     Attributes:
-        skipped: [{"id", "error"}], the utterances whose features or audio could not be read so far.
+        skipped: [{"id", "error"}], utterances whose features or audio could not be read so far, each once.
         order: the sampler.
     """
 
     def __init__(self, manifest: PathLike, options: DataOptions, encode: Optional[Encode] = None) -> None:
         self.options = options
         self.skipped: list[dict[str, str]] = []
+        self._told: set[str] = set()  # ids in it: epoch by epoch they would be the same
         rules = Rules(
             options.min_seconds, options.max_seconds, options.max_duration, options.num_buckets, options.seed
         )
@@ -135,7 +136,7 @@ class TrainBatches:
         for batch in self._loader:
             any_left = True
             self.order.used += 1
-            _note_skipped(batch, self.skipped)
+            _note_skipped(batch, self.skipped, self._told)
             if batch["ids"]:
                 yield batch
         self.set_epoch(self.order.epoch + 1)
@@ -204,7 +205,7 @@ class EvalBatches:
     def __iter__(self) -> Iterator[Batch]:
         self.skipped = []
         for batch in self._loader:
-            _note_skipped(batch, self.skipped)
+            _note_skipped(batch, self.skipped, set())
             if batch["ids"]:
                 yield batch
 
@@ -222,8 +223,9 @@ def load_features(cut: MonoCut) -> torch.Tensor:
         features = torch.from_numpy(np.array(cut.load_features(), dtype=np.float32))
     except FileNotFoundError:
         raise FileNotFoundError(f"no feature archive at {cut.features.storage_path}") from None
-    except Exception as error:  # lilcom raises its own kinds on truncated data
-        raise ValueError(f"feature archive {cut.features.storage_path} is broken: {error}") from error
+    except Exception as error:  # lilcom raises its own kinds on truncated data; lhotse adds the whole cut
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"feature archive {cut.features.storage_path} is broken: {reason}") from error
     if features.shape != (cut.num_frames, DIM):
         raise ValueError(
             f"feature archive {cut.features.storage_path} is broken: utterance {cut.id} has shape "
@@ -258,7 +260,8 @@ class _Loading(Dataset):
                 id = f"line {cut.number}" if isinstance(cut, CutLine) else cut.id
                 try:
                     cut = cut.cut() if isinstance(cut, CutLine) else cut
-                    id, one = cut.id, load_features(cut)
+                    id = cut.id
+                    one = load_features(cut)
                 except (FileNotFoundError, ValueError) as error:
                     skipped.append({"id": id, "error": str(error)})
                     continue
@@ -299,6 +302,8 @@ def _loader(loading: _Loading, sampler: Any, options: DataOptions) -> DataLoader
     if options.workers:
         workers = {"prefetch_factor": options.prefetch, "persistent_workers": True}
         workers["worker_init_fn"] = _leave_signals_to_the_trainer
+    # Each pass draws a seed, also one that a resumed run begins: not from the generator of dropout.
+    workers["generator"] = torch.Generator()
     return DataLoader(loading, batch_size=None, sampler=sampler, num_workers=options.workers, **workers)
 
 
@@ -314,10 +319,12 @@ def _existing(manifest: PathLike) -> Path:
     return Path(manifest)
 
 
-def _note_skipped(batch: Batch, skipped: list[dict[str, str]]) -> None:
+def _note_skipped(batch: Batch, skipped: list[dict[str, str]], told: set[str]) -> None:
     for entry in batch.pop("skipped"):
-        logging.warning("skipped %s: %s", entry["id"], entry["error"])
-        skipped.append(entry)
+        if entry["id"] not in told:
+            logging.warning("skipped %s: %s", entry["id"], entry["error"])
+            skipped.append(entry)
+            told.add(entry["id"])
 
 
 @contextlib.contextmanager

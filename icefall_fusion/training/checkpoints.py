@@ -3,6 +3,7 @@ Knows: tensors and paths. Must not know: models, data, options of a job.
 """
 from __future__ import annotations
 
+import errno
 import random
 import re
 from pathlib import Path
@@ -40,10 +41,20 @@ def newest_checkpoint(folder: PathLike) -> Optional[Path]:
 
 
 def save_checkpoint(state: dict[str, Any], path: PathLike, keep: int) -> None:
-    """Write a checkpoint at once and remove all but the ``keep`` newest of its folder."""
+    """Write a checkpoint at once and remove all but the ``keep`` newest of its folder.
+
+    What a killed training has left of a checkpoint that it was writing is removed too.
+
+    Raises:
+        OSError: it cannot be written, e.g. as the disk is full; older ones stay.
+    """
     with atomic_path(path) as temporary:
-        torch.save(state, temporary)
-    for old in list_checkpoints(Path(path).parent)[:-keep]:
+        try:
+            torch.save(state, temporary)
+        except RuntimeError as error:  # torch's own writer does not say what the system says
+            raise OSError(errno.EIO, f"cannot be written (is the disk full?): {error}", str(path)) from error
+    folder = Path(path).parent
+    for old in [*list_checkpoints(folder)[:-keep], *folder.glob(".checkpoint-*.pt.*")]:
         old.unlink(missing_ok=True)
 
 
