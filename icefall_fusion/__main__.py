@@ -100,6 +100,13 @@ def _run(function: Callable[[Any], int], options: Any) -> int:
     except _REFUSED as error:  # a wrong input: the message says which
         logging.debug("refused", exc_info=True)
         return _refuse(_message(error))
+    except OSError as error:  # a full disk, a broken one
+        if error.filename is None:
+            logging.exception("the job failed")
+        else:
+            logging.debug("failed", exc_info=True)
+            print(f"error: {_message(error)}; what was finished before is kept", file=sys.stderr)
+        return FAILED
     except Exception:
         logging.exception("the job failed")
         return FAILED

@@ -4,6 +4,7 @@ Knows: paths. Must not know: torch, formats, models.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -13,6 +14,23 @@ from typing import Any, Iterator, Union
 
 PathLike = Union[str, Path]
 _SAMPLE = 2**16  # bytes
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextlib.contextmanager
+def name_full_disk(path: PathLike) -> Iterator[None]:
+    """Tell what could not be written where a disk is full in the block: the system's own error does not.
+
+    Args:
+        path: what is written.
+    """
+    try:
+        yield
+    except OSError as error:
+        named = error.filename is not None and error.filename2 is None  # of a copy, shutil names the source
+        if error.errno in _NO_ROOM and not named:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
 
 
 @contextlib.contextmanager
@@ -30,7 +48,8 @@ def atomic_path(path: PathLike) -> Iterator[Path]:
     os.close(handle)
     temporary = Path(name)
     try:
-        yield temporary
+        with name_full_disk(path):
+            yield temporary
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)  # mkstemp makes 0600; others must be able to read results

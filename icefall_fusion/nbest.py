@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Iterable, Iterator, Mapping, Sequence, Union
 
-from icefall_fusion.files import PathLike, atomic_path
+from icefall_fusion.files import PathLike, atomic_path, name_full_disk
 
 TOTAL = "total"
 WORDS = "words"
@@ -244,10 +244,11 @@ class NBestLog:
 
     def append(self, nbests: Iterable[NBest]) -> None:
         """Write lists and flush them to the operating system."""
-        for nbest in nbests:
-            self._file.write(nbest.to_json() + "\n")
-            self.done[nbest.utterance] = nbest
-        self._file.flush()
+        with name_full_disk(self.path):
+            for nbest in nbests:
+                self._file.write(nbest.to_json() + "\n")
+                self.done[nbest.utterance] = nbest
+            self._file.flush()
 
     def close(self) -> None:
         """Close the file."""

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Mapping, Sequence
 
-from icefall_fusion.files import PathLike, atomic_path
+from icefall_fusion.files import PathLike, atomic_path, name_full_disk
 from icefall_fusion.nbest import NBest, NBestLog, write_nbests
 
 _PACKAGES = ("torch", "transformers", "lhotse", "sentencepiece", "kaldialign", "numpy")
@@ -79,8 +79,9 @@ class MethodLog:
         """Write the lists of a batch, then its line of work."""
         self._log.append(nbests)
         line = {"ids": [nbest.utterance for nbest in nbests], **work}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        with name_full_disk(self.work_path):
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
         self.work.append(line)
 
     def totals(self) -> dict[str, float]:

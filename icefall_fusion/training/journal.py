@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from icefall_fusion.files import name_full_disk
+
 
 class Journal:
     """Progress bar, event files and ``log.jsonl`` of one process; says nothing when not ``speaking``.
@@ -64,7 +66,8 @@ class Journal:
     def line(self, values: Mapping[str, Any]) -> None:
         """Append one line to ``log.jsonl``."""
         if self.speaking:
-            with open(self.folder / "log.jsonl", "a", encoding="utf-8") as log:
+            path = self.folder / "log.jsonl"
+            with name_full_disk(path), open(path, "a", encoding="utf-8") as log:
                 log.write(json.dumps(dict(values)) + "\n")
 
     def say(self, text: str) -> None:
