@@ -134,6 +134,24 @@ def test_faults_are_skipped_and_counted(tmp_path: Path, capsys: pytest.CaptureFi
     assert run(_options(tmp_path)) == 3 and "already there" in capsys.readouterr().out
 
 
+def test_an_id_that_comes_again_is_skipped_also_in_another_subset(tmp_path: Path) -> None:
+    def said(text: str) -> Callable[[dict[str, Any]], Any]:
+        return lambda row: row["supervisions"][0]["custom"]["texts"].__setitem__(0, text)
+
+    _download(tmp_path, [_changed(0), _changed(1), _changed(0, said("other words"))])
+    medium = _download(tmp_path, [_changed(2), _changed(1)], "medium")
+    both = _options(tmp_path, subsets=("small", "medium"), split="train")
+    assert run(both) == 3
+    cuts = _cuts(tmp_path, "train")
+    assert [cut.id for cut in cuts] == [f"{NAME}_{number}" for number in (0, 1, 2)]
+    assert cuts[0].supervisions[0].text == WORDS  # the first one stays
+    summary = _summary(tmp_path, "train")
+    assert summary["skipped_as"] == {"twice": 2} and summary["lines"] == 5
+    entry = {"path": str(medium), "line": 2, "id": f"{NAME}_1", "kind": "twice"}
+    assert summary["skipped"][1] == {**entry, "error": "has the id of an earlier cut"}
+    assert run(_options(tmp_path, subsets=("medium",))) == 0  # alone it has each id once
+
+
 def test_recordings_are_looked_for_when_asked(tmp_path: Path) -> None:
     def elsewhere(row: dict[str, Any]) -> None:
         row["recording"]["sources"][0]["source"] = str(tmp_path / "absolute.flac")

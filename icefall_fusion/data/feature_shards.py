@@ -27,7 +27,9 @@ from typing import Any, Callable, Iterable, Iterator, Sequence
 
 from tqdm import tqdm
 
+from icefall_fusion.checks import check
 from icefall_fusion.data.cut_lines import parse_cut, read_lines
+from icefall_fusion.data.manifests import SeenIds
 from icefall_fusion.files import atomic_path, fingerprint, write_json
 
 SPEEDS = (0.9, 1.1)  # of the copies that speed perturbation adds
@@ -86,7 +88,8 @@ def plan(source: Path, fbank: Path, split: str, size: int, kind: str, perturb: b
         perturb: add a copy of every cut at each of SPEEDS.
 
     Raises:
-        ValueError: a line is no cut of one recording; the message has its number.
+        ValueError: a line is no cut of one recording, or has the id of an earlier one; the message has its
+            number.
     """
     folder = source.parent / ".parts" / source.name.partition(".")[0]
     rule = [fingerprint(source), size, kind, SPEEDS if perturb else (), _FORMAT]
@@ -109,12 +112,12 @@ def plan(source: Path, fbank: Path, split: str, size: int, kind: str, perturb: b
 def _split(
     lines: Iterable[tuple[int, bytes]], source: Path, folder: Path, size: int, kind: str, perturb: bool
 ) -> Iterator[list[Any]]:
-    lines = iter(lines)
+    lines, seen = iter(lines), SeenIds()
     for number in itertools.count():
         chunk = [
             copy
             for place, line in itertools.islice(lines, size)
-            for copy in _copies(line, f"{source}, line {place}", SPEEDS if perturb else ())
+            for copy in _copies(line, f"{source}, line {place}", SPEEDS if perturb else (), seen)
         ]
         if not chunk:
             return
@@ -125,7 +128,9 @@ def _split(
         yield [name, len(chunk)]
 
 
-def _copies(line: bytes, where: str, speeds: Sequence[float]) -> Iterator[tuple[bytes, bytes]]:
+def _copies(
+    line: bytes, where: str, speeds: Sequence[float], seen: SeenIds
+) -> Iterator[tuple[bytes, bytes]]:
     """Yield (what the features depend on, line) of a cut and of its copies at other speeds."""
     try:
         data = json.loads(line)
@@ -135,10 +140,11 @@ def _copies(line: bytes, where: str, speeds: Sequence[float]) -> Iterator[tuple[
         about += [recording["sampling_rate"], recording["num_samples"], recording.get("transforms")]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{where} is no cut of one recording: {error!r}") from None
+    check(seen.add(str(data["id"])), where, "have an id of its own (results are kept by id)", data["id"])
     yield json.dumps(about).encode(), line if line.endswith(b"\n") else line + b"\n"
     for speed in speeds:
         copy = parse_cut(line, where).perturb_speed(speed).to_dict()
-        yield from _copies(json.dumps(copy, ensure_ascii=False).encode(), where, ())
+        yield from _copies(json.dumps(copy, ensure_ascii=False).encode(), where, (), seen)
 
 
 def joined_lines(shards: Sequence[Shard], skip: Callable[[str, str], None]) -> Iterator[str]:

@@ -5,11 +5,13 @@ Must not know: how audio or features are made, models.
 from __future__ import annotations
 
 import gzip
+import hashlib
 import itertools
 import json
 from pathlib import Path
 from typing import Any, Iterable, Iterator, Mapping, Sequence, TypeVar
 
+import numpy as np
 from lhotse import AudioSource, MonoCut, Recording, SupervisionSegment
 
 from icefall_fusion.checks import check
@@ -53,6 +55,29 @@ def read_utterances(path: PathLike, required: Sequence[str]) -> list[dict[str, A
         seen.add(row["id"])
         rows.append(row)
     return rows
+
+
+class SeenIds:
+    """Ids that have occurred, as 8-byte digests: some 100 MB for the 12 million cuts of LibriHeavy."""
+
+    _RECENT = 2**17  # digests in a set, before they are sorted into the others
+
+    def __init__(self) -> None:
+        self._recent: set[int] = set()
+        self._sorted = np.zeros(0, np.uint64)
+
+    def add(self, id: str) -> bool:
+        """Return whether the id is new, and remember it."""
+        digest = int.from_bytes(hashlib.blake2b(id.encode(), digest_size=8).digest(), "little")
+        place = int(np.searchsorted(self._sorted, np.uint64(digest)))
+        if digest in self._recent or (place < len(self._sorted) and int(self._sorted[place]) == digest):
+            return False
+        self._recent.add(digest)
+        if len(self._recent) == self._RECENT:
+            recent = np.fromiter(self._recent, np.uint64, len(self._recent))
+            self._sorted = np.sort(np.concatenate((self._sorted, recent)), kind="stable")
+            self._recent.clear()
+        return True
 
 
 def cut_of(utterance: Mapping[str, Any], audio: Path, num_samples: int, made: Mapping[str, Any]) -> MonoCut:

@@ -46,15 +46,17 @@ def run(options: TranscriptsOptions) -> int:
 
     Raises:
         FileNotFoundError: a manifest is missing.
-        ValueError: a cut has no text.
+        ValueError: a cut has no text, or one of train is in a held-out set too.
     """
-    held_out = {row["book"] for split in (options.dev, *options.held_out) for row in _texts(options, split)
-                if "book" in row}  # fmt: skip
+    tests = {row["id"]: row for split in (options.dev, *options.held_out) for row in _texts(options, split)}
+    held_out = {row["book"] for row in tests.values() if "book" in row}
     for name, split in (("dev", options.dev), ("train", options.train)):
         kept = left_out = 0
         target = Path(options.data_dir) / "text" / f"{name}.jsonl"
         with atomic_path(target) as temporary, open(temporary, "w", encoding="utf-8") as lines:
             for row in _texts(options, split):
+                where, rule = f"cut {row['id']!r} of {split}", "not be in dev or a held-out set too"
+                check(name == "dev" or row["id"] not in tests, where, rule, row["text"])
                 if name == "train" and row.get("book") in held_out:
                     left_out += 1
                     continue

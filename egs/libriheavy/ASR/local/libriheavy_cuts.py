@@ -8,9 +8,10 @@ Reads download/libriheavy/libriheavy_cuts_SUBSET.jsonl.gz line by line and write
 data/manifests/libriheavy_cuts_SPLIT.jsonl.gz, whole or not at all; SPLIT is the subset, or what --split says.
 A finished manifest whose inputs and options are the same is not written again.
 
-A line that is no JSON or lacks a key, an empty text, a cut that reaches beyond its recording and, with
---check_audio true, a recording that is not there are skipped; libriheavy_cuts_SPLIT.json beside the manifest
-counts them and has path, line, id and reason of the first 1,000. A file that was cut short is no line to skip
+A line that is no JSON or lacks a key, an empty text, a cut that reaches beyond its recording, a cut whose id
+an earlier one of the split has and, with --check_audio true, a recording that is not there are skipped;
+libriheavy_cuts_SPLIT.json beside the manifest counts them and has path, line, id and reason of the first
+1,000. A file that was cut short is no line to skip
 but a failed download: its readable cuts are kept in libriheavy_cuts_SPLIT.incomplete.jsonl.gz, which no stage
 takes for a manifest, and the exit code is 2.
 
@@ -35,7 +36,7 @@ from tqdm import tqdm
 from icefall_fusion.__main__ import parse_options
 from icefall_fusion.checks import check, check_choice
 from icefall_fusion.data.cut_lines import TruncatedError, read_stream
-from icefall_fusion.data.manifests import cuts_path, join_lines
+from icefall_fusion.data.manifests import SeenIds, cuts_path, join_lines
 from icefall_fusion.files import fingerprint, write_json
 from icefall_fusion.text import normalize
 
@@ -170,7 +171,7 @@ def convert_files(
     options: LibriheavyCutsOptions, paths: list[Path], counts: Counts, broken: list[TruncatedError]
 ) -> Iterator[str]:
     """Yield the lines of the manifest; of a file that was cut short all that can be read."""
-    size = sum(path.stat().st_size for path in paths)
+    size, seen = sum(path.stat().st_size for path in paths), SeenIds()
     with tqdm(total=size, unit="B", unit_scale=True, smoothing=0.05) as bar:
         for path in paths:
             before = bar.n
@@ -180,14 +181,14 @@ def convert_files(
                         counts.lines += 1
                         if number % 1000 == 0:
                             bar.update(before + file.tell() - bar.n)
-                        yield from convert_line(options, path, number, line, counts)
+                        yield from convert_line(options, path, number, line, counts, seen)
                 except TruncatedError as error:
                     broken.append(error)
             bar.update(before + path.stat().st_size - bar.n)
 
 
 def convert_line(
-    options: LibriheavyCutsOptions, path: Path, number: int, line: bytes, counts: Counts
+    options: LibriheavyCutsOptions, path: Path, number: int, line: bytes, counts: Counts, seen: SeenIds
 ) -> Iterator[str]:
     """Yield the line of the manifest, or count why there is none."""
     row: Any = None
@@ -197,6 +198,8 @@ def convert_line(
         except ValueError as error:
             raise LineError("json", f"no JSON: {error}") from None
         cut = convert_cut(options, row)
+        if not seen.add(cut["id"]):
+            raise LineError("twice", "has the id of an earlier cut")
     except LineError as error:
         counts.skip(path, number, row.get("id") if isinstance(row, dict) else None, error)
         return
