@@ -3,11 +3,16 @@ Knows: the scripts in egs/libriheavy/ASR/local. Must not know: models, audio.
 """
 from __future__ import annotations
 
+import functools
 import gzip
+import http.server
 import json
+import re
 import subprocess
 import tarfile
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,8 +34,8 @@ def mirror(tmp_path: Path) -> Path:
     return folder
 
 
-def download(mirror: Path, to: Path, *more: str) -> subprocess.CompletedProcess:
-    address = f"file://{mirror}"
+def download(mirror: Path, to: Path, *more: str, address: str = "") -> subprocess.CompletedProcess:
+    address = address or f"file://{mirror}"
     command = ["bash", str(LOCAL / "download.sh"), "--to", str(to), "--audio-url", address, *more]
     return subprocess.run([*command, "--manifest-url", address], capture_output=True, text=True, timeout=120)
 
@@ -59,6 +64,74 @@ def test_broken_manifests_and_dead_mirrors_are_told(mirror: Path, tmp_path: Path
     assert done.returncode == 2 and "--subset must be small, medium or large, but is 'tiny'" in done.stderr
 
 
+class _Server(http.server.SimpleHTTPRequestHandler):
+    """Sends files, from the middle on where it is asked to (RFC 9110, section 14), and keeps the answers."""
+
+    ranges = True
+    answers: list[tuple[str, int]] = []
+
+    def do_GET(self) -> None:
+        content = Path(self.translate_path(self.path)).read_bytes()
+        asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        begin, status = (int(asked[1]), 206) if asked and self.ranges else (0, 200)
+        if status == 206 and begin >= len(content):
+            status, content = 416, b""
+        self.answers.append((Path(self.path).name, status))
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content[begin:])))
+        if status != 200:
+            where = f"{begin}-{len(content) - 1}/{len(content)}" if status == 206 else "*/0"
+            self.send_header("Content-Range", f"bytes {where}")
+        self.end_headers()
+        self.wfile.write(content[begin:])
+
+    def log_message(self, *arguments: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_download_goes_on_over_http_wherever_it_was_stopped(
+    mirror: Path, tmp_path: Path, ranges: bool
+) -> None:
+    """A part may be whole already: the kill came before it got its name. Servers say 416 to that."""
+    handler = type("Handler", (_Server,), {"ranges": ranges, "answers": []})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(handler, directory=mirror))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    to, address = tmp_path / "download", f"http://127.0.0.1:{server.server_port}"
+    manifests = to / "libriheavy"
+    manifests.mkdir(parents=True)
+    (to / "librilight").mkdir()
+    (to / "librilight" / ".small.unpacked").touch()
+    try:
+        for number, size in enumerate((None, 10, 0)):  # of three files: all, some and nothing is there
+            name = f"libriheavy_cuts_{SETS[number]}.jsonl.gz"
+            (manifests / f"{name}.part").write_bytes((mirror / name).read_bytes()[:size])
+        done = download(mirror, to, address=address)
+        assert done.returncode == 0, done.stderr
+        for name in SETS:
+            file = f"libriheavy_cuts_{name}.jsonl.gz"
+            assert (manifests / file).read_bytes() == (mirror / file).read_bytes()
+        assert not list(manifests.glob("*.part"))
+        said = [status for name, status in handler.answers if "small" in name or "dev" in name]
+        assert (416 in said and 206 in said) if ranges else set(said) == {200}
+        # a part of something else that is too long is no manifest: told, removed, and fetched anew
+        (manifests / "libriheavy_cuts_dev.jsonl.gz").unlink()
+        (manifests / "libriheavy_cuts_dev.jsonl.gz.part").write_bytes(b"x" * 1000)
+        done = download(mirror, to, address=address)
+        if ranges:
+            assert done.returncode == 1 and "cuts_dev.jsonl.gz is no whole gzip file" in done.stderr
+            done = download(mirror, to, address=address)
+        assert done.returncode == 0, done.stderr
+        (manifests / "libriheavy_cuts_dev.jsonl.gz").unlink()
+        (mirror / "libriheavy_cuts_dev.jsonl.gz").rename(mirror / "away")
+        handler.do_GET = lambda request: request.send_error(404)
+        done = download(mirror, to, address=address)
+        assert done.returncode == 1 and "cannot be fetched" in done.stderr
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
 def write_manifest(data: Path, split: str, rows: list[tuple[str, str, str]]) -> None:
     path = data / "manifests" / f"libriheavy_cuts_{split}.jsonl.gz"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -83,6 +156,9 @@ def test_texts_of_held_out_books_do_not_reach_training(tmp_path: Path, capsys) -
     assert rows["dev"] == [{"id": "d", "text": "five", "cased": "Five", "book": "Kim"}]
     assert main([*command, "test_other"]) == 2
     assert "libriheavy_cuts_test_other.jsonl.gz: make it first" in capsys.readouterr().err
+    write_manifest(tmp_path, "test_other", [("b", "three", "Ivanhoe")])  # a test set in the training set
+    assert main([*command, "test_other"]) == 2
+    assert "cut 'b' of train must not be in dev or a held-out set too" in capsys.readouterr().err
     path = tmp_path / "manifests" / "libriheavy_cuts_dev.jsonl.gz"
     said = {"text": "plain words"}  # other corpora: neither books nor case
     path.write_bytes(gzip.compress((json.dumps({"id": "x", "supervisions": [said]}) + "\n").encode()))

@@ -49,12 +49,26 @@ md5_of() { # of data_preparation/README.md in facebookresearch/libri-light
 }
 
 fetch() { # address, file: goes on where an earlier try ended; the file has its name only when it is whole
+  local status=0 answer
   if [ -f "$2" ]; then return; fi
   echo "fetching $1"
   mkdir -p "$(dirname "$2")"
-  curl --fail --location --retry 5 --continue-at - --output "$2.part" "$1" || fail \
-    "$1 cannot be fetched (see above); run the same command again to go on, or name a mirror (see --help)"
+  answer=$(get "$1" "$2.part") || status=$?
+  if [ "$status" -eq 33 ]; then # the server cannot go on in the middle
+    echo "$1: this server sends only whole files, so it begins anew"
+    rm "$2.part"
+    status=0
+    answer=$(get "$1" "$2.part") || status=$?
+  fi
+  # 416: there is nothing after what is there already. It is checked as any other file is.
+  if [ "$status" -ne 0 ] && ! { [ "$answer" = 416 ] && [ -s "$2.part" ]; }; then
+    fail "$1 cannot be fetched (see above); run the same command again to go on, or name a mirror (see --help)"
+  fi
   mv "$2.part" "$2"
+}
+
+get() { # address, file: appends what is missing; prints the status of HTTP
+  curl --fail --location --retry 5 --continue-at - --output "$2" --write-out '%{http_code}' "$1"
 }
 
 for part in $parts dev test_clean test_other test_clean_large test_other_large; do
