@@ -16,15 +16,17 @@ from torch import Tensor, nn
 from icefall_fusion.checks import check, check_choice
 from icefall_fusion.data.datamodule import Batch, DataOptions, EvalBatches, TrainBatches
 from icefall_fusion.data.manifests import cuts_path
+from icefall_fusion.files import write_json
 from icefall_fusion.models import CtcAed, ModelOptions, greedy_pieces, load, save
 from icefall_fusion.models.ctc import ctc_loss_sum
 from icefall_fusion.training.checkpoints import average_checkpoints, list_checkpoints
 from icefall_fusion.training.loop import STOPPED, Trainer, TrainerOptions, init_distributed
 from icefall_fusion.training.memory import keep_freed_memory
-from icefall_fusion.training.processes import check_compiler, sum_tensor
+from icefall_fusion.training.processes import check_compiler, gather_over_processes, sum_tensor
 from icefall_fusion.wer import count_errors
 
 DTYPES = ("float32", "float16", "bfloat16")
+LISTED = 10_000  # utterances that could not be read
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,11 @@ class Curriculum:
         self.easy, self.full, self.batches = easy, full, batches
         self.given = 0
 
+    @property
+    def skipped(self) -> list[dict[str, str]]:
+        """The utterances that could not be read so far."""
+        return [*self.easy.skipped, *self.full.skipped]
+
     def __iter__(self) -> Iterator[Batch]:
         """Yield the rest of the easy batches and of the full source's epoch."""
         while self.given < self.batches:
@@ -228,10 +235,23 @@ def run(options: TrainOptions) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     rank, world, device = init_distributed(options.device)
-    result = make_trainer(options, device, rank, world).run()
+    trainer = make_trainer(options, device, rank, world)
+    result = trainer.run()
+    report_skipped(trainer, Path(options.exp) / "skipped.json")
     if rank == 0:
         print(result, file=sys.stderr)
     return 0 if result["reason"] == "max_steps" else STOPPED
+
+
+def report_skipped(trainer: Trainer, path: Path) -> None:
+    """Write what could not be read in this run, by any process, and print how much; nothing if all could."""
+    mine = [*trainer.train_batches.skipped, *trainer.valid_batches.skipped]
+    shares = gather_over_processes(mine)
+    errors = {entry["id"]: entry["error"] for share in shares for entry in share}
+    if trainer.rank == 0 and errors:
+        listed = [{"id": id, "error": error} for id, error in list(errors.items())[:LISTED]]
+        write_json(path, {"utterances": len(errors), "skipped": listed})
+        print(f"{len(errors)} utterances could not be read, see {path}", file=sys.stderr)
 
 
 def begin_from(model: CtcAed, folder: str) -> None:

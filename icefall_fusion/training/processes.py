@@ -81,10 +81,15 @@ def sum_tensor(values: Tensor) -> Tensor:
 
 def merge_over_processes(totals: Mapping[str, Any]) -> dict[str, float]:
     """Sum every value over the processes that have it: some may have seen no batch, and so no names."""
-    mine = {name: float(value) for name, value in totals.items()}
-    shares = [mine]
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        shares = [{} for _ in range(dist.get_world_size())]
-        dist.all_gather_object(shares, mine)
+    shares = gather_over_processes({name: float(value) for name, value in totals.items()})
     names = dict.fromkeys(name for share in shares for name in share)
     return {name: sum(share.get(name, 0.0) for share in shares) for name in names}
+
+
+def gather_over_processes(value: Any) -> list[Any]:
+    """Return the values of all processes, by rank."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
