@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import gzip
+import hashlib
 import math
 import zlib
 from pathlib import Path
@@ -21,6 +22,7 @@ NOTHING = -1  # in a context: there is no piece so far back
 START, END, UNKNOWN = "<s>", "</s>", "<unk>"
 _MOST_PLACES = 2**22  # a direct index of so many keys is faster than a search, and takes 32 MB at most
 LN10 = math.log(10.0)
+_PIECES = "# pieces "  # begins a comment before the data, of our own files
 _IMPOSSIBLE = -99.0  # log10, as toolkits write 0
 
 
@@ -162,16 +164,17 @@ class PieceNgram:
 
         Raises:
             FileNotFoundError: there is none.
-            ValueError: it is no ARPA file, is cut short, or holds something that is no piece.
+            ValueError: it is no ARPA file, is cut short, holds something that is no piece, or says that it
+                was made of other pieces (files of other toolkits do not say of which).
         """
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"there is no ARPA file at {path}")
-        ids = piece_ids(pieces)
+        piece_ids(pieces)  # refuses those that an ARPA file cannot have
         opener = gzip.open if path.suffix == ".gz" else open
         try:
             with opener(path, "rt", encoding="utf-8") as file:
-                tables = _read_tables(file, ids, str(path))
+                tables = _read_tables(file, pieces, str(path))
         except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:  # gzip's words for a broken file
             raise ValueError(f"{path} must be an ARPA file, but reading says: {error}") from error
         return cls(len(pieces), tables, str(path))
@@ -193,20 +196,37 @@ def piece_ids(pieces: Sequence[str]) -> dict[str, int]:
     return {**{piece: index for index, piece in enumerate(pieces)}, START: len(pieces), END: len(pieces) + 1}
 
 
+def describe_pieces(pieces: Sequence[str]) -> str:
+    """Return the comment by which an ARPA file says of which pieces it is, in whatever order they are."""
+    return f"{_PIECES}{len(pieces)} {hashlib.sha1(chr(10).join(sorted(pieces)).encode()).hexdigest()}"
+
+
+def _check_pieces(line: str, pieces: Sequence[str], name: str) -> None:
+    if line != describe_pieces(pieces):
+        raise ValueError(
+            f"{name} must be an n-gram of these {len(pieces)} acoustic pieces, but was made of "
+            f"{line[len(_PIECES) :].split(' ')[0]} others: make it again with them (job train-ngram)"
+        )
+
+
 def longest_order(size: int) -> int:
     """Return the longest n for which n-grams over ``size`` pieces, START and END have keys of 63 bits."""
     return int(63 / math.log2(size + 2))
 
 
-def _read_tables(file: TextIO, ids: dict[str, int], name: str) -> list[NgramOrder]:
+def _read_tables(file: TextIO, pieces: Sequence[str], name: str) -> list[NgramOrder]:
     counts: list[int] = []
     tables: list[NgramOrder] = []
+    ids = piece_ids(pieces)
     base = max(ids.values()) + 1
     for line in file:
         line = line.strip()
-        if line.startswith("ngram "):
-            counts.append(int(_number(line.partition("=")[2], name, line)))
-            check(counts[-1] >= 0, f"{name}, {line!r}", "have a count of at least 0", counts[-1])
+        if line.startswith(_PIECES):
+            _check_pieces(line, pieces, name)
+        elif line.startswith("ngram "):
+            count = line.partition("=")[2].strip()
+            check(count.isdecimal(), f"{name}, {line!r}", "have a count of n-grams", count)
+            counts.append(int(count))
             longest = longest_order(base - 2)
             rule = f"be at most {longest} for {base - 2} acoustic pieces"
             check(len(counts) <= longest, f"{name}: its longest n-gram", rule, len(counts))

@@ -19,7 +19,15 @@ from numpy import ndarray
 
 from icefall_fusion.checks import check
 from icefall_fusion.files import PathLike, atomic_path
-from icefall_fusion.ngram import END, LN10, START, PieceNgram, longest_order, piece_ids
+from icefall_fusion.ngram import (
+    END,
+    LN10,
+    START,
+    PieceNgram,
+    describe_pieces,
+    longest_order,
+    piece_ids,
+)
 from icefall_fusion.tokens import AcousticTokens
 from icefall_fusion.training.packed import document_bounds
 
@@ -258,7 +266,7 @@ def write_arpa(path: PathLike, estimates: Sequence[Estimate], pieces: Sequence[s
     last = len(estimates)
     lines = [_lines(n, estimate, names, silent, n == last) for n, estimate in enumerate(estimates, 1)]
     with atomic_path(path) as temporary, _writer(temporary) as file:
-        file.write("\\data\\\n")
+        file.write(f"{describe_pieces(pieces)}\n\\data\\\n")
         file.writelines(f"ngram {n}={len(rows)}\n" for n, rows in enumerate(lines, 1))
         for n, rows in enumerate(lines, 1):
             file.write(f"\n\\{n}-grams:\n")

@@ -127,8 +127,9 @@ ngram 2=3
         "words": (text.replace("a b\n", "a house\n"), "n-gram of the acoustic pieces, but holds 'house'"),
         "nan": (text.replace("-0.3\ta b", "nan\ta b"), "2-grams, 'nan.*have numbers, but is 'nan'"),
         "letters": (text.replace("-0.3\ta b", "x\ta b"), "have numbers, but is 'x'"),
-        "count": (text.replace("ngram 2=3", "ngram 2=x"), "'ngram 2=x' must have numbers"),
-        "below": (text.replace("ngram 2=3", "ngram 2=-3"), "have a count of at least 0, but is -3"),
+        "count": (text.replace("ngram 2=3", "ngram 2=x"), "'ngram 2=x' must have a count .*, but is 'x'"),
+        "infinite": (text.replace("ngram 2=3", "ngram 2=inf"), "must have a count .*, but is 'inf'"),
+        "below": (text.replace("ngram 2=3", "ngram 2=-3"), "must have a count of n-grams, but is '-3'"),
         "long": (text.replace("ngram 2=3", "ngram 2=3\n" * 25), "longest n-gram must be at most"),
         "ragged": (text.replace("a b\n", "a\n"), "lines of a number, 2 pieces"),
     }
@@ -162,10 +163,25 @@ def test_silent_pieces_may_be_named_as_the_marks_of_sentences(tmp_path):
         lines = file.read().splitlines()
     at = lines.index("\\1-grams:") + 1
     lines[at:at] = ["-1.5\t<unk>\t0"]
-    lines[1] = f"ngram 1={int(lines[1].partition('=')[2]) + 1}"
+    lines[2] = f"ngram 1={int(lines[2].partition('=')[2]) + 1}"
     (tmp_path / "unk.arpa").write_text("\n".join(lines))
     again = PieceNgram.load(tmp_path / "unk.arpa", pieces)
     assert all(torch.equal(a.log_probs, b.log_probs) for a, b in zip(model.orders, again.orders))
+
+
+def test_an_ngram_of_other_pieces_is_refused_with_both_sizes(tmp_path):
+    """Also where these pieces have all of its own: it would only ever see words spelled another way."""
+    as_model([[1, 2], [2, 3]], len(LETTERS), 2, tmp_path, LETTERS)
+    path = tmp_path / "pieces.arpa.gz"
+    more = [*LETTERS, "ab", "cd"]
+    with pytest.raises(ValueError, match="of these 7 acoustic pieces, but was made of 5 others: .*train"):
+        PieceNgram.load(path, more)
+    with pytest.raises(ValueError, match="of these 5 acoustic pieces, but was made of 5 others"):
+        PieceNgram.load(path, ["<blk>", "a", "b", "c", "e"])
+    PieceNgram.load(path, LETTERS[::-1])  # their order is no matter: the file has their text
+    bare = gzip.decompress(path.read_bytes()).split(b"\n", 1)[1]  # as other toolkits write it
+    (tmp_path / "bare.arpa").write_bytes(bare)
+    assert score(PieceNgram.load(tmp_path / "bare.arpa", more), (), 5) < -200
 
 
 def test_the_job_trains_and_says_the_perplexity(tmp_path, capsys):
