@@ -46,3 +46,9 @@ def join_processes(backend: str, **options: Any) -> None:
 def _part() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def weight_bytes(model: torch.nn.Module) -> int:
+    """Return the bytes of a model's parameters and buffers, as they lie in memory: what is shared, once."""
+    tensors = {t.data_ptr(): t for t in (*model.parameters(), *model.buffers())}
+    return sum(t.numel() * t.element_size() for t in tensors.values())

@@ -9,7 +9,7 @@ from typing import Any, Iterable, Mapping, Optional, Union
 import torch
 
 from icefall_fusion.checks import check, check_choice
-from icefall_fusion.devices import check_device
+from icefall_fusion.devices import check_device, weight_bytes
 from icefall_fusion.fusion.look_ahead import SCALE, LookAhead
 from icefall_fusion.lm import CausalLm
 from icefall_fusion.ngram import PieceNgram
@@ -165,8 +165,7 @@ class Lms:
         """Return the bytes of weights and tables that are loaded for other sources than ``used``."""
         used = set(used)
         lms = [lm for source, lm in self._loaded.items() if source not in used]
-        weights = sum(p.numel() * p.element_size() for lm in lms for p in lm.model.parameters())
-        return weights + (0 if "ngram" in used else self.ngram_bytes())
+        return sum(weight_bytes(lm.model) for lm in lms) + (0 if "ngram" in used else self.ngram_bytes())
 
     def ngram_bytes(self) -> int:
         """Return the bytes of the n-gram's tables, 0 if it was not asked for."""

@@ -8,6 +8,7 @@ from typing import Any, Mapping, Optional, Sequence
 
 import torch
 
+from icefall_fusion.devices import weight_bytes
 from icefall_fusion.lm import CausalLm
 from icefall_fusion.lm.slots import FIRST_SLOTS
 from icefall_fusion.lm.tree_scorer import TreeOptions
@@ -63,12 +64,6 @@ def plan_memory(
 def _slots(tokens: float) -> int:
     """Return the slots of an utterance's buffer that holds so many tokens: it grows by doubling."""
     return FIRST_SLOTS * 2 ** max(0, math.ceil(math.log2(tokens / FIRST_SLOTS)))
-
-
-def weight_bytes(model: torch.nn.Module) -> int:
-    """Return the bytes of parameters and buffers, as they lie in memory."""
-    tensors = {t.data_ptr(): t for t in (*model.parameters(), *model.buffers())}
-    return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
 def free_bytes(device: torch.device) -> int:

@@ -135,8 +135,7 @@ def choose_methods(names: Union[str, Sequence[str]], available: Container[str]) 
     Raises:
         ValueError: a method that is named lacks a model.
     """
-    given = names.split(",") if isinstance(names, str) else list(names)
-    named = {name.strip() for name in given}
+    named = set(_split_names(names))
     chosen, left_out = [], {}
     for name in parse_methods(names):
         lacking = sorted(source for source in needs(name) if source not in available)
@@ -155,13 +154,16 @@ def choose_methods(names: Union[str, Sequence[str]], available: Container[str]) 
 
 def parse_methods(names: Union[str, Sequence[str]]) -> list[str]:
     """Return the methods of a list or a comma-separated text; ``all`` is the whole comparison."""
-    names = names.split(",") if isinstance(names, str) else list(names)
-    chosen = [name.strip() for name in names if name.strip()]
-    chosen = [name for given in chosen for name in (METHODS if given == "all" else (given,))]
+    chosen = [name for given in _split_names(names) for name in (METHODS if given == "all" else (given,))]
     check(len(chosen) > 0, "methods", "name at least one method", names)
     for name in chosen:
         parse_method(name)
     return list(dict.fromkeys(chosen))
+
+
+def _split_names(names: Union[str, Sequence[str]]) -> list[str]:
+    names = names.split(",") if isinstance(names, str) else names
+    return [name.strip() for name in names if name.strip()]
 
 
 def weights_of(name: str, given: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

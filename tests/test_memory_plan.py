@@ -13,6 +13,7 @@ import transformers
 from icefall_fusion.__main__ import main
 from icefall_fusion.lm import CausalLm
 from icefall_fusion.lm.vocabulary import Vocabulary
+from icefall_fusion.lms import LmOptions, Lms
 from icefall_fusion.memory_plan import describe_plan, plan_memory, weight_bytes
 
 SHAPE = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 40}
@@ -66,3 +67,11 @@ def test_a_plan_adds_up_and_a_run_records_it(tmp_path):
 def test_tied_weights_count_once():
     layer = torch.nn.Linear(4, 4, bias=False)
     assert weight_bytes(torch.nn.ModuleList([layer, layer])) == 64
+
+
+def test_unused_models_are_counted_as_the_plan_counts_them(tmp_path):
+    folders = {name: tiny.language_model(tmp_path / name, 3, pieces=True) for name in ("nlm", "llm")}
+    lms = Lms({name: LmOptions(str(folder)) for name, folder in folders.items()}, "cpu")
+    weights = {name: weight_bytes(lms.get(name).model) for name in folders}
+    assert lms.unused_bytes(["nlm"]) == weights["llm"] > 0
+    assert lms.unused_bytes([]) == sum(weights.values()) and lms.unused_bytes(["nlm", "llm", "ctc"]) == 0
