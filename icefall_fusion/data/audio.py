@@ -5,7 +5,7 @@ Must not know: features, manifests, models.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Optional
+from typing import Iterable, Iterator, Optional
 
 import numpy as np
 import soundfile
@@ -16,7 +16,8 @@ from icefall_fusion.files import PathLike
 
 SAMPLE_RATE = 16_000  # Hz
 _UNKNOWN_SIZE = 0x7FFF_0000  # bytes; sizes above stand for "not known when the header was written"
-_BLOCK = 1 << 20  # frames read at once: stereo is never held whole
+_BLOCK = 1 << 20  # frames read at once
+_MOST = 1 << 30  # samples to make room for at once: a header may be damaged
 
 
 class AudioError(ValueError):
@@ -28,8 +29,8 @@ def load_audio(
 ) -> np.ndarray:
     """Return an audio file, or a part of it, as mono at 16 kHz.
 
-    Channels are averaged, any sampling rate is resampled. Of a part no more is read than it needs; its
-    samples are those that the whole has there.
+    Channels are averaged, any sampling rate is resampled, block by block: beside what is returned little is
+    held. Of a part no more is read than it needs; its samples are those that the whole has there.
 
     Args:
         path: any file that soundfile can read (WAV, FLAC, OGG, MP3, ...).
@@ -56,17 +57,18 @@ def load_audio(
         with soundfile.SoundFile(path) as file:
             rate, declared = file.samplerate, file.frames
             part = _Part(rate, offset, duration)
-            samples = _read(file, part.first, part.last)
+            frames = _Frames(file, part, path)
+            end = declared if part.last is None else min(part.last, declared)
+            known = max(0, end - part.first) if declared < 2**40 else 0
+            blocks = frames if rate == SAMPLE_RATE else _resampled(frames, rate)
+            samples = _joined(blocks, min(-(-known * SAMPLE_RATE // rate), _MOST))
     except (soundfile.LibsndfileError, RuntimeError) as error:
         raise AudioError(f"audio file {path} cannot be read (truncated, or no audio): {error}") from None
     if path.suffix.lower() in (".wav", ".flac") and declared < 2**40:
-        end = declared if part.last is None else min(part.last, declared)
-        if part.first + len(samples) < end:
-            got = f"{len(samples)} of {end - part.first}"
+        if part.first + frames.read < end:
+            got = f"{frames.read} of {end - part.first}"
             raise AudioError(f"audio file {path} is truncated: {got} samples could be read")
-    if not np.isfinite(samples).all():
-        raise AudioError(f"audio file {path} holds samples that are not finite numbers")
-    samples = resample(samples, rate)[part.skipped :][: part.count]
+    samples = samples[part.skipped :][: part.count]
     if len(samples) == 0 and not allow_empty:
         where = f" after {offset} s" if offset > 0 else ""
         raise AudioError(f"audio file {path} holds no samples{where}")
@@ -81,9 +83,8 @@ class _Part:
     """
 
     def __init__(self, rate: int, offset: float, duration: Optional[float]) -> None:
-        divisor = int(np.gcd(SAMPLE_RATE, rate))
-        up, down = SAMPLE_RATE // divisor, rate // divisor
-        reach = 0 if up == down else -(-10 * max(up, down) // up) + 1  # of resample_poly's filter, in frames
+        up, down = _factors(rate)
+        reach = _reach(up, down)
         start = round(offset * SAMPLE_RATE)
         self.first = max(0, start * down // up - reach) // down * down
         self.skipped = start - self.first // down * up
@@ -93,23 +94,74 @@ class _Part:
             self.last = -(-(start + self.count) * down // up) + reach
 
 
-def _read(file: soundfile.SoundFile, first: int, last: Optional[int]) -> np.ndarray:
-    """Return frames ``first`` to ``last`` (None: the end), channels averaged; fewer where the file ends."""
-    seekable = file.seekable()
-    if seekable:
-        file.seek(min(first, file.frames))
-    position = first if seekable else 0
-    blocks = [np.zeros(0, np.float32)]
-    while last is None or position < last:
-        size = _BLOCK if last is None else min(_BLOCK, last - position)
-        block = file.read(size, dtype="float32", always_2d=True)
-        if len(block) == 0:
-            break
-        unwanted = max(0, first - position)  # where one cannot seek
-        position += len(block)
-        block = block[unwanted:]
-        blocks.append(block.mean(axis=1) if block.shape[1] > 1 else block[:, 0])
-    return np.concatenate(blocks)
+def _factors(rate: int) -> tuple[int, int]:
+    divisor = int(np.gcd(SAMPLE_RATE, rate))
+    return SAMPLE_RATE // divisor, rate // divisor
+
+
+def _reach(up: int, down: int) -> int:
+    """Return how many frames to each side a resampled sample depends on: half of resample_poly's filter."""
+    return 0 if up == down else -(-10 * max(up, down) // up) + 1
+
+
+class _Frames:
+    """Frames ``first`` to ``last`` (None: the end) of a file, in blocks, channels averaged.
+
+    Args:
+        file: open.
+        part: what to read.
+        path: for messages.
+
+    Attributes:
+        read: how many were read, fewer where the file ends.
+    """
+
+    def __init__(self, file: soundfile.SoundFile, part: _Part, path: Path) -> None:
+        self._file, self._part, self._path, self.read = file, part, path, 0
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        first, last, seekable = self._part.first, self._part.last, self._file.seekable()
+        if seekable:
+            self._file.seek(min(first, self._file.frames))
+        position = first if seekable else 0
+        while last is None or position < last:
+            size = _BLOCK if last is None else min(_BLOCK, last - position)
+            block = self._file.read(size, dtype="float32", always_2d=True)
+            if len(block) == 0:
+                break
+            unwanted = max(0, first - position)  # where one cannot seek
+            position += len(block)
+            block = block[unwanted:]
+            if not np.isfinite(block).all():
+                raise AudioError(f"audio file {self._path} holds samples that are not finite numbers")
+            self.read += len(block)
+            yield block.mean(axis=1) if block.shape[1] > 1 else block[:, 0]
+
+
+def _resampled(blocks: Iterable[np.ndarray], rate: int) -> Iterator[np.ndarray]:
+    """Yield the samples at 16 kHz that `resample` gives for all blocks together; few are held at a time."""
+    up, down = _factors(rate)
+    reach = _reach(up, down)
+    held, begin, given = np.zeros(0, np.float32), 0, 0  # frames from ``begin`` on; samples that were yielded
+    for block in blocks:
+        held = np.concatenate((held, block))
+        ready = max(given, (begin + len(held) - 1 - reach) * up // down)
+        yield resample(held, rate)[given - begin // down * up : ready - begin // down * up]
+        given = ready
+        kept = max(begin, (given * down // up - reach) // down * down)
+        held, begin = held[kept - begin :], kept
+    yield resample(held, rate)[given - begin // down * up :]
+
+
+def _joined(blocks: Iterable[np.ndarray], expected: int) -> np.ndarray:
+    """Return blocks as one array; they are not held twice where there are as many samples as expected."""
+    result, count = np.empty(expected, np.float32), 0
+    for block in blocks:
+        if count + len(block) > len(result):  # headers may promise less
+            result = np.concatenate((result[:count], np.empty(len(block) + count // 4, np.float32)))
+        result[count : count + len(block)] = block
+        count += len(block)
+    return result[:count]
 
 
 def _refuse_cut_wav(path: Path) -> None:
@@ -131,5 +183,4 @@ def resample(samples: np.ndarray, rate: int) -> np.ndarray:
     samples = np.asarray(samples, np.float32)
     if rate == SAMPLE_RATE or len(samples) == 0:
         return samples
-    divisor = int(np.gcd(SAMPLE_RATE, rate))
-    return resample_poly(samples, SAMPLE_RATE // divisor, rate // divisor).astype(np.float32, copy=False)
+    return resample_poly(samples, *_factors(rate)).astype(np.float32, copy=False)
