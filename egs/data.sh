@@ -13,6 +13,7 @@ data_option() { # takes the options of data_stages, and those of all scripts; as
     --pieces) pieces=$(number "$1" "$2") ;;
     --workers) workers=$(number "$1" "$2") ;;
     --start | --stop) features+=("$1" "$(number "$1" "$2")") ;; # this machine's share of the shards
+    --shard-size) features+=(--shard_size "$(number "$1" "$2")") ;; # cuts that a kill may cost
     --backend | --device) features+=("$1" "$2") ;;
     *) taken=0 ;;
   esac

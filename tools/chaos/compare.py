@@ -1,0 +1,210 @@
+"""Knows: what fbank, training and decoding leave behind; says where two runs differ, and how far a run is.
+Must not know: how runs are started or killed.
+
+All functions return one line for each difference; none means that the runs are the same.
+"""
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any, Iterator, Mapping
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from icefall_fusion.data.cut_lines import parse_cut, read_lines
+from icefall_fusion.data.datamodule import load_features
+from icefall_fusion.nbest import read_nbests
+from icefall_fusion.training.checkpoints import list_checkpoints, load_checkpoint
+
+#: Of a checkpoint and of a line of log.jsonl: what tells of time.
+_TIMES = ("seconds", "minutes")
+#: Largest difference of a score in an N-best list, in nats; texts and error rates must be the same.
+SCORE_TOLERANCE = 1e-3
+
+
+def fbank(one: Path, two: Path) -> list[str]:
+    """Compare the manifests with features of two data folders line by line, and all features bit by bit."""
+    names = _names(one / "fbank", two / "fbank", "*.jsonl.gz")
+    found = [*names.differences]
+    for name in names.common:
+        found += _manifests(one / "fbank" / name, two / "fbank" / name)
+    for name in _names(one / "fbank", two / "fbank", "compute-fbank-*.json").common:
+        if (one / "fbank" / name).read_bytes() != (two / "fbank" / name).read_bytes():
+            found.append(f"{name} differs")
+    rows = (row for name in names.common for row in _rows(two / "fbank" / name))
+    unused = set((two / "fbank").glob("*/*.lca")) - {Path(row["features"]["storage_path"]) for row in rows}
+    return found + [f"{path} is in no manifest" for path in sorted(unused)]
+
+
+def _manifests(one: Path, two: Path) -> list[str]:
+    rows = [list(_rows(path)) for path in (one, two)]
+    if len(rows[0]) != len(rows[1]):
+        return [f"{two} has {len(rows[1])} cuts instead of {len(rows[0])}"]
+    found = []
+    for number, (first, second) in enumerate(zip(*rows), 1):
+        features = [load_features(parse_cut(json.dumps(row).encode(), str(two))) for row in (first, second)]
+        for row in (first, second):
+            row["features"]["storage_path"] = Path(row["features"]["storage_path"]).name.rpartition("-")[0]
+        if first != second:
+            found.append(f"{two}, line {number}: {_first_difference(first, second)}")
+        elif not torch.equal(*features):
+            found.append(f"{two}, line {number}: features of {first['id']} differ")
+    return found
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    yield from (json.loads(line) for _, line in read_lines(path))
+
+
+def training(one: Path, two: Path) -> list[str]:
+    """Compare two experiment folders: newest checkpoints, exports, loss curves and n-grams, bit by bit."""
+    models = sorted({path.parent.name for path in one.glob("*/log.jsonl")})
+    found = [] if models else [f"{one} holds no training"]
+    for name in models:
+        newest = [list_checkpoints(folder / name)[-1:] for folder in (one, two)]
+        if not all(newest) or newest[0][0].name != newest[1][0].name:
+            found.append(f"{two / name}: newest checkpoint {newest[1]} instead of {newest[0]}")
+            continue
+        states = [_without_times(load_checkpoint(path)) for (path,) in newest]
+        difference = _first_difference(*states)
+        if difference:
+            found.append(f"{newest[1][0]}: {difference}")
+        found += _curves(one / name / "log.jsonl", two / name / "log.jsonl")
+    names = _names(one, two, "**/*.safetensors")
+    found += names.differences
+    for name in names.common:
+        difference = _first_difference(load_file(one / name), load_file(two / name))
+        found += [f"{two / name}: {difference}"] if difference else []
+    names = _names(one, two, "**/*.arpa.gz")
+    for name in names.common:
+        if gzip.decompress((one / name).read_bytes()) != gzip.decompress((two / name).read_bytes()):
+            found.append(f"{two / name} differs")
+    return found + names.differences
+
+
+def _curves(one: Path, two: Path) -> list[str]:
+    """Compare loss curves: a resumed run may say a step twice, but must say the same."""
+    curves = []
+    for path in (one, two):
+        curve: dict[tuple[int, str], Any] = {}
+        for line in path.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            for name, value in _without_times(row).items():
+                before = curve.setdefault((row["step"], name), value)
+                if before != value:
+                    return [f"{path}: step {row['step']} has {name} {before!r} and, resumed, {value!r}"]
+        curves.append(curve)
+    difference = _first_difference(*curves)
+    return [f"{two}: {difference}"] if difference else []
+
+
+def decoding(one: Path, two: Path) -> list[str]:
+    """Compare two experiment folders: tuned weights, recognized texts, errors, rates and N-best lists."""
+    names = _names(one, two, "*/recogs-*", "*/errs-*", "*/wer-summary-*", "weights.yaml")
+    found = [*names.differences] + ([] if names.common else [f"{one} holds no decoding"])
+    found += [f"{two / name} differs" for name in names.common
+              if (one / name).read_bytes() != (two / name).read_bytes()]  # fmt: skip
+    for name in _names(one, two, "*/results.json").common:
+        rows = [{(row["test_set"], row["method"]): [row[rate] for rate in ("wer", "oracle_wer", "words")]
+                 for row in json.loads((folder / name).read_text())} for folder in (one, two)]  # fmt: skip
+        difference = _first_difference(*rows)
+        found += [f"{two / name}: {difference}"] if difference else []
+    lists = _names(one, two, "*/nbest-*.jsonl")
+    for name in lists.common:
+        found += _lists(one / name, two / name)
+    found += [f"{path} was left behind" for path in sorted(two.glob("*/rank-*"))]
+    for path in two.glob("*/run.json"):
+        run = json.loads(path.read_text())
+        if run["status"] != "done" or run["skipped"]:
+            found.append(f"{path}: status {run['status']!r}, {len(run['skipped'])} skipped")
+    return found + lists.differences
+
+
+def _lists(one: Path, two: Path) -> list[str]:
+    lists = [{nbest.utterance: nbest for nbest in read_nbests(path)} for path in (one, two)]
+    if lists[0].keys() != lists[1].keys() or len(read_nbests(two)) != len(lists[1]):
+        return [f"{two} has not each utterance once"]
+    for utterance, first in lists[0].items():
+        second = lists[1][utterance]
+        if [h.tokens for h in first] != [h.tokens for h in second]:
+            return [f"{two}: hypotheses of {utterance} differ"]
+        for h, other in zip(first, second):
+            apart = max(abs(h.scores[source] - other.scores[source]) for source in h.scores)
+            if h.scores.keys() != other.scores.keys() or not apart <= SCORE_TOLERANCE:
+                return [f"{two}: scores of {utterance} differ by {apart} nats"]
+    return []
+
+
+# --- how far a run is -----------------------------------------------------------------------------------
+
+
+def fbank_progress(data: Path) -> str:
+    """Return what there is of the features."""
+    shards, splits = len(list(data.glob("fbank/.parts/*/*.gz"))), len(list(data.glob("fbank/*.jsonl.gz")))
+    return f"{shards} shards, {splits} sets joined"
+
+
+def training_progress(exp: Path) -> str:
+    """Return what there is of the models."""
+    models = sorted({path.parent for path in exp.glob("*/checkpoint-*.pt")})
+    steps = [f"{model.name} {list_checkpoints(model)[-1].stem.rpartition('-')[2]}" for model in models]
+    return ", ".join([*(f"{step} steps" for step in steps), *_marks(exp)]) or "nothing"
+
+
+def decoding_progress(exp: Path) -> str:
+    """Return how much is decoded."""
+    lists = sum(path.read_bytes().count(b"\n") for path in exp.glob("**/nbest-*.jsonl"))
+    return ", ".join([f"{lists} lists", *_marks(exp)])
+
+
+def _marks(folder: Path) -> list[str]:
+    return [f"{path.name[1:-5]} done" for path in sorted(folder.glob(".*.done"))]
+
+
+# --- values ---------------------------------------------------------------------------------------------
+
+
+class _Names:
+    """File names below two folders.
+
+    Attributes:
+        common: those that both have.
+        differences: a line for each that one has not.
+    """
+
+    def __init__(self, one: Path, two: Path, patterns: tuple[str, ...]) -> None:
+        names = [{str(path.relative_to(folder)) for pattern in patterns for path in folder.glob(pattern)
+                  if not path.name.startswith(".")} for folder in (one, two)]  # fmt: skip
+        self.common = sorted(names[0] & names[1])
+        self.differences = [f"{two / name} is missing" for name in sorted(names[0] - names[1])]
+        self.differences += [f"{two / name} is too much" for name in sorted(names[1] - names[0])]
+
+
+def _names(one: Path, two: Path, *patterns: str) -> _Names:
+    return _Names(one, two, patterns)
+
+
+def _without_times(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name not in _TIMES}
+
+
+def _first_difference(one: Any, two: Any, where: str = "") -> str:
+    """Return where two values, of mappings, sequences, tensors and plain values, first differ; or nothing."""
+    if isinstance(one, Mapping) and isinstance(two, Mapping):
+        if one.keys() != two.keys():
+            return f"{where or 'it'} has other keys: {sorted(map(str, one.keys() ^ two.keys()))[:3]}"
+        found = (_first_difference(one[key], two[key], f"{where}[{key!r}]") for key in one)
+        return next(filter(None, found), "")
+    if isinstance(one, (list, tuple)) and isinstance(two, (list, tuple)):
+        if len(one) != len(two):
+            return f"{where} has {len(two)} parts instead of {len(one)}"
+        found = (_first_difference(*pair, f"{where}[{n}]") for n, pair in enumerate(zip(one, two)))
+        return next(filter(None, found), "")
+    if isinstance(one, torch.Tensor) and isinstance(two, torch.Tensor):
+        return "" if torch.equal(one, two) else f"{where} are other numbers"
+    if isinstance(one, np.ndarray) or isinstance(two, np.ndarray):
+        return "" if np.array_equal(one, two) else f"{where} are other numbers"
+    return "" if one == two else f"{where} is {two!r} instead of {one!r}"
