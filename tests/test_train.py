@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -118,11 +119,14 @@ def test_training_resumes_to_the_same_model_and_exports_an_average(data_dir: Pat
     assert run(stopped) == STOPPED == 4  # no script may take it for finished
     assert not (tmp_path / "parted" / "checkpoint-8.pt").exists()
     assert run(parted) == 0
-    first, second = (
+    (tmp_path / "killed").mkdir()
+    shutil.copy(tmp_path / "whole" / "checkpoint-4.pt", tmp_path / "killed")  # what a kill after it leaves
+    assert run(with_dropout("killed")) == 0
+    first, *others = (
         torch.load(tmp_path / name / "checkpoint-8.pt", weights_only=True)["model"]
-        for name in ("whole", "parted")
+        for name in ("whole", "parted", "killed")
     )
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert all(torch.equal(first[name], second[name]) for second in others for name in first)
 
     exported = load(tmp_path / "whole" / "export")
     assert exported.tokens.size == whole.model.vocab_size

@@ -239,6 +239,7 @@ class Trainer:
             save_checkpoint(state, checkpoint_path(self.folder, self.step), self.options.keep_checkpoints)
             if self.on_save:
                 self.on_save(self.step)
+                set_random_states(states[0]["rng"])  # it may draw numbers, which a resumed run will not
         self.saved_at = time.monotonic()
 
     def resume(self) -> None:
