@@ -47,7 +47,8 @@ class KillResumeOptions:
         download: folder with the stand-in; empty: it is made.
         work: folder of all runs; empty: a temporary one, removed when all is well.
         out: the report in JSON; empty: kill_resume.json of the folder of all runs.
-        quick: features by one process, only the acoustic model, some utterances decoded by some methods.
+        quick: features by one process, only the acoustic model, some utterances decoded by some methods with
+            MiniBooks' weights.
     """
 
     stages: tuple[str, ...] = STAGES
@@ -150,7 +151,7 @@ class Chaos:
         ]  # fmt: skip
 
     def _decode(self, folder: Path) -> list[str]:
-        quick = ["--stop-stage", "2", "--confirm", "0", "--limit", "4", "--methods", QUICK_METHODS]
+        quick = ["--stage", "2", "--stop-stage", "2", "--limit", "4", "--methods", QUICK_METHODS]
         return [
             "bash", str(RECIPE / "decode.sh"), "--config", "tiny", "--data-dir", str(self.data),
             "--exp-dir", str(folder / "exp"), "--pretrained-dir", str(MINIBOOKS),
@@ -165,11 +166,16 @@ class Chaos:
         def nothing(folder: Path) -> None:
             folder.mkdir(parents=True)
 
+        def tuned(folder: Path) -> None:
+            (folder / "exp").mkdir(parents=True)
+            if self.options.quick:
+                shutil.copy(MINIBOOKS / "weights.yaml", folder / "exp")
+
         return [
             Stage("fbank", lambda folder: self._prepare("3", "3", folder / "data"), "data", copy_prepared,
                   compare.fbank, compare.fbank_progress),
             Stage("train", self._train, "exp", nothing, compare.training, compare.training_progress),
-            Stage("decode", self._decode, "exp", nothing, compare.decoding, compare.decoding_progress),
+            Stage("decode", self._decode, "exp", tuned, compare.decoding, compare.decoding_progress),
         ]  # fmt: skip
 
     # --- runs --------------------------------------------------------------------------------------------
