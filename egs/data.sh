@@ -3,6 +3,7 @@
 
 pieces=     # acoustic pieces; empty: 500, of the configuration "tiny" 100
 workers=2
+noise=      # folder of noise recordings, to be mixed in by training; empty: none
 features=() # options of compute-fbank
 
 data_option() { # takes the options of data_stages, and those of all scripts; as common_option
@@ -12,6 +13,7 @@ data_option() { # takes the options of data_stages, and those of all scripts; as
   case "$1" in
     --pieces) pieces=$(number "$1" "$2") ;;
     --workers) workers=$(number "$1" "$2") ;;
+    --noise) noise=$(absolute "$2") ;;
     --start | --stop) features+=("$1" "$(number "$1" "$2")") ;; # this machine's share of the shards
     --shard-size) features+=(--shard_size "$(number "$1" "$2")") ;; # cuts that a kill may cost
     --backend | --device) features+=("$1" "$2") ;;
@@ -46,6 +48,11 @@ data_stages() { # number of the first of three stages: pieces, features, LM text
       job compute-fbank --corpus "$corpus" --data_dir "$data_dir" --splits "$split" --workers "$workers" \
         --shuffle true ${features[@]+"${features[@]}"}
     done
+    if [ -n "$noise" ]; then
+      job noise-cuts --folder "$noise" --data_dir "$data_dir"
+      job compute-fbank --corpus noise --data_dir "$data_dir" --splits noise --workers "$workers" \
+        ${features[@]+"${features[@]}"}
+    fi
     finish features
   fi
   if wanted $((first + 2)) lm-text; then

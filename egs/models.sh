@@ -53,7 +53,9 @@ launch() { # job, options: one process, or several under torchrun
   fi
 }
 
-train_acoustic() {
+train_acoustic() { # with the noise that prepare.sh --noise has left
+  local noise=$data_dir/fbank/noise_cuts_noise.jsonl.gz
+  if [ -f "$noise" ]; then acoustic+=(--data.noise "$noise"); fi
   launch train --config "$conf/ctc_aed.yaml" --corpus "$corpus" --data_dir "$data_dir" --exp "$exp_dir/ctc_aed" \
     ${acoustic[@]+"${acoustic[@]}"} ${further[@]+"${further[@]}"}
 }

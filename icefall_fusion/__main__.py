@@ -54,6 +54,7 @@ JOBS: dict[str, Job] = {
     "demo": Job("icefall_fusion.demo", "DemoOptions", "speak and decode the built-in stories by all methods"),
     "prepare-text": Job("icefall_fusion.data.books", "PrepareTextOptions", "cut books into utterances"),
     "select-utterances": Job("icefall_fusion.data.selection", "SelectOptions", "choose what is spoken"),
+    "noise-cuts": Job("icefall_fusion.data.noise_cuts", "NoiseCutsOptions", "noise recordings to a manifest"),
     "export-transcripts": Job("icefall_fusion.data.transcripts", "TranscriptsOptions", "texts of manifests"),
     "train-tokenizers": Job("icefall_fusion.data.tokenizers", "TokenizerOptions", "acoustic BPE, LLM tokens"),
     "prepare-lm-text": Job("icefall_fusion.data.lm_text", "LmTextOptions", "token streams to train LMs on"),

@@ -289,13 +289,14 @@ def make_trainer(options: TrainOptions, device: torch.device, rank: int = 0, wor
     train, valid = (
         cuts_path(folder, split, options.corpus) for split in (options.train_split, options.valid_split)
     )
+    plain = dataclasses.replace(options.data, frequency_warp=0.0, spec_augment=False, noise="")
     if list_checkpoints(options.exp):
         pass  # the loop goes on from the newest
     elif options.init:
         begin_from(model, options.init)
     else:
-        plain = dataclasses.replace(options.data, frequency_warp=0.0, spec_augment=False, workers=0)
-        mean, deviation = feature_statistics(TrainBatches(train, plain), options.stats_seconds, device)
+        source = TrainBatches(train, dataclasses.replace(plain, workers=0))
+        mean, deviation = feature_statistics(source, options.stats_seconds, device)
         model.encoder.mean.copy_(mean)
         model.encoder.deviation.copy_(deviation)
     if rank == 0:
@@ -310,7 +311,7 @@ def make_trainer(options: TrainOptions, device: torch.device, rank: int = 0, wor
         compile_layers(model)
     encode = model.tokens.encode
     longest = min(options.easy_seconds, options.data.max_seconds)
-    short = dataclasses.replace(options.data, max_seconds=longest, frequency_warp=0.0, spec_augment=False)
+    short = dataclasses.replace(plain, max_seconds=longest)
     easy, full = TrainBatches(train, short, encode), TrainBatches(train, options.data, encode)
     return Trainer(
         options.trainer,

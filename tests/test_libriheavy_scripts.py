@@ -64,6 +64,26 @@ def test_broken_manifests_and_dead_mirrors_are_told(mirror: Path, tmp_path: Path
     assert done.returncode == 2 and "--subset must be small, medium or large, but is 'tiny'" in done.stderr
 
 
+def test_musan_is_fetched_where_it_is_asked_for(mirror: Path, tmp_path: Path) -> None:
+    to = tmp_path / "download"
+    (to / "librilight").mkdir(parents=True)
+    (to / "librilight" / ".small.unpacked").touch()
+    assert download(mirror, to).returncode == 0 and not (to / "musan").exists()
+    with tarfile.open(mirror / "musan.tar.gz", "w:gz") as archive:
+        archive.add(__file__, "musan/noise/free-sound/noise-0000.wav")
+    whole = (mirror / "musan.tar.gz").read_bytes()
+    asked = ("--musan", "yes", "--musan-url", f"file://{mirror}")
+    (mirror / "musan.tar.gz").write_bytes(whole[:-20])
+    done = download(mirror, to, *asked)
+    assert done.returncode == 1 and "musan.tar.gz is no whole gzip file and was removed" in done.stderr
+    (mirror / "musan.tar.gz").write_bytes(whole)
+    for _ in range(2):  # the second time nothing is fetched
+        assert download(mirror, to, *asked).returncode == 0
+        assert (to / "musan" / "noise" / "free-sound" / "noise-0000.wav").is_file()
+        assert not (to / "musan.tar.gz").exists()
+        (mirror / "musan.tar.gz").unlink(missing_ok=True)
+
+
 class _Server(http.server.SimpleHTTPRequestHandler):
     """Sends files, from the middle on where it is asked to (RFC 9110, section 14), and keeps the answers."""
 

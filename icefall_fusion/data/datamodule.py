@@ -26,6 +26,7 @@ from icefall_fusion.data.cut_lines import CutLine
 from icefall_fusion.data.fbank import DIM, cut_samples, extract
 from icefall_fusion.data.frequency_warp import warp_frequencies
 from icefall_fusion.data.manifests import spread
+from icefall_fusion.data.noise_mix import NoiseMixer, mix
 from icefall_fusion.files import PathLike
 
 PADDING = float(np.log(1e-10))  # the log energy of digital silence, as lhotse pads features
@@ -45,6 +46,11 @@ class DataOptions:
         max_seconds: longer training utterances are left out.
         workers: processes that load features; 0 loads in the main process. Batches do not depend on it.
         prefetch: batches that each worker holds ready.
+        noise: manifest of noise with features (jobs noise-cuts and compute-fbank), which is mixed into
+            training utterances before all else; empty: none.
+        noise_share: part of the utterances that get noise.
+        noise_lowest: signal-to-noise ratio at least, in dB.
+        noise_highest: at most; each is drawn evenly between them.
         frequency_warp: training utterances are warped by a factor from 1 - this to 1 + this (VTLP); 0 is off.
         spec_augment: mask and warp training features (Park et al., 2019).
         time_warp: frames, 0 is off.
@@ -64,6 +70,10 @@ class DataOptions:
     max_seconds: float = 25.0
     workers: int = 1
     prefetch: int = 4
+    noise: str = ""
+    noise_share: float = 0.5
+    noise_lowest: float = 10.0
+    noise_highest: float = 20.0
     frequency_warp: float = 0.0
     spec_augment: bool = True
     time_warp: int = 80
@@ -82,8 +92,10 @@ class DataOptions:
             check(getattr(self, name) >= 0, f"DataOptions.{name}", "be at least 0", getattr(self, name))
         check(self.num_buckets >= 2, "DataOptions.num_buckets", "be at least 2", self.num_buckets)
         check(self.prefetch >= 1, "DataOptions.prefetch", "be at least 1", self.prefetch)
-        for name in ("frame_mask_fraction", "spec_augment_share"):
+        for name in ("frame_mask_fraction", "spec_augment_share", "noise_share"):
             check(0 <= getattr(self, name) <= 1, f"DataOptions.{name}", "lie in 0..1", getattr(self, name))
+        rule = f"be at least noise_lowest ({self.noise_lowest} dB)"
+        check(self.noise_highest >= self.noise_lowest, "DataOptions.noise_highest", rule, self.noise_highest)
         warp = self.frequency_warp
         check(0 <= warp < 0.5, "DataOptions.frequency_warp", "lie in 0..0.5", warp)
         rule = f"be below max_seconds ({self.max_seconds})"
@@ -241,6 +253,10 @@ class _Loading(Dataset):
         self._encode = encode
         self._augment = None
         self._warp = 0.0 if options is None else options.frequency_warp
+        self._noise, self._noise_share = None, 0.0
+        if options is not None and options.noise:
+            self._noise = NoiseMixer(_existing(options.noise), options.noise_lowest, options.noise_highest)
+            self._noise_share = options.noise_share
         if options is not None and options.spec_augment:
             self._augment = SpecAugment(
                 time_warp_factor=options.time_warp,
@@ -266,6 +282,8 @@ class _Loading(Dataset):
                     skipped.append({"id": id, "error": str(error)})
                     continue
                 # before padding: independent of the batch
+                if self._noise is not None and random.random() < self._noise_share:
+                    one = self._with_noise(self._noise, one, skipped)
                 if self._warp > 0:
                     one = warp_frequencies(one, random.uniform(1 - self._warp, 1 + self._warp))
                 if self._augment is not None and len(one) > 0:
@@ -285,6 +303,16 @@ class _Loading(Dataset):
             "seconds": [cut.duration for cut in kept],
             "skipped": skipped,
         }
+
+
+    @staticmethod
+    def _with_noise(mixer: NoiseMixer, features: torch.Tensor, skipped: list[dict[str, str]]) -> torch.Tensor:
+        noise, begin, snr = mixer.draw()
+        try:
+            return mix(features, load_features(noise), begin, snr)
+        except (FileNotFoundError, ValueError) as error:
+            skipped.append({"id": f"noise {noise.id}", "error": str(error)})
+            return features
 
 
 def _batches_by_duration(cuts: list[MonoCut], seconds: float) -> list[tuple[int, list[MonoCut]]]:

@@ -10,7 +10,8 @@
 # dev, the test sets and train, 4 LM text of the NLM (training transcripts without the books of dev and test).
 # Every stage can be killed and run again: finished shards are kept. A finished stage leaves a .done mark in
 # --data-dir and is skipped; remove the mark to run it again. --config is "full" or a folder of conf/.
-# --backend kaldifeat --device cuda computes features on a GPU (tools/install_kaldifeat.sh).
+# --noise DIR (MUSAN's folder, say; its speech is left out) makes features of noise, which train.sh then mixes in;
+# --musan yes fetches MUSAN (11 GB) for that. --backend kaldifeat --device cuda computes features on a GPU (tools/install_kaldifeat.sh).
 # Exit code 3: done, but some inputs were skipped (they are listed).
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
@@ -23,6 +24,7 @@ download=$here/download
 subset=small
 form=lower
 books=
+musan=no
 
 while [ $# -gt 0 ]; do
   data_option "$@"
@@ -31,6 +33,7 @@ while [ $# -gt 0 ]; do
     --download) download=$(absolute "$2") ;;
     --subset) subset=$2 ;;
     --text) form=$2 ;;
+    --musan) musan=$2 ;;
     --books) books=$(absolute "$2") ;;
     *) unknown_option "$1" ;;
   esac
@@ -43,6 +46,7 @@ case "$subset" in
   large) parts="small medium large" ;;
   *) echo "prepare.sh: --subset must be small, medium or large, but is '$subset'" >&2; exit 2 ;;
 esac
+if [ "$musan" = yes ]; then noise=$download/musan; fi
 set_data_folders
 test_sets="test_clean test_other"
 if [ "$config" = full ]; then test_sets="$test_sets test_clean_large test_other_large"; fi
@@ -65,7 +69,7 @@ stand_in() { # a corpus of other configurations than "full": conf/*/librilike.ya
 
 if wanted 0 download; then
   if [ "$config" = full ]; then
-    bash local/download.sh --to "$download" --subset "$subset"
+    bash local/download.sh --to "$download" --subset "$subset" --musan "$musan"
   else
     stand_in
   fi

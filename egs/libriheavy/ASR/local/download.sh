@@ -7,11 +7,14 @@
 #
 # Audio: --to/librilight/SUBSET/SPEAKER/BOOK/CHAPTER.flac; manifests: --to/libriheavy/libriheavy_cuts_*.jsonl.gz.
 # Archives are checked against the MD5 sums that Libri-Light publishes and removed once they are unpacked
-# (--keep yes keeps them). --audio-url and --manifest-url name mirrors (also file:///...).
+# (--keep yes keeps them). --musan yes fetches MUSAN too (noise and music, 11 GB; no sums are published), to
+# --to/musan. --audio-url, --manifest-url and --musan-url name mirrors (also file:///...).
 set -euo pipefail
 to=download
 subset=small
 keep=no
+musan=no
+musan_url=https://www.openslr.org/resources/17
 audio_url=https://dl.fbaipublicfiles.com/librilight/data
 manifest_url=https://huggingface.co/datasets/pkufool/libriheavy/resolve/main
 
@@ -20,13 +23,15 @@ fail() { echo "download.sh: $1" >&2; exit "${2:-1}"; }
 while [ $# -gt 0 ]; do
   case "$1" in
     -h | --help) awk 'NR > 1 { if (!/^#/) exit; sub(/^# ?/, ""); print }' "$0"; exit 0 ;;
-    --to | --subset | --keep | --audio-url | --manifest-url) [ $# -ge 2 ] || fail "$1 needs a value (see --help)" 2 ;;
+    --to | --subset | --keep | --musan | --audio-url | --manifest-url | --musan-url) [ $# -ge 2 ] || fail "$1 needs a value (see --help)" 2 ;;
     *) fail "unknown option $1 (see --help)" 2 ;;
   esac
   case "$1" in
     --to) to=$2 ;;
     --subset) subset=$2 ;;
     --keep) keep=$2 ;;
+    --musan) musan=$2 ;;
+    --musan-url) musan_url=$2 ;;
     --audio-url) audio_url=$2 ;;
     --manifest-url) manifest_url=$2 ;;
   esac
@@ -95,3 +100,14 @@ for part in $parts; do
   touch "$mark"
   if [ "$keep" = no ]; then rm "$archive"; fi
 done
+
+if [ "$musan" = yes ] && [ ! -f "$to/.musan.unpacked" ]; then
+  fetch "$musan_url/musan.tar.gz" "$to/musan.tar.gz"
+  gzip --test "$to/musan.tar.gz" || {
+    rm "$to/musan.tar.gz"
+    fail "$musan_url/musan.tar.gz is no whole gzip file and was removed; run the same command again"
+  }
+  tar --extract --gzip --file "$to/musan.tar.gz" --directory "$to" --skip-old-files
+  touch "$to/.musan.unpacked"
+  if [ "$keep" = no ]; then rm "$to/musan.tar.gz"; fi
+fi
