@@ -81,7 +81,8 @@ def training_of(folder: Path, loss: float = 1.0, weight: float = 2.0, noise: flo
     exp = folder / "ctc_aed"
     state = {"model": {"w": torch.tensor([weight])}, "step": 4, "seconds": time.time(), "rng": (1, [noise])}
     save_checkpoint(state, exp / "checkpoint-4.pt", 1)
-    lines = [{"step": step, "minutes": time.time(), "valid_loss": loss * step} for step in (2, 4)]
+    times = {"minutes": time.time(), "data_wait": time.time()}
+    lines = [{"step": step, **times, "valid_loss": loss * step} for step in (2, 4)]
     write_text(exp / "log.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     (exp / "export").mkdir()
     save_file({"w": torch.tensor([weight])}, exp / "export" / "model.safetensors")

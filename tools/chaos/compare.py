@@ -20,7 +20,7 @@ from icefall_fusion.nbest import read_nbests
 from icefall_fusion.training.checkpoints import list_checkpoints, load_checkpoint
 
 #: Of a checkpoint and of a line of log.jsonl: what tells of time.
-_TIMES = ("seconds", "minutes")
+_TIMES = ("seconds", "minutes", "data_wait")
 #: Largest difference of a score in an N-best list, in nats; texts and error rates must be the same.
 SCORE_TOLERANCE = 1e-3
 
@@ -31,7 +31,9 @@ def fbank(one: Path, two: Path) -> list[str]:
     found = [*names.differences]
     for name in names.common:
         found += _manifests(one / "fbank" / name, two / "fbank" / name)
-    for name in _names(one / "fbank", two / "fbank", "compute-fbank-*.json").common:
+    reports = _names(one / "fbank", two / "fbank", "compute-fbank-*.json")
+    found += reports.differences
+    for name in reports.common:
         if (one / "fbank" / name).read_bytes() != (two / "fbank" / name).read_bytes():
             found.append(f"{name} differs")
     rows = (row for name in names.common for row in _rows(two / "fbank" / name))
@@ -107,7 +109,9 @@ def decoding(one: Path, two: Path) -> list[str]:
     found = [*names.differences] + ([] if names.common else [f"{one} holds no decoding"])
     found += [f"{two / name} differs" for name in names.common
               if (one / name).read_bytes() != (two / name).read_bytes()]  # fmt: skip
-    for name in _names(one, two, "*/results.json").common:
+    results = _names(one, two, "*/results.json")
+    found += results.differences
+    for name in results.common:
         rows = [{(row["test_set"], row["method"]): [row[rate] for rate in ("wer", "oracle_wer", "words")]
                  for row in json.loads((folder / name).read_text())} for folder in (one, two)]  # fmt: skip
         difference = _first_difference(*rows)
@@ -132,8 +136,10 @@ def _lists(one: Path, two: Path) -> list[str]:
         if [h.tokens for h in first] != [h.tokens for h in second]:
             return [f"{two}: hypotheses of {utterance} differ"]
         for h, other in zip(first, second):
+            if h.scores.keys() != other.scores.keys():
+                return [f"{two}: {utterance} has scores of {sorted(other.scores)}, not {sorted(h.scores)}"]
             apart = max(abs(h.scores[source] - other.scores[source]) for source in h.scores)
-            if h.scores.keys() != other.scores.keys() or not apart <= SCORE_TOLERANCE:
+            if not apart <= SCORE_TOLERANCE:
                 return [f"{two}: scores of {utterance} differ by {apart} nats"]
     return []
 

@@ -237,7 +237,10 @@ class Chaos:
                 trial["missed"] += 1
         trial["resumed"] = self._finish(stage.command(folder))._asdict()
         reference = self.work / stage.name / "undisturbed"
-        trial["differences"] = stage.compare(reference / stage.result, folder / stage.result)
+        try:
+            trial["differences"] = stage.compare(reference / stage.result, folder / stage.result)
+        except (OSError, ValueError, KeyError) as error:  # what can no longer be read
+            trial["differences"] = [f"{type(error).__name__}: {error}"]
         left_over = [path for path in folder.rglob(".*") if path.is_file() and path.suffix != ".done"]
         trial["left_over_files"], trial["left_over_bytes"] = len(left_over), sum(
             path.stat().st_size for path in left_over
