@@ -244,14 +244,16 @@ def run(options: TrainOptions) -> int:
 
 
 def report_skipped(trainer: Trainer, path: Path) -> None:
-    """Write what could not be read in this run, by any process, and print how much; nothing if all could."""
+    """Write what could not be read, by any process, and print how much; nothing if all could."""
     mine = [*trainer.train_batches.skipped, *trainer.valid_batches.skipped]
     shares = gather_over_processes(mine)
-    errors = {entry["id"]: entry["error"] for share in shares for entry in share}
-    if trainer.rank == 0 and errors:
-        listed = [{"id": id, "error": error} for id, error in list(errors.items())[:LISTED]]
-        write_json(path, {"utterances": len(errors), "skipped": listed})
-        print(f"{len(errors)} utterances could not be read, see {path}", file=sys.stderr)
+    entries = list({(e.get("kind"), e["id"]): e for share in shares for e in share}.values())
+    if trainer.rank == 0 and entries:
+        noise = sum(entry.get("kind") == "noise" for entry in entries)
+        counts = {"utterances": len(entries) - noise, "noise": noise}
+        write_json(path, {**counts, "skipped": entries[:LISTED]})
+        said = " and ".join(f"{count} {what}" for what, count in counts.items() if count)
+        print(f"{said} could not be read, see {path}", file=sys.stderr)
 
 
 def begin_from(model: CtcAed, folder: str) -> None:

@@ -15,6 +15,7 @@ from icefall_fusion.checks import check
 from icefall_fusion.files import PathLike
 
 SAMPLE_RATE = 16_000  # Hz
+UNKNOWN_LENGTH = 2**40  # frames; libsndfile says more where a header does not tell
 _UNKNOWN_SIZE = 0x7FFF_0000  # bytes; sizes above stand for "not known when the header was written"
 _BLOCK = 1 << 20  # frames read at once
 _MOST = 1 << 30  # samples to make room for at once: a header may be damaged
@@ -59,12 +60,12 @@ def load_audio(
             part = _Part(rate, offset, duration)
             frames = _Frames(file, part, path)
             end = declared if part.last is None else min(part.last, declared)
-            known = max(0, end - part.first) if declared < 2**40 else 0
+            known = max(0, end - part.first) if declared < UNKNOWN_LENGTH else 0
             blocks = frames if rate == SAMPLE_RATE else _resampled(frames, rate)
             samples = _joined(blocks, min(-(-known * SAMPLE_RATE // rate), _MOST))
     except (soundfile.LibsndfileError, RuntimeError) as error:
         raise AudioError(f"audio file {path} cannot be read (truncated, or no audio): {error}") from None
-    if path.suffix.lower() in (".wav", ".flac") and declared < 2**40:
+    if path.suffix.lower() in (".wav", ".flac") and declared < UNKNOWN_LENGTH:
         if part.first + frames.read < end:
             got = f"{frames.read} of {end - part.first}"
             raise AudioError(f"audio file {path} is truncated: {got} samples could be read")

@@ -117,7 +117,8 @@ class TrainBatches:
         encode: text to token ids, e.g. ``AcousticTokens.encode``; None gives empty lists.
 
     Attributes:
-        skipped: [{"id", "error"}], utterances whose features or audio could not be read so far, each once.
+        skipped: [{"id", "error"}], utterances whose features or audio could not be read so far, each once;
+            with "kind" "noise" those of noise. They belong to the state: a resumed run knows them.
         order: the sampler.
     """
 
@@ -163,12 +164,14 @@ class TrainBatches:
         """
         order = self.order
         state = {"epoch": order.epoch, "used": order.used, "seed": self.options.seed}
-        return {**state, "position": order.position()}
+        return {**state, "position": order.position(), "skipped": list(self.skipped)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a position; the batches after it are those that would have followed."""
         rule = f"be the saved one, {state['seed']}, to go on with the same batches"
         check(state["seed"] == self.options.seed, "DataOptions.seed", rule, self.options.seed)
+        self.skipped = list(state.get("skipped", ()))
+        self._told = {entry["id"] for entry in self.skipped}
         self.order.go_to(state["epoch"], state["used"], state.get("position"))
 
 
@@ -311,7 +314,7 @@ class _Loading(Dataset):
         try:
             return mix(features, load_features(noise), begin, snr)
         except (FileNotFoundError, ValueError) as error:
-            skipped.append({"id": f"noise {noise.id}", "error": str(error)})
+            skipped.append({"id": noise.id, "error": str(error), "kind": "noise"})
             return features
 
 

@@ -14,6 +14,7 @@ from lhotse import AudioSource, MonoCut, Recording, SupervisionSegment
 from tqdm import tqdm
 
 from icefall_fusion.checks import check
+from icefall_fusion.data.audio import UNKNOWN_LENGTH
 from icefall_fusion.data.manifests import check_corpus, cuts_path, write_cuts
 
 AUDIO = (".wav", ".flac", ".ogg", ".mp3")
@@ -79,13 +80,15 @@ def _cuts(options: NoiseCutsOptions, path: Path, skipped: list[str]) -> Iterator
     """Yield the windows of a recording, all of one length."""
     try:
         about = soundfile.info(str(path))
+        if about.frames >= UNKNOWN_LENGTH:
+            raise RuntimeError("its header does not tell its length")
     except (OSError, RuntimeError) as error:
         logging.warning("skipped %s: it cannot be read: %s", path, error)
         skipped.append(str(path))
         return
     if about.duration < options.shortest:
         return
-    name = path.relative_to(options.folder).with_suffix("").as_posix()
+    name = path.relative_to(options.folder).as_posix()  # with its suffix: rain.wav may lie beside rain.flac
     source = AudioSource(type="file", channels=[0], source=str(path.resolve()))
     recording = Recording(name, [source], about.samplerate, about.frames, about.duration)
     count = math.ceil(about.duration / options.window)
