@@ -2,9 +2,11 @@
 # What the prepare.sh of every recipe shares that begins with manifests. Source it after stages.sh; it runs nothing.
 
 pieces=     # acoustic pieces; empty: 500, of the configuration "tiny" 100
+bpe=        # SentencePiece model whose pieces are taken instead of learning them; empty: none
 workers=2
 noise=      # folder of noise recordings, to be mixed in by training; empty: none
 features=() # options of compute-fbank
+share=()    # and those of a machine's share of the work
 
 data_option() { # takes the options of data_stages, and those of all scripts; as common_option
   common_option "$@"
@@ -13,9 +15,10 @@ data_option() { # takes the options of data_stages, and those of all scripts; as
   case "$1" in
     --pieces) pieces=$(number "$1" "$2") ;;
     --workers) workers=$(number "$1" "$2") ;;
+    --bpe) bpe=$(absolute "$2") ;;
     --noise) noise=$(absolute "$2") ;;
-    --start | --stop) features+=("$1" "$(number "$1" "$2")") ;; # this machine's share of the shards
-    --shard-size) features+=(--shard_size "$(number "$1" "$2")") ;; # cuts that a kill may cost
+    --start | --stop) share+=("$1" "$(number "$1" "$2")") ;; # this machine's share of the shards
+    --shard-size) features+=(--shard_size "$(number "$1" "$2")") ;; # cuts that a kill may cost each worker
     --backend | --device) features+=("$1" "$2") ;;
     *) taken=0 ;;
   esac
@@ -35,25 +38,31 @@ set_data_folders() {
 
 # From $data_dir/manifests/${corpus}_cuts_{train,$dev_set,$test_sets}.jsonl.gz to all that training reads.
 data_stages() { # number of the first of three stages: pieces, features, LM text
-  local first=$1 split
+  local first=$1 split code unfinished=0
   if wanted "$first" pieces; then
     # shellcheck disable=SC2086 # several names
     job export-transcripts --data_dir "$data_dir" --corpus "$corpus" --dev "$dev_set" --held_out $test_sets
-    job train-tokenizers --data_dir "$data_dir" --pieces "$pieces" --llm_tokens 0
+    job train-tokenizers --data_dir "$data_dir" --pieces "$pieces" --llm_tokens 0 ${bpe:+--pieces_from "$bpe"}
     finish pieces
   fi
   if wanted $((first + 1)) features; then
     for split in $dev_set $test_sets train; do
-      # a machine that has done its share while others are at theirs ends here with an error that says so
+      code=0
       job compute-fbank --corpus "$corpus" --data_dir "$data_dir" --splits "$split" --workers "$workers" \
-        --shuffle true ${features[@]+"${features[@]}"}
+        --shuffle true ${features[@]+"${features[@]}"} ${share[@]+"${share[@]}"} || code=$?
+      if [ "$code" -eq 4 ]; then unfinished=4; elif [ "$code" -ne 0 ]; then exit "$code"; fi
     done
-    if [ -n "$noise" ]; then
-      job noise-cuts --folder "$noise" --data_dir "$data_dir"
-      job compute-fbank --corpus noise --data_dir "$data_dir" --splits noise --workers "$workers" \
-        ${features[@]+"${features[@]}"}
+    if [ "$unfinished" -ne 0 ]; then
+      log "this machine has done its share; run the same again when the others have done theirs"
+      exit "$unfinished"
     fi
     finish features
+  fi
+  if [ -n "$noise" ] && wanted $((first + 1)) noise; then
+    job noise-cuts --folder "$noise" --data_dir "$data_dir"
+    job compute-fbank --corpus noise --data_dir "$data_dir" --splits noise --workers "$workers" \
+      ${features[@]+"${features[@]}"}
+    finish noise
   fi
   if wanted $((first + 2)) lm-text; then
     job prepare-lm-text --data_dir "$data_dir" --pieces "$pieces" --streams nlm --spoken_train text/train.jsonl \

@@ -4,7 +4,7 @@
 pretrained_dir=
 world_size=1
 torchrun=--standalone
-acoustic=() # further options of the acoustic model's training and export, set by the recipe
+acoustic=() # further options of the acoustic model's training and export: the recipe's, and of --acoustic
 further=()  # what follows "--" on the command line of train.sh: options of every training
 
 # Takes the options that train.sh and decode.sh have in common, and those of all scripts; as common_option.
@@ -24,6 +24,13 @@ prepare_training() { # the command line of train.sh: takes its options, sets the
     if [ "$taken" -gt 0 ]; then shift "$taken"; continue; fi
     case "$1" in
       --) shift; break ;;
+      --acoustic) # several options in one word
+        if [ $# -lt 2 ]; then unknown_option "$1"; fi
+        local words
+        read -r -a words <<<"$2"
+        acoustic+=("${words[@]}")
+        shift 2
+        ;;
       *) unknown_option "$1" ;;
     esac
   done
@@ -41,7 +48,7 @@ find_pieces() { # sets $lang, the folder of the acoustic pieces (as many as prep
     echo "$script: there are no pieces (lang_bpe_*) in $data_dir: run prepare.sh first" >&2
     exit 1
   fi
-  acoustic=(--bpe "$lang" --model.vocab_size "${lang##*_}")
+  acoustic+=(--bpe "$lang" --model.vocab_size "${lang##*_}")
 }
 
 launch() { # job, options: one process, or several under torchrun
@@ -55,7 +62,10 @@ launch() { # job, options: one process, or several under torchrun
 
 train_acoustic() { # with the noise that prepare.sh --noise has left
   local noise=$data_dir/fbank/noise_cuts_noise.jsonl.gz
-  if [ -f "$noise" ]; then acoustic+=(--data.noise "$noise"); fi
+  if [ -f "$noise" ]; then
+    log "noise of $noise is mixed in"
+    acoustic+=(--data.noise "$noise")
+  fi
   launch train --config "$conf/ctc_aed.yaml" --corpus "$corpus" --data_dir "$data_dir" --exp "$exp_dir/ctc_aed" \
     ${acoustic[@]+"${acoustic[@]}"} ${further[@]+"${further[@]}"}
 }

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from icefall_fusion.__main__ import main
 from icefall_fusion.data import books, lm_text, selection, tokenizers
 from icefall_fusion.text import normalize
 
@@ -297,3 +298,21 @@ def test_a_recipe_with_an_llm_of_its_own_needs_neither_tokens_nor_streams_of_one
         assert same[0] == same[1]
     with pytest.raises(ValueError, match="LmTextOptions.streams must be one of"):
         lm_text.LmTextOptions(streams=("lm",))
+
+
+def test_pieces_can_be_taken_from_another_model(tmp_path, capsys) -> None:
+    one, other = tmp_path / "one" / "text", tmp_path / "other" / "text"
+    texts = {one: "the quick brown fox jumps over lazy dogs and packs my box", other: "seven ships sail"}
+    for folder, words in texts.items():
+        folder.mkdir(parents=True)
+        rows = [{"text": " ".join(words.split()[i % 5 :]), "cased": words} for i in range(40)]
+        (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["train-tokenizers", "--pieces", "32", "--llm_tokens", "0", "--data_dir"]
+    assert main([*arguments, str(one.parent)]) == 0
+    given = one.parent / "lang_bpe_32"
+    assert main([*arguments, str(other.parent), "--pieces_from", str(given)]) == 0
+    for name in ("bpe.model", "tokens.txt"):
+        assert (other.parent / "lang_bpe_32" / name).read_bytes() == (given / name).read_bytes()
+    arguments[2] = "40"
+    assert main([*arguments, str(other.parent), "--pieces_from", str(given / "bpe.model")]) == 2
+    assert "TokenizerOptions.pieces must be 32, as" in capsys.readouterr().err

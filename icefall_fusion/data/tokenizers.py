@@ -15,6 +15,7 @@ from tqdm import tqdm
 from icefall_fusion.checks import check
 from icefall_fusion.data.books import read_jsonl
 from icefall_fusion.files import atomic_path, write_text
+from icefall_fusion.tokens import AcousticTokens
 
 BLANK, SOS_EOS, UNKNOWN = "<blk>", "<sos/eos>", "<unk>"  # ids 0, 1, 2: icefall's convention
 LLM_BOS, LLM_EOS = "<s>", "</s>"  # ids 0, 1
@@ -30,6 +31,8 @@ class TokenizerOptions:
     Args:
         data_dir: has ``text/train.jsonl``; gets ``lang_bpe_<pieces>/`` and ``llm_tokenizer/``.
         pieces: size of the acoustic vocabulary, blank included.
+        pieces_from: a SentencePiece model, or its folder, whose pieces are taken instead of learning them:
+            those of a model that is to be trained on (``train --init``); empty: none.
         piece_lines: normalized utterances that the acoustic pieces are learned from.
         llm_tokens: size of the LLM's vocabulary; 0: none is made (the LLM brings its own).
         llm_cased_lines: cased utterances that the LLM's tokens are learned from.
@@ -39,6 +42,7 @@ class TokenizerOptions:
 
     data_dir: str = "data"
     pieces: int = 500
+    pieces_from: str = ""
     piece_lines: int = 200_000
     llm_tokens: int = 8192
     llm_cased_lines: int = 300_000
@@ -57,22 +61,26 @@ class TokenizerOptions:
 
 
 def run(options: TokenizerOptions) -> int:
-    """Train both vocabularies from ``text/train.jsonl``; return the exit status 0.
+    """Train both vocabularies from ``text/train.jsonl`` (or take the pieces); return the exit status 0.
 
     Raises:
         FileNotFoundError: the utterance file is not there.
         ValueError: a line of it is broken, or the text is too small for so many pieces.
     """
     root = Path(options.data_dir)
-    utterances = root / "text" / "train.jsonl"
-    plans = [("text", options.piece_lines, options.seed)]
+    utterances, lang = root / "text" / "train.jsonl", root / f"lang_bpe_{options.pieces}"
+    if options.pieces_from:
+        take_pieces(options.pieces_from, options.pieces, lang)
+        print(f"{options.pieces} acoustic pieces from {options.pieces_from}")
+    plans = [("text", 0 if options.pieces_from else options.piece_lines, options.seed)]
     if options.llm_tokens:
         plans.append(("cased", options.llm_cased_lines, options.seed))
         plans.append(("text", options.llm_normalized_lines, options.seed + 1))
     spoken, *written = sample_fields(utterances, plans)
-    print(f"training {options.pieces} acoustic pieces on {len(spoken)} utterances", flush=True)
-    train_pieces(spoken, options.pieces, root / f"lang_bpe_{options.pieces}")
-    print(f"{options.pieces} acoustic pieces from {len(spoken)} utterances")
+    if not options.pieces_from:
+        print(f"training {options.pieces} acoustic pieces on {len(spoken)} utterances", flush=True)
+        train_pieces(spoken, options.pieces, lang)
+        print(f"{options.pieces} acoustic pieces from {len(spoken)} utterances")
     if options.llm_tokens:
         lines = [line for sample in written for line in sample]
         print(f"training {options.llm_tokens} LLM tokens on {len(lines)} utterances", flush=True)
@@ -129,9 +137,26 @@ def train_pieces(lines: list[str], size: int, folder: Path) -> None:
     with atomic_path(folder / "bpe.model") as path:
         path.write_bytes(model.getvalue())
     processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / "bpe.model"))
-    pieces = [processor.id_to_piece(index) for index in range(processor.get_piece_size())]
-    table = "".join(f"{piece} {index}\n" for index, piece in enumerate(pieces))
-    write_text(folder / "tokens.txt", table)
+    write_table([processor.id_to_piece(index) for index in range(processor.get_piece_size())], folder)
+
+
+def take_pieces(given: str, size: int, folder: Path) -> None:
+    """Write the pieces of another model as `train_pieces` writes new ones.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no SentencePiece model, or one of another size.
+    """
+    tokens = AcousticTokens.load(given)
+    check(tokens.size == size, "TokenizerOptions.pieces", f"be {tokens.size}, as {given} has it", size)
+    path = Path(given) / "bpe.model" if Path(given).is_dir() else Path(given)
+    with atomic_path(folder / "bpe.model") as target:
+        target.write_bytes(path.read_bytes())
+    write_table(tokens.pieces, folder)
+
+
+def write_table(pieces: Sequence[str], folder: Path) -> None:
+    """Write ``tokens.txt``: piece and id a line."""
+    write_text(folder / "tokens.txt", "".join(f"{piece} {index}\n" for index, piece in enumerate(pieces)))
 
 
 def train_llm_tokenizer(lines: list[str], size: int, folder: Path) -> int:

@@ -10,6 +10,7 @@
 # dev, the test sets and train, 4 LM text of the NLM (training transcripts without the books of dev and test).
 # Every stage can be killed and run again: finished shards are kept. A finished stage leaves a .done mark in
 # --data-dir and is skipped; remove the mark to run it again. --config is "full" or a folder of conf/.
+# --bpe FILE takes the pieces of another model, which train.sh can then begin with (--acoustic "--init MODEL").
 # --noise DIR (MUSAN's folder, say; its speech is left out) makes features of noise, which train.sh then mixes in;
 # --musan yes fetches MUSAN (11 GB) for that. --backend kaldifeat --device cuda computes features on a GPU (tools/install_kaldifeat.sh).
 # Exit code 3: done, but some inputs were skipped (they are listed).
@@ -46,7 +47,17 @@ case "$subset" in
   large) parts="small medium large" ;;
   *) echo "prepare.sh: --subset must be small, medium or large, but is '$subset'" >&2; exit 2 ;;
 esac
-if [ "$musan" = yes ]; then noise=$download/musan; fi
+case "$musan" in
+  no) ;;
+  yes)
+    if [ "$config" != full ]; then
+      echo "prepare.sh: --musan yes is for the corpus itself; for --config $config give --noise DIR" >&2
+      exit 2
+    fi
+    noise=$download/musan
+    ;;
+  *) echo "prepare.sh: --musan must be yes or no, but is '$musan'" >&2; exit 2 ;;
+esac
 set_data_folders
 test_sets="test_clean test_other"
 if [ "$config" = full ]; then test_sets="$test_sets test_clean_large test_other_large"; fi
@@ -74,6 +85,9 @@ if wanted 0 download; then
     stand_in
   fi
   finish download
+fi
+if [ "$musan" = yes ] && [ "$stage" -le 0 ] && [ ! -f "$download/.musan.unpacked" ]; then
+  bash local/download.sh --to "$download" --subset "$subset" --musan yes # what is there stays
 fi
 if wanted 1 manifests; then
   cuts_of() { tolerate_skips "$python" local/libriheavy_cuts.py --download "$download" --data_dir "$data_dir" --text "$form" "$@"; }

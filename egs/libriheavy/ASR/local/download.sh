@@ -45,6 +45,8 @@ case "$subset" in # the larger subsets hold the smaller ones
   *) fail "--subset must be small, medium or large, but is '$subset'" 2 ;;
 esac
 
+case "$musan" in yes | no) ;; *) fail "--musan must be yes or no, but is '$musan'" 2 ;; esac
+
 md5_of() { # of data_preparation/README.md in facebookresearch/libri-light
   case "$1" in
     small) echo c49207eb86a8e8ac895561c37232041e ;;
@@ -96,7 +98,7 @@ for part in $parts; do
     mv "$archive" "$archive.wrong"
     fail "$archive must have the MD5 sum $(md5_of "$part"), but has $sum; it is now $part.tar.wrong"
   fi
-  tar --extract --file "$archive" --directory "$to/librilight" --skip-old-files
+  tar --extract --file "$archive" --directory "$to/librilight" # over what a kill may have cut short
   touch "$mark"
   if [ "$keep" = no ]; then rm "$archive"; fi
 done
@@ -107,7 +109,7 @@ if [ "$musan" = yes ] && [ ! -f "$to/.musan.unpacked" ]; then
     rm "$to/musan.tar.gz"
     fail "$musan_url/musan.tar.gz is no whole gzip file and was removed; run the same command again"
   }
-  tar --extract --gzip --file "$to/musan.tar.gz" --directory "$to" --skip-old-files
+  tar --extract --gzip --file "$to/musan.tar.gz" --directory "$to"
   touch "$to/.musan.unpacked"
   if [ "$keep" = no ]; then rm "$to/musan.tar.gz"; fi
 fi
