@@ -11,7 +11,7 @@ cd "$(dirname "$0")/.."
 options=()
 for argument in "$@"; do
   case "$argument" in
-    -h | --help) sed -n '2,8p' "$0" | sed 's/^# \{0,1\}//'; exit 0 ;;
+    -h | --help) sed -n '2,8p' "tools/$(basename "$0")" | sed 's/^# \{0,1\}//'; exit 0 ;;
     --quick) options+=(--quick true) ;;
     *) options+=("$argument") ;;
   esac
