@@ -22,9 +22,10 @@ from icefall_fusion.decode_options import DecodeOptions, read_weights
 from icefall_fusion.emission_batch import Emissions, save_emissions
 from icefall_fusion.emissions import EmissionSource, open_source
 from icefall_fusion.files import fingerprint, write_json
+from icefall_fusion.lattices import LatticeSource, open_lattices
 from icefall_fusion.lms import LM_SOURCES, Lms
 from icefall_fusion.memory_plan import describe_plan, plan_memory
-from icefall_fusion.methods import Method, choose_methods, weights_of
+from icefall_fusion.methods import Method, choose_methods, needs, weights_of
 from icefall_fusion.nbest import NBest
 from icefall_fusion.report import peak_memory_bytes, reset_peak_memory, table
 from icefall_fusion.rescoring import add_counters
@@ -73,7 +74,10 @@ class Decoder:
         for name in names:
             if name not in given and len(self.weights[name]) > 1:
                 logging.warning("no tuned weights for %s: %s are used", name, self.weights[name])
-        self.methods = [Method(name, self.weights[name], options.search, self.lms) for name in names]
+        self.lattices: LatticeSource | None = None
+        if any("graph" in needs(name) for name in names):
+            self.lattices = open_lattices(options.k2, self.source.tokens, device)
+        self.methods = [self.make_method(name, self.weights[name]) for name in names]
         needed = set().union(*(method.needs for method in self.methods))
         for source in sorted(needed & set(LM_SOURCES)):
             self.lms.get(source)  # of second passes too: what is wrong is told before anything is decoded
@@ -90,13 +94,19 @@ class Decoder:
         self.rows: list[dict[str, Any]] = []
         self._earlier_rows = read_earlier_rows(self.out / "results.json")
         self._fingerprints: dict[str, str] = {}
+        self._references: dict[str, str | None] = {}  # of whole utterances
         self._started = time.time()
 
     def _available(self) -> set[str]:
         """Return the sources of scores that there are models for (see ``methods.needs``)."""
         options = self.options
         named = {name for name in (*LM_SOURCES, "ngram") if getattr(options, name).path}
+        named |= options.k2.sources()
         return named if self.source.model is None else named | {"attention"}
+
+    def make_method(self, name: str, weights: Mapping[str, float]) -> Method:
+        """Return a method with this decoder's models."""
+        return Method(name, weights, self.options.search, self.lms, self.lattices, self.options.k2)
 
     def decode_set(self, name: str, manifest: str) -> list[dict[str, Any]]:
         """Decode one test set by all methods, write its files and return its rows of ``results.json``."""
@@ -169,6 +179,14 @@ class Decoder:
         ngram = self.options.ngram
         if any(part.look_ahead for part in method.parts):
             received["look_ahead"] = {"scale": ngram.scale, "every": ngram.every}
+        if "graph" in method.needs:
+            k2 = self.options.k2
+            received["k2"] = dataclasses.asdict(k2)
+            received["k2"]["fingerprints"] = {
+                name: self._fingerprint(getattr(k2, name))
+                for name in ("graph", "ngram", "saved")
+                if getattr(k2, name)
+            }
         if "ngram" in method.needs:
             received["ngram"] = {"path": ngram.path, "fingerprint": self._fingerprint(ngram.path)}
         return received
@@ -206,8 +224,9 @@ class Decoder:
         return found
 
     def tell(self, parts: Sequence[Stretch]) -> None:
-        """Give the language models what precedes the utterances that are decoded next."""
+        """Note references, and give the language models what precedes the utterances decoded next."""
         self.lms.tell({part.id: None if part.number else part.utterance.custom for part in parts})
+        self._references = {part.id: part.utterance.text for part in parts if part.count == 1}
 
     def emit_parts(
         self, name: str, batch: Sequence[Utterance]
@@ -291,7 +310,7 @@ class Decoder:
 
     def _search_once(self, method: Method, emissions: Emissions) -> tuple[list[NBest], dict[str, float]]:
         reset_peak_memory()
-        nbests, work = method.decode(emissions, self.source.model)
+        nbests, work = method.decode(emissions, self.source.model, self._references)
         peak = peak_memory_bytes() - self.lms.unused_bytes(method.needs)
         line = {"search": work.search_seconds, "lm": work.lm_seconds, "peak_memory_bytes": peak}
         return nbests, {**line, **work.counters}

@@ -11,6 +11,7 @@ import yaml
 
 from icefall_fusion.checks import check
 from icefall_fusion.emissions import EmissionOptions
+from icefall_fusion.lattices import K2Options
 from icefall_fusion.lms import LmOptions, NgramOptions
 from icefall_fusion.methods import parse_methods
 from icefall_fusion.search import PrefixSearchOptions
@@ -26,12 +27,14 @@ class DecodeOptions:
         out: folder for nbest-, recogs-, errs-, wer-summary- files, results.json and run.json.
         test_sets: manifest of cuts (with features or recordings) by name of the test set.
         emissions: where log-probs come from.
-        methods: names of README's table of methods, comma-separated or a list; "all" is the comparison.
+        methods: names of README's table of methods, comma-separated or a list; "all" is the comparison,
+            "k2-all" that of lattices.
         nlm: LM over the acoustic pieces.
         llm: LM with a vocabulary of its own.
         matched_llm: LLM over the acoustic pieces, for llm-shallow.
         ngram: n-gram over the acoustic pieces.
         search: the prefix search.
+        k2: lattices, for the methods k2-*.
         weights: weight by method and source (words: the bonus a word), or a YAML file that has them.
         batch_size: utterances in a batch.
         batch_seconds: padded audio in a batch, in seconds.
@@ -53,6 +56,7 @@ class DecodeOptions:
     matched_llm: LmOptions = field(default_factory=LmOptions)
     ngram: NgramOptions = field(default_factory=NgramOptions)
     search: PrefixSearchOptions = field(default_factory=PrefixSearchOptions)
+    k2: K2Options = field(default_factory=K2Options)
     weights: Union[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     batch_size: int = 32
     batch_seconds: float = 480.0

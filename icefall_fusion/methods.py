@@ -2,6 +2,7 @@
 Knows: searches, fusions, rescoring, weights. Must not know: manifests, files, word error rates.
 
 A name joins parts by "+". A part is a fusion that takes part in the search, or a second pass over the N-best.
+Names k2-* begin with a way to read lattices instead of the prefix search.
 """
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ import math
 import re
 import time
 from dataclasses import dataclass, field, replace
-from typing import Any, Callable, Container, Mapping, MutableMapping, Sequence, Union
+from typing import Any, Callable, Container, Mapping, MutableMapping, Optional, Sequence, Union
 
 import torch
 
@@ -25,6 +26,8 @@ from icefall_fusion.fusion import (
     ShallowFusion,
     ShortestHypothesis,
 )
+from icefall_fusion.lattice_methods import K2_METHODS, needs_of, read_lattices, split_name
+from icefall_fusion.lattices import K2Options, LatticeSource
 from icefall_fusion.lms import Lms
 from icefall_fusion.nbest import NBest
 from icefall_fusion.rescoring import (
@@ -56,7 +59,14 @@ METHODS = (
     "ngram-shallow+llm-delayed-shortest",
 )
 #: Used for a method that the weights file does not name.
-DEFAULT_WEIGHTS = {"attention": 1.0, "nlm": 0.3, "ngram": 0.3, "llm": 0.4, "matched_llm": 0.4, "words": 0.5}
+DEFAULT_WEIGHTS = {
+    "attention": 1.0, "nlm": 0.3, "ngram": 0.3, "llm": 0.4, "matched_llm": 0.4, "hlg": 0.5, "words": 0.5,
+}  # fmt: skip
+_TABLES = {"all": METHODS, "k2-all": K2_METHODS}
+_GRAPHS = {
+    "graph": "k2.graph must name a decoding graph of the job make-graph, or k2.saved lattices,",
+    "word_ngram": "k2.ngram must name a graph G of the job make-graph (or k2.saved lattices made with one)",
+}
 NO_DECODER = (
     "{} must have an acoustic model with an attention decoder (EmissionOptions.model), but this one has none"
 )
@@ -67,12 +77,17 @@ NO_DECODER = (
 
 @dataclass(frozen=True)
 class Part:
-    """One part of a method's name: what it is, the source of its score, when and how delayed fusion acts."""
+    """One part of a method's name: what it is, the source of its score, when and how delayed fusion acts.
 
-    kind: str  # shallow, delayed, rescoring
+    ``kind``: shallow, delayed, rescoring, lattice (``reading`` says how) or given (a score that paths of
+    lattices come with).
+    """
+
+    kind: str
     source: str
     trigger: Any = None
     look_ahead: bool = False
+    reading: str = ""
 
 
 _PARTS: dict[str, Part] = {
@@ -101,8 +116,14 @@ def parse_method(name: str) -> tuple[Part, ...]:
     """
     if name in ("ctc-greedy", "ctc-prefix"):
         return ()
-    parts = []
-    for text in name.removeprefix("ctc-prefix+").split("+"):
+    parts, texts = [], name.removeprefix("ctc-prefix+").split("+")
+    of_lattices = split_name(name)
+    if of_lattices is not None:
+        reading, source, texts = of_lattices
+        parts.append(Part("lattice", source, reading=reading))
+        if reading == "nbest-ngram":
+            parts.append(Part("given", "ngram"))
+    for text in texts:
         plain = text.removesuffix(_AHEAD) if text.startswith("llm-delayed-") else text
         interval = _INTERVAL.fullmatch(plain)
         if interval:
@@ -110,19 +131,26 @@ def parse_method(name: str) -> tuple[Part, ...]:
         elif plain in _PARTS:
             part = _PARTS[plain]
         else:
-            known = [*METHODS, *_PARTS, "llm-delayed-interval-N"]
+            known = [*METHODS, *_PARTS, *K2_METHODS, "llm-delayed-interval-N"]
             raise ValueError(f"method must be built of known parts, but {text!r} of {name!r} is none"
                              f"{nearest(text, known)} (known: {known})")  # fmt: skip
         parts.append(replace(part, look_ahead=plain != text))
     sources = [part.source for part in parts]
     check(len(set(sources)) == len(sources), f"method {name!r}", "use each source of scores once", sources)
+    shallow = [part.source for part in parts if part.kind == "shallow"]
+    rule = "have no shallow fusion: hypotheses on a lattice are not extended by pieces"
+    check(of_lattices is None or not shallow, f"method {name!r}", rule, shallow)
     return tuple(parts)
 
 
 def needs(name: str) -> set[str]:
-    """Return the models that a method needs: sources of scores, and ``ngram`` for look-ahead."""
+    """Return the models that a method needs: sources of scores, ``ngram`` for look-ahead, and for lattices
+    ``graph`` and ``word_ngram``.
+    """
     parts = parse_method(name)
-    return {part.source for part in parts} | ({"ngram"} if any(part.look_ahead for part in parts) else set())
+    models = {part.source for part in parts if part.kind not in ("lattice", "given")}
+    models |= {"ngram"} if any(part.look_ahead for part in parts) else set()
+    return models.union(*(needs_of(part.reading) for part in parts if part.reading))
 
 
 def choose_methods(names: Union[str, Sequence[str]], available: Container[str]) -> list[str]:
@@ -142,6 +170,8 @@ def choose_methods(names: Union[str, Sequence[str]], available: Container[str]) 
         if lacking and name in named:
             if lacking[0] == "attention":
                 raise ValueError(NO_DECODER.format(name))
+            if lacking[0] in _GRAPHS:
+                raise ValueError(f"{_GRAPHS[lacking[0]]} for the method {name!r}")
             raise ValueError(f"{lacking[0]}.path must name a model for the method {name!r}, but is ''")
         if lacking:
             left_out[name] = lacking
@@ -153,8 +183,11 @@ def choose_methods(names: Union[str, Sequence[str]], available: Container[str]) 
 
 
 def parse_methods(names: Union[str, Sequence[str]]) -> list[str]:
-    """Return the methods of a list or a comma-separated text; ``all`` is the whole comparison."""
-    chosen = [name for given in _split_names(names) for name in (METHODS if given == "all" else (given,))]
+    """Return the methods of a list or a comma-separated text.
+
+    ``all`` is the whole comparison, ``k2-all`` that of lattices.
+    """
+    chosen = [name for given in _split_names(names) for name in _TABLES.get(given, (given,))]
     check(len(chosen) > 0, "methods", "name at least one method", names)
     for name in chosen:
         parse_method(name)
@@ -216,19 +249,25 @@ class Method:
         weights: per source, see :func:`weights_of`.
         search: options of the prefix search.
         lms: the language models.
+        lattices: for methods k2-*.
+        k2: options of the beam search along lattices.
     """
 
     def __init__(
-        self, name: str, weights: Mapping[str, float], search: PrefixSearchOptions, lms: Lms
-    ) -> None:
+        self, name: str, weights: Mapping[str, float], search: PrefixSearchOptions, lms: Lms,
+        lattices: Optional[LatticeSource] = None,
+        k2: K2Options = K2Options(),  # noqa: B008 (a frozen value)
+    ) -> None:  # fmt: skip
         self.name, self.weights, self.search, self._lms = name, dict(weights), search, lms
+        self._lattices, self._k2 = lattices, k2
         self.parts, self.needs = parse_method(name), needs(name)
-        self._fusions = [self._make_fusion(part) for part in self.parts if part.kind != "rescoring"]
+        self._fused = [part for part in self.parts if part.kind in ("shallow", "delayed")]
+        self._fusions = [self._make_fusion(part) for part in self._fused]
 
     def _make_fusion(self, part: Part) -> Any:
         weight = self.weights[part.source]
-        fused = sum(self.weights[p.source] for p in self.parts if p.kind != "rescoring")
-        share = weight / fused if fused else 1.0 / sum(p.kind != "rescoring" for p in self.parts)
+        fused = sum(self.weights[p.source] for p in self._fused)
+        share = weight / fused if fused else 1.0 / len(self._fused)
         bonus = self.weights["words"] * share  # it makes up for what the LM takes a word
         if part.source == "ngram":
             return NgramFusion(self._lms.ngram(), weight, bonus)
@@ -251,7 +290,7 @@ class Method:
         described = []
         for part in self.parts:
             values = {"kind": part.kind, "source": part.source, "weight": self.weights[part.source]}
-            if part.kind != "rescoring":
+            if part in self._fused:
                 values["word_bonus"] = next(fusions).word_bonus
             if part.trigger is not None:
                 values["trigger"] = repr(part.trigger)
@@ -260,23 +299,27 @@ class Method:
             described.append(values)
         return described
 
-    def decode(self, emissions: Emissions, model: Any = None) -> tuple[list[NBest], Work]:
+    def decode(
+        self, emissions: Emissions, model: Any = None,
+        references: Optional[Mapping[str, Optional[str]]] = None,
+    ) -> tuple[list[NBest], Work]:  # fmt: skip
         """Decode a batch.
 
         Args:
             emissions: log-probs, and encoder frames where an attention decoder is to rescore.
             model: the acoustic model, for its attention decoder.
+            references: text by utterance, for an oracle.
 
         Returns:
             one N-best list an utterance, and what it cost.
         """
         work = Work()
         with _Stopwatch(emissions.log_probs.device) as clock:
-            nbests = self._first_pass(emissions, work.counters)
+            nbests, elsewhere = self._first_pass(emissions, work.counters, references)
         for fusion in self._fusions:
             add_counters(work.counters, fusion.stats())
         work.lm_seconds = work.counters.pop("lm_seconds", 0.0)
-        work.search_seconds = clock.seconds - work.lm_seconds
+        work.search_seconds = clock.seconds - work.lm_seconds + elsewhere
         passes = [part for part in self.parts if part.kind == "rescoring"]
         if passes:
             with _Stopwatch(emissions.log_probs.device) as clock:
@@ -287,12 +330,32 @@ class Method:
             work.lm_seconds += clock.seconds
         return nbests, work
 
-    def _first_pass(self, emissions: Emissions, counters: MutableMapping[str, float]) -> list[NBest]:
+    def _first_pass(
+        self, emissions: Emissions, counters: MutableMapping[str, float],
+        references: Optional[Mapping[str, Optional[str]]],
+    ) -> tuple[list[NBest], float]:  # fmt: skip
+        """Return one list an utterance, and seconds that were spent elsewhere (on lattices from files)."""
+        if self.parts and self.parts[0].kind == "lattice":
+            return self._read_lattices(emissions, counters, references)
         arguments = (emissions.log_probs, emissions.lens)
         if self.name == "ctc-greedy":
-            return ctc_greedy_search(*arguments, emissions.tokens, emissions.ids, emissions.frame_shift)
+            return ctc_greedy_search(*arguments, emissions.tokens, emissions.ids, emissions.frame_shift), 0.0
         search = replace(self.search, frame_shift=emissions.frame_shift)
-        return ctc_prefix_search(*arguments, search, emissions.tokens, self._fusions, emissions.ids)
+        return ctc_prefix_search(*arguments, search, emissions.tokens, self._fusions, emissions.ids), 0.0
+
+    def _read_lattices(
+        self, emissions: Emissions, counters: MutableMapping[str, float],
+        references: Optional[Mapping[str, Optional[str]]],
+    ) -> tuple[list[NBest], float]:  # fmt: skip
+        lattices = self._lattices
+        check(lattices is not None, f"method {self.name!r}", "have lattices (k2.graph or k2.saved)", None)
+        before, reading = dict(lattices.counters), self.parts[0].reading
+        found = read_lattices(
+            reading, lattices, self._k2, emissions, self.weights, self._fusions, references
+        )
+        more = {name: value - before.get(name, 0) for name, value in lattices.counters.items()}
+        add_counters(counters, more)
+        return found
 
     def _second_pass(
         self, part: Part, nbests: list[NBest], emissions: Emissions, model: Any, counters: dict[str, float]

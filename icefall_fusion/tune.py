@@ -20,7 +20,7 @@ from icefall_fusion.decode import SKIPPED_SOME, DecodeOptions, Decoder
 from icefall_fusion.emission_batch import Emissions
 from icefall_fusion.files import write_text
 from icefall_fusion.lms import LM_SOURCES
-from icefall_fusion.methods import Method, choose_methods, parse_method, parse_methods, weights_of
+from icefall_fusion.methods import choose_methods, parse_method, parse_methods, weights_of
 from icefall_fusion.nbest import NBest, read_nbests
 from icefall_fusion.stretches import Found, Stretch
 from icefall_fusion.utterances import batches, read_cuts
@@ -89,7 +89,7 @@ def run(options: TuneOptions) -> int:
     if options.confirm is not None:
         confirmed = _Confirmation(options)
         for method in weights:
-            if any(part.kind != "rescoring" for part in parse_method(method)):
+            if any(part.kind in ("shallow", "delayed") for part in parse_method(method)):
                 weights[method], wer[method] = confirmed.improve(method, weights[method])
                 _write(options.out, weights, wer)  # hours with a large LM: a kill loses one method at most
         code = SKIPPED_SOME if confirmed.skipped else 0
@@ -101,9 +101,10 @@ def _available(options: TuneOptions, lists: Sequence[NBest]) -> set[str]:
     """Return the sources that N-best lists have scores of, and models if dev is decoded to confirm."""
     scored = {source for nbest in lists for hypothesis in nbest for source in hypothesis.scores}
     if options.confirm is None:
-        return scored | {"ngram"}  # look-ahead has no score
+        lattices = {"graph", "word_ngram"} if "hlg" in scored else set()
+        return scored | lattices | {"ngram"}  # look-ahead has no score
     named = {source for source in (*LM_SOURCES, "ngram") if getattr(options.confirm, source).path}
-    return scored & (named | {"attention"})
+    return (scored & (named | {"attention"})) | options.confirm.k2.sources()
 
 
 def _write(path: str, weights: Mapping[str, Mapping[str, float]], wer: Mapping[str, float]) -> str:
@@ -281,7 +282,7 @@ class _Confirmation:
         names = tuple(weights)
         usual = {**weights, "words": FIRST_PASS_BONUS}
         for part in parse_method(method):
-            if part.kind != "rescoring":
+            if part.kind in ("shallow", "delayed"):
                 usual[part.source] = FIRST_PASS_WEIGHT
         best = min([dict(weights), usual, *self.found.get(names, [])], key=wer)
         for fineness in range(self.options.confirm_rounds):
@@ -305,7 +306,7 @@ class _Confirmation:
     def _wer(self, method: str, weights: Mapping[str, float]) -> float:
         decoder = self.decoder
         chosen = {name: value for name, value in weights.items() if name != "ctc"}
-        ready = Method(method, weights_of(method, {method: chosen}), decoder.options.search, decoder.lms)
+        ready = decoder.make_method(method, weights_of(method, {method: chosen}))
         found = Found()
         for parts, emissions in self.emissions:
             decoder.tell(parts)

@@ -15,10 +15,12 @@ PACKAGE = ROOT / "icefall_fusion"
 RANKS = {
     "__init__": -1, "checks": -1, "devices": -0.5, "files": -1,
     "text": 0, "nbest": 0,
-    "ngram": 1, "wer": 1, "plot": 0.5, "report": 1, "runlog": 1, "results": 1.2, "tokens": 1, "data/": 1.5,
+    "ngram": 1, "wer": 1, "plot": 0.5, "report": 1, "runlog": 1, "results": 1.2, "tokens": 1,
+    "lexicon": 1.1, "data/": 1.5,
     "models/": 2, "emission_batch": 2, "utterances": 2, "emissions": 2.5,
     "lm/": 3, "search/": 3, "training/": 3,
     "fusion/": 4, "rescoring": 4.5,
+    "lattice_files": 4.3, "lattices": 4.4, "lattice_methods": 4.5, "make_graph": 4.5, "make_lattices": 4.6,
     "shards": 3, "lms": 4.6, "stretches": 4.6, "memory_plan": 4.6, "methods": 5, "decode_options": 5.1,
     "train": 5, "train_lm": 5, "train_ngram": 5,
     "decode": 5.2, "pretrained": 5.4, "tune": 5.4, "transcribe": 5.6, "demo": 5.6, "__main__": 6,
@@ -26,6 +28,7 @@ RANKS = {
 #: Optional or heavy packages and the only files that may import them.
 OWNERS = {
     "k2": {"search/lattice"},
+    "kaldilm": {"search/make_graph"},
     "kaldialign": {"wer"},
     "espeakng_loader": {"data/espeak"},
     "kaldifeat": {"data/fbank"},
@@ -40,7 +43,10 @@ OWNERS = {
     "bitsandbytes": {"lm/causal_lm"},
 }  # fmt: skip
 #: Files that must stay importable with Python 3.9 and torch 1.13.
-OLD_PYTHON = ("nbest", "ngram", "text", "tokens", "checks", "files", "search/", "fusion/")
+OLD_PYTHON = (
+    "nbest", "ngram", "text", "tokens", "checks", "files", "search/", "fusion/",
+    "lexicon", "emission_batch", "lattice_files", "lattices", "make_graph", "make_lattices", "__main__",
+)  # fmt: skip
 
 FILES = sorted(path.relative_to(PACKAGE).with_suffix("").as_posix() for path in PACKAGE.rglob("*.py"))
 

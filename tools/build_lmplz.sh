@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# Build KenLM's lmplz, which estimates n-grams over words, from its sources in the package index. Boost, which it
+# needs, comes from a package too (cmeel-boost); only a C++ compiler and cmake have to be there.
+#
+#   bash tools/build_lmplz.sh          # prints where lmplz is; 2 minutes the first time
+#   PYTHON=python3.11 bash tools/build_lmplz.sh
+set -euo pipefail
+cd "$(dirname "$0")/.."
+case "${1:-}" in -h | --help) sed -n '2,6p' "$0" | sed 's/^# \{0,1\}//'; exit 0 ;; esac
+kenlm=0.3.0
+boost=1.87.0.1 # the last with boost_system, which KenLM asks for
+python=${PYTHON:-python3}
+work=${LMPLZ_DIR:-$PWD/.cache/lmplz}
+if [ -x "$work/build/bin/lmplz" ]; then
+  echo "$work/build/bin/lmplz"
+  exit 0
+fi
+for tool in c++ cmake make; do
+  if ! command -v "$tool" >/dev/null; then
+    echo "build_lmplz.sh: needs $tool (a C++ compiler, cmake, make)" >&2
+    exit 1
+  fi
+done
+mkdir -p "$work"
+report=$work/build.log
+quietly() { # run; on failure show the end of what it said, without addresses
+  if ! "$@" >>"$report" 2>&1; then
+    tail -n 20 "$report" | sed -E 's#https?://[^ ,)]+#<address>#g' >&2
+    echo "build_lmplz.sh: failed: $1 $2 (all of it: $report)" >&2
+    return 1
+  fi
+}
+: >"$report"
+quietly "$python" -m pip --disable-pip-version-check download --no-deps --no-binary kenlm -d "$work" "kenlm==$kenlm"
+quietly "$python" -m pip --disable-pip-version-check download --no-deps --only-binary :all: -d "$work" \
+  "cmeel-boost==$boost"
+tar -xzf "$work/kenlm-$kenlm.tar.gz" -C "$work"
+"$python" -m zipfile -e "$work"/cmeel_boost-"$boost"*.whl "$work/boost"
+quietly cmake -S "$work/kenlm-$kenlm" -B "$work/build" -DCMAKE_BUILD_TYPE=Release \
+  "-DCMAKE_PREFIX_PATH=$work/boost/cmeel.prefix" -DCMAKE_DISABLE_FIND_PACKAGE_Eigen3=ON
+quietly cmake --build "$work/build" --target lmplz -- -j "${JOBS:-2}"
+echo "$work/build/bin/lmplz"

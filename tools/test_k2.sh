@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Run the tests of k2 in the environment that tools/setup_k2_ci_env.sh makes.
+#
+#   bash tools/test_k2.sh                     # skipped, and said so, where there is no Python 3.9
+#   bash tools/test_k2.sh --required          # then it fails (also with CI set in the environment)
+set -euo pipefail
+cd "$(dirname "$0")/.."
+case "${1:-}" in -h | --help) sed -n '2,5p' "$0" | sed 's/^# \{0,1\}//'; exit 0 ;; esac
+code=0
+bash tools/setup_k2_ci_env.sh "$@" || code=$?
+if [ "$code" -eq 77 ]; then exit 0; fi
+if [ "$code" -ne 0 ]; then exit "$code"; fi
+venv=${VENV_K2:-.venv-k2}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} PYTHONPATH=$PWD
+"$venv/bin/python" -m pytest -m k2 tests/test_k2*.py tests/test_lattice*.py
