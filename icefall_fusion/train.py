@@ -19,6 +19,7 @@ from icefall_fusion.data.manifests import cuts_path
 from icefall_fusion.files import write_json
 from icefall_fusion.models import CtcAed, ModelOptions, greedy_pieces, load, save
 from icefall_fusion.models.ctc import ctc_loss_sum
+from icefall_fusion.search.lattice import ctc_loss_rows, load_k2
 from icefall_fusion.training.checkpoints import average_checkpoints, list_checkpoints
 from icefall_fusion.training.loop import STOPPED, Trainer, TrainerOptions, init_distributed
 from icefall_fusion.training.memory import keep_freed_memory
@@ -52,6 +53,7 @@ class TrainOptions:
         valid_utterances: how many utterances a validation takes; 0 = all.
         stats_seconds: seconds of training data that the feature mean and deviation are taken from.
         device: "auto", "cpu" or "cuda".
+        ctc_loss: "torch", or "k2" (equal within rounding; needs k2, see tools/install_k2.sh).
         compile: fuse each layer with torch.compile (needs a C++ compiler; a minute to start, then a seventh
             faster on a CPU).
         threads: CPU threads; 0 = leave torch's choice.
@@ -75,6 +77,7 @@ class TrainOptions:
     valid_utterances: int = 200
     stats_seconds: float = 3600.0
     device: str = "auto"
+    ctc_loss: str = "torch"
     compile: bool = False
     threads: int = 0
     export_to: str = ""
@@ -89,6 +92,7 @@ class TrainOptions:
             check(getattr(self, name) >= 0, f"TrainOptions.{name}", "be at least 0", getattr(self, name))
         check(self.stats_seconds > 0, "TrainOptions.stats_seconds", "be above 0", self.stats_seconds)
         check_choice(self.export_dtype, DTYPES, "TrainOptions.export_dtype")
+        check_choice(self.ctc_loss, ("torch", "k2"), "TrainOptions.ctc_loss")
 
 
 def feature_statistics(
@@ -181,7 +185,8 @@ def validation_loss(model: CtcAed, batch: Batch, tokens: int) -> tuple[Tensor, i
     frames, lens = model.encoder(batch["features"], batch["lens"])
     log_probs = model.ctc_log_probs(frames)
     blank, weight = model.options.blank_id, model.options.ctc_weight
-    ctc, impossible = ctc_loss_sum(log_probs, lens, batch["tokens"], blank)
+    losses = model.ctc.row_losses
+    ctc, impossible = ctc_loss_sum(log_probs, lens, batch["tokens"], blank, losses)
     attention = model.decoder_loss(frames, lens, batch["tokens"]) * tokens
     hypotheses = [model.tokens.decode(pieces) for pieces in greedy_pieces(log_probs, lens, blank)]
     errors = [count_errors(text, found) for text, found in zip(batch["texts"], hypotheses)]
@@ -283,6 +288,19 @@ def compile_layers(model: CtcAed) -> None:
         layer.compile(dynamic=True)
 
 
+def use_k2_loss(model: CtcAed) -> None:
+    """Let k2 compute the CTC losses of a model.
+
+    Raises:
+        ModuleNotFoundError: there is no k2 that works; with the remedy.
+        ValueError: the blank is not piece 0, as k2 has it.
+    """
+    load_k2()
+    blank = model.options.blank_id
+    check(blank == 0, "ModelOptions.blank_id", "be 0 for TrainOptions.ctc_loss k2", blank)
+    model.ctc.row_losses = model.middle_ctc.row_losses = ctc_loss_rows
+
+
 def make_trainer(options: TrainOptions, device: torch.device, rank: int = 0, world: int = 1) -> Trainer:
     """Put together model, batches and loop; the model of a new training gets the features' statistics."""
     torch.manual_seed(options.trainer.seed)
@@ -306,6 +324,8 @@ def make_trainer(options: TrainOptions, device: torch.device, rank: int = 0, wor
         print(f"{size:.2f}M parameters ({encoder:.2f}M encoder), {device}", file=sys.stderr, flush=True)
     untrained = [model.decoder] if options.model.ctc_weight == 1 else []
     untrained += [model.middle_norm, model.middle_ctc] if options.model.middle_weight == 0 else []
+    if options.ctc_loss == "k2":
+        use_k2_loss(model)
     for part in untrained:  # data parallel waits for the gradient of whatever asks for one
         part.requires_grad_(False)
     if options.compile:

@@ -246,6 +246,22 @@ def test_the_log_total_of_the_ctc_lattice_is_torchs_ctc_score() -> None:
     assert torch.allclose(project(gradient), project(wanted), atol=1e-4)
 
 
+def test_a_model_has_the_same_loss_by_k2_as_by_torch() -> None:
+    from icefall_fusion.models.ctc import CtcHead
+
+    torch.manual_seed(3)
+    head, frames, lens = CtcHead(6, TOKENS.size), torch.randn(3, 8, 6), torch.tensor([8, 2, 7])
+    targets = [[1, 2, 2], [1, 2, 3], [4]]  # the second has too few frames
+    by_torch, impossible = head.loss(frames, lens, targets)
+    head.row_losses = ctc_loss_rows
+    by_k2, same = head.loss(frames, lens, targets)
+    assert float(by_k2) == pytest.approx(float(by_torch), abs=1e-4)
+    assert impossible == same == 1
+    (wanted,) = torch.autograd.grad(by_torch, head.linear.weight)
+    (gradient,) = torch.autograd.grad(by_k2, head.linear.weight)
+    assert torch.allclose(gradient, wanted, atol=1e-4)
+
+
 def test_what_is_too_large_is_pruned_counted_and_never_empty(graphs, caplog) -> None:
     emissions, lens = log_probs(6, 2, 5), torch.tensor([5, 4])
     _, _, whole, _ = make(graphs["HLG"], emissions, lens)

@@ -4,11 +4,14 @@ Knows: frames and piece ids. Must not know: data, search, fusion, the encoder.
 
 from __future__ import annotations
 
-from typing import Sequence
+from typing import Callable, Optional, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+#: Another implementation of the loss: (log_probs [B,T,V], lens [B], targets) -> losses [B].
+RowLosses = Callable[[Tensor, Tensor, Sequence[Sequence[int]]], Tensor]
 
 
 class CtcHead(nn.Module):
@@ -18,11 +21,15 @@ class CtcHead(nn.Module):
         size: D of an encoder frame.
         vocab_size: V, blank included.
         blank_id: the blank's id.
+
+    Attributes:
+        row_losses: another implementation of the loss; None: torch's.
     """
 
     def __init__(self, size: int, vocab_size: int, blank_id: int = 0) -> None:
         super().__init__()
         self.blank_id = blank_id
+        self.row_losses: Optional[RowLosses] = None
         self.linear = nn.Linear(size, vocab_size)
 
     def forward(self, frames: Tensor) -> Tensor:
@@ -36,16 +43,18 @@ class CtcHead(nn.Module):
             frames: [B,T,D]; lens: [B].
             targets: pieces of each utterance, without blanks.
         """
-        return ctc_loss_sum(self(frames), lens, targets, self.blank_id)
+        return ctc_loss_sum(self(frames), lens, targets, self.blank_id, self.row_losses)
 
 
 def ctc_loss_sum(
-    log_probs: Tensor, lens: Tensor, targets: Sequence[Sequence[int]], blank_id: int
-) -> tuple[Tensor, int]:
+    log_probs: Tensor, lens: Tensor, targets: Sequence[Sequence[int]], blank_id: int,
+    row_losses: Optional[RowLosses] = None,
+) -> tuple[Tensor, int]:  # fmt: skip
     """Sum the CTC loss over utterances that have a path; those too short for their text count zero.
 
     Args:
         log_probs: [B,T,V] natural-log.
+        row_losses: another implementation than torch's.
     """
     needed = [frames_needed(pieces) for pieces in targets]
     possible = [need <= frames for need, frames in zip(needed, lens.tolist())]
@@ -56,6 +65,9 @@ def ctc_loss_sum(
         index = torch.tensor(rows, device=log_probs.device)
         log_probs, lens = log_probs[index], lens[index]
     kept = [list(targets[row]) for row in rows]
+    if row_losses is not None:
+        with torch.autocast(log_probs.device.type, enabled=False):
+            return row_losses(log_probs, lens, kept).sum(), possible.count(False)
     flat = torch.tensor(
         [piece for pieces in kept for piece in pieces], dtype=torch.long, device=log_probs.device
     )
