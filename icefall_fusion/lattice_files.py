@@ -8,6 +8,7 @@ import json
 import logging
 import time
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any, Mapping, Optional, Sequence
 
@@ -175,7 +176,7 @@ def _load(path: Path) -> dict[str, Any]:
             name: values.long() if values.dtype == torch.int32 else values for name, values in tensors.items()
         })  # fmt: skip
         return found
-    except (OSError, KeyError, EOFError, TypeError, zipfile.BadZipFile, json.JSONDecodeError) as error:
+    except (OSError, KeyError, EOFError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} cannot be loaded as saved lattices: {error!r}") from error
 
 

@@ -149,6 +149,11 @@ def test_a_graph_comes_back_from_its_file_and_other_pieces_are_refused(graphs, t
         assert torch.equal(getattr(graph, name), getattr(graphs["HLG"], name))
     assert (graph.words, graph.sayings, graph.kind) == (WORDS, graphs["HLG"].sayings, "HLG")
     graph.check_tokens(TOKENS)
+    (tmp_path / "bad.npz").write_bytes(b"no graph")
+    with pytest.raises(ValueError, match="bad.npz cannot be loaded as a decoding graph"):
+        load_graph(tmp_path / "bad.npz")
+    with pytest.raises(FileNotFoundError, match="the job make-graph makes one"):
+        load_graph(tmp_path / "none.npz")
     fewer = AcousticTokens.from_pieces(TOKENS.pieces[:-1], 0)
     with pytest.raises(ValueError, match="must be over 4 acoustic pieces; make it again"):
         graph.check_tokens(fewer)

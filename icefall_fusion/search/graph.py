@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zipfile
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Sequence, Union
@@ -147,5 +148,5 @@ def load_graph(path: PathLike) -> DecodingGraph:
         sayings = [tuple(values[begin:end]) for begin, end in zip(splits, splits[1:])]
         tensors = {name: torch.from_numpy(arrays[name]) for name in _ARRAYS}
         return DecodingGraph(sayings=sayings, words=text.split("\n") if text else [], **tensors, **meta)
-    except (OSError, KeyError, EOFError, TypeError, zipfile.BadZipFile, json.JSONDecodeError) as error:
+    except (OSError, KeyError, EOFError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} cannot be loaded as a decoding graph: {error}") from error

@@ -72,10 +72,10 @@ class LatticeOptions:
         path_scale: factor of all scores while paths are drawn: lower ones differ more.
     """
 
-    search_beam: float = 20.0
+    search_beam: float = 15.0
     output_beam: float = 8.0
     min_active_states: int = 30
-    max_active_states: int = 10000
+    max_active_states: int = 2500
     graph_scale: float = 1.0
     max_arcs: int = 2_000_000
     paths: int = 100
