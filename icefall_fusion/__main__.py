@@ -44,6 +44,9 @@ JOBS: dict[str, Job] = {
     "train": Job("icefall_fusion.train", "TrainOptions", "train the CTC-AED acoustic model"),
     "train-lm": Job("icefall_fusion.train_lm", "TrainLmOptions", "train a causal language model (NLM, LLM)"),
     "train-ngram": Job("icefall_fusion.train_ngram", "TrainNgramOptions", "train an n-gram over the pieces"),
+    "train-word-ngram": Job(
+        "icefall_fusion.train_word_ngram", "TrainWordNgramOptions", "train an n-gram over words by lmplz"
+    ),
     "make-graph": Job("icefall_fusion.make_graph", "MakeGraphOptions", "make decoding graphs by k2"),
     "make-lattices": Job(
         "icefall_fusion.make_lattices", "MakeLatticesOptions", "make lattices from saved log-probs (k2)"

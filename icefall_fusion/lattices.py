@@ -23,7 +23,7 @@ from icefall_fusion.search.lattice_value import Lattices
 from icefall_fusion.tokens import AcousticTokens
 
 #: N-gram weights under which the best path of a whole lattice is in its list.
-NGRAM_SCALES = (0.5, 0.1, 0.2, 0.3, 0.4, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.4, 1.7, 2.0)
+NGRAM_SCALES = (0.5, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0, 1.3, 1.7)
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,10 @@ class K2Lattices:
         scores = options.graph_scale * plain.hlg + plain.ctc
         if kind == "whole":
             check(self._ngram is not None, "k2.ngram", "name an n-gram over words (make-graph, kind G)", "")
-            paths = self._ngram.rescore(fsas, plain.ctc, self.graph.sayings, NGRAM_SCALES, options.paths)
+            least, sayings = options.rescore_posterior, self.graph.sayings
+            paths = self._ngram.rescore(
+                fsas, plain.ctc, scores, least, sayings, NGRAM_SCALES, options.paths
+            )
         else:
             paths = random_paths(fsas, options.path_scale * scores, options.paths)
         return self._to_lists(paths, plain, emissions)

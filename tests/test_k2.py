@@ -324,7 +324,7 @@ def test_whole_lattice_rescoring_finds_the_best_of_all_paths(graphs) -> None:
     fsas, _, plain, _ = make(graphs["HL"], emissions, lens)
     ngram, sayings = WordNgram(graphs["G"], CPU), graphs["HL"].sayings
     scales = (0.3, 1.0)
-    paths = ngram.rescore(fsas, plain.ctc, sayings, scales, 10)
+    paths = ngram.rescore(fsas, plain.ctc, fsas.scores, 1e-20, sayings, scales, 10)
     said = {row: words_of_paths(plain, row, 0.0, "max") for row in range(2)}
     for number, row in enumerate(paths.owner.tolist()):
         words = [w for s in plain.saying[torch.from_numpy(paths.path(number))].tolist() for w in sayings[s]]

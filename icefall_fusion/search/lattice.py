@@ -68,6 +68,7 @@ class LatticeOptions:
         max_active_states: states in a frame at most.
         graph_scale: factor of the graph's own scores beside CTC's while the lattice is made.
         max_arcs: of an utterance's lattice; larger ones lose their least probable arcs until they fit.
+        rescore_posterior: before a whole lattice is rescored, arcs that are less probable than this leave it.
         paths: random paths drawn for an N-best list.
         path_scale: factor of all scores while paths are drawn: lower ones differ more.
     """
@@ -78,6 +79,7 @@ class LatticeOptions:
     max_active_states: int = 2500
     graph_scale: float = 1.0
     max_arcs: int = 2_000_000
+    rescore_posterior: float = 1e-5
     paths: int = 100
     path_scale: float = 0.5
 
@@ -92,6 +94,8 @@ class LatticeOptions:
         least = max(1, self.min_active_states)
         rule = f"be at least {least} (min_active_states)"
         check(self.max_active_states >= least, name + "max_active_states", rule, self.max_active_states)
+        posterior = self.rescore_posterior
+        check(0 < posterior < 1, name + "rescore_posterior", "be between 0 and 1", posterior)
         for field in ("max_arcs", "paths"):
             check(getattr(self, field) >= 1, name + field, "be at least 1", getattr(self, field))
 

@@ -117,6 +117,8 @@ class WordNgram:
         self,
         fsas: Any,
         acoustic: torch.Tensor,
+        scores: torch.Tensor,
+        least: float,
         sayings: Sequence[tuple[int, ...]],
         scales: Sequence[float],
         count: int,
@@ -126,17 +128,24 @@ class WordNgram:
         Args:
             fsas: k2's lattices, with the attribute ``saying``.
             acoustic: [A] scores of arcs without the graph's.
+            scores: [A] scores of arcs with the graph's.
+            least: arcs that are less probable than this under ``scores`` are left out: an n-gram makes a
+                lattice a hundred times as large.
             sayings: word ids by saying.
             scales: of the n-gram: the best path under each is returned.
             count: random paths of each, drawn under the first scale.
         """
         k2 = load_k2()
-        lattices = _with_scores(fsas, acoustic)
+        kept = _with_scores(fsas, scores)
+        kept.place = torch.arange(int(fsas.num_arcs), dtype=torch.int32, device=fsas.device)
+        kept = k2.prune_on_arc_post(kept, least, True)
+        places = kept.place.long()
         table = k2.RaggedTensor([list(saying) for saying in sayings]).to(fsas.device)
-        words, _ = table.index(fsas.saying, axis=0)
-        final = (fsas.labels == -1).nonzero().squeeze(1)
-        lattices.aux_labels = _with_final(words, final, fsas)
-        lattices.place = torch.arange(1, int(fsas.num_arcs) + 1, dtype=torch.int32, device=fsas.device)
+        words, _ = table.index(fsas.saying[places], axis=0)
+        final = (kept.labels == -1).nonzero().squeeze(1)
+        lattices = _with_scores(kept, acoustic[places])
+        lattices.aux_labels = _with_final(words, final, kept)
+        lattices.place = (places + 1).to(torch.int32)  # 0 will stand for arcs that inversion adds
         turned = k2.invert(lattices)
         every = torch.zeros(fsas.shape[0], dtype=torch.int32, device=fsas.device)
         met = k2.intersect_device(self.loops, turned, every, sorted_match_a=True)
