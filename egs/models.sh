@@ -100,6 +100,7 @@ methods=all
 device=cpu
 limit=0
 confirm=64
+with_k2=false  # whether the recipe takes the rows of k2 (egs/k2.sh) where k2 is
 models=()      # options of decode that name models, filled by the recipe
 llm_options=() # further ones of its LLM
 scoring=()     # of how the test sets are scored
@@ -163,6 +164,7 @@ decode_stages() { # methods that give all scores of an N-best list of dev; $dev_
     decode_job "$exp_dir/decode" "${sets[@]}" --methods "$methods" --weights "$weights" ${scoring[@]+"${scoring[@]}"}
     finish decode
   fi
+  if [ "${with_k2:-false}" = true ]; then k2_stages 2; fi
   if wanted 3 report; then
     job report --runs "[$exp_dir/decode]" --out "$exp_dir/report"
     finish report

@@ -117,10 +117,8 @@ class SavedLattices:
             rule = f"be of the same log-probs ({frames} frames); make them again"
             check(int(lattices[-1].lens) == frames, f"the lattice of {name}", rule, int(lattices[-1].lens))
             seconds += archive["meta"]["seconds"]["lattices"] / len(archive["meta"]["ids"])
-        joined = join(lattices).to(self.device)
-        self.counters["lattice_arcs"] += len(joined.source)
-        self.counters["lattice_frames"] += int(emissions.lens.sum())
-        return joined, seconds
+            self._count(lattices[-1])
+        return join(lattices).to(self.device), seconds
 
     def lists(self, emissions: Emissions, kind: str) -> tuple[list[NBest], float]:
         lists, seconds = [], 0.0
@@ -134,9 +132,14 @@ class SavedLattices:
                 has,
             )
             lists.append(archive[kind][row])
+            self._count(archive["lattices"].select([row]))
             took = archive["meta"]["seconds"]
             seconds += (took["lattices"] + took[kind]) / len(archive["meta"]["ids"])
         return lists, seconds
+
+    def _count(self, lattice: Lattices) -> None:
+        self.counters["lattice_arcs"] += len(lattice.source)
+        self.counters["lattice_frames"] += int(lattice.lens.sum())
 
     def _find(self, name: str) -> tuple[dict[str, Any], int]:
         if name not in self._files:

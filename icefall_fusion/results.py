@@ -44,10 +44,17 @@ def make_row(
         "lm_seconds": totals.get("lm", 0.0),
         **{counter: int(totals[counter]) for counter in _COUNTERS},
         **{counter: int(totals[counter]) for counter in _TREE_COUNTERS if counter in totals},
+        **_density(totals),
         "peak_memory_bytes": int(totals.get("peak_memory_bytes", 0)),
         "options": dict(options),
         "audio_seconds": audio,
     }
+
+
+def _density(totals: Mapping[str, float]) -> dict[str, float]:
+    """Return the arcs a frame of the lattices that a method read, if it read any."""
+    frames = totals.get("lattice_frames", 0)
+    return {"lattice_density": round(totals["lattice_arcs"] / frames, 2)} if frames else {}
 
 
 def read_earlier_rows(path: PathLike) -> list[dict[str, Any]]:

@@ -6,7 +6,9 @@
 #   bash decode.sh --stage 2 --methods nlm-shallow,llm-delayed-shortest --device cuda --world-size 4
 #
 # Stages: 0 decode dev for tuning (all scores of an N-best list), 1 tune weights (on dev alone), 2 decode the
-# test sets, 3 report. Weights go to weights.yaml in --exp-dir. Every stage can be killed and run again:
+# test sets, 3 report. Where k2 is (in this Python, in K2_PYTHON or in .venv-k2), stage 2 adds its rows: graphs
+# (HLG, G) from the training text, lattices, weights of their own (weights-k2.yaml); it says why not otherwise,
+# and --k2 false leaves them out. Weights go to weights.yaml in --exp-dir. Every stage can be killed and run again:
 # finished utterances are kept. A finished stage leaves a .done mark and is skipped; remove the mark (and the
 # outputs) to run it again. --limit N decodes N utterances of each set, --confirm N (64) so many in tuning.
 # Exit code 3: done, but some audio was skipped (it is listed).
@@ -14,14 +16,21 @@ set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 . "$here/../../stages.sh"
 . "$here/../../models.sh"
+. "$here/../../k2.sh"
 corpus=minibooks
 dev_set=dev
 test_sets="test-clean test-other"
 stop_stage=3
+with_k2=true
 
 while [ $# -gt 0 ]; do
   decode_option "$@"
-  if [ "$taken" -eq 0 ]; then unknown_option "$1"; fi
+  if [ "$taken" -eq 0 ]; then
+    case "$1" in
+      --k2) with_k2=$2 taken=2 ;;
+      *) unknown_option "$1" ;;
+    esac
+  fi
   shift "$taken"
 done
 
@@ -33,6 +42,10 @@ if [ -z "$pretrained_dir" ]; then # what train.sh made, or else the published mo
   if [ "$config" = full ] && [ ! -d "$pretrained_dir" ]; then pretrained_dir=$here/pretrained; fi
 fi
 log "models of $pretrained_dir"
+if [ "$config" != full ]; then # little text
+  k2_word_count=1 k2_prune=0 k2_reprune=0
+  k2_ngram=(--discount_fallback true)
+fi
 models=(--emissions.model "$pretrained_dir/ctc_aed" --emissions.device "$device")
 for name in nlm llm matched_llm; do
   models+=("--$name.path" "$pretrained_dir/$name")

@@ -1,0 +1,102 @@
+# shellcheck shell=bash disable=SC2034,SC2154 # variables of who sources it
+# What the decode.sh of every recipe does with k2: graphs, lattices, the methods k2-*. Source it after models.sh; it
+# runs nothing. k2 is taken from $python, or else from $K2_PYTHON or .venv-k2 (tools/setup_k2_ci_env.sh): then
+# log-probs go there and lattices come back.
+
+repo=$(cd "$here/../../.." && pwd)
+k2_python=
+k2_word_count=8    # words that count less in the training text are not in the lexicon
+k2_prune="0,3,6"   # of the trigram in HLG
+k2_reprune="0,1,2,3" # of the 4-gram that rescores
+k2_ngram=()        # further options of train-word-ngram
+
+find_k2() { # sets $k2_python, and $k2_here if that is $python; says why not otherwise
+  local candidate
+  for candidate in "$python" "${K2_PYTHON:-}" "$repo/.venv-k2/bin/python"; do
+    if [ -n "$candidate" ] && "$candidate" -c 'import k2; k2.Fsa' 2>/dev/null; then
+      k2_python=$candidate
+      log "k2 of $k2_python"
+      return 0
+    fi
+  done
+  log "the rows of k2 are left out: $("$python" -c '
+from icefall_fusion.search.lattice import why_no_k2
+print(why_no_k2())'); or tools/setup_k2_ci_env.sh, for a CPU"
+  return 1
+}
+
+find_lmplz() { # sets $lmplz; says why not otherwise
+  if ! lmplz=$(PYTHON=$k2_python bash "$repo/tools/build_lmplz.sh"); then
+    log "the rows of k2 are left out: there is no lmplz (see above)"
+    return 1
+  fi
+}
+
+k2_job() { # job, options: where k2 is
+  if [ "$k2_python" = "$python" ]; then job "$@"; else "$k2_python" -m icefall_fusion "$@"; fi
+}
+
+make_graphs() { # from $data_dir/text/train.jsonl: HLG of a trigram, G of a 4-gram over the same words
+  local pieces=$pretrained_dir/ctc_aed graphs=$exp_dir/graphs
+  local ngram=(train-word-ngram --text "$data_dir/text/train.jsonl" --lmplz "$lmplz" --min_count "$k2_word_count")
+  mkdir -p "$graphs"
+  job "${ngram[@]}" --order 3 --prune "[$k2_prune]" --out "$graphs/3.arpa.gz" ${k2_ngram[@]+"${k2_ngram[@]}"}
+  job "${ngram[@]}" --order 4 --prune "[$k2_reprune]" --out "$graphs/4.arpa.gz" ${k2_ngram[@]+"${k2_ngram[@]}"}
+  k2_job make-graph --tokens "$pieces" --kind HLG --arpa "$graphs/3.arpa.gz" --out "$graphs/HLG.npz"
+  k2_job make-graph --tokens "$pieces" --kind G --arpa "$graphs/4.arpa.gz" --lexicon_arpa "$graphs/3.arpa.gz" \
+    --out "$graphs/G.npz"
+}
+
+lattices_of() { # test set: sets $k2_options of decode, after making lattices elsewhere if $python has no k2
+  local graphs=(--k2.graph "$exp_dir/graphs/HLG.npz" --k2.ngram "$exp_dir/graphs/G.npz")
+  if [ "$k2_python" = "$python" ]; then
+    k2_options=("${graphs[@]}")
+    return
+  fi
+  local folder=$exp_dir/lattices/$1
+  k2_options=(--k2.saved "$folder")
+  if [ ! -f "$folder/.done" ]; then
+    rm -rf "$exp_dir/emissions/$1"
+    decode_job "$exp_dir/emissions-decode" "--test_sets.$1" "$(cuts "$1")" --methods ctc-greedy --restart true \
+      --save_emissions "$exp_dir/emissions"
+    "$k2_python" -m icefall_fusion make-lattices --emissions "$exp_dir/emissions/$1" \
+      --tokens "$pretrained_dir/ctc_aed" --out "$folder" "${graphs[@]}"
+    touch "$folder/.done"
+  fi
+}
+
+# Stages of decode.sh between the decoding of the test sets and the report; all have the number of that.
+k2_stages() { # number
+  local all=k2-nbest-ngram-rescoring+attention-rescoring+llm-nbest-rescoring
+  local whole=k2-whole-lattice-ngram-rescoring weights=$exp_dir/weights-k2.yaml tuning=$exp_dir/tune-k2 name option
+  local given=() confirmation=()
+  if [ "$stage" -gt "$1" ] || [ "$stop_stage" -lt "$1" ] || [ -f "$marks/.k2-decode.done" ]; then return; fi
+  if ! find_k2 || ! find_lmplz; then return; fi
+  if wanted "$1" graph; then
+    make_graphs
+    finish graph
+  fi
+  if wanted "$1" k2-tune; then
+    lattices_of "$dev_set"
+    decode_job "$tuning" "--test_sets.$dev_set" "$(cuts "$dev_set")" --methods "$all,$whole" "${k2_options[@]}"
+    if [ "$confirm" -gt 0 ]; then
+      { echo "confirm:"; sed 's/^/  /' "$conf_file"; } >"$tuning/confirm.yaml"
+      confirmation=(--config "$tuning/confirm.yaml")
+      for option in "${models[@]}" "${k2_options[@]}"; do confirmation+=("${option/#--/--confirm.}"); done
+      confirmation+=(--confirm.test_sets "{$dev_set: $(cuts "$dev_set")}" --confirm.limit "$confirm")
+      confirmation+=(--confirm.out "$tuning")
+    fi
+    for name in "$all" "$whole"; do given+=("$tuning/nbest-$dev_set-$name.jsonl"); done
+    job tune --nbest "${given[@]}" --ref "$(cuts "$dev_set")" --methods k2-all --out "$weights" \
+      ${confirmation[@]+"${confirmation[@]}"}
+    finish k2-tune
+  fi
+  if wanted "$1" k2-decode; then
+    for name in $test_sets; do
+      lattices_of "$name"
+      decode_job "$exp_dir/decode" "--test_sets.$name" "$(cuts "$name")" --methods k2-all --weights "$weights" \
+        "${k2_options[@]}"
+    done
+    finish k2-decode
+  fi
+}
