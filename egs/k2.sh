@@ -53,13 +53,14 @@ lattices_of() { # test set: sets $k2_options of decode, after making lattices el
     k2_options=("${graphs[@]}")
     return
   fi
-  local folder=$exp_dir/lattices/$1
+  local folder=$exp_dir/lattices/$1 emissions=$exp_dir/emissions
+  if [ "$limit" -gt 0 ]; then folder+=-$limit emissions+=-$limit; fi # other utterances, not the first of all
   k2_options=(--k2.saved "$folder")
   if [ ! -f "$folder/.done" ]; then
-    rm -rf "$exp_dir/emissions/$1"
+    rm -rf "${emissions:?}/$1"
     decode_job "$exp_dir/emissions-decode" "--test_sets.$1" "$(cuts "$1")" --methods ctc-greedy --restart true \
-      --save_emissions "$exp_dir/emissions"
-    "$k2_python" -m icefall_fusion make-lattices --emissions "$exp_dir/emissions/$1" \
+      --save_emissions "$emissions"
+    "$k2_python" -m icefall_fusion make-lattices --emissions "$emissions/$1" \
       --tokens "$pretrained_dir/ctc_aed" --out "$folder" "${graphs[@]}"
     touch "$folder/.done"
   fi

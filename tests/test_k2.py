@@ -13,6 +13,7 @@ from reference.lattice_paths import graph_sentences, words_of_paths
 from search_tools import WordLengths
 
 from icefall_fusion.lexicon import make_lexicon
+from icefall_fusion.nbest import NBest
 from icefall_fusion.ngram import PieceNgram
 from icefall_fusion.search import PrefixSearchOptions, ctc_prefix_search
 from icefall_fusion.search.graph import load_graph, save_graph
@@ -27,6 +28,7 @@ from icefall_fusion.search.lattice import (
 from icefall_fusion.search.lattice_beam import LatticeBeamOptions, lattice_beam_search
 from icefall_fusion.search.lattice_export import best_paths
 from icefall_fusion.search.lattice_paths import WordNgram, best_path, random_paths
+from icefall_fusion.search.nbest_fsa import linear_fsas, prefix_tree
 from icefall_fusion.tokens import AcousticTokens
 
 pytestmark = [pytest.mark.k2, pytest.mark.skipif(bool(why_no_k2()), reason=why_no_k2() or "k2 is there")]
@@ -338,3 +340,54 @@ def test_whole_lattice_rescoring_finds_the_best_of_all_paths(graphs) -> None:
             heard = float(plain.ctc[torch.from_numpy(paths.path(number))].sum())
             assert heard + scale * paths.ngram[number] <= max(sums) + 1e-4
 
+
+# --- lists of other searches --------------------------------------------------------------------------
+
+
+def prefix_lists(seed=10):
+    emissions, lens = log_probs(seed, 1, 5), torch.tensor([5])
+    return emissions, lens, ctc_prefix_search(emissions, lens, PrefixSearchOptions(beam=12), TOKENS)[0]
+
+
+def test_a_list_as_linear_fsas_scores_as_it_did_and_takes_part_in_k2() -> None:
+    emissions, lens, nbest = prefix_lists()
+    fsas = linear_fsas(nbest)
+    totals = fsas.get_tot_scores(use_double_scores=True, log_semiring=False)
+    assert totals.tolist() == pytest.approx([h.total for h in nbest], abs=1e-5)
+    ids = {word: number for number, word in enumerate(sorted({w for h in nbest for w in h.words()}), 1)}
+    words = linear_fsas(nbest, ids)
+    assert words.shape[0] == len(nbest)
+    # existing scripts compose such FSAs with a topology and score them: that is the exact CTC score
+    k2 = load_k2()
+    graphs = k2.ctc_graph([h.tokens for h in nbest])
+    dense = k2.DenseFsaVec(emissions, torch.tensor([[0, 0, 5]], dtype=torch.int32))
+    same = k2.intersect_dense(graphs, dense, 1e10, a_to_b_map=torch.zeros(len(nbest), dtype=torch.int32))
+    exact = same.get_tot_scores(use_double_scores=True, log_semiring=True)
+    for score, h in zip(exact.tolist(), nbest):
+        assert h.scores["ctc"] <= score + 1e-4  # what the beam of 12 kept of it
+
+
+def test_a_list_as_a_prefix_tree_has_its_sentences_and_no_others() -> None:
+    _, _, nbest = prefix_lists(11)
+    tree = prefix_tree(nbest)
+    arcs, scores = tree.arcs.values()[:, :3].tolist(), tree.scores.tolist()
+    found, stack = {}, [(0, (), 0.0)]
+    while stack:
+        state, labels, score = stack.pop()
+        for (source, target, label), more in zip(arcs, scores):
+            if source == state and label == -1:
+                found[labels] = score + more
+            elif source == state:
+                stack.append((target, (*labels, label), score + more))
+    assert found == pytest.approx({tuple(h.tokens): h.total for h in nbest}, abs=1e-5)
+    best = load_k2().shortest_path(load_k2().create_fsa_vec([tree]), True)
+    assert [i for i in best.labels.tolist() if i > 0] == nbest[0].tokens
+    assert best.rank[-1] == 0
+
+
+def test_lists_that_cannot_be_fsas_are_refused() -> None:
+    _, _, nbest = prefix_lists()
+    with pytest.raises(ValueError, match="label_ids must have every word of 0"):
+        linear_fsas(nbest, {})
+    with pytest.raises(ValueError, match="list of x must hold a hypothesis"):
+        prefix_tree(NBest("x", []))
