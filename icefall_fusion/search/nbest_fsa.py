@@ -39,7 +39,8 @@ def linear_fsas(nbest: NBest, label_ids: Optional[Mapping[str, int]] = None) -> 
 def prefix_tree(nbest: NBest, label_ids: Optional[Mapping[str, int]] = None) -> Any:
     """Return the hypotheses of one utterance as one k2 FSA that shares what they begin with.
 
-    Args, raises: as `linear_fsas`. Hypotheses of equal labels are one, with the best of their totals; the final arcs have the totals and the ``rank``, other arcs 0 and -1.
+    Args, raises: as `linear_fsas`. Hypotheses of equal labels are one, with the best of their totals. Final
+    arcs have the totals and the ``rank``, other arcs 0 and -1.
     """
     k2 = load_k2()
     states: dict[tuple[int, ...], int] = {(): 0}
