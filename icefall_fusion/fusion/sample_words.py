@@ -19,10 +19,13 @@ COMMON_WORDS = (
     "came 'tis thou'rt king's boys' jabberwocky antidisestablishmentarianism xylophone zzz aaa aa ab ba "
 ).split()
 _WORDS_A_TEXT = 7
+_MOST = 3000  # pieces that words are made of; larger vocabularies (of words, on lattices) are sampled
 
 
 def sample_words(tokens: AcousticTokens, seed: int = 0) -> list[str]:
     """Return words made of the acoustic pieces: each piece alone, and random runs of two to four.
+
+    Of more than 3,000 pieces a random sample is taken.
 
     Args:
         tokens: the acoustic vocabulary.
@@ -31,6 +34,7 @@ def sample_words(tokens: AcousticTokens, seed: int = 0) -> list[str]:
     special = {tokens.blank_id, tokens.sos_eos_id}
     ids = [i for i in range(tokens.size) if i not in special and not tokens.pieces[i].startswith("<")]
     chance = random.Random(seed)
+    ids = chance.sample(ids, _MOST) if len(ids) > _MOST else ids
     runs = [[i] for i in ids] + [chance.choices(ids, k=chance.randint(2, 4)) for _ in ids]
     return sorted({word for run in runs for word in tokens.words(run)})
 

@@ -88,6 +88,9 @@ class WordTokens:
     Args:
         words: text of word id 1, 2, ...
         sayings: word ids by saying.
+
+    Attributes:
+        pieces: the text of every saying.
     """
 
     def __init__(self, words: Sequence[str], sayings: Sequence[tuple[int, ...]]) -> None:
@@ -96,6 +99,7 @@ class WordTokens:
         self.size, self.blank_id, self.sos_eos_id = len(self.sayings), 0, None
         self.starts_word = [True] * self.size
         self._words = [tuple(texts[word] for word in saying) for saying in self.sayings]
+        self.pieces = [" ".join(words) for words in self._words]
         self._fingerprint = hashlib.sha1("\n".join(texts).encode("utf-8")).hexdigest()
 
     def words(self, ids: Sequence[int]) -> list[str]:
@@ -105,11 +109,6 @@ class WordTokens:
     def fingerprint(self) -> str:
         """Return a hash of the words."""
         return self._fingerprint
-
-    @property
-    def pieces(self) -> list[str]:
-        """The text of every saying."""
-        return [" ".join(words) for words in self._words]
 
 
 def save_graph(path: PathLike, graph: DecodingGraph) -> None:

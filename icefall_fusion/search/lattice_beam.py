@@ -7,8 +7,9 @@ that had its words already (a stay) keeps what language models know of it, as in
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Optional, Sequence
+from typing import TYPE_CHECKING, Any, MutableMapping, NamedTuple, Optional, Sequence
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from icefall_fusion.tokens import AcousticTokens
 
 _NEVER = float("-inf")
+_KEYS: MutableMapping[Any, tuple[Tensor, Tensor]] = weakref.WeakKeyDictionary()  # made once a vocabulary
 _FACTOR = 0x2545F4914F6CDD1D  # odd, so that multiplying by it loses nothing modulo 2^64
 
 
@@ -151,7 +153,7 @@ class _LatticeSearch:
         self.mass[:, 0] = torch.where((lattices.counts > 0).to(device), 0.0, _NEVER)
         self.hlg = torch.zeros_like(self.mass)
         self.history = torch.zeros_like(self.state)
-        self.factor, self.addend = _history_keys(labels, device)
+        self.factor, self.addend = (keys.to(device) for keys in _history_keys(labels))
         self.steps: list[tuple[Tensor, Tensor]] = []
         self._show_masses()
         self.joint = JointFusion(fusions, labels)
@@ -284,11 +286,13 @@ class _LatticeSearch:
         self.beam.log_total.copy_(self.mass - best.unsqueeze(1))
 
 
-def _history_keys(labels: Any, device: torch.device) -> tuple[Tensor, Tensor]:
+def _history_keys(labels: Any) -> tuple[Tensor, Tensor]:
     """Return what a hash of words is multiplied by and what is added, for each saying, two int64 tensors.
 
     A hash of the words, not of sayings: "of" and "the" said by two arcs or by one are the same words.
     """
+    if labels in _KEYS:
+        return _KEYS[labels]
     sayings = getattr(labels, "sayings", None)
     if sayings is None:  # each id a piece
         sayings = [(), *((piece,) for piece in range(1, labels.size))]
@@ -303,4 +307,5 @@ def _history_keys(labels: Any, device: torch.device) -> tuple[Tensor, Tensor]:
         words = torch.tensor([sayings[i][place] for i in longer.tolist()])
         factors[longer] *= _FACTOR
         addends[longer] = addends[longer] * _FACTOR + keys[words]
-    return factors.to(device), addends.to(device)
+    _KEYS[labels] = factors, addends
+    return factors, addends
