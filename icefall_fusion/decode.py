@@ -63,7 +63,7 @@ class Decoder:
         self.options = options
         self.out = Path(options.out)
         self.processes = Processes.join()
-        device = self.processes.device(options.emissions.device)
+        self._device = device = self.processes.device(options.emissions.device)
         self.source: EmissionSource = open_source(replace(options.emissions, device=device))
         lms = {name: getattr(options, name) for name in LM_SOURCES}
         lms = {name: replace(lm, device=self.processes.device(lm.device)) for name, lm in lms.items()}
@@ -75,8 +75,6 @@ class Decoder:
             if name not in given and len(self.weights[name]) > 1:
                 logging.warning("no tuned weights for %s: %s are used", name, self.weights[name])
         self.lattices: LatticeSource | None = None
-        if any("graph" in needs(name) for name in names):
-            self.lattices = open_lattices(options.k2, self.source.tokens, device)
         self.methods = [self.make_method(name, self.weights[name]) for name in names]
         needed = set().union(*(method.needs for method in self.methods))
         for source in sorted(needed & set(LM_SOURCES)):
@@ -105,7 +103,9 @@ class Decoder:
         return named if self.source.model is None else named | {"attention"}
 
     def make_method(self, name: str, weights: Mapping[str, float]) -> Method:
-        """Return a method with this decoder's models."""
+        """Return a method with this decoder's models, and lattices where it needs them."""
+        if self.lattices is None and "graph" in needs(name):
+            self.lattices = open_lattices(self.options.k2, self.source.tokens, self._device)
         return Method(name, weights, self.options.search, self.lms, self.lattices, self.options.k2)
 
     def decode_set(self, name: str, manifest: str) -> list[dict[str, Any]]:

@@ -128,6 +128,18 @@ def test_tune_takes_lists_of_lattices_as_any_others(models, decoded, tmp_path) -
     assert list(weights) == list(K2_METHODS)
     assert set(weights["k2-llm-delayed-shortest"]) == {"hlg", "llm", "words"}
     assert set(weights["k2-whole-lattice-ngram-rescoring"]) == {"ngram", "words"}
+    # and confirms by decoding
+    code = main([
+        "tune", "--nbest", str(tmp_path / "all" / f"nbest-test-{name}.jsonl"), "--ref", models["cuts"],
+        "--methods", "k2-llm-delayed-shortest", "--out", str(tmp_path / "confirmed.yaml"), "--rounds", "1",
+        "--confirm_rounds", "1", "--confirm.test_sets", json.dumps({"test": models["cuts"]}), "--confirm.out",
+        str(tmp_path), "--confirm.emissions.model", models["model"], "--confirm.llm.path", models["llm"],
+        "--confirm.k2.saved", models["lattices"], "--confirm.k2.beam.beam", "4",
+    ])  # fmt: skip
+    assert code == 0
+    confirmed = yaml.safe_load((tmp_path / "confirmed.yaml").read_text())
+    assert set(confirmed["weights"]["k2-llm-delayed-shortest"]) == {"hlg", "llm", "words"}
+    assert "k2-llm-delayed-shortest" in confirmed["dev_wer"]
 
 
 def test_names_say_what_methods_need() -> None:

@@ -6,7 +6,7 @@
 #   PYTHON=python3.11 bash tools/build_lmplz.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
-case "${1:-}" in -h | --help) sed -n '2,6p' "$0" | sed 's/^# \{0,1\}//'; exit 0 ;; esac
+case "${1:-}" in -h | --help) sed -n '2,6p' "tools/$(basename "$0")" | sed 's/^# \{0,1\}//'; exit 0 ;; esac
 kenlm=0.3.0
 boost=1.87.0.1 # the last with boost_system, which KenLM asks for
 python=${PYTHON:-python3}

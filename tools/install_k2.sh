@@ -15,7 +15,7 @@ yes=
 version=
 while [ $# -gt 0 ]; do
   case "$1" in
-    -h | --help) sed -n '2,11p' "$0" | sed 's/^# \{0,1\}//'; exit 0 ;;
+    -h | --help) sed -n '2,11p' "tools/$(basename "$0")" | sed 's/^# \{0,1\}//'; exit 0 ;;
     --yes) yes=true; shift ;;
     --version) version=${2:?--version needs a value}; shift 2 ;;
     *) echo "install_k2.sh: unknown option $1 (see --help)" >&2; exit 2 ;;

@@ -10,9 +10,10 @@
 # Exit codes: 0 the environment is ready, 77 skipped for want of Python 3.9, others: failed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+source tools/common.sh
 required=${CI:-}
 case "${1:-}" in
-  -h | --help) sed -n '2,10p' "$0" | sed 's/^# \{0,1\}//'; exit 0 ;;
+  -h | --help) sed -n '2,10p' "tools/$(basename "$0")" | sed 's/^# \{0,1\}//'; exit 0 ;;
   --required) required=true ;;
   "") ;;
   *) echo "setup_k2_ci_env.sh: unknown option $1 (see --help)" >&2; exit 2 ;;
@@ -48,12 +49,8 @@ if [ "$(cat "$stamp" 2>/dev/null || true)" = "$wanted" ]; then
   exit 0
 fi
 echo "setup_k2_ci_env.sh: installing torch 1.13.1, k2 1.23.4 and what tests need (about 4 GB)"
-report=$(mktemp)
-trap 'rm -f "$report"' EXIT
-if ! "$venv/bin/python" -m pip --disable-pip-version-check install -r tools/requirements-k2-ci.txt >"$report" 2>&1; then
-  tail -n 20 "$report" | sed -E 's#https?://[^ ,)]+#<address>#g' >&2
-  exit 1
-fi
+ensure_pip "$venv/bin/python"
+quietly "$venv/bin/python" -m pip --disable-pip-version-check install -r tools/requirements-k2-ci.txt
 "$venv/bin/python" tools/check_k2.py
 echo "$wanted" >"$stamp"
 echo "setup_k2_ci_env.sh: $venv is ready"
