@@ -84,8 +84,15 @@ def test_every_script_is_valid_and_has_help(path) -> None:
 
 
 def test_shellcheck_finds_nothing() -> None:
-    folders = ("egs/*.sh", "egs/*/ASR/*.sh", "egs/*/ASR/local/*.sh", "tools/*.sh")
+    folders = ("egs/*.sh", "egs/*/ASR/*.sh", "egs/*/ASR/local/*.sh", "tools/*.sh", "tools/*/*.sh")
     scripts = [*(path for folder in folders for path in ROOT.glob(folder)), ROOT / ".ci/run"]
     command = [str(Path(sys.executable).parent / "shellcheck"), "-x", "-P", "SCRIPTDIR", *map(str, scripts)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+def test_no_page_has_a_figure_that_was_never_filled_in() -> None:
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("egs/**/*.md")]
+    assert len(pages) > 5
+    for page in pages:
+        assert not re.findall(r"@[A-Z0-9]+@", page.read_text(encoding="utf-8")), page
