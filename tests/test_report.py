@@ -99,8 +99,9 @@ def test_plot_and_report_job(tmp_path, capsys) -> None:
 def test_peak_memory_can_be_reset() -> None:
     """In a process of its own: a training keeps what it frees, and so does the process that ran one."""
     code = """
+import numpy
 from icefall_fusion.report import peak_memory_bytes, reset_peak_memory
-block = np.ones(300_000_000 // 8)
+block = numpy.ones(300_000_000 // 8)
 high = peak_memory_bytes()
 assert high > block.nbytes, high
 del block
