@@ -117,7 +117,7 @@ class SavedLattices:
             rule = f"be of the same log-probs ({frames} frames); make them again"
             check(int(lattices[-1].lens) == frames, f"the lattice of {name}", rule, int(lattices[-1].lens))
             seconds += archive["meta"]["seconds"]["lattices"] / len(archive["meta"]["ids"])
-            self._count(lattices[-1])
+            self._count(archive["lattices"], row)
         return join(lattices).to(self.device), seconds
 
     def lists(self, emissions: Emissions, kind: str) -> tuple[list[NBest], float]:
@@ -132,14 +132,14 @@ class SavedLattices:
                 has,
             )
             lists.append(archive[kind][row])
-            self._count(archive["lattices"].select([row]))
+            self._count(archive["lattices"], row)
             took = archive["meta"]["seconds"]
             seconds += (took["lattices"] + took[kind]) / len(archive["meta"]["ids"])
         return lists, seconds
 
-    def _count(self, lattice: Lattices) -> None:
-        self.counters["lattice_arcs"] += len(lattice.source)
-        self.counters["lattice_frames"] += int(lattice.lens.sum())
+    def _count(self, lattices: Lattices, row: int) -> None:
+        self.counters["lattice_arcs"] += int(lattices.counts[row])
+        self.counters["lattice_frames"] += int(lattices.lens[row])
 
     def _find(self, name: str) -> tuple[dict[str, Any], int]:
         if name not in self._files:

@@ -89,6 +89,11 @@ class Part:
     look_ahead: bool = False
     reading: str = ""
 
+    @property
+    def in_search(self) -> bool:
+        """Whether it is a fusion that takes part in the search."""
+        return self.kind in ("shallow", "delayed")
+
 
 _PARTS: dict[str, Part] = {
     "ngram-shallow": Part("shallow", "ngram"),
@@ -261,7 +266,7 @@ class Method:
         self.name, self.weights, self.search, self._lms = name, dict(weights), search, lms
         self._lattices, self._k2 = lattices, k2
         self.parts, self.needs = parse_method(name), needs(name)
-        self._fused = [part for part in self.parts if part.kind in ("shallow", "delayed")]
+        self._fused = [part for part in self.parts if part.in_search]
         self._fusions = [self._make_fusion(part) for part in self._fused]
 
     def _make_fusion(self, part: Part) -> Any:
@@ -290,7 +295,7 @@ class Method:
         described = []
         for part in self.parts:
             values = {"kind": part.kind, "source": part.source, "weight": self.weights[part.source]}
-            if part in self._fused:
+            if part.in_search:
                 values["word_bonus"] = next(fusions).word_bonus
             if part.trigger is not None:
                 values["trigger"] = repr(part.trigger)

@@ -89,7 +89,7 @@ def run(options: TuneOptions) -> int:
     if options.confirm is not None:
         confirmed = _Confirmation(options)
         for method in weights:
-            if any(part.kind in ("shallow", "delayed") for part in parse_method(method)):
+            if any(part.in_search for part in parse_method(method)):
                 weights[method], wer[method] = confirmed.improve(method, weights[method])
                 _write(options.out, weights, wer)  # hours with a large LM: a kill loses one method at most
         code = SKIPPED_SOME if confirmed.skipped else 0
@@ -282,7 +282,7 @@ class _Confirmation:
         names = tuple(weights)
         usual = {**weights, "words": FIRST_PASS_BONUS}
         for part in parse_method(method):
-            if part.kind in ("shallow", "delayed"):
+            if part.in_search:
                 usual[part.source] = FIRST_PASS_WEIGHT
         best = min([dict(weights), usual, *self.found.get(names, [])], key=wer)
         for fineness in range(self.options.confirm_rounds):
