@@ -5,16 +5,22 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gzip
 import hashlib
 import json
 import os
 import tempfile
 from pathlib import Path
-from typing import Any, Iterator, Union
+from typing import Any, Callable, Iterator, Union
 
 PathLike = Union[str, Path]
 _SAMPLE = 2**16  # bytes
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def opener(path: PathLike) -> Callable[..., Any]:
+    """Return what opens a file of this name, gzip's ``open`` if it ends in .gz; say "rt" or "wt" for text."""
+    return gzip.open if str(path).endswith(".gz") else open
 
 
 @contextlib.contextmanager

@@ -4,7 +4,6 @@ Knows: tensors, ARPA files. Must not know: acoustic models, search, fusion, how 
 from __future__ import annotations
 
 import functools
-import gzip
 import hashlib
 import math
 import zlib
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from icefall_fusion.checks import check
-from icefall_fusion.files import PathLike
+from icefall_fusion.files import PathLike, opener
 
 NOTHING = -1  # in a context: there is no piece so far back
 START, END, UNKNOWN = "<s>", "</s>", "<unk>"
@@ -170,10 +169,8 @@ class PieceNgram:
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"there is no ARPA file at {path}")
-        piece_ids(pieces)  # refuses those that an ARPA file cannot have
-        opener = gzip.open if path.suffix == ".gz" else open
         try:
-            with opener(path, "rt", encoding="utf-8") as file:
+            with opener(path)(path, "rt", encoding="utf-8") as file:
                 tables = _read_tables(file, pieces, str(path))
         except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:  # gzip's words for a broken file
             raise ValueError(f"{path} must be an ARPA file, but reading says: {error}") from error

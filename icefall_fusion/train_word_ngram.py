@@ -4,7 +4,6 @@ Knows: JSON lines with texts, the program lmplz. Must not know: pieces, graphs, 
 from __future__ import annotations
 
 import collections
-import gzip
 import json
 import shutil
 import subprocess
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Iterator
 
 from icefall_fusion.checks import check
-from icefall_fusion.files import atomic_path
+from icefall_fusion.files import atomic_path, opener
 
 
 @dataclass(frozen=True)
@@ -78,8 +77,7 @@ def run(options: TrainWordNgramOptions) -> int:
         with open(arpa, "rb") as source:
             sizes = [source.readline().decode().strip() for _ in range(options.order + 1)][1:]
             source.seek(0)
-            opener = gzip.open if options.out.endswith(".gz") else open
-            with opener(temporary, "wb") as target:
+            with opener(options.out)(temporary, "wb") as target:
                 shutil.copyfileobj(source, target)
     print(f"{options.out}: {len(words)} words, {', '.join(sizes)}")
     return 0

@@ -17,7 +17,7 @@ from typing import Iterable, Iterator, Mapping, TextIO
 import kaldialign
 
 from icefall_fusion.checks import check, check_choice
-from icefall_fusion.files import PathLike, atomic_path
+from icefall_fusion.files import PathLike, atomic_path, opener
 from icefall_fusion.nbest import NBest
 from icefall_fusion.text import normalize
 
@@ -298,8 +298,7 @@ def read_texts(path: PathLike, nbests: bool = False) -> dict:
 def _lines(path: PathLike) -> Iterator[str]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file of texts at {path}")
-    opened = gzip.open if str(path).endswith(".gz") else open
-    with opened(path, "rt", encoding="utf-8") as file:
+    with opener(path)(path, "rt", encoding="utf-8") as file:
         try:
             yield from file
         except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:

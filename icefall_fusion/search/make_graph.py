@@ -7,7 +7,6 @@ Labels of words: 0 none, 1 .. N words, N + 1 is #0.
 
 from __future__ import annotations
 
-import gzip
 import shutil
 import tempfile
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 
 from icefall_fusion.checks import check, check_choice
-from icefall_fusion.files import PathLike
+from icefall_fusion.files import PathLike, opener
 from icefall_fusion.lexicon import Lexicon
 from icefall_fusion.search.graph import TOPOLOGIES, DecodingGraph
 from icefall_fusion.search.lattice import load_k2
@@ -103,7 +102,7 @@ def read_g(arpa: PathLike, words: Sequence[str], order: int = -1) -> Any:
         table, plain = Path(folder) / "words.txt", Path(folder) / "g.arpa"
         names = ["<eps>", *words, _BACKOFF, _START, _END]
         table.write_text("".join(f"{name} {index}\n" for index, name in enumerate(names)), encoding="utf-8")
-        with _open(arpa) as source, open(plain, "wb") as target:
+        with opener(arpa)(arpa, "rb") as source, open(plain, "wb") as target:
             shutil.copyfileobj(source, target)
         text = kaldilm.arpa2fst(
             input_arpa=str(plain), disambig_symbol=_BACKOFF, read_symbol_table=str(table), max_order=order,
@@ -131,7 +130,7 @@ def arpa_words(arpa: PathLike) -> list[str]:
     if not Path(arpa).is_file():
         raise FileNotFoundError(f"there is no ARPA file at {arpa}")
     words, inside = [], False
-    with _open(arpa) as file:
+    with opener(arpa)(arpa, "rb") as file:
         for raw in file:
             line = raw.decode("utf-8").strip()
             if line == "\\1-grams:":
@@ -142,10 +141,6 @@ def arpa_words(arpa: PathLike) -> list[str]:
                 words.append(line.split()[1])
     check(bool(words), f"{arpa}", "have unigrams", len(words))
     return [word for word in words if word not in (_START, _END, _UNKNOWN, "<UNK>")]
-
-
-def _open(arpa: PathLike) -> Any:
-    return gzip.open(arpa, "rb") if str(arpa).endswith(".gz") else open(arpa, "rb")
 
 
 # --- parts --------------------------------------------------------------------------------------------
