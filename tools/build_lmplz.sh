@@ -6,7 +6,8 @@
 #   PYTHON=python3.11 bash tools/build_lmplz.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
-case "${1:-}" in -h | --help) sed -n '2,6p' "tools/$(basename "$0")" | sed 's/^# \{0,1\}//'; exit 0 ;; esac
+source tools/common.sh
+case "${1:-}" in -h | --help) usage; exit 0 ;; esac
 kenlm=0.3.0
 boost=1.87.0.1 # the last with boost_system, which KenLM asks for
 python=${PYTHON:-python3}
@@ -22,15 +23,6 @@ for tool in c++ cmake make; do
   fi
 done
 mkdir -p "$work"
-report=$work/build.log
-quietly() { # run; on failure show the end of what it said, without addresses
-  if ! "$@" >>"$report" 2>&1; then
-    tail -n 20 "$report" | sed -E 's#https?://[^ ,)]+#<address>#g' >&2
-    echo "build_lmplz.sh: failed: $1 $2 (all of it: $report)" >&2
-    return 1
-  fi
-}
-: >"$report"
 quietly "$python" -m pip --disable-pip-version-check download --no-deps --no-binary kenlm -d "$work" "kenlm==$kenlm"
 quietly "$python" -m pip --disable-pip-version-check download --no-deps --only-binary :all: -d "$work" \
   "cmeel-boost==$boost"

@@ -4,6 +4,9 @@
 #   source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 case "${BASH_SOURCE[0]}:${1:-}" in "$0":-h | "$0":--help) sed -n '2,4p' "$0" | sed 's/^# \{0,1\}//'; exit 0 ;; esac
 
+usage() { # the comment at the head of the script that was called; from the repository's root
+  awk 'NR > 1 { if (!/^#/) exit; sub(/^# ?/, ""); print }' "tools/$(basename "$0")"
+}
 quietly() { # run; on failure show the end of what it said, without addresses
   local report code=0
   report=$(mktemp)

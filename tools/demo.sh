@@ -8,10 +8,11 @@
 # Leaves demo/results.json and demo/wer-vs-speed.png. Other options go to "python -m icefall_fusion demo".
 set -euo pipefail
 cd "$(dirname "$0")/.."
+source tools/common.sh
 options=()
 for argument in "$@"; do
   case "$argument" in
-    -h | --help) sed -n '2,8p' "tools/$(basename "$0")" | sed 's/^# \{0,1\}//'; exit 0 ;;
+    -h | --help) usage; exit 0 ;;
     --quick) options+=(--quick true) ;;
     *) options+=("$argument") ;;
   esac

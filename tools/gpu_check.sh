@@ -8,11 +8,12 @@
 # Exit code 0: all passed; 1: something failed (the JSON says what); 3: no GPU here, nothing was checked.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+source tools/common.sh
 out=bench
 while [ $# -gt 0 ]; do
   case "$1" in
     --out) out=$2; shift 2 ;;
-    -h | --help) sed -n '2,9p' "tools/$(basename "$0")" | sed 's/^# \{0,1\}//'; exit 0 ;;
+    -h | --help) usage; exit 0 ;;
     *) echo "gpu_check.sh: unknown option $1 (see --help)" >&2; exit 2 ;;
   esac
 done

@@ -11,11 +11,12 @@
 # anywhere. For tests alone that one does: tools/setup_k2_ci_env.sh.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+source tools/common.sh
 yes=
 version=
 while [ $# -gt 0 ]; do
   case "$1" in
-    -h | --help) sed -n '2,11p' "tools/$(basename "$0")" | sed 's/^# \{0,1\}//'; exit 0 ;;
+    -h | --help) usage; exit 0 ;;
     --yes) yes=true; shift ;;
     --version) version=${2:?--version needs a value}; shift 2 ;;
     *) echo "install_k2.sh: unknown option $1 (see --help)" >&2; exit 2 ;;

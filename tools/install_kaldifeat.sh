@@ -17,7 +17,7 @@ rebuild=no
 for option in "$@"; do
   case "$option" in
     --rebuild) rebuild=yes ;;
-    -h | --help) sed -n '2,10p' "tools/$(basename "$0")" | sed 's/^# \{0,1\}//'; exit 0 ;;
+    -h | --help) usage; exit 0 ;;
     *) echo "install_kaldifeat.sh: unknown option $option (see --help)" >&2; exit 2 ;;
   esac
 done

@@ -7,7 +7,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source tools/common.sh
-case "${1:-}" in -h | --help) sed -n '2,6p' "tools/$(basename "$0")" | sed 's/^# \{0,1\}//'; exit 0 ;; esac
+case "${1:-}" in -h | --help) usage; exit 0 ;; esac
 
 venv=${VENV:-.venv}
 find_python() { # the first that is new enough

@@ -13,7 +13,7 @@ cd "$(dirname "$0")/.."
 source tools/common.sh
 required=${CI:-}
 case "${1:-}" in
-  -h | --help) sed -n '2,10p' "tools/$(basename "$0")" | sed 's/^# \{0,1\}//'; exit 0 ;;
+  -h | --help) usage; exit 0 ;;
   --required) required=true ;;
   "") ;;
   *) echo "setup_k2_ci_env.sh: unknown option $1 (see --help)" >&2; exit 2 ;;

@@ -5,7 +5,8 @@
 #   bash tools/test.sh tests/test_wer.py  # arguments go to pytest
 set -euo pipefail
 cd "$(dirname "$0")/.."
-case "${1:-}" in -h | --help) sed -n '2,5p' "tools/$(basename "$0")" | sed 's/^# \{0,1\}//'; exit 0 ;; esac
+source tools/common.sh
+case "${1:-}" in -h | --help) usage; exit 0 ;; esac
 bash tools/setup_env.sh
 venv=${VENV:-.venv}
 "$venv/bin/ruff" check icefall_fusion tests tools egs

@@ -5,7 +5,8 @@
 #   bash tools/test_k2.sh --required          # then it fails (also with CI set in the environment)
 set -euo pipefail
 cd "$(dirname "$0")/.."
-case "${1:-}" in -h | --help) sed -n '2,5p' "tools/$(basename "$0")" | sed 's/^# \{0,1\}//'; exit 0 ;; esac
+source tools/common.sh
+case "${1:-}" in -h | --help) usage; exit 0 ;; esac
 code=0
 bash tools/setup_k2_ci_env.sh "$@" || code=$?
 if [ "$code" -eq 77 ]; then exit 0; fi
