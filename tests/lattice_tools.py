@@ -3,8 +3,10 @@ Knows: searches, graphs. Must not know: large language models, what is tested.
 """
 from __future__ import annotations
 
+import pytest
 import torch
 
+from icefall_fusion.nbest import NBest
 from icefall_fusion.search.lattice_value import Lattices
 from icefall_fusion.tokens import AcousticTokens
 
@@ -73,3 +75,12 @@ def ctc_lattices(emissions, lens, ids=None) -> Lattices:
     tensors["saying"] = tensors["piece"].clone()
     names = ids or [str(row) for row in range(len(lens))]
     return Lattices(names, lens, bounds, ctc=ctc, hlg=torch.zeros_like(ctc), **tensors)
+
+
+def assert_same_pieces(nbests: list[NBest], expected: list[NBest], tolerance: float) -> None:
+    """Assert that lists hold the same piece sequences with the same CTC scores, in any order."""
+    for nbest, other in zip(nbests, expected):
+        scores = {tuple(h.tokens): h.scores["ctc"] for h in other}
+        assert {tuple(h.tokens) for h in nbest} == set(scores)
+        for h in nbest:
+            assert h.scores["ctc"] == pytest.approx(scores[tuple(h.tokens)], abs=tolerance)

@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from lattice_tools import ARPA, TOKENS, WORDS, log_probs
+from lattice_tools import ARPA, TOKENS, WORDS, assert_same_pieces, log_probs
 from reference.lattice_paths import graph_sentences, words_of_paths
 from search_tools import WordLengths
 
@@ -216,11 +216,7 @@ def test_along_an_h_lattice_it_is_the_prefix_search(graphs) -> None:
     _, _, plain, _ = make(graphs["H"], emissions, lens)
     nbests = lattice_beam_search(plain, 0.0, graphs["H"].labels(TOKENS), LatticeBeamOptions(beam=500))
     expected = ctc_prefix_search(emissions, lens, PrefixSearchOptions(beam=500), TOKENS)
-    for nbest, other in zip(nbests, expected):
-        scores = {tuple(h.tokens): h.scores["ctc"] for h in other}
-        assert {tuple(h.tokens) for h in nbest} == set(scores)
-        for h in nbest:
-            assert h.scores["ctc"] == pytest.approx(scores[tuple(h.tokens)], abs=1e-3)
+    assert_same_pieces(nbests, expected, 1e-3)
 
 
 def test_a_fusion_at_the_end_rescores_all_paths(graphs) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lattice_tools import TOKENS, ctc_lattices, log_probs
+from lattice_tools import TOKENS, assert_same_pieces, ctc_lattices, log_probs
 from reference.lattice_paths import words_of_paths
 from search_tools import Bigram, WordLengths
 
@@ -54,11 +54,7 @@ def test_along_the_whole_ctc_lattice_it_is_the_prefix_search() -> None:
     emissions, lens = log_probs(3, 2, 4), torch.tensor([4, 3])
     nbests = lattice_beam_search(ctc_lattices(emissions, lens), 0.0, TOKENS, ALL)
     expected = ctc_prefix_search(emissions, lens, PrefixSearchOptions(beam=400), TOKENS)
-    for nbest, other in zip(nbests, expected):
-        scores = {tuple(h.tokens): h.scores["ctc"] for h in other}
-        assert {tuple(h.tokens) for h in nbest} == set(scores)
-        for h in nbest:
-            assert h.scores["ctc"] == pytest.approx(scores[tuple(h.tokens)], abs=1e-4)
+    assert_same_pieces(nbests, expected, 1e-4)
 
 
 @settings(deadline=None, max_examples=20)
