@@ -55,6 +55,11 @@ def plot(rows: Sequence[Row], path: PathLike) -> None:
     plt.close(figure)
 
 
+def competes(row: Row) -> bool:
+    """Return whether a row can be the best: it has a WER, and no reference has helped it, as an oracle's."""
+    return row["wer"] is not None and "oracle" not in row["method"]
+
+
 def _color(method: str) -> str:
     if "delayed" in method:
         return "#c2410c"
@@ -66,7 +71,8 @@ def _color(method: str) -> str:
 def draw_panel(axis: Any, rows: Sequence[Row], title: str) -> None:
     """Draw the rows of one test set; :func:`place_labels` moves their names apart afterwards."""
     points = [(max(1000 * cost(row), 1e-3), row["wer"], row["method"]) for row in rows]  # ms
-    front = [point for point in sorted(points) if all(point[1] < p[1] for p in points if p < point)]
+    fair = sorted(point for point, row in zip(points, rows) if competes(row))
+    front = [point for point in fair if all(point[1] < p[1] for p in fair if p < point)]
     axis.plot([x for x, _, _ in front], [y for _, y, _ in front], "--", color="#cbd5e1", zorder=1)
     for x, y, method in points:
         color = _color(method)

@@ -16,7 +16,7 @@ from typing import Any, Iterable, Mapping, Sequence
 
 from icefall_fusion.checks import check
 from icefall_fusion.files import PathLike, write_json, write_text
-from icefall_fusion.plot import plot, test_sets
+from icefall_fusion.plot import competes, plot, test_sets
 
 ROW_KEYS = (
     "method", "test_set", "wer", "words", "rtf", "search_seconds", "lm_seconds", "lm_forwards",
@@ -110,13 +110,13 @@ def table(rows: Sequence[Row], markdown: bool = False) -> str:
     blocks = []
     for test_set in test_sets(rows):
         block = [row for row in rows if row["test_set"] == test_set]
-        best = min((row["wer"] for row in block if row["wer"] is not None), default=None)
+        best = min((row["wer"] for row in block if competes(row)), default=None)
         printed = (_PRINTED,) if any("wer_printed" in row for row in block) else ()
         columns = (_COLUMNS[0], *printed, *_COLUMNS[1:])
         head = ["method", *(name for name, _ in columns)]
         lines = [[row["method"], *(show(row) for _, show in columns)] for row in block]
         for row, line in zip(block, lines):
-            if row["wer"] is not None and row["wer"] == best:
+            if competes(row) and row["wer"] == best:
                 line[1] = f"**{line[1]}**" if markdown else f"{line[1]} *"
         title = f"{test_set}: {block[0]['words']:,} words"
         oracles = [row["oracle_wer"] for row in block if row.get("oracle_wer") is not None]

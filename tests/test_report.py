@@ -51,6 +51,24 @@ def test_printed_words_have_a_column_of_their_own() -> None:
     assert "WER %  printed WER %" in header and line.startswith(METHODS[3]) and " 47.12 " in line
 
 
+def test_an_oracle_is_never_the_best() -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    made = rows(sets=("clean",))
+    oracle = {**made[0], "method": "k2-nbest-oracle", "wer": 1.0}
+    best = min(made, key=lambda row: row["wer"])["method"]
+    marked = [line for line in table([*made, oracle]).splitlines() if " *" in line]
+    assert len(marked) == 1 and marked[0].startswith(best)
+    _, axes = plt.subplots(1, 2)
+    for axis, shown in zip(axes, (made, [*made, oracle])):
+        draw_panel(axis, shown, "clean")
+    fronts = [axis.lines[0].get_xydata().tolist() for axis in axes]
+    assert fronts[0] == fronts[1]
+
+
 def test_a_row_without_a_key_is_refused() -> None:
     row = rows()[0]
     del row["rtf"]
