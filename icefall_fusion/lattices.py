@@ -114,7 +114,8 @@ class K2Lattices:
             rule = f"be a G over the words of {options.graph}: make both from one lexicon"
             check(ngram.kind == "G" and ngram.words == self.graph.words, "k2.ngram", rule, options.ngram)
             self._ngram = WordNgram(ngram, device)
-        self.counters: dict[str, float] = {**self._maker.counters, "lattice_arcs": 0, "lattice_frames": 0}
+        of_lattices = dict.fromkeys(("lattices_thinned", "lattice_arcs", "lattice_frames"), 0)
+        self.counters: dict[str, float] = {**self._maker.counters, **of_lattices}
 
     @property
     def has_ngram(self) -> bool:
@@ -144,9 +145,10 @@ class K2Lattices:
         if kind == "whole":
             check(self._ngram is not None, "k2.ngram", "name an n-gram over words (make-graph, kind G)", "")
             least, sayings = options.rescore_posterior, self.graph.sayings
-            paths = self._ngram.rescore(
-                fsas, plain.ctc, scores, least, sayings, NGRAM_SCALES, options.paths
+            paths, thinned = self._ngram.rescore(
+                fsas, plain.ctc, scores, least, sayings, NGRAM_SCALES, options.paths, options.rescore_arcs
             )
+            self.counters["lattices_thinned"] += thinned
         else:
             paths = random_paths(fsas, options.path_scale * scores, options.paths)
         return self._to_lists(paths, plain, emissions)

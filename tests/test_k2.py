@@ -322,7 +322,8 @@ def test_whole_lattice_rescoring_finds_the_best_of_all_paths(graphs) -> None:
     fsas, _, plain, _ = make(graphs["HL"], emissions, lens)
     ngram, sayings = WordNgram(graphs["G"], CPU), graphs["HL"].sayings
     scales = (0.3, 1.0)
-    paths = ngram.rescore(fsas, plain.ctc, fsas.scores, 1e-20, sayings, scales, 10)
+    paths, thinned = ngram.rescore(fsas, plain.ctc, fsas.scores, 1e-20, sayings, scales, 10)
+    assert thinned == 0
     said = {row: words_of_paths(plain, row, 0.0, "max") for row in range(2)}
     for number, row in enumerate(paths.owner.tolist()):
         words = [w for s in plain.saying[torch.from_numpy(paths.path(number))].tolist() for w in sayings[s]]
@@ -335,6 +336,30 @@ def test_whole_lattice_rescoring_finds_the_best_of_all_paths(graphs) -> None:
                     for key, (value, _) in said[row].items()]  # fmt: skip
             heard = float(plain.ctc[torch.from_numpy(paths.path(number))].sum())
             assert heard + scale * paths.ngram[number] <= max(sums) + 1e-4
+
+
+def test_large_lattices_are_rescored_alone_and_thinned_out(graphs) -> None:
+    emissions, lens = log_probs(9, 3, 6), torch.tensor([6, 5, 4])
+    fsas, _, plain, _ = make(graphs["HL"], emissions, lens)
+    ngram, sayings = WordNgram(graphs["G"], CPU), graphs["HL"].sayings
+
+    def best(most):
+        paths, thinned = ngram.rescore(
+            fsas, plain.ctc, fsas.scores, 1e-20, sayings, (0.3, 1.0), 0, most=most
+        )
+        found = {}
+        for number, row in enumerate(paths.owner.tolist()):
+            heard = plain.ctc[torch.from_numpy(paths.path(number))].sum()
+            found.setdefault(row, []).append(float(heard) + 0.3 * float(paths.ngram[number]))
+        return found, thinned
+
+    largest = int(plain.counts.max())
+    together, alone = best(10**6), best(largest)
+    assert together[1] == alone[1] == 0
+    assert alone[0] == {row: pytest.approx(scores, abs=1e-4) for row, scores in together[0].items()}
+    few, thinned = best(30)
+    assert thinned == 3 and set(few) == {0, 1, 2}
+    assert all(few[row][0] <= together[0][row][0] + 1e-4 for row in few)
 
 
 # --- lists of other searches --------------------------------------------------------------------------

@@ -69,6 +69,8 @@ class LatticeOptions:
         graph_scale: factor of the graph's own scores beside CTC's while the lattice is made.
         max_arcs: of an utterance's lattice; larger ones lose their least probable arcs until they fit.
         rescore_posterior: before a whole lattice is rescored, arcs that are less probable than this leave it.
+        rescore_arcs: of lattices that are rescored together, then; a larger lattice loses its least probable
+            arcs until it fits (an n-gram makes it a hundred times as large).
         paths: random paths drawn for an N-best list.
         path_scale: factor of all scores while paths are drawn: lower ones differ more.
     """
@@ -80,6 +82,7 @@ class LatticeOptions:
     graph_scale: float = 1.0
     max_arcs: int = 2_000_000
     rescore_posterior: float = 1e-5
+    rescore_arcs: int = 20_000
     paths: int = 100
     path_scale: float = 0.5
 
@@ -96,7 +99,7 @@ class LatticeOptions:
         check(self.max_active_states >= least, name + "max_active_states", rule, self.max_active_states)
         posterior = self.rescore_posterior
         check(0 < posterior < 1, name + "rescore_posterior", "be between 0 and 1", posterior)
-        for field in ("max_arcs", "paths"):
+        for field in ("max_arcs", "rescore_arcs", "paths"):
             check(getattr(self, field) >= 1, name + field, "be at least 1", getattr(self, field))
 
 
@@ -186,15 +189,27 @@ class LatticeMaker:
         """Return a lattice without its least probable arcs, if it is too large."""
         if arcs <= self.options.max_arcs:
             return fsa
-        k2, least, before = load_k2(), _FIRST_POSTERIOR, arcs
-        fsa = k2.create_fsa_vec([fsa])
-        while arcs > self.options.max_arcs and least <= _LAST_POSTERIOR:
-            fsa, least = k2.prune_on_arc_post(fsa, least, True), 10 * least
-            arcs = int(fsa.num_arcs)
+        thin, left = thin_out(fsa, self.options.max_arcs, _FIRST_POSTERIOR)
         self.counters["lattices_pruned"] += 1
         logging.warning("the lattice of %s had %d arcs: pruned to %d (LatticeOptions.max_arcs is %d)",
-                        name, before, arcs, self.options.max_arcs)  # fmt: skip
-        return fsa[0]
+                        name, arcs, left, self.options.max_arcs)  # fmt: skip
+        return thin
+
+
+def thin_out(fsa: Any, most: int, first: float) -> tuple[Any, int]:
+    """Return a lattice without its least probable arcs, and how many are left.
+
+    Args:
+        fsa: one lattice.
+        most: arcs wanted at most; more stay where all are more probable than 0.01.
+        first: arcs below this posterior leave first; it is raised tenfold until the rest fits.
+    """
+    k2, arcs = load_k2(), int(fsa.num_arcs)
+    fsas, least = k2.create_fsa_vec([fsa]), first
+    while arcs > most and least <= _LAST_POSTERIOR:
+        fsas, least = k2.prune_on_arc_post(fsas, least, True), 10 * least
+        arcs = int(fsas.num_arcs)
+    return fsas[0], arcs
 
 
 def _dense(log_probs: Tensor, lens: Tensor, rows: Sequence[int]) -> Any:

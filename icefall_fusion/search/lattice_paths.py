@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from icefall_fusion.search.graph import DecodingGraph
-from icefall_fusion.search.lattice import load_k2, to_fsa
+from icefall_fusion.search.lattice import arcs_of_each, load_k2, thin_out, to_fsa
 
 
 class Paths(NamedTuple):
@@ -122,8 +122,11 @@ class WordNgram:
         sayings: Sequence[tuple[int, ...]],
         scales: Sequence[float],
         count: int,
-    ) -> Paths:
-        """Let the n-gram take the place of a graph's own in whole lattices; return best and random paths.
+        most: int = 20_000,
+    ) -> tuple[Paths, int]:
+        """Let the n-gram take the place of a graph's own in whole lattices.
+
+        Returns best and random paths, and of how many lattices more than the improbable had to go.
 
         Args:
             fsas: k2's lattices, with the attribute ``saying``.
@@ -134,20 +137,45 @@ class WordNgram:
             sayings: word ids by saying.
             scales: of the n-gram: the best path under each is returned.
             count: random paths of each, drawn under the first scale.
+            most: arcs of lattices that are rescored at once; see LatticeOptions.rescore_arcs.
         """
         k2 = load_k2()
         kept = _with_scores(fsas, scores)
         kept.place = torch.arange(int(fsas.num_arcs), dtype=torch.int32, device=fsas.device)
         kept = k2.prune_on_arc_post(kept, least, True)
-        places = kept.place.long()
         table = k2.RaggedTensor([list(saying) for saying in sayings]).to(fsas.device)
-        words, _ = table.index(fsas.saying[places], axis=0)
+        parts, counts, thinned = [], arcs_of_each(kept), 0
+        for place, arcs in enumerate(counts):
+            part = kept[place]
+            if arcs > most:
+                part, counts[place] = thin_out(part, most, 10 * least)
+                thinned += 1
+            parts.append(part)
+        found, begin = [], 0
+        for end in _bounds_of_groups(counts, most):
+            together = k2.create_fsa_vec(parts[begin:end])
+            words, _ = table.index(fsas.saying[together.place.long()], axis=0)
+            for paths in self._rescore(together, words, acoustic, scales, count):
+                found.append(paths._replace(owner=paths.owner + begin))
+            begin = end
+        return join_paths(found), thinned
+
+    def _rescore(
+        self, kept: Any, words: Any, acoustic: torch.Tensor, scales: Sequence[float], count: int
+    ) -> list[Paths]:
+        """Return best and random paths of a few lattices, whose arcs have the attribute ``place``.
+
+        Args:
+            words: ragged word ids of each arc.
+            acoustic, scales, count: see `rescore`.
+        """
+        k2, places = load_k2(), kept.place.long()
         final = (kept.labels == -1).nonzero().squeeze(1)
         lattices = _with_scores(kept, acoustic[places])
         lattices.aux_labels = _with_final(words, final, kept)
         lattices.place = (places + 1).to(torch.int32)  # 0 will stand for arcs that inversion adds
         turned = k2.invert(lattices)
-        every = torch.zeros(fsas.shape[0], dtype=torch.int32, device=fsas.device)
+        every = torch.zeros(kept.shape[0], dtype=torch.int32, device=kept.device)
         met = k2.intersect_device(self.loops, turned, every, sorted_match_a=True)
         met = k2.top_sort(k2.connect(met))
         ngram, heard = met.ngram.clone(), met.scores - met.ngram
@@ -160,7 +188,18 @@ class WordNgram:
         if count:
             met.scores = heard + scales[0] * ngram
             found.append(_random_of(met, count))
-        return join_paths(found)
+        return found
+
+
+def _bounds_of_groups(counts: Sequence[int], most: int) -> list[int]:
+    """Return where groups of neighbours end that have at most so many arcs together (one may have more)."""
+    ends, arcs = [], 0
+    for place, count in enumerate(counts):
+        if arcs and arcs + count > most:
+            ends.append(place)
+            arcs = 0
+        arcs += count
+    return [*ends, len(counts)] if len(counts) else []
 
 
 def _with_final(words: Any, final: torch.Tensor, fsas: Any) -> Any:
