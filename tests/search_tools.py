@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from icefall_fusion.search import PrefixSearchOptions, ctc_prefix_search
+from icefall_fusion.search.native_build import load_native
 from icefall_fusion.tokens import AcousticTokens
 
 NEVER = -math.inf
@@ -22,9 +23,24 @@ def emissions(seed, batch, frames, pieces, sharpness=2.0, blank_bias=0.0, blank=
     return logits.log_softmax(-1)
 
 
+ENGINE = {"engine": "auto"}  # of searches that name none; see `each_engine`
+
+
+@pytest.fixture(scope="module", autouse=True, params=["native", "torch"])
+def each_engine(request):
+    """Run a module's tests by compiled code (where it serves: not for shallow fusion), and by tensors."""
+    if request.param == "native":
+        library, why = load_native()
+        assert library is not None, why
+    ENGINE["engine"] = "auto" if request.param == "native" else "torch"
+    yield request.param
+    ENGINE["engine"] = "auto"
+
+
 def search(log_probs, lens=None, tokens=None, fusions=(), ids=None, blank_id=None, **options):
     if lens is None:
         lens = torch.full((log_probs.shape[0],), log_probs.shape[1])
+    options = {**ENGINE, **options}
     return ctc_prefix_search(log_probs, lens, PrefixSearchOptions(**options), tokens, fusions, ids, blank_id)
 
 

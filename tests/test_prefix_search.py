@@ -18,6 +18,7 @@ from search_tools import (
     Spy,
     WordLengths,
     assert_same,
+    each_engine,  # noqa: F401 (a fixture of all tests here)
     emissions,
     listing,
     search,

@@ -51,6 +51,16 @@ class PrefixArena:
     def has_boundaries(self) -> bool:
         return self._starts_word is not None
 
+    @property
+    def starts_word(self) -> Optional[Tensor]:
+        """[V] bool, or None."""
+        return self._starts_word
+
+    @property
+    def fields(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Parents, pieces and boundaries, int64 [rows, B, K]: for a search that writes nodes itself."""
+        return self._parent, self._piece, self._boundary
+
     def root(self, utterance: int) -> int:
         """Return the node of the empty prefix of utterance ``utterance``."""
         return utterance * self.beam

@@ -221,7 +221,7 @@ class Fusion(Protocol):
         """
 
     def advance(self, beam: Beam, source: Tensor, grew: Tensor) -> None:
-        """Move states after prune and re-order; called each frame.
+        """Move states after prune and re-order; called after each frame in which a slot moved or grew.
 
         ``source`` [B, K] is the slot each slot came from, ``grew`` [B, K] bool tells which were extended by
         ``beam.last``. ``beam.state`` is already re-ordered (a grown slot has its parent's state); lm, words

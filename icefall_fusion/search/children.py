@@ -56,10 +56,13 @@ class Children:
         emitted = emitted.add_(incoming).mul_(frame.score.exp().unsqueeze(1))
         self._place = piece.expand_as(emitted)
         self._blank = frame.blank.exp().unsqueeze(2)  # [B, 1, 1]
-        total = self.total.gather(2, self._place).mul_(self._blank).add_(emitted)
+        self._ended = self.total.gather(2, self._place).mul_(self._blank)
+        total = self._ended + emitted
         self.emitted, self.piece = torch.threshold_(emitted, _TINY, 0.0), frame.piece
         self._candidates = torch.threshold_(total, _TINY, 0.0)
         torch.add(total.log().flatten(1), self._best, out=out.new_total)
+        # in a frame that is not searched nobody is born again, whatever stands in the padding
+        out.new_total.masked_fill_(frame.shift == -torch.inf, -torch.inf)
 
     def _take_live(self, parent_slots: Tensor, whole: Tensor) -> None:
         """Put live children's totals in their parents' rows; slots without a live parent write scratch."""
@@ -72,13 +75,13 @@ class Children:
         """Return the (blank-ended, other) log-mass [B, K] of chosen extensions; of stays anything."""
         place = (chosen - stays).clamp_(min=0)
         emitted = self.emitted.flatten(1).gather(1, place)
-        ended = self._candidates.flatten(1).gather(1, place) - emitted
-        return ended.clamp_(min=0).log_() + self._best, emitted.log() + self._best
+        ended = self._ended.flatten(1).gather(1, place)  # no difference: it may be tiny beside the rest
+        return ended.log_() + self._best, emitted.log() + self._best
 
     def follow(self, source: Tensor, grew: Tensor) -> None:
-        """Give each slot the children of the slot it stayed in; a newborn prefix has none yet."""
+        """Give each slot the children of the slot it stayed in; newborn and dead prefixes have none."""
         best = self.beam.log_total.amax(1, keepdim=True)
-        scale = (self._best - best).exp() * ~grew  # [B, K]
+        scale = (self._best - best).exp().masked_fill(grew | ~self.beam.alive, 0.0)  # [B, K]
         move = (source.unsqueeze(2) == self.slots) * scale.unsqueeze(2)  # [B, K, K], at most one entry a row
         self.total = _exact_bmm(move * self._blank, self.total)
         self.emitted = _exact_bmm(move, self.emitted)

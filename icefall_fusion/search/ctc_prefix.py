@@ -3,17 +3,20 @@ Knows: the order of work in a frame, options, blocks of frames. Must not know: w
 """
 from __future__ import annotations
 
+import functools
+import logging
 from dataclasses import dataclass
 from numbers import Integral
-from typing import TYPE_CHECKING, Optional, Sequence
+from typing import TYPE_CHECKING, Any, Optional, Sequence
 
 import torch
 from torch import Tensor
 
-from icefall_fusion.checks import check
+from icefall_fusion.checks import check, check_choice
 from icefall_fusion.nbest import NBest
 from icefall_fusion.search.beam import Beam, Fusion, PrefixArena
 from icefall_fusion.search.candidates import (
+    FramePlan,
     best_pieces,
     columns_needed,
     make_pairs,
@@ -24,11 +27,14 @@ from icefall_fusion.search.children import Children, columns_kept
 from icefall_fusion.search.export import export_nbests
 from icefall_fusion.search.frame_step import Candidates, Frame, FrameStep
 from icefall_fusion.search.joint import ROUNDING, JointFusion
+from icefall_fusion.search.native import NativeSearch
+from icefall_fusion.search.native_build import load_native
 from icefall_fusion.search.search_input import SearchInput, check_input
 
 if TYPE_CHECKING:
     from icefall_fusion.tokens import AcousticTokens
 
+ENGINES = ("auto", "native", "torch")
 _BLOCK = 48  # frames prepared at once: large enough to amortize calls, small enough to stay in cache
 
 
@@ -47,6 +53,9 @@ class PrefixSearchOptions:
         nbest: hypotheses returned; none: all of the beam.
         frame_shift: seconds per frame, for word times.
         word_times: whether hypotheses carry word times.
+        engine: native: compiled code, for a CPU and without shallow fusion (built by a C++ compiler on first
+            use); torch: tensors, for every device and fusion; auto: native where it can be had and serves,
+            else torch. Both find the same.
     """
 
     beam: int = 10
@@ -57,6 +66,7 @@ class PrefixSearchOptions:
     nbest: Optional[int] = None
     frame_shift: float = 0.04
     word_times: bool = True
+    engine: str = "auto"
 
     def __post_init__(self) -> None:
         name = "PrefixSearchOptions."
@@ -69,6 +79,7 @@ class PrefixSearchOptions:
         check(self.blank_skip is None or 0.5 <= self.blank_skip <= 1, name + "blank_skip",
               "be none or between 0.5 and 1", self.blank_skip)
         check(self.frame_shift > 0, name + "frame_shift", "be above 0 seconds", self.frame_shift)
+        check_choice(self.engine, ENGINES, name + "engine")
 
 
 def _counts(value: object) -> bool:
@@ -121,9 +132,57 @@ def _search(log_probs: Tensor, lens: Tensor, options: PrefixSearchOptions, token
     joint = JointFusion(fusions, tokens)
     if not given.ids:
         return []
-    search = _PrefixSearch(given, options, joint, tokens)
-    return export_nbests(search.run(), given, search.frame_map, options.nbest or options.beam,
+    batch, frames, pieces = given.log_probs.shape
+    device = given.log_probs.device
+    starts_word = None
+    if tokens is not None and joint.fusions:
+        starts_word = torch.tensor(tokens.starts_word, device=device)
+    arena = PrefixArena(batch, options.beam, device, starts_word, rows=frames + 1)
+    beam = Beam(arena, given.lens, blank, len(joint.fusions))
+    joint.begin(beam, given.ids)
+    limit = pieces - 1 if options.top_pieces is None else min(options.top_pieces, pieces - 1)
+    library = _native_library(options, joint, device)
+    # compiled code passes over skipped frames in no time; tensors are better off without them
+    plan = plan_frames(given, options.blank_skip, leave_out=library is None and not joint.fusions)
+    if library is not None:
+        columns = min(limit, columns_needed(options.beam, pieces, options.beam - 1 if joint.ranks else 0))
+        if options.recover_mass:
+            columns = columns_kept(options.beam, limit)
+        NativeSearch(
+            library, beam, plan, given.live, joint, columns, options.recover_mass, options.score_beam
+        ).run()
+    else:
+        _PrefixSearch(given, plan, beam, options, limit, joint).run()
+    beam.offset += (given.best.double() * given.live).sum(1)
+    joint.finish(beam)
+    return export_nbests(beam, given, plan.map, options.nbest or options.beam,
                          options.frame_shift if options.word_times else None, tokens, fusions)
+
+
+@functools.lru_cache(maxsize=1)
+def _tell(why: str) -> None:
+    logging.warning("the prefix search runs on tensors, several times slower: %s", why)
+
+
+def _native_library(options: PrefixSearchOptions, joint: JointFusion, device: torch.device) -> Optional[Any]:
+    """Return the compiled search if it is to be taken.
+
+    Raises:
+        ValueError: it is asked for by name where it does not serve.
+    """
+    if options.engine == "torch":
+        return None
+    why = "" if device.type == "cpu" else f"it is for the CPU, the log-probs are on {device}"
+    if joint.extends:
+        why = f"it has no shallow fusion ({', '.join(fusion.source for fusion in joint.shallow)})"
+    library = None
+    if not why:
+        library, why = load_native()
+        if library is None and options.engine == "auto":
+            _tell(why)
+    check(library is not None or options.engine == "auto", "PrefixSearchOptions.engine",
+          f"be auto or torch: {why}", options.engine)
+    return library
 
 
 class _PrefixSearch:
@@ -133,24 +192,15 @@ class _PrefixSearch:
     candidates.py leaves; with it, all pieces that could survive if the language model were certain of them.
     """
 
-    def __init__(self, given: SearchInput, options: PrefixSearchOptions, joint: JointFusion,
-                 tokens: Optional[AcousticTokens]) -> None:
-        self.joint, self.blank = joint, given.blank
-        self.offset = (given.best.double() * given.live).sum(1)
-        plan = plan_frames(given, options.blank_skip, leave_out=not joint.fusions)
+    def __init__(self, given: SearchInput, plan: FramePlan, beam: Beam, options: PrefixSearchOptions,
+                 limit: int, joint: JointFusion) -> None:
+        self.joint, self.blank, self.beam, self.limit = joint, given.blank, beam, limit
         self.log_probs, self.best, self.searched = plan.log_probs, plan.best, plan.searched
-        self.frame_map, self.restarts, self.rescale = plan.map, plan.restarts, plan.rescale
+        self.restarts, self.rescale = plan.restarts, plan.rescale
         self.live = given.live
-        batch, frames, pieces = self.log_probs.shape
+        batch, _, pieces = self.log_probs.shape
         device = self.log_probs.device
-        starts_word = None
-        if tokens is not None and joint.fusions:
-            starts_word = torch.tensor(tokens.starts_word, device=device)
-        arena = PrefixArena(batch, options.beam, device, starts_word, rows=frames + 1)
-        self.beam = Beam(arena, given.lens, self.blank, len(joint.fusions))
-        joint.begin(self.beam, given.ids)
-        self.step = FrameStep(self.beam, pieces, options.score_beam)
-        self.limit = pieces - 1 if options.top_pieces is None else min(options.top_pieces, pieces - 1)
+        self.step = FrameStep(beam, pieces, options.score_beam)
         self.widens = joint.extends and joint.ranks
         self.wide: dict[int, Candidates] = {}
         slack: Optional[int] = options.beam - 1 if joint.ranks else 0
@@ -163,8 +213,8 @@ class _PrefixSearch:
             columns = 0 if self.widens else min(self.limit, columns_needed(options.beam, pieces, slack))
         self.out = Candidates(batch, make_pairs(options.beam, columns, slack, device), options.beam, device)
 
-    def run(self) -> Beam:
-        """Search all frames, let the fusions finish, and return the beam."""
+    def run(self) -> None:
+        """Search all frames; the fusions act after each."""
         frames = self.log_probs.shape[1]
         for start in range(0, frames, _BLOCK):
             stop = min(start + _BLOCK, frames)
@@ -173,9 +223,6 @@ class _PrefixSearch:
                                    self.blank, self.out.pairs)
             for frame, *scores in zip(range(start, stop), *(x.unbind(0) for x in ready)):
                 self._search_frame(frame, Frame(self.log_probs[:, frame], *scores))
-        self.beam.offset += self.offset
-        self.joint.finish(self.beam)
-        return self.beam
 
     def _search_frame(self, number: int, frame: Frame) -> None:
         beam, step, joint = self.beam, self.step, self.joint

@@ -1,0 +1,120 @@
+"""The prefix search by compiled code, on a CPU: the twin of frame_step.py, candidates.py and children.py.
+Knows: the compiled library, beams, frames to search. Must not know: which language model takes part, text.
+
+Utterances are searched one after the other with their whole state in the cache; all frames in one call
+where no language model takes part, else frame by frame. Shallow fusion, which scores extensions, is left to
+the tensors.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from concurrent.futures import ThreadPoolExecutor
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from icefall_fusion.search.beam import Beam
+from icefall_fusion.search.candidates import FramePlan
+from icefall_fusion.search.joint import JointFusion
+
+
+class NativeSearch:
+    """One search over one batch.
+
+    Args:
+        library: of native_build.load_native.
+        beam: at the root, on the CPU.
+        plan: frames, none left out.
+        live: [B, T] bool, frames within the utterances.
+        joint: fusions, none of which scores extensions.
+        columns: best pieces of a frame that may extend a prefix.
+        recover: see PrefixSearchOptions.recover_mass.
+        score_beam: see PrefixSearchOptions.score_beam.
+    """
+
+    def __init__(
+        self,
+        library: ctypes.CDLL,
+        beam: Beam,
+        plan: FramePlan,
+        live: Tensor,
+        joint: JointFusion,
+        columns: int,
+        recover: bool,
+        score_beam: Optional[float],
+    ) -> None:
+        self.library, self.beam, self.joint, self.live = library, beam, joint, live
+        log_probs = plan.log_probs
+        self.log_probs = log_probs if log_probs.stride(2) == 1 else log_probs.contiguous()
+        self.best, self.searched = plan.best.contiguous(), plan.searched.contiguous()
+        batch, self.frames, pieces = log_probs.shape
+        self.settings = (batch, beam.arena.beam, pieces, beam.blank, columns, int(recover),
+                         -1.0 if score_beam is None else score_beam)  # fmt: skip
+        self.moved_from = torch.zeros(batch, beam.arena.beam, dtype=torch.int64)
+        self.grew = torch.zeros(batch, beam.arena.beam, dtype=torch.bool)
+
+    def run(self) -> None:
+        """Search all frames; the fusions act after each."""
+        state = self.library.prefix_search_open(*self.settings)
+        try:
+            if self.joint.fusions:
+                self._run_with_fusions(state)
+            else:
+                self._run_alone(state)
+        finally:
+            self.library.prefix_search_close(state)
+
+    def _run_alone(self, state: int) -> None:
+        batch = len(self.best)
+        parts = max(1, min(torch.get_num_threads(), batch))
+        ends = [batch * part // parts for part in range(parts + 1)]
+        if parts == 1:
+            self._search(state, 0, self.frames, 0, batch, False)
+        else:  # the compiled code lets go of Python's lock
+            with ThreadPoolExecutor(parts) as pool:
+                work = [pool.submit(self._search, state, 0, self.frames, first, last, False)
+                        for first, last in zip(ends, ends[1:])]  # fmt: skip
+                for part in work:
+                    part.result()
+        self.beam.arena.rows = self.frames + 1
+        self.beam.frame = self.frames - 1
+        self._show(state)
+
+    def _run_with_fusions(self, state: int) -> None:
+        beam, batch = self.beam, len(self.best)
+        live = self.live.unbind(1)
+        for frame in range(self.frames):
+            beam.frame = frame
+            moved = self._search(state, frame, frame + 1, 0, batch, True)
+            beam.arena.rows = frame + 2
+            self._show(state)
+            if moved:
+                self.joint.follow(beam, None, None, self.moved_from, self.grew, self.moved_from)
+            self.joint.fuse(beam, frame, live[frame])
+
+    def _search(self, state: int, begin: int, end: int, first: int, last: int, follow: bool) -> bool:
+        arena, boundaries, starts, fused = self.beam.arena, None, None, None
+        if arena.has_boundaries:
+            boundaries, starts = arena.fields[2].data_ptr(), arena.starts_word.data_ptr()
+        if self.joint.ranks:
+            self.beam.fused = self.beam.fused.contiguous()
+            fused = self.beam.fused.data_ptr()
+        row_stride, frame_stride, _ = self.log_probs.stride()
+        moved = self.library.prefix_search_run(
+            state, self.log_probs.data_ptr(), row_stride, frame_stride, self.best.data_ptr(),
+            self.searched.data_ptr(), self.frames, begin, end, first, last, fused,
+            arena.fields[0].data_ptr(), arena.fields[1].data_ptr(), boundaries, starts,
+            self.moved_from.data_ptr() if follow else None, self.grew.data_ptr() if follow else None,
+        )  # fmt: skip
+        return bool(moved)
+
+    def _show(self, state: int) -> None:
+        """Bring the beam, which fusions and the export see, to what the search has."""
+        beam = self.beam
+        self.library.prefix_search_show(
+            state, 0, len(self.best), beam.node.data_ptr(), beam.node.stride(0), beam.last.data_ptr(),
+            beam.last.stride(0), beam.log_total.data_ptr(), beam.log_blank.data_ptr(),
+            beam.log_total.stride(0), beam.offset.data_ptr(),
+        )  # fmt: skip
