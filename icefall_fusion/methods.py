@@ -87,6 +87,7 @@ class Part:
     source: str
     trigger: Any = None
     look_ahead: bool = False
+    late: int = 0
     reading: str = ""
 
     @property
@@ -110,6 +111,7 @@ _PARTS: dict[str, Part] = {
     "llm-delayed-at-end": Part("delayed", "llm", AtEnd()),
 }
 _AHEAD = "-ahead"  # at the end of a part of delayed fusion: with look-ahead by the n-gram
+_LATE = re.compile(r"(llm-delayed-.+)-late-(\d+)")  # before that: asynchronous, at most so many frames late
 _INTERVAL = re.compile(r"llm-delayed-interval-(\d+)")
 
 
@@ -130,16 +132,18 @@ def parse_method(name: str) -> tuple[Part, ...]:
             parts.append(Part("given", "ngram"))
     for text in texts:
         plain = text.removesuffix(_AHEAD) if text.startswith("llm-delayed-") else text
+        ahead, late = plain != text, _LATE.fullmatch(plain)
+        plain = late.group(1) if late else plain
         interval = _INTERVAL.fullmatch(plain)
         if interval:
             part = Part("delayed", "llm", FixedInterval(int(interval.group(1))))
         elif plain in _PARTS:
             part = _PARTS[plain]
         else:
-            known = [*METHODS, *_PARTS, *K2_METHODS, "llm-delayed-interval-N"]
+            known = [*METHODS, *_PARTS, *K2_METHODS, "llm-delayed-interval-N", "llm-delayed-...-late-N"]
             raise ValueError(f"method must be built of known parts, but {text!r} of {name!r} is none"
                              f"{nearest(text, known)} (known: {known})")  # fmt: skip
-        parts.append(replace(part, look_ahead=plain != text))
+        parts.append(replace(part, look_ahead=ahead, late=int(late.group(2)) if late else 0))
     sources = [part.source for part in parts]
     check(len(set(sources)) == len(sources), f"method {name!r}", "use each source of scores once", sources)
     shallow = [part.source for part in parts if part.kind == "shallow"]
@@ -209,7 +213,8 @@ def weights_of(name: str, given: Mapping[str, Mapping[str, float]]) -> dict[str,
 
     Args:
         name: the method.
-        given: weights by method, as in the YAML file that ``tune`` writes.
+        given: weights by method, as in the YAML file that ``tune`` writes. A method ``...-late-N`` that is not
+            named there has those of the same method without it.
 
     Raises:
         ValueError: a weight is negative, not a number, or of a source that the method has not.
@@ -218,7 +223,7 @@ def weights_of(name: str, given: Mapping[str, Mapping[str, float]]) -> dict[str,
     if not sources:
         return {"ctc": 1.0}
     wanted = [*sources, "words"]
-    weights = dict(given.get(name, {}))
+    weights = dict(given.get(name, given.get(re.sub(r"-late-\d+", "", name), {})))
     weights.pop("ctc", None)
     for source, weight in weights.items():
         check_choice(source, wanted, f"weights of {name}: the source")
@@ -286,8 +291,9 @@ class Method:
         prompt = self._lms.prompt(part.source)
         ahead = self._lms.look_ahead() if part.look_ahead else None
         return DelayedFusion(
-            lm, weight, bonus, part.trigger, options.text, prompt, options.eos, look_ahead=ahead
-        )
+            lm, weight, bonus, part.trigger, options.text, prompt, options.eos, look_ahead=ahead,
+            late=part.late,
+        )  # fmt: skip
 
     def describe(self) -> list[dict[str, Any]]:
         """Return what each part received: kind, source, weight, and of a fusion its bonus and trigger."""
@@ -301,6 +307,8 @@ class Method:
                 values["trigger"] = repr(part.trigger)
             if part.look_ahead:
                 values["look_ahead"] = True
+            if part.late:
+                values["late"] = part.late
             described.append(values)
         return described
 

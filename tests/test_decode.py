@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -334,7 +335,13 @@ def test_names_of_methods() -> None:
     assert [part.source for part in parse_method("nlm-shallow+llm-delayed-every-frame")] == ["nlm", "llm"]
     ahead = parse_method("ngram-shallow+llm-delayed-interval-7-ahead")
     assert [(part.source, part.look_ahead) for part in ahead] == [("ngram", False), ("llm", True)]
-    for wrong in ("nlm-shallow-ahead", "llm-delayed-ahead", "llm-delayed-shortest-ahead-ahead"):
+    late = parse_method("llm-delayed-shortest-late-8-ahead")[0]
+    assert late == replace(parse_method("llm-delayed-shortest")[0], late=8, look_ahead=True)
+    given = {"llm-delayed-shortest-ahead": {"llm": 0.7, "words": 0.2}}
+    assert weights_of("llm-delayed-shortest-late-8-ahead", given) == {"ctc": 1.0, "llm": 0.7, "words": 0.2}
+    wrong_names = ["nlm-shallow-ahead", "llm-delayed-ahead", "llm-delayed-shortest-ahead-ahead"]
+    wrong_names += ["llm-delayed-late-3", "nlm-shallow-late-3", "llm-delayed-shortest-ahead-late-3"]
+    for wrong in wrong_names:
         with pytest.raises(ValueError, match="method must be built of known parts"):
             parse_method(wrong)
     with pytest.raises(ValueError, match="use each source of scores once"):

@@ -203,6 +203,50 @@ def test_delayed_fusion_is_its_slow_twin(llm, tokens, trigger, seed):
     compare_with_twin(nbests, log_probs, lens, 4, tokens, [slow])
 
 
+@pytest.mark.parametrize("engine", ["native", "torch"])
+@pytest.mark.parametrize("trigger", TRIGGERS[1:], ids=names)
+@pytest.mark.parametrize("late", [1, 4, 50])
+def test_asynchronous_fusion_is_its_slow_twin(llm, tokens, trigger, late, engine):
+    log_probs, lens = emissions(seed=4)  # three utterances: what others are late with must not matter
+    fusion = DelayedFusion(llm, 0.5, 0.7, trigger, late=late)
+    options = PrefixSearchOptions(beam=4, engine=engine)
+    nbests = ctc_prefix_search(log_probs, lens, options, tokens, [fusion])
+    slow = slow_delayed(llm, 0.5, 0.7, SLOW_TRIGGERS[type(trigger).__name__](trigger))
+    slow.late = late
+    compare_with_twin(nbests, log_probs, lens, 4, tokens, [slow])
+
+
+@pytest.mark.parametrize("trigger", [ShortestHypothesis(), FixedInterval(2)], ids=names)
+def test_cleaning_the_tree_while_scores_are_on_their_way_changes_nothing(llm, tokens, trigger, monkeypatch):
+    from icefall_fusion.fusion import delayed
+
+    log_probs, lens = emissions(batch=4, frames=40, seed=5)
+    options = PrefixSearchOptions(beam=4)
+
+    def run():
+        fusion = DelayedFusion(llm, 0.5, 0.7, trigger, late=3)
+        return ctc_prefix_search(log_probs, lens, options, tokens, [fusion])
+
+    usual = run()
+    monkeypatch.setattr(delayed, "_KEEP_AFTER", -1)
+    assert_same(run(), usual)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_asynchronous_fusion_on_a_gpu_is_that_on_a_cpu(tokens):
+    tokenizer = byte_tokenizer()
+    log_probs, lens = emissions(batch=6, frames=60, seed=6)
+    found = []
+    for device in ("cpu", "cuda"):
+        model = tiny_model(len(tokenizer), 1).to(device)
+        lm = CausalLm(model, Vocabulary(tokenizer, None, 0, 1), "tiny-llm", self_check=False)
+        fusion = DelayedFusion(lm, 0.5, 0.7, FixedInterval(4), late=3)
+        options = PrefixSearchOptions(beam=4, engine="torch")
+        found.append(ctc_prefix_search(log_probs.to(device), lens, options, tokens, [fusion]))
+    assert_same(*found, 1e-3)
+
+
 @pytest.mark.parametrize("bonus", [0.0, 0.9])
 @pytest.mark.parametrize("seed", range(3))
 def test_shallow_fusion_is_its_slow_twin(nlm, tokens, bonus, seed):

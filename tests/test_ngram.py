@@ -246,15 +246,15 @@ def test_shallow_fusion_of_an_ngram_is_its_slow_twin(ngram, tokens, seed):  # no
             assert other.scores["again"] == pytest.approx(one.scores["ngram"], abs=1e-4)
 
 
-@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize(("every", "late"), [(1, 0), (3, 0), (1, 4), (3, 2)])
 @pytest.mark.parametrize("trigger", TRIGGERS, ids=names)
 @pytest.mark.parametrize("seed", range(2))
-def test_look_ahead_is_its_slow_twin(llm, ngram, tokens, trigger, seed, every):  # noqa: F811
+def test_look_ahead_is_its_slow_twin(llm, ngram, tokens, trigger, seed, every, late):  # noqa: F811
     log_probs, lens = emissions(seed=seed)
-    fusion = DelayedFusion(llm, 0.5, 0.7, trigger, look_ahead=LookAhead(ngram, 0.8, every))
+    fusion = DelayedFusion(llm, 0.5, 0.7, trigger, look_ahead=LookAhead(ngram, 0.8, every), late=late)
     nbests = ctc_prefix_search(log_probs, lens, PrefixSearchOptions(beam=4), tokens, [fusion])
     slow = slow_delayed(llm, 0.5, 0.7, SLOW_TRIGGERS[type(trigger).__name__](trigger))
-    slow.ahead_every = every
+    slow.ahead_every, slow.late = every, late
 
     def estimate(prefix, piece):
         return 0.5 * 0.8 * slow_score(ngram, prefix, piece) + 0.7 * (tokens.starts_word[piece] or not prefix)
@@ -300,8 +300,9 @@ def test_look_ahead_does_not_depend_on_the_batch(llm, ngram, tokens, trigger, ev
     options = PrefixSearchOptions(beam=4, **options)
 
     def decode(rows):
-        fusions = [DelayedFusion(llm, 0.4, 0.5, trigger, look_ahead=LookAhead(ngram, 0.7, every)),
-                   NgramFusion(ngram, 0.2)]
+        ahead, late = LookAhead(ngram, 0.7, every), 3 * (every > 1)
+        delayed = DelayedFusion(llm, 0.4, 0.5, trigger, look_ahead=ahead, late=late)
+        fusions = [delayed, NgramFusion(ngram, 0.2)]
         return ctc_prefix_search(log_probs[rows], lens[rows], options, tokens, fusions)
 
     assert_same(decode(list(range(6))), [decode([row])[0] for row in range(6)])

@@ -54,9 +54,12 @@ class LmFusion:
         self._ids: Sequence[str] = ()
         self._stats: dict[str, float] = {}
 
-    def _open(self, beam: Beam, index: int, ids: Sequence[str], prompts: Optional[list[list[int]]]) -> None:
+    def _open(
+        self, beam: Beam, index: int, ids: Sequence[str], prompts: Optional[list[list[int]]],
+        aside: bool = False,
+    ) -> None:  # fmt: skip
         self.index, self._ids = index, ids
-        self._tree = self.lm.open_tree(beam.arena.batch, prompts)
+        self._tree = self.lm.open_tree(beam.arena.batch, prompts, aside=aside)
         beam.state[..., index] = self._tree.roots().to(beam.state.device)[:, None]
 
     def extension_scores(self, beam: Beam, pieces: Tensor, active: Tensor) -> Optional[Tensor]:

@@ -6,7 +6,8 @@ decoding in end-to-end speech recognition", ICASSP 2025 (arXiv 2501.09258), sect
 """
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Mapping, Optional, Sequence, Union
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Callable, Mapping, Optional, Sequence, Union
 
 import torch
 
@@ -27,6 +28,15 @@ Prompt = Union[None, str, Mapping[str, str]]
 _KEEP_AFTER = 32  # new tokens an utterance between two clean-ups of the tree
 
 
+@dataclass
+class _Event:
+    """Scores on their way: of which utterances [B] bool (CPU), the frame when they are due, what waits."""
+
+    utterances: Tensor
+    due: int
+    wait: Callable[[], Tensor]
+
+
 class DelayedFusion(LmFusion):
     """An LLM with any tokenizer joins the search, a word late.
 
@@ -44,6 +54,10 @@ class DelayedFusion(LmFusion):
         eos: whether the end of the utterance is scored too.
         source: name of the score in N-best lists.
         look_ahead: ranks words that are not scored yet; None: by the acoustic score alone, as in the paper.
+        late: asynchronous fusion: the LLM is started at an event, the search goes on, and the scores join so
+            many frames later (or at the utterance's next event, if that is earlier): each hypothesis then has
+            the score of those of its words that were closed at the event. On a GPU the LLM runs beside the
+            search meanwhile. 0: the search waits. The result depends on ``late``, never on timing.
 
     Raises:
         ValueError: a bad weight, bonus, trigger, text style or source (see `LmFusion`). In a search: a word
@@ -61,11 +75,14 @@ class DelayedFusion(LmFusion):
         eos: bool = True,
         source: str = "llm",
         look_ahead: Optional[LookAhead] = None,
+        late: int = 0,
     ) -> None:
         super().__init__(lm, weight, word_bonus, eos, source)
         check(isinstance(trigger, Trigger), "DelayedFusion.trigger", "be a trigger", trigger)
         good = look_ahead is None or isinstance(look_ahead, LookAhead)
         check(good, "DelayedFusion.look_ahead", "be None or a LookAhead", look_ahead)
+        check(late >= 0, "DelayedFusion.late", "be at least 0 frames", late)
+        self.late = int(late)
         self.trigger, self.text, self.prompt, self.look_ahead = trigger, text, prompt, look_ahead
         self._tokenizer = tokenizer_for(lm, text)
 
@@ -79,7 +96,9 @@ class DelayedFusion(LmFusion):
         self._tokenizer.check_acoustic(tokens)
         prompts = prompt_tokens(self.lm, self.prompt, ids)
         self._prompted = [bool(prompt) for prompt in prompts] if prompts else [False] * len(ids)
-        self._open(beam, index, ids, prompts)
+        self._open(beam, index, ids, prompts, aside=self.late > 0)
+        self._flying: list[_Event] = []
+        self._lens = beam.lens.cpu()
         self._words = ClosedWords(beam.arena, tokens)
         for utterance, node in enumerate(self._tree.roots().tolist()):
             self._words.root(utterance).node = node
@@ -101,12 +120,16 @@ class DelayedFusion(LmFusion):
     def fuse(self, beam: Beam, frame: int, active: Tensor) -> None:
         """Score the closed words of every live hypothesis of the utterances that fuse now."""
         fires = self._run.fires(beam, frame, active)
+        scored, until = fires, None
+        if self.late:
+            scored, until = self._land(beam, frame, fires)
         if fires is not None:
-            self._score_closed(beam, fires)
+            self._score_closed(beam, fires, frame)
         if self._ahead is not None:
-            self._ahead.fuse(beam, frame, active, fires)
+            until = beam.boundary if scored is not None and until is None else until
+            self._ahead.fuse(beam, frame, active, scored, until)
 
-    def _score_closed(self, beam: Beam, fires: Tensor) -> None:
+    def _score_closed(self, beam: Beam, fires: Tensor, frame: int) -> None:
         slots = live_slots(beam, fires)
         if not slots.numel():
             return
@@ -115,21 +138,75 @@ class DelayedFusion(LmFusion):
         histories = self._words.closed(boundaries.tolist())
         nodes, counts = self._place(histories, where)
         state = beam.state[..., self.index]
-        scores = self._tree.score(nodes, state.reshape(-1)[slots].cpu())
-        self._write(beam, slots, scores, counts.to(slots.device))
-        self._move(beam, slots, nodes)
+        wait = self._tree.launch(nodes, state.reshape(-1)[slots].cpu())
+        if self.late:
+            self._flying.append(_Event(fires.cpu(), frame + self.late, wait))
+        else:
+            self._write(beam, slots, wait(), counts.to(slots.device))
+            self._move(beam, slots, nodes)
         if self._new_tokens > _KEEP_AFTER * beam.arena.batch:
             self._clean(beam)
 
+    def _land(
+        self, beam: Beam, frame: int, fires: Optional[Tensor]
+    ) -> tuple[Optional[Tensor], Optional[Tensor]]:
+        """Let scores join that are due, or whose utterances fuse again.
+
+        Returns:
+            the utterances whose scores came, [B] bool, and the arena nodes [B, K] up to which their
+            hypotheses are scored now; None, None where nothing came.
+        """
+        landing = torch.zeros_like(self._lens, dtype=torch.bool)
+        again = None if fires is None else fires.cpu()
+        for event in self._flying:
+            now = event.utterances & (self._lens > frame)  # those that have ended are scored in `finish`
+            if event.due <= frame:
+                landing |= now
+            elif again is not None:
+                landing |= now & again
+        if not bool(landing.any()):
+            return None, None
+        for event in self._flying:
+            if bool((event.utterances & landing).any()):
+                event.wait()
+                event.utterances = event.utterances & ~landing
+        self._flying = [event for event in self._flying if bool(event.utterances.any())]
+        landed, until = landing.to(beam.lens.device), beam.boundary.clone()
+        slots = live_slots(beam, landed)
+        if slots.numel():
+            boundaries, where = until.view(-1)[slots].cpu().unique(return_inverse=True)
+            histories = [self._scored_part(history) for history in self._words.closed(boundaries.tolist())]
+            nodes, counts, places = (
+                torch.tensor([getattr(history, name) for history in histories], dtype=torch.int64)[where]
+                for name in ("node", "count", "place")
+            )
+            scores = torch.from_numpy(self._tree.known(nodes)[1]).float()
+            self._write(beam, slots, scores, counts.to(slots.device))
+            self._move(beam, slots, nodes)
+            until.view(-1)[slots] = places.to(slots.device)
+        return landed, until
+
+    def _scored_part(self, history: History) -> History:
+        """Return the longest part of a history whose words have a score; the root has one."""
+        self._insert(history)
+        while not self._tree.known([history.node])[0][0]:
+            history = history.before
+        return history
+
     def finish(self, beam: Beam) -> None:
         """Score all words, and the end, of every live hypothesis of the batch in one call."""
+        self._wait_for_all()
         slots = live_slots(beam)
         if slots.numel():
             self._finish(beam, slots)
         if self._ahead is not None:
             self._ahead.finish(beam)
         self._close()
-        del self._words, self._run, self._ahead
+        del self._words, self._run, self._ahead, self._flying
+
+    def _wait_for_all(self) -> None:
+        for event in self._flying:
+            event.wait()
 
     def _finish(self, beam: Beam, slots: Tensor) -> None:
         histories = self._words.complete(beam.node.reshape(-1)[slots].tolist())
@@ -185,6 +262,7 @@ class DelayedFusion(LmFusion):
 
     def _clean(self, beam: Beam) -> None:
         """Free what no live hypothesis can come back to, in the tree and here."""
+        self._wait_for_all()
         boundaries = beam.boundary.reshape(-1)[live_slots(beam)].unique().tolist()
         self._words.keep(boundaries)
         live = self._words.closed(boundaries)

@@ -89,26 +89,29 @@ class LookAheadRun:
         self._total[node] = self._total[before] + torch.where(grew, gain, torch.zeros_like(gain))
         self._scored[node], self._given[node] = self._scored[before], self._given[before]
 
-    def fuse(self, beam: Beam, frame: int, active: Tensor, scored: Optional[Tensor]) -> None:
+    def fuse(
+        self, beam: Beam, frame: int, active: Tensor, scored: Optional[Tensor], until: Optional[Tensor]
+    ) -> None:
         """Bring ``beam.fused`` up to date.
 
         Args:
             beam: after the LLM's scores have come in.
             frame: index of the encoder output frame, from 0.
             active: bool [B], utterances that have not ended.
-            scored: bool [B], utterances whose closed words were scored in this frame; None: no one's.
+            scored: bool [B], utterances whose scores came in this frame; None: no one's.
+            until: [B, K] arena nodes up to which hypotheses are scored then; None: where ``scored`` is.
         """
         due = (frame + 1) % self._every == 0
         if scored is None and not due:
             return
         node = beam.node
-        until, given = self._scored[node], self._given[node]
+        before, given = self._scored[node], self._given[node]
         if scored is not None:
-            until = torch.where(scored.unsqueeze(1), self._total[beam.boundary], until)
-            self._scored[node] = until
+            before = torch.where(scored.unsqueeze(1), self._total[until], before)
+            self._scored[node] = before
         # what others in the batch do must not matter
         now = active if due else active & scored
-        ahead = torch.where(now.unsqueeze(1), self._total[node] - until, given)
+        ahead = torch.where(now.unsqueeze(1), self._total[node] - before, given)
         beam.fused += ahead - given
         self._given[node] = ahead
 

@@ -19,15 +19,18 @@ class History:
         words: what this one adds.
         count: number of words in all.
         utterance: whose words they are.
+        place: the arena node whose words these are (the boundary of prefixes).
         node: a place for the one who asks: the LM's tree node, -1 as long as it is unknown.
     """
 
-    __slots__ = ("before", "words", "count", "utterance", "node")
+    __slots__ = ("before", "words", "count", "utterance", "place", "node")
 
-    def __init__(self, before: Optional[History], words: Sequence[str], utterance: int) -> None:
+    def __init__(
+        self, before: Optional[History], words: Sequence[str], utterance: int, place: int
+    ) -> None:
         self.before = before
         self.words = tuple(words)
-        self.utterance = utterance
+        self.utterance, self.place = utterance, place
         self.count = (before.count if before is not None else 0) + len(self.words)
         self.node = -1
 
@@ -55,7 +58,8 @@ class ClosedWords:
     def __init__(self, arena: PrefixArena, tokens: Any) -> None:
         self._arena = arena
         self._tokens = tokens
-        self._known = {arena.root(number): History(None, (), number) for number in range(arena.batch)}
+        roots = [arena.root(number) for number in range(arena.batch)]
+        self._known = {root: History(None, (), number, root) for number, root in enumerate(roots)}
 
     def root(self, utterance: int) -> History:
         """Return the history without words of one utterance."""
@@ -71,7 +75,7 @@ class ClosedWords:
         boundaries = self._boundaries(nodes)
         closed = self.closed(boundaries)
         return [
-            before if node == boundary else History(before, self._words(node, boundary), before.utterance)
+            before if node == boundary else self._after(before, node, boundary)
             for node, boundary, before in zip(nodes, boundaries, closed)
         ]
 
@@ -102,12 +106,12 @@ class ClosedWords:
             missing = [n for n in dict.fromkeys(boundaries) if n not in self._known and n not in before_of]
         # Nodes are numbered by birth: a boundary is younger than what it goes back to.
         for node in sorted(before_of):
-            before = self._known[before_of[node]]
-            self._known[node] = History(before, self._words(node, before_of[node]), before.utterance)
+            self._known[node] = self._after(self._known[before_of[node]], node, before_of[node])
 
     def _boundaries(self, nodes: Sequence[int]) -> list[int]:
         device = self._arena.first_ids.device
         return self._arena.boundary(torch.tensor(list(nodes), dtype=torch.int64, device=device)).tolist()
 
-    def _words(self, node: int, boundary: int) -> list[str]:
-        return self._tokens.words(self._arena.pieces_between(node, boundary))
+    def _after(self, before: History, node: int, boundary: int) -> History:
+        words = self._tokens.words(self._arena.pieces_between(node, boundary))
+        return History(before, words, before.utterance, node)

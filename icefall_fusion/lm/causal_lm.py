@@ -147,6 +147,7 @@ class CausalLm:
         batch: int,
         prompts: Optional[Sequence[Sequence[int]]] = None,
         options: Optional[TreeOptions] = None,
+        aside: bool = False,
     ) -> TreeScorer:
         """Return a tree for ``batch`` utterances.
 
@@ -154,11 +155,13 @@ class CausalLm:
             batch: B, number of utterances.
             prompts: token ids after bos, one list for each utterance (earlier text, instructions).
             options: bounds on memory.
+            aside: on a GPU run the model beside what the caller does (see ``TreeScorer.launch``).
         """
         check(batch >= 1, "batch", "be at least 1", batch)
         prompts = [()] * batch if prompts is None else prompts
         check(len(prompts) == batch, "prompts", f"be one for each of the {batch} utterances", len(prompts))
-        return TreeScorer(self, [self._start(prompt) for prompt in prompts], options or TreeOptions())
+        starts = [self._start(prompt) for prompt in prompts]
+        return TreeScorer(self, starts, options or TreeOptions(), aside)
 
     def tree_logits(
         self,

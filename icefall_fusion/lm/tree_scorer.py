@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import time
 from dataclasses import dataclass
-from typing import Iterator, Optional, Sequence, Union
+from typing import Callable, Iterator, Optional, Sequence, Union
 
 import numpy as np
 import torch
@@ -52,9 +52,12 @@ class TreeScorer:
         model: the language model.
         prompts: tokens of each utterance before its text, bos included, at least one each.
         options: bounds on memory.
+        aside: run the model on a CUDA stream of its own, beside what the caller does meanwhile.
     """
 
-    def __init__(self, model: TreeModel, prompts: Sequence[Sequence[int]], options: TreeOptions) -> None:
+    def __init__(
+        self, model: TreeModel, prompts: Sequence[Sequence[int]], options: TreeOptions, aside: bool = False
+    ) -> None:
         self.model, self.options = model, options
         self.tree = TokenTree(model.vocab_size, len(prompts))
         self.counters = TreeCounters()
@@ -62,6 +65,8 @@ class TreeScorer:
         self._store = DistributionStore(model.vocab_size, model.device, options.max_distribution_bytes)
         logit_rows = max(1, options.max_distribution_bytes // (4 * model.vocab_size))
         self._chunk = min(options.max_forward_tokens, logit_rows)
+        aside = aside and model.device.type == "cuda"
+        self._stream = torch.cuda.Stream(model.device) if aside else None
         for b, prompt in enumerate(prompts):
             self.tree.add_root(b, prompt)
 
@@ -113,29 +118,51 @@ class TreeScorer:
                 exact. Without it the new tokens of a hypothesis are those that nobody has scored before.
             eos: add log P(eos | path), in the same forward.
         """
-        with self._timed():
+        return self.launch(nodes, previous, eos)()
+
+    def launch(
+        self, nodes: Nodes, previous: Optional[Nodes] = None, eos: bool = False
+    ) -> Callable[[], Tensor]:
+        """Start to score as `score` does; return what waits for the scores and returns them.
+
+        On a GPU the model runs until then, beside the caller's own work where the tree was opened ``aside``.
+        The nodes count as scored once the scores were waited for.
+        """
+        with self._timed(wait=False):
             wanted = self._nodes(nodes)
             tree = self.tree
             self.counters.count_event(tree, wanted, None if previous is None else self._nodes(previous))
             new = tree.unscored(wanted)
             at, tokens = tree.parent[new], tree.token[new]
             ends = np.unique(wanted) if eos else wanted[:0]
-            log_probs = self._token_log_probs(
+            fetch = self._launch_log_probs(
                 np.concatenate([at, ends]), np.concatenate([tokens, self._eos(len(ends))])
             )
-            tree.set_scores(new, log_probs[: len(new)])
             self.counters.lm_tokens_scored += len(new)
             self.counters.eager_tokens += len(new)
-            totals = tree.score[wanted]
-            if eos:
-                totals = totals + log_probs[len(new) :][np.searchsorted(ends, wanted)]
-            return self._like(nodes, totals)
+
+        def finish() -> Tensor:
+            with self._timed(wait=False):
+                log_probs = fetch()
+                tree.set_scores(new, log_probs[: len(new)])
+                totals = tree.score[wanted]
+                if eos:
+                    totals = totals + log_probs[len(new) :][np.searchsorted(ends, wanted)]
+                return self._like(nodes, totals)
+
+        return finish
+
+    def known(self, nodes: Nodes) -> tuple[ndarray, ndarray]:
+        """Return which of ``nodes`` [n] are scored, bool [n], and log P of their paths [n], else NaN."""
+        wanted = self._nodes(nodes)  # before: new nodes may move the tree's arrays
+        scores = self.tree.score[wanted]
+        return ~np.isnan(scores), scores
 
     def eos_scores(self, nodes: Nodes) -> Tensor:
         """Return log P(eos | path of node) [n] float32; at most one lazy forward."""
         with self._timed():
             wanted = self._nodes(nodes)
-            return self._like(nodes, self._token_log_probs(wanted, self._eos(len(wanted))))
+            return self._like(nodes, self._launch_log_probs(wanted, self._eos(len(wanted)))())
 
     def next_log_probs(self, nodes: Nodes) -> Tensor:
         """Return log P(token | path of node) [n, V] float32 on the model's device; at most one forward."""
@@ -144,9 +171,12 @@ class TreeScorer:
             missing = wanted[self.tree.row[wanted] < 0]
             if len(missing):
                 self.counters.count_frame(self.tree, missing)
-                for at, log_probs in self._distributions(np.unique(missing)):
-                    self._keep_distributions(at, log_probs)
+                with self._aside():
+                    for at, log_probs in self._distributions(np.unique(missing)):
+                        self._keep_distributions(at, log_probs)
             rows = torch.from_numpy(self.tree.row[wanted]).to(self.model.device)
+            if self._stream is not None:
+                torch.cuda.current_stream(self.model.device).wait_stream(self._stream)
             return self._store.log_probs.index_select(0, rows)
 
     def stats(self) -> dict[str, float]:
@@ -159,8 +189,23 @@ class TreeScorer:
 
     # --- inside ------------------------------------------------------------------------------------------
 
-    def _token_log_probs(self, at: ndarray, tokens: ndarray) -> ndarray:
-        """Return log P(token | path of node) [n] float64 for pairs of ``at`` [n] and ``tokens`` [n]."""
+    def _launch_log_probs(self, at: ndarray, tokens: ndarray) -> Callable[[], ndarray]:
+        """Start to compute log P(token | path of node) for pairs of ``at`` [n] and ``tokens`` [n]; return
+        what waits for them, [n] float64.
+        """
+        with self._aside():
+            order, values = self._device_log_probs(at, tokens)
+            fetch = _fetch(values)
+
+        def finish() -> ndarray:
+            result = np.empty(len(at))
+            result[order] = fetch()
+            return result
+
+        return finish
+
+    def _device_log_probs(self, at: ndarray, tokens: ndarray) -> tuple[ndarray, Tensor]:
+        """Return them [n] float64 on the device in some order, and that order [n]."""
         rows = self.tree.row[at]
         known, missing = np.flatnonzero(rows >= 0), np.flatnonzero(rows < 0)
         index, values = [known], [_pick(self._store.log_probs, rows[known], tokens[known])]
@@ -171,9 +216,7 @@ class TreeScorer:
             values.append(_pick(log_probs, place[here], tokens[missing[here]]))
             if self._store.in_use + len(nodes) <= self._store.max_rows:
                 self._keep_distributions(nodes, log_probs)
-        result = np.empty(len(at))
-        result[np.concatenate(index)] = torch.cat(values).double().cpu().numpy()  # the event's only wait
-        return result
+        return np.concatenate(index), torch.cat(values).double()
 
     def _distributions(self, nodes: ndarray) -> Iterator[tuple[ndarray, Tensor]]:
         """Yield (some of ``nodes`` [n] sorted, their log-probs [n, V]) until all had a forward."""
@@ -223,11 +266,15 @@ class TreeScorer:
     def _like(self, nodes: Nodes, values: ndarray) -> Tensor:
         return torch.from_numpy(values).float().to(nodes.device if isinstance(nodes, Tensor) else "cpu")
 
+    def _aside(self) -> contextlib.AbstractContextManager:
+        """Return the context in which the model runs."""
+        return contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
     @contextlib.contextmanager
-    def _timed(self) -> Iterator[None]:
+    def _timed(self, wait: bool = True) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        if self.model.device.type == "cuda":
+        if wait and self.model.device.type == "cuda":
             torch.cuda.synchronize(self.model.device)
         self.counters.lm_seconds += time.perf_counter() - start
 
@@ -236,6 +283,22 @@ def _integers(values: Nodes) -> ndarray:
     if isinstance(values, Tensor):
         values = values.detach().cpu().numpy()
     return np.asarray(values, np.int64).reshape(-1)
+
+
+def _fetch(values: Tensor) -> Callable[[], ndarray]:
+    """Start to bring values to the host; return what waits for them, the event's only wait."""
+    if not values.is_cuda:
+        return values.numpy
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    host.copy_(values, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def wait() -> ndarray:
+        copied.synchronize()
+        return host.numpy()
+
+    return wait
 
 
 def _pick(log_probs: Tensor, rows: ndarray, tokens: ndarray) -> Tensor:

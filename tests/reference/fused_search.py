@@ -30,7 +30,11 @@ class SlowFusion:
     trigger: tuple = ("end",)
     ahead: Optional[Callable[[Prefix, int], float]] = None  # (prefix, piece) -> estimate, until it is scored
     ahead_every: int = 1
+    late: int = 0  # scores of an event join so many frames later, or at the next event
     longest_fused: int = 0
+    due: Optional[int] = None
+    flying: set = field(default_factory=set)  # words that were closed at the event
+    known: set = field(default_factory=set)
 
 
 @dataclass
@@ -56,7 +60,7 @@ def fused_search(log_probs, beam: int, tokens, fusions: Sequence[SlowFusion]) ->
     nothing = [0.0] * len(fusions)
     slots = {(): Slot(0.0, NEVER, list(nothing), [0] * len(fusions), [0] * len(fusions), list(nothing))}
     for fusion in fusions:
-        fusion.longest_fused = 0
+        fusion.longest_fused, fusion.due, fusion.known = 0, None, {()}
 
     def rank(slot: Slot) -> float:
         sums = (f.weight * s + f.bonus * w for f, s, w in zip(fusions, slot.lm, slot.words))
@@ -67,12 +71,26 @@ def fused_search(log_probs, beam: int, tokens, fusions: Sequence[SlowFusion]) ->
         best = sorted(slots, key=lambda prefix: -rank(slots[prefix]))[:beam]
         slots = {prefix: slots[prefix] for prefix in best if slots[prefix].total() > NEVER}
         for s, fusion in enumerate(fusions):
-            scored = fires(fusion, frame, slots, tokens)
+            fired = fires(fusion, frame, slots, tokens)
+            scored = fired and not fusion.late
+            if fusion.due is not None and (fired or fusion.due <= frame):
+                scored, fusion.due = True, None
+                fusion.known |= fusion.flying
+            if fired:
+                closed = {tuple(closed_words(prefix, tokens)) for prefix in slots}
+                fusion.flying = {words[:n] for words in closed for n in range(len(words) + 1)}
+                if fusion.late:
+                    fusion.due = frame + fusion.late
+                else:
+                    fusion.known |= fusion.flying
             for prefix, slot in slots.items():
                 if scored:
-                    words = closed_words(prefix, tokens)
+                    part = prefix[: closed_pieces(prefix, tokens)]
+                    while tuple(tokens.words(part)) not in fusion.known:
+                        part = part[: closed_pieces(part, tokens)]
+                    words = tokens.words(part)
                     slot.lm[s], slot.words[s] = fusion.word_score(words), len(words)
-                    slot.scored[s] = closed_pieces(prefix, tokens)
+                    slot.scored[s] = len(part)
                 if fusion.ahead is not None and (scored or (frame + 1) % fusion.ahead_every == 0):
                     rest = range(slot.scored[s], len(prefix))
                     slot.ahead[s] = sum(fusion.ahead(prefix[:i], prefix[i]) for i in rest)
