@@ -213,8 +213,8 @@ def weights_of(name: str, given: Mapping[str, Mapping[str, float]]) -> dict[str,
 
     Args:
         name: the method.
-        given: weights by method, as in the YAML file that ``tune`` writes. A method ``...-late-N`` that is not
-            named there has those of the same method without it.
+        given: weights by method, as in the YAML file that ``tune`` writes. A method ``...-late-N`` that is
+            not named there has those of the same method without it.
 
     Raises:
         ValueError: a weight is negative, not a number, or of a source that the method has not.

@@ -61,6 +61,9 @@ for bench in tools/bench/*.py; do
         more=(--backends lhotse)
       fi ;;
     data_pipeline) more=(--cuts 200000) ;; # of the CPU; 5 million take minutes
+    llm_tree) more=(--dtype bfloat16 --models minibooks open-llama-3b mistral-7b --events 24) ;;
+    fusion) more=(--beams 5 10 20 50) ;;
+    scaling) more=(--batches 8 32 128) ;;
   esac
   step "$name" "$python" "$bench" ${device[@]+"${device[@]}"} ${more[@]+"${more[@]}"} --output "$out/gpu-$name.json"
 done

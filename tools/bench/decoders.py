@@ -84,6 +84,82 @@ def flashlight(beam: int, pieces: int, threshold: float, log_add: bool, blank: i
     return make
 
 
+def torchaudio_cpu(beam: int, blank: int) -> Callable[[], Decode]:
+    """Return a maker of torchaudio's CPU decoder (flashlight-text), lexicon-free, with its defaults."""
+
+    def make() -> Decode:
+        module = importlib.import_module("torchaudio.models.decoder")
+        state: dict[int, object] = {}
+
+        def decode(log_probs: Tensor, lens: Tensor) -> list[list[list[int]]]:
+            size = log_probs.shape[2]
+            if size not in state:
+                names = [f"p{v}" for v in range(size)]
+                names[blank] = "-"
+                state[size] = module.ctc_decoder(
+                    lexicon=None, tokens=names, nbest=beam, beam_size=beam, sil_token="-", blank_token="-")
+            found = state[size](log_probs, lens.int())  # type: ignore[operator]
+            return [[[v for v in h.tokens.tolist() if v != blank] for h in nbest] for nbest in found]
+
+        return decode
+
+    return make
+
+
+def torchaudio_cuda(beam: int, blank: int) -> Callable[[], Decode]:
+    """Return a maker of torchaudio's CUDA decoder, no frame skipped."""
+
+    def make() -> Decode:
+        module = importlib.import_module("torchaudio.models.decoder")
+        if not torch.cuda.is_available() or blank != 0:
+            raise ImportError("it needs a CUDA device and blank to be piece 0")
+        state: dict[int, object] = {}
+
+        def decode(log_probs: Tensor, lens: Tensor) -> list[list[list[int]]]:
+            size = log_probs.shape[2]
+            if size not in state:
+                names = [f"p{v}" for v in range(size)]
+                state[size] = module.cuda_ctc_decoder(
+                    names, nbest=beam, beam_size=beam, blank_skip_threshold=1.0)
+            on_device = log_probs.cuda().contiguous(), lens.cuda().int()
+            found = state[size](*on_device)  # type: ignore[operator]
+            return [[list(h.tokens) for h in nbest] for nbest in found]
+
+        return decode
+
+    return make
+
+
+def k2_best_path(beam: float, active: int, blank: int) -> Callable[[], Decode]:
+    """Return a maker of k2's lattice of the CTC topology and its best path (1-best only)."""
+
+    def make() -> Decode:
+        k2 = importlib.import_module("k2")
+        k2.Fsa  # noqa: B018 (a folder of this name imports too)
+        if blank != 0:
+            raise ImportError("it needs blank to be piece 0")
+        state: dict[int, object] = {}
+
+        def decode(log_probs: Tensor, lens: Tensor) -> list[list[list[int]]]:
+            size = log_probs.shape[2]
+            if size not in state:
+                state[size] = k2.create_fsa_vec([k2.ctc_topo(size - 1, modified=False)])
+            parts = [[row, 0, int(frames)] for row, frames in enumerate(lens)]
+            segments = torch.tensor(parts, dtype=torch.int32)
+            order = torch.argsort(lens, descending=True)
+            dense = k2.DenseFsaVec(log_probs, segments[order])
+            lattice = k2.intersect_dense_pruned(state[size], dense, beam, beam, 1, active)
+            best = k2.shortest_path(lattice, True)
+            found: list = [[[]]] * len(lens)
+            for place, row in enumerate(order.tolist()):
+                found[row] = [[v for v in best[place].aux_labels.tolist() if v > 0]]
+            return found
+
+        return decode
+
+    return make
+
+
 def pyctcdecode(beam: int, token_floor: float, beam_floor: float, blank: int) -> Callable[[], Decode]:
     """Return a maker of pyctcdecode's decoder; every piece is one character, so that text is pieces."""
 
@@ -138,9 +214,13 @@ def all_decoders(beams: list[int], blank: int) -> list[Decoder]:
             "ours": ("exact sum, all pieces", ours(beam, blank)),
             "ours, blank skip": ("frames with p(blank) > 0.99", ours(beam, blank, blank_skip=0.99)),
             "ours, mass recovered": ("exact sum", ours(beam, blank, recover_mass=True)),
+            "ours, by tensors": ("exact sum", ours(beam, blank, recover_mass=True, engine="torch")),
             "flashlight log_add": ("pieces = beam, threshold 25", flashlight(beam, beam, 25.0, True, blank)),
             "flashlight log_add, 40": ("40 pieces, threshold 25", flashlight(beam, 40, 25.0, True, blank)),
             "flashlight max": ("40 pieces, threshold 50", flashlight(beam, 40, 50.0, False, blank)),
+            "torchaudio": ("CPU, its defaults", torchaudio_cpu(beam, blank)),
+            "torchaudio, CUDA": ("no frame skipped", torchaudio_cuda(beam, blank)),
+            "k2, best path": ("search beam 20, states <= 10 a piece", k2_best_path(20.0, 10 * beam, blank)),
             "pyctcdecode": ("its defaults: token -5, beam -10", pyctcdecode(beam, -5, -10, blank)),
             "fast-ctc-decode": ("cut 5e-4, 1-best", fast_ctc_decode(beam, 5e-4, blank)),
         }

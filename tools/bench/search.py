@@ -1,7 +1,7 @@
 """Prefix search without language model: speed and quality of ours and of what else can be imported.
 Knows: emissions, decoders as functions, exact log-probabilities. Must not know: how any decoder works.
 
-    OMP_NUM_THREADS=1 python tools/bench/search.py               # synthetic sets, beams 4, 10, 20
+    OMP_NUM_THREADS=1 python tools/bench/search.py               # synthetic sets, beams 4 to 50
     PYTHONPATH=.cache/peers python tools/bench/search.py ...     # more decoders: see tools/bench/peers.txt
     python tools/bench/search.py --emissions FILE.npz --beams 10 --output bench/search-real.json
 
@@ -137,7 +137,7 @@ def main() -> None:
     parser.add_argument("--emissions", action="append", default=[], help=".npz of [T, V] arrays; may repeat")
     parser.add_argument("--blank", type=int, default=0)
     parser.add_argument("--frame-shift", type=float, default=0.04, help="seconds")
-    parser.add_argument("--beams", type=int, nargs="+", default=[4, 10, 20])
+    parser.add_argument("--beams", type=int, nargs="+", default=[4, 10, 20, 50])
     parser.add_argument("--batch", type=int, default=32, help="utterances")
     parser.add_argument("--frames", type=int, default=400, help="frames of a synthetic utterance")
     parser.add_argument("--rounds", type=int, default=7)

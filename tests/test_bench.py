@@ -1,0 +1,88 @@
+"""The benchmarks measure what they say: four ways to score an LLM's events agree, fits and sums are right.
+Knows: tools/bench as modules. Must not know: times.
+"""
+from __future__ import annotations
+
+import random
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+from icefall_fusion.lm import CausalLm  # noqa: E402
+from icefall_fusion.lm.vocabulary import Vocabulary  # noqa: E402
+
+BENCH = Path(__file__).resolve().parent.parent / "tools" / "bench"
+
+
+@pytest.fixture(scope="module")
+def llm_tree():
+    return runpy.run_path(str(BENCH / "llm_tree.py"))
+
+
+@pytest.fixture(scope="module")
+def lm() -> CausalLm:
+    torch.manual_seed(3)
+    config = transformers.LlamaConfig(
+        vocab_size=40, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config)
+    return CausalLm(model, Vocabulary(None, None, 1, 2), "tiny", self_check=False)
+
+
+def random_events(event, seed: int, count: int = 6):
+    """Beams of two utterances that grow, part and now and then lose their last tokens."""
+    generator = random.Random(seed)
+    beams = [[()], [()]]
+    for number in range(count):
+        utterances, paths = [], []
+        for utterance, beam in enumerate(beams):
+            grown = []
+            for _ in range(4):
+                path = generator.choice(beam)
+                if generator.random() < 0.2:
+                    path = path[:-1]
+                grown.append(path + tuple(generator.randrange(3, 40) for _ in range(generator.randrange(3))))
+            beams[utterance] = grown
+            utterances += [utterance] * len(grown)
+            paths += grown
+        yield event(utterances, paths, number == count - 1)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_all_ways_to_score_events_agree(llm_tree, lm, seed) -> None:
+    events = list(random_events(llm_tree["Event"], seed))
+    found = {}
+    for way in llm_tree["WAYS"]:
+        attention = lm.model.config._attn_implementation
+        if way in ("full texts", "path caches"):
+            lm.model.set_attn_implementation("sdpa")
+        row, scores = llm_tree["replay"](way, lm, [(2, events)], "cpu")
+        lm.model.set_attn_implementation(attention)
+        found[way] = torch.cat(scores)
+        assert row["events"] == len(events) and row["tokens_forwarded"] > 0
+    for way, scores in found.items():
+        assert scores.tolist() == pytest.approx(found["full texts"].tolist(), abs=1e-4), way
+
+
+def test_exponents_are_those_of_powers() -> None:
+    exponent = runpy.run_path(str(BENCH / "scaling.py"))["exponent"]
+    for power in (0.0, 0.5, 1.0, 2.0):
+        assert exponent([5, 10, 40], [3 * size**power for size in (5, 10, 40)]) == pytest.approx(power)
+
+
+def test_rows_of_several_sets_are_put_together() -> None:
+    compare = runpy.run_path(str(BENCH / "fusion.py"))["compare"]
+    found = [
+        {"method": method, "wer": wer, "words": words, "search_seconds": 1.0, "lm_seconds": lm,
+         "audio_seconds": 10.0, "kv_bytes_peak": 8, "peak_memory_bytes": 5}
+        for method, wer, words, lm in [("llm-shallow", 10.0, 100, 5.0), ("other", 20.0, 100, 1.0),
+                                       ("llm-shallow", 40.0, 50, 3.0), ("other", 50.0, 50, 1.0)]
+    ]  # fmt: skip
+    shallow, other = compare(found, ["llm-shallow", "other"], 10, 32)
+    assert shallow["wer"] == pytest.approx(20.0) and other["wer"] == pytest.approx(30.0)
+    assert other["times_faster"] == pytest.approx(10.0 / 4.0) and shallow["times_faster"] == 1
+    assert other["rtf"] == pytest.approx(0.2)

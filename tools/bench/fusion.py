@@ -1,0 +1,116 @@
+"""Whole decodes with an LLM: word errors against time and memory, for methods, beams and batch sizes.
+Knows: the decoder and its rows. Must not know: how a method works.
+
+    OMP_NUM_THREADS=1 python tools/bench/fusion.py                                  # sentences of the demo
+    python tools/bench/fusion.py --device cuda --beams 5 10 20 50 --batches 1 32
+    python tools/bench/fusion.py --cuts data/fbank/minibooks_cuts_dev.jsonl.gz --limit 128
+
+Time is that of search, language models and second passes, without features and encoder; as a ratio, against
+llm-shallow (or the first method) at the same beam and batch. --engine torch runs every search by tensors, as
+shallow fusion needs it; the default is what users get. Methods take turns batch by batch within one run.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parents[1])]
+
+import speech  # noqa: E402
+
+from icefall_fusion.decode import Decoder  # noqa: E402
+from icefall_fusion.files import write_json  # noqa: E402
+from icefall_fusion.runlog import describe_environment  # noqa: E402
+from icefall_fusion.search import PrefixSearchOptions  # noqa: E402
+
+METHODS = (
+    "llm-shallow", "llm-nbest-rescoring", "llm-delayed-shortest", "llm-delayed-interval-8",
+    "llm-delayed-interval-16", "llm-delayed-interval-32", "llm-delayed-interval-64",
+    "llm-delayed-interval-128",
+)  # fmt: skip
+_SUMMED = ("search_seconds", "lm_seconds", "audio_seconds", "words", "lm_tokens_forwarded", "lm_forwards")
+_KEPT = ("method", "wer", "words", "oracle_wer", "search_seconds", "lm_seconds", "lm_forwards",
+         "lm_tokens_forwarded", "kv_bytes_peak", "peak_memory_bytes", "audio_seconds")  # fmt: skip
+
+
+def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Decode by every method at every beam and batch size; return a row for each."""
+    sets, rows = speech.manifests(args), []
+    for batch in args.batches:
+        for beam in args.beams:
+            search = PrefixSearchOptions(beam=beam, engine=args.engine)
+            options = speech.decode_options(
+                args, f"{args.speech}/fusion", sets, methods=list(args.methods), search=search,
+                batch_size=batch, limit=args.limit, threads=args.threads,
+            )  # fmt: skip
+            if args.dtype:
+                llm, matched = (replace(lm, dtype=args.dtype) for lm in (options.llm, options.matched_llm))
+                options = replace(options, llm=llm, matched_llm=matched)
+            if args.llm:
+                options = replace(options, llm=replace(options.llm, path=args.llm))
+            decoder = Decoder(options)
+            found = [row for name, path in sets.items() for row in decoder.decode_set(name, path)]
+            rows += compare(found, args.methods, beam, batch)
+            show(rows[-len(args.methods) :])
+    return rows
+
+
+def compare(found: list[dict[str, Any]], methods: list[str], beam: int, batch: int) -> list[dict[str, Any]]:
+    """Return a row for each method over all sets, with its speed against the first method's."""
+    rows = []
+    for method in methods:
+        own = [row for row in found if row["method"] == method]
+        row = {key: own[0][key] for key in _KEPT if key in own[0]}
+        for key in _SUMMED:
+            row[key] = sum(part.get(key, 0) for part in own)
+        row["wer"] = sum(part["wer"] * part["words"] for part in own) / max(1, row["words"])
+        for key in ("kv_bytes_peak", "peak_memory_bytes"):
+            row[key] = max(part.get(key, 0) for part in own)
+        row.update(beam=beam, batch=batch, seconds=row["search_seconds"] + row["lm_seconds"])
+        row["rtf"] = row["seconds"] / row["audio_seconds"]
+        rows.append(row)
+    base = next((row for row in rows if row["method"] == "llm-shallow"), rows[0])
+    for row in rows:
+        row["times_faster"] = base["seconds"] / row["seconds"]
+    return rows
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Print rows of one beam and batch size."""
+    print(f"\nbeam {rows[0]['beam']}, batch {rows[0]['batch']}: {rows[0]['words']:,} words")
+    titles = f"{'WER %':>8}{'RTF':>9}{'faster':>8}{'search s':>10}{'LM s':>8}{'tokens':>10}{'KV MB':>8}"
+    print(f"{'method':34}{titles}")
+    for row in rows:
+        print(f"{row['method']:34}{row['wer']:8.2f}{row['rtf']:9.5f}{row['times_faster']:7.2f}x"
+              f"{row['search_seconds']:10.2f}{row['lm_seconds']:8.2f}{row['lm_tokens_forwarded']:10,}"
+              f"{row['kv_bytes_peak'] / 2**20:8.1f}", flush=True)  # fmt: skip
+
+
+def main() -> None:
+    """Parse the command line, measure, print, write JSON."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    speech.add_arguments(parser)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS))
+    parser.add_argument("--beams", type=int, nargs="+", default=[10])
+    parser.add_argument("--batches", type=int, nargs="+", default=[32], help="utterances decoded together")
+    parser.add_argument("--limit", type=int, default=0, help="utterances of each set; 0: all")
+    parser.add_argument("--llm", default="", help="model folder or hub name; none: the shipped LLM")
+    parser.add_argument("--dtype", default="", help="of the LLMs' weights; none: float32")
+    parser.add_argument("--engine", default="auto", choices=["auto", "native", "torch"])
+    parser.add_argument("--threads", type=int, default=1, help="of torch on a CPU")
+    parser.add_argument("--output", default="bench/fusion.json")
+    args = parser.parse_args()
+    rows = measure(args)
+    environment = describe_environment(args.device)
+    write_json(args.output, {"machine": environment, "options": vars(args), "rows": rows})
+    print(f"\nwritten: {args.output}; machine: {json.dumps(environment)}")
+
+
+if __name__ == "__main__":
+    main()
