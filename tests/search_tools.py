@@ -28,7 +28,7 @@ ENGINE = {"engine": "auto"}  # of searches that name none; see `each_engine`
 
 @pytest.fixture(scope="module", autouse=True, params=["native", "torch"])
 def each_engine(request):
-    """Run a module's tests by compiled code (where it serves: not for shallow fusion), and by tensors."""
+    """Run a module's tests by compiled code (where it serves: for few shallow fusions), and by tensors."""
     if request.param == "native":
         library, why = load_native()
         assert library is not None, why

@@ -319,6 +319,28 @@ def test_scores_are_exact_whatever_the_search_leaves_out(llm, ngram, tokens, opt
         assert hypothesis.scores["ngram"] == pytest.approx(expected, abs=1e-4)
 
 
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10**6), order=st.integers(1, 5), cutoffs=st.lists(st.integers(1, 3), max_size=3),
+       weight=st.sampled_from([0.0, 0.4, 3.0, 400.0]), bonus=st.sampled_from([0.0, 0.7, -2.0]),
+       beam=st.sampled_from([1, 4, 9]), options=st.sampled_from(OPTIONS + [{"top_pieces": 3}]))
+def test_compiled_search_finds_what_tensors_find(
+    tmp_path_factory, tokens, seed, order, cutoffs, weight, bonus, beam, options  # noqa: F811
+):  # fmt: skip
+    rng = np.random.default_rng(seed)
+    texts = [rng.integers(3, len(PIECES), rng.integers(1, 9)).tolist() for _ in range(30)]
+    model = as_model(texts, len(PIECES), order, tmp_path_factory.mktemp("n"), PIECES, tuple(cutoffs))
+    log_probs, lens = emissions(batch=3, seed=seed)
+    found = []
+    for engine in ("native", "torch"):
+        chosen = PrefixSearchOptions(beam=beam, engine=engine, **options)
+        found.append(ctc_prefix_search(log_probs, lens, chosen, tokens, [NgramFusion(model, weight, bonus)]))
+    for native, tensors in zip(*found):
+        most = max(1, min(len(native), len(tensors)) - 1)  # the last may tie with one that is not there
+        totals = [[hypothesis.total for hypothesis in nbest][:most] for nbest in (native, tensors)]
+        assert totals[0] == pytest.approx(totals[1], abs=2e-3, rel=1e-5)
+        assert native[0].scores == pytest.approx(tensors[0].scores, abs=1e-3, rel=1e-5)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_finds_the_same(llm, ngram, tokens):  # noqa: F811

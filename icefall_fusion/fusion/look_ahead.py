@@ -74,7 +74,8 @@ class LookAheadRun:
         self._starts = torch.tensor(tokens.starts_word, device=device)
         # Of each node: all estimates since the root; those until the boundary that was scored last; and how
         # much of the difference ``beam.fused`` holds.
-        self._total, self._scored, self._given = (torch.zeros(0, device=device) for _ in range(3))
+        roots = beam.arena.row_size
+        self._total, self._scored, self._given = (torch.zeros(roots, device=device) for _ in range(3))
 
     def advance(self, beam: Beam, grew: Tensor) -> None:
         """Estimate the pieces that hypotheses [B, K] bool have just grown by."""
@@ -117,8 +118,7 @@ class LookAheadRun:
 
     def finish(self, beam: Beam) -> None:
         """Take back all that was given."""
-        if len(self._given):
-            beam.fused -= self._given[beam.node]
+        beam.fused -= self._given[beam.node]
 
     def _estimate(self, arena: PrefixArena, before: Tensor, piece: Tensor) -> Tensor:
         """Return what prefixes ``before`` get for growing by ``piece``, both [B, K]."""

@@ -36,6 +36,11 @@ class NgramFusion(LmFusion):
     ) -> None:
         super().__init__(lm, weight, word_bonus, eos, source)
 
+    @property
+    def piece_ngram(self) -> PieceNgram:
+        """The n-gram, for searches that read its tables themselves."""
+        return self.lm
+
     def begin(self, beam: Beam, index: int, tokens: Any, ids: Sequence[str]) -> None:
         """Start a batch (see ``Fusion.begin``).
 

@@ -196,7 +196,9 @@ class Fusion(Protocol):
         index: s, its column in ``beam.lm / words / state``; ``begin`` sets it.
 
     An implementation may also have ``ceiling: float`` (default 0.0): the largest raw score that
-    ``extension_scores`` can give. The search leaves out candidate pieces that cannot survive even so.
+    ``extension_scores`` can give. The search leaves out candidate pieces that cannot survive even so. One
+    whose extension scores are those of a back-off n-gram over the pieces may have it as ``piece_ngram``:
+    compiled search then reads its tables instead of asking.
     """
 
     source: str

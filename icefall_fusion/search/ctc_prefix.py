@@ -27,7 +27,7 @@ from icefall_fusion.search.children import Children, columns_kept
 from icefall_fusion.search.export import export_nbests
 from icefall_fusion.search.frame_step import Candidates, Frame, FrameStep
 from icefall_fusion.search.joint import ROUNDING, JointFusion
-from icefall_fusion.search.native import NativeSearch
+from icefall_fusion.search.native import NativeSearch, serves
 from icefall_fusion.search.native_build import load_native
 from icefall_fusion.search.search_input import SearchInput, check_input
 
@@ -53,9 +53,9 @@ class PrefixSearchOptions:
         nbest: hypotheses returned; none: all of the beam.
         frame_shift: seconds per frame, for word times.
         word_times: whether hypotheses carry word times.
-        engine: native: compiled code, for a CPU and without shallow fusion (built by a C++ compiler on first
-            use); torch: tensors, for every device and fusion; auto: native where it can be had and serves,
-            else torch. Both find the same.
+        engine: native: compiled code, for a CPU and without shallow fusion but that of an n-gram (built by a
+            C++ compiler on first use); torch: tensors, for every device and fusion; auto: native where it can
+            be had and serves, else torch. Both find the same.
     """
 
     beam: int = 10
@@ -146,6 +146,8 @@ def _search(log_probs: Tensor, lens: Tensor, options: PrefixSearchOptions, token
     plan = plan_frames(given, options.blank_skip, leave_out=library is None and not joint.fusions)
     if library is not None:
         columns = min(limit, columns_needed(options.beam, pieces, options.beam - 1 if joint.ranks else 0))
+        if any(fusion.weight != 0 or fusion.word_bonus != 0 for fusion in joint.shallow):
+            columns = limit  # those that could survive are found in each frame
         if options.recover_mass:
             columns = columns_kept(options.beam, limit)
         NativeSearch(
@@ -173,8 +175,9 @@ def _native_library(options: PrefixSearchOptions, joint: JointFusion, device: to
     if options.engine == "torch":
         return None
     why = "" if device.type == "cpu" else f"it is for the CPU, the log-probs are on {device}"
-    if joint.extends:
-        why = f"it has no shallow fusion ({', '.join(fusion.source for fusion in joint.shallow)})"
+    if not serves(joint):
+        names = ", ".join(fusion.source for fusion in joint.shallow)
+        why = f"it has no shallow fusion but that of one n-gram over pieces ({names})"
     library = None
     if not why:
         library, why = load_native()

@@ -146,20 +146,32 @@ class JointFusion:
         """
         if not self.fusions:
             return
-        beam.fused = beam.fused.gather(1, source)
-        beam.permute_scores(moved_from)
+        gains, opened = [], None
         if self.shallow and out.pairs.columns:
             place = (chosen - out.beam).clamp_(min=0)
             opened = None if self._opens is None else grew & self._opens.gather(1, place)
-            for fusion, raw in zip(self.shallow, self._raw):
-                gain = raw.gather(1, place).masked_fill_(~grew, 0.0)
-                beam.lm[..., fusion.index] += gain
-                if fusion.weight != 0:
-                    beam.fused += fusion.weight * gain
-                if opened is not None:
-                    beam.words[..., fusion.index] += opened
-                    if fusion.word_bonus != 0:
-                        beam.fused += fusion.word_bonus * opened
+            gains = [raw.gather(1, place).masked_fill_(~grew, 0.0) for raw in self._raw]
+        self.move(beam, source, grew, moved_from, gains, opened)
+
+    def move(self, beam: Beam, source: Tensor, grew: Tensor, moved_from: Tensor, gains: Sequence[Tensor],
+             opened: Optional[Tensor]) -> None:
+        """Move all scores and states to their new slots and pay what slots have gained by growing.
+
+        Args:
+            source, grew, moved_from: see `follow`.
+            gains: raw score [B, K] of each shallow fusion, 0 where a slot did not grow.
+            opened: [B, K] bool, slots that began a word; None: there are no words.
+        """
+        beam.fused = beam.fused.gather(1, source)
+        beam.permute_scores(moved_from)
+        for fusion, gain in zip(self.shallow, gains):
+            beam.lm[..., fusion.index] += gain
+            if fusion.weight != 0:
+                beam.fused += fusion.weight * gain
+            if opened is not None:
+                beam.words[..., fusion.index] += opened
+                if fusion.word_bonus != 0:
+                    beam.fused += fusion.word_bonus * opened
         for fusion in self.fusions:
             fusion.advance(beam, moved_from, grew)
 

@@ -88,12 +88,18 @@ def _processor() -> str:
 
 def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
     library.prefix_search_open.restype = _POINTER
-    library.prefix_search_open.argtypes = [*[_NUMBER] * 5, ctypes.c_int, ctypes.c_double]
+    library.prefix_search_open.argtypes = [
+        *[_NUMBER] * 5, ctypes.c_int, ctypes.c_double, _POINTER, ctypes.c_double, ctypes.c_double,
+    ]  # fmt: skip
+    library.ngram_open.restype = _POINTER
+    library.ngram_open.argtypes = [_NUMBER, _NUMBER, ctypes.c_int, *[_POINTER] * 4]
+    library.ngram_close.restype = None
+    library.ngram_close.argtypes = [_POINTER]
     library.prefix_search_close.restype = None
     library.prefix_search_close.argtypes = [_POINTER]
     library.prefix_search_run.restype = ctypes.c_int
     library.prefix_search_run.argtypes = [
-        _POINTER, _POINTER, _NUMBER, _NUMBER, _POINTER, _POINTER, *[_NUMBER] * 5, *[_POINTER] * 7,
+        _POINTER, _POINTER, _NUMBER, _NUMBER, _POINTER, _POINTER, *[_NUMBER] * 5, *[_POINTER] * 9,
     ]  # fmt: skip
     library.prefix_search_show.restype = None
     pairs = [_POINTER, _NUMBER]  # an array and its stride

@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -21,6 +22,8 @@ constexpr uint64_t kFactor = 0x2545F4914F6CDD1DULL;  // odd: multiplying by it l
 constexpr uint64_t kRootHash = 2, kNoParent = 1;     // nobody has the second one
 constexpr double kTiny = 1e-30;                      // of the best mass: children with less are forgotten
 constexpr double kLost = 0x1p-900, kScaleBelow = 0x1p-100, kLeastDecay = 1e-200;
+constexpr double kRounding = 1e-4;  // nats
+constexpr double kImpossible = 230.0;  // nats: n-grams write 0 as 10^-99
 constexpr double kWide = 300.0;  // nats of language models apart, from which on logarithms rank, not products
 constexpr float kFarBelow = 200.0f;  // nats below a frame's best; what lies further down is found without a floor
 constexpr double kLn2 = 0.693147180559945309417;
@@ -32,11 +35,104 @@ uint64_t mix(uint64_t x) {  // splitmix64: a random key for every piece
   return x ^ (x >> 31);
 }
 
+// A back-off n-gram over pieces (ngram.py) as an automaton: a state is the longest context that it knows.
+class Ngram {
+ public:
+  // For each order: n-grams as numbers in the base of all ids, their log-probs and back-off weights.
+  Ngram(int64_t base, int64_t start, int orders, const int64_t *counts, const int64_t *const *keys,
+        const float *const *scores, const float *const *backoffs)
+      : base_(base), orders_(orders) {
+    size_t entries = 0;
+    for (int n = 0; n < orders; ++n) entries += counts[n];
+    size_t room = 16;
+    while (room < 2 * entries) room *= 2;
+    mask_ = room - 1, keys_.assign(room, kEmpty), scores_.resize(room);
+    states_.push_back({0, 0, 0, 0.0f});
+    for (int n = 1; n < orders; ++n)
+      for (int64_t i = 0; i < counts[n - 1]; ++i) states_[state(n, keys[n - 1][i])].backoff = backoffs[n - 1][i];
+    for (int n = 1; n <= orders; ++n)
+      for (int64_t i = 0; i < counts[n - 1]; ++i) {
+        const int64_t key = keys[n - 1][i];
+        insert(uint64_t(state(n - 1, key / base)) * base + key % base, scores[n - 1][i]);
+      }
+    for (auto &context : states_)  // the next shorter context that is known
+      if (context.length > 0) {
+        int64_t power = 1;
+        for (int n = 1; n < context.length; ++n) power *= base;
+        context.shorter = longest(context.length - 1, context.key % power, power / base);
+      }
+    start_ = orders > 1 ? longest(1, start, 1) : 0;
+  }
+
+  int start() const { return start_; }
+
+  float score(int state, int piece) const {
+    float backoff = 0.0f;
+    for (;; state = states_[state].shorter) {
+      uint64_t key = uint64_t(state) * base_ + piece;
+      for (size_t place = mix(key) & mask_; keys_[place] != kEmpty; place = (place + 1) & mask_)
+        if (keys_[place] == key) return backoff + scores_[place];
+      if (state == 0) return -INFINITY;  // unigrams of all ids are there
+      backoff += states_[state].backoff;
+    }
+  }
+
+  int next(int state, int piece) const {
+    const Context &context = states_[state];
+    int length = context.length + 1;
+    int64_t key = context.key * base_ + piece, power = 1;
+    for (int n = 0; n < context.length; ++n) power *= base_;
+    if (length >= orders_) length = orders_ - 1, key %= power, power /= base_;
+    return orders_ == 1 ? 0 : longest(length, key, power);
+  }
+
+ private:
+  static constexpr uint64_t kEmpty = ~uint64_t(0);
+  struct Context {
+    int length, shorter;
+    int64_t key;
+    float backoff;
+  };
+  int64_t base_;
+  int orders_, start_ = 0;
+  std::vector<Context> states_;
+  std::vector<std::unordered_map<int64_t, int>> numbers_;  // by length
+  size_t mask_;
+  std::vector<uint64_t> keys_;
+  std::vector<float> scores_;
+
+  int state(int length, int64_t key) {  // made if need be
+    if (length == 0) return 0;
+    if (int(numbers_.size()) < length) numbers_.resize(length);
+    const auto found = numbers_[length - 1].emplace(key, int(states_.size()));
+    if (found.second) states_.push_back({length, 0, key, 0.0f});
+    return found.first->second;
+  }
+
+  // The longest known context of these pieces' end; power is base to length - 1.
+  int longest(int length, int64_t key, int64_t power) const {
+    for (; length > 0; --length, key %= power, power = std::max<int64_t>(1, power / base_)) {
+      if (length > int(numbers_.size())) continue;
+      const auto found = numbers_[length - 1].find(key);
+      if (found != numbers_[length - 1].end()) return found->second;
+    }
+    return 0;
+  }
+
+  void insert(uint64_t key, float score) {
+    size_t place = mix(key) & mask_;
+    while (keys_[place] != kEmpty) place = (place + 1) & mask_;
+    keys_[place] = key, scores_[place] = score;
+  }
+};
+
 struct Settings {
   int64_t batch;
   int beam, pieces, blank, columns;
   bool recover;
   double score_beam;  // below 0: none
+  const Ngram *ngram;  // joins at every extension; null: there is none
+  double weight, bonus;
   std::vector<uint64_t> keys;
 };
 
@@ -46,6 +142,7 @@ struct Slot {  // a live prefix
   int64_t node;
   int32_t last;     // piece
   int32_t row;      // of children
+  int32_t context;  // state of the n-gram
   bool repeats;     // the last piece is that before it
 };
 
@@ -62,7 +159,8 @@ struct Tree {  // where prefixes are spelled out: [rows, B, K] of search/arena.p
 
 struct Moves {  // of one utterance's slots in a frame, for those who follow (may be null)
   int64_t *source;
-  uint8_t *grew;
+  uint8_t *grew, *opened;  // opened: a word begins
+  float *gain;             // raw score of the n-gram for what grew
 };
 
 struct Work {  // what a frame needs and leaves nothing of
@@ -125,15 +223,16 @@ void where_reached(const float *values, int count, float floor, Found found) {
     if (values[v] >= floor) found(v);
 }
 
-// Find the best pieces of a frame but blank, in no order. The best n lie in the n groups with the largest maxima, so
-// a floor that n maxima reach is one that n pieces reach, and few more do.
-void best_pieces(const float *row, const Settings &set, Work &work) {
+// Find the best pieces of a frame but blank that reach a floor, in no order. The best n lie in the n groups with the
+// largest maxima, so a floor that n maxima reach is one that n pieces reach, and few more do.
+void best_pieces(const float *row, float floor, const Settings &set, Work &work) {
   const int pieces = set.pieces, wanted = set.columns;
   auto &columns = work.columns;
   columns.clear();
   if (wanted >= pieces - 1) {
-    for (int v = 0; v < pieces; ++v)
+    where_reached(row, pieces, floor, [&](int v) {
       if (v != set.blank) columns.push_back(v);
+    });
     return;
   }
   const int groups = std::min(pieces, (2 * wanted + 31) / 16 * 16);
@@ -148,7 +247,8 @@ void best_pieces(const float *row, const Settings &set, Work &work) {
   for (int v = start; v < pieces; ++v) top[v - start] = std::max(top[v - start], row[v]);
   auto &found = work.found;
   found.clear();
-  where_reached(row, pieces, floor_of(top, groups, wanted + 1), [&](int v) {  // one more: blank may be among them
+  floor = std::max(floor, floor_of(top, groups, wanted + 1));  // one more: blank may be among them
+  where_reached(row, pieces, floor, [&](int v) {
     if (v != set.blank) found.emplace_back(-row[v], v);
   });
   if (int(found.size()) > wanted) {
@@ -164,7 +264,8 @@ class Utterance {
   std::vector<Slot> slots;
 
   void begin(const Settings &set, int64_t number) {
-    slots = {Slot{1.0, 0.0, 1.0, kRootHash, kNoParent, number * set.beam, set.blank, 0, false}};
+    slots = {Slot{1.0, 0.0, 1.0, kRootHash, kNoParent, number * set.beam, set.blank, 0,
+                  set.ngram ? set.ngram->start() : 0, false}};
     slots.reserve(set.beam);
     if (!set.recover) return;
     width_ = set.columns + 1;
@@ -182,16 +283,16 @@ class Utterance {
   void step(const Settings &set, Work &work, const float *row, float best, const float *fused, int64_t first_id,
             const Tree &tree, const Moves &moves) {
     rests_ = false;
-    best_pieces(row, set, work);
-    const int columns = int(work.columns.size());
     const double blank = std::exp(double(row[set.blank]) - best);
+    weigh(set, fused, work);
+    stay(set, work, row, best, blank);
+    best_pieces(row, least_score(set, work, best), set, work);
+    const int columns = int(work.columns.size());
     for (int j = 0; j < columns; ++j) {
       work.probability[j] = std::exp(double(row[work.columns[j]]) - best);
       work.column_of[work.columns[j]] = j;
     }
-    weigh(fused, work);
-    stay(set, work, row, best, blank);
-    extend(set, work, blank);
+    extend(set, work, tree, blank);
     choose(set, work);
     move(set, work, first_id, tree, moves);
     if (set.recover) keep_children(set, work, blank);
@@ -209,18 +310,20 @@ class Utterance {
   std::vector<int32_t> before_;
   bool wide_ = false, rests_ = false;
 
+  double with_nats(double key, double nats) const { return wide_ ? key + nats : key * std::exp(nats); }
+
   double key(double mass, double factor) const { return wide_ ? std::log(mass) + factor : mass * factor; }
 
   // What language models add to the ranking: a factor, or nats where those are far apart.
-  void weigh(const float *fused, Work &work) {
-    wide_ = false;
-    if (!fused) {
-      std::fill(work.factor.begin(), work.factor.end(), 1.0);
+  void weigh(const Settings &set, const float *fused, Work &work) {
+    const double reach = set.ngram ? set.weight * kImpossible + std::abs(set.bonus) : 0.0;
+    wide_ = !(reach < kWide);
+    if (!fused || slots.empty()) {
+      std::fill(work.factor.begin(), work.factor.end(), wide_ ? 0.0 : 1.0);
       return;
     }
-    if (slots.empty()) return;
     const auto ends = std::minmax_element(fused, fused + slots.size());
-    wide_ = !(double(*ends.second) - *ends.first < kWide);
+    wide_ = !(double(*ends.second) - *ends.first + reach < kWide);
     for (size_t k = 0; k < slots.size(); ++k)
       work.factor[k] = wide_ ? double(fused[k]) : std::exp(double(fused[k]) - *ends.second);
   }
@@ -246,8 +349,32 @@ class Utterance {
     }
   }
 
+  // The floor of the keys: a way must beat the worst stay where there is one in every slot.
+  double floor_key(const Settings &set, const Work &work) const {
+    double floor = std::numeric_limits<double>::infinity();
+    for (const Way &way : work.ways) floor = std::min(floor, way.key);
+    return int(work.ways.size()) == set.beam ? floor : -std::numeric_limits<double>::infinity();
+  }
+
+  // The least log-prob of a piece that could survive if the n-gram were certain of it; -inf without an n-gram or with
+  // mass to recover, where the number of pieces is bounded instead.
+  float least_score(const Settings &set, const Work &work, float best) const {
+    if (!set.ngram || !weighs(set) || set.recover || slots.empty()) return -INFINITY;
+    double most = -std::numeric_limits<double>::infinity();
+    for (size_t k = 0; k < slots.size(); ++k) most = std::max(most, key(slots[k].total, work.factor[k]));
+    const double floor = floor_key(set, work);
+    const double needed = wide_ ? floor - most : std::log(std::max(floor, 0.0) / most);
+    return float(needed - std::max(0.0, set.bonus) + best - kRounding);
+  }
+
+  bool weighs(const Settings &set) const { return set.weight != 0 || set.bonus != 0; }
+
+  bool opens(const Tree &tree, const Slot &slot, int piece, const Settings &set) const {
+    return tree.starts && (tree.starts[piece] || slot.last == set.blank);
+  }
+
   // All slots by all columns. What is a live prefix itself is struck out.
-  void extend(const Settings &set, Work &work, double blank) {
+  void extend(const Settings &set, Work &work, const Tree &tree, double blank) {
     const int count = int(slots.size()), columns = int(work.columns.size());
     const int32_t *pieces = work.columns.data();
     const double *probability = work.probability.data();
@@ -256,11 +383,7 @@ class Utterance {
       const int place = work.parent[k] < 0 ? -1 : work.column_of[slots[k].last];
       if (place >= 0) work.struck[size_t(work.parent[k]) * columns + place] = 1;
     }
-    double floor = -std::numeric_limits<double>::infinity();
-    if (int(work.ways.size()) == set.beam) {  // a way must beat the worst stay
-      floor = work.ways[0].key;
-      for (const Way &way : work.ways) floor = std::min(floor, way.key);
-    }
+    const double floor = floor_key(set, work);
     if (set.recover) {
       for (size_t j = 0; j < before_.size(); ++j) work.column_before[before_[j]] = int(j);
       for (int j = 0; j < columns; ++j) work.was[j] = work.column_before[pieces[j]];
@@ -285,7 +408,18 @@ class Utterance {
       const uint8_t *struck = work.struck.data() + size_t(k) * columns;
       const double factor = work.factor[k];
       const int first = set.beam + k * columns;
-      if (wide_) {
+      if (set.ngram && weighs(set)) {
+        const double ceiling = std::max(0.0, set.bonus), least = wide_ ? floor : std::max(floor, 0.0);
+        for (int j = 0; j < columns; ++j) {
+          if (!(total[j] > 0) || struck[j]) continue;
+          const double bare = key(total[j], factor);
+          if (!(with_nats(bare, ceiling) > least)) continue;
+          const double gain = set.weight * set.ngram->score(slot.context, pieces[j]) +
+                              (opens(tree, slot, pieces[j], set) ? set.bonus : 0.0);
+          const double full = with_nats(bare, gain);
+          if (full > least) work.ways.push_back({full, first + j});
+        }
+      } else if (wide_) {
         for (int j = 0; j < columns; ++j)
           if (total[j] > 0 && !struck[j] && std::log(total[j]) + factor > floor)
             work.ways.push_back({std::log(total[j]) + factor, first + j});
@@ -339,7 +473,11 @@ class Utterance {
       const int64_t id = first_id + k;
       const double total = work.total[place], open = work.open[place];
       work.next.push_back({std::max(0.0, total - open), open, total, (old.hash * kFactor) ^ set.keys[piece], old.hash,
-                           id, piece, -1, piece == old.last});
+                           id, piece, -1, set.ngram ? set.ngram->next(old.context, piece) : 0, piece == old.last});
+      if (moves.gain) {
+        moves.gain[k] = set.ngram->score(old.context, piece);
+        moves.opened[k] = opens(tree, old, piece, set);
+      }
       tree.parents[id] = old.node, tree.pieces[id] = piece;
       if (tree.boundaries) tree.boundaries[id] = tree.starts[piece] ? old.node : tree.boundaries[old.node];
     }
@@ -404,10 +542,19 @@ struct Search {
 
 extern "C" {
 
+void *ngram_open(int64_t base, int64_t start, int orders, const int64_t *counts, const int64_t *const *keys,
+                 const float *const *scores, const float *const *backoffs) {
+  return new Ngram(base, start, orders, counts, keys, scores, backoffs);
+}
+
+void ngram_close(void *ngram) { delete static_cast<Ngram *>(ngram); }
+
+// ngram (or null) must live as long as the search; its score counts `weight`, a word that begins `bonus`.
 void *prefix_search_open(int64_t batch, int64_t beam, int64_t pieces, int64_t blank, int64_t columns, int recover,
-                         double score_beam) {
+                         double score_beam, const void *ngram, double weight, double bonus) {
   auto *search = new Search();
-  search->set = {batch, int(beam), int(pieces), int(blank), int(columns), recover != 0, score_beam, {}};
+  search->set = {batch, int(beam), int(pieces), int(blank), int(columns), recover != 0, score_beam,
+                 static_cast<const Ngram *>(ngram), weight, bonus, {}};
   for (int64_t v = 0; v < pieces; ++v) search->set.keys.push_back(mix(uint64_t(v) + 20250109));
   search->utterances.resize(batch);
   for (int64_t b = 0; b < batch; ++b) search->utterances[b].begin(search->set, b);
@@ -419,12 +566,13 @@ void prefix_search_close(void *handle) { delete static_cast<Search *>(handle); }
 // Search frames begin..end of the utterances first..last; return whether any slot moved or grew in the last of them.
 //
 // log_probs: float [B, T, V] by strides; best: float [B, T]; searched: bool [B, T]; fused (or null): float
-// [B, K]; parents, pieces, boundaries (or null): int64 [rows, B, K]; starts: bool [V]; source (or null): int64 [B, K];
-// grew: bool [B, K].
+// [B, K]; parents, pieces, boundaries (or null): int64 [rows, B, K]; starts (or null): bool [V]; source (or null):
+// int64 [B, K]; grew: bool [B, K]; opened, gain (both or none, with an n-gram): bool, float [B, K], of what grew.
 int prefix_search_run(void *handle, const float *log_probs, int64_t row_stride, int64_t frame_stride,
                       const float *best, const uint8_t *searched, int64_t frames, int64_t begin, int64_t end,
                       int64_t first, int64_t last, const float *fused, int64_t *parents, int64_t *pieces,
-                      int64_t *boundaries, const uint8_t *starts, int64_t *source, uint8_t *grew) {
+                      int64_t *boundaries, const uint8_t *starts, int64_t *source, uint8_t *grew, uint8_t *opened,
+                      float *gain) {
   auto &search = *static_cast<Search *>(handle);
   const Settings &set = search.set;
   const Tree tree{parents, pieces, boundaries, starts};
@@ -432,7 +580,9 @@ int prefix_search_run(void *handle, const float *log_probs, int64_t row_stride, 
   bool moved = false;
   for (int64_t b = first; b < last; ++b) {
     auto &utterance = search.utterances[b];
-    const Moves moves{source ? source + b * set.beam : nullptr, grew ? grew + b * set.beam : nullptr};
+    const int64_t row = b * set.beam;
+    const Moves moves{source ? source + row : nullptr, grew ? grew + row : nullptr, opened ? opened + row : nullptr,
+                      gain ? gain + row : nullptr};
     for (int64_t t = begin; t < end; ++t) {
       const int64_t place = b * frames + t;
       if (searched[place]) {
