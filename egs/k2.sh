@@ -73,6 +73,10 @@ k2_stages() { # number
   local given=() confirmation=()
   if [ "$stage" -gt "$1" ] || [ "$stop_stage" -lt "$1" ] || [ -f "$marks/.k2-decode.done" ]; then return; fi
   if ! find_k2 || ! find_lmplz; then return; fi
+  if [ "$config" != full ]; then # little text
+    k2_word_count=1 k2_prune=0 k2_reprune=0
+    k2_ngram=(--discount_fallback true)
+  fi
   if wanted "$1" graph; then
     make_graphs
     finish graph

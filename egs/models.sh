@@ -114,6 +114,7 @@ decode_option() { # as common_option
     --device) device=$2 ;;
     --limit) limit=$(number "$1" "$2") ;;     # decode only so many utterances of each set; 0: all
     --printed-wer) scoring=(--printed_wer "$2") ;;
+    --k2) if declare -F k2_stages >/dev/null; then with_k2=$2; else taken=0; fi ;;
     --confirm) confirm=$(number "$1" "$2") ;; # tuning decodes so many utterances of dev; 0: from N-best lists alone
     *) taken=0 ;;
   esac

@@ -62,9 +62,22 @@ class Ngram {
         context.shorter = longest(context.length - 1, context.key % power, power / base);
       }
     start_ = orders > 1 ? longest(1, start, 1) : 0;
+    most_.assign(states_.size(), -INFINITY);
+    for (size_t place = 0; place < room; ++place)
+      if (keys_[place] != kEmpty) {
+        float &most = most_[keys_[place] / base];
+        most = std::max(most, scores_[place]);
+      }
+    for (int length = 1; length < orders; ++length)  // shorter contexts first
+      for (size_t i = 1; i < states_.size(); ++i)
+        if (states_[i].length == length)
+          most_[i] = std::max(most_[i], states_[i].backoff + most_[states_[i].shorter]);
   }
 
   int start() const { return start_; }
+
+  // The most that any piece scores after a context.
+  float most(int state) const { return most_[state]; }
 
   float score(int state, int piece) const {
     float backoff = 0.0f;
@@ -99,7 +112,7 @@ class Ngram {
   std::vector<std::unordered_map<int64_t, int>> numbers_;  // by length
   size_t mask_;
   std::vector<uint64_t> keys_;
-  std::vector<float> scores_;
+  std::vector<float> scores_, most_;
 
   int state(int length, int64_t key) {  // made if need be
     if (length == 0) return 0;
@@ -287,6 +300,8 @@ class Utterance {
     weigh(set, fused, work);
     stay(set, work, row, best, blank);
     best_pieces(row, least_score(set, work, best), set, work);
+    if (set.ngram)
+      std::sort(work.columns.begin(), work.columns.end(), [&](int one, int other) { return row[one] > row[other]; });
     const int columns = int(work.columns.size());
     for (int j = 0; j < columns; ++j) {
       work.probability[j] = std::exp(double(row[work.columns[j]]) - best);
@@ -383,7 +398,7 @@ class Utterance {
       const int place = work.parent[k] < 0 ? -1 : work.column_of[slots[k].last];
       if (place >= 0) work.struck[size_t(work.parent[k]) * columns + place] = 1;
     }
-    const double floor = floor_key(set, work);
+    double floor = floor_key(set, work);
     if (set.recover) {
       for (size_t j = 0; j < before_.size(); ++j) work.column_before[before_[j]] = int(j);
       for (int j = 0; j < columns; ++j) work.was[j] = work.column_before[pieces[j]];
@@ -409,16 +424,25 @@ class Utterance {
       const double factor = work.factor[k];
       const int first = set.beam + k * columns;
       if (set.ngram && weighs(set)) {
-        const double ceiling = std::max(0.0, set.bonus), least = wide_ ? floor : std::max(floor, 0.0);
-        for (int j = 0; j < columns; ++j) {
+        const double ceiling = std::max(0.0, set.bonus) + set.weight * set.ngram->most(slot.context);
+        double least = wide_ ? floor : std::max(floor, 0.0);
+        for (int j = 0; j < columns; ++j) {  // the most probable piece first
           if (!(total[j] > 0) || struck[j]) continue;
           const double bare = key(total[j], factor);
-          if (!(with_nats(bare, ceiling) > least)) continue;
+          if (!(with_nats(bare, ceiling) > least)) {
+            if (set.recover || j == same) continue;
+            break;
+          }
           const double gain = set.weight * set.ngram->score(slot.context, pieces[j]) +
                               (opens(tree, slot, pieces[j], set) ? set.bonus : 0.0);
           const double full = with_nats(bare, gain);
-          if (full > least) work.ways.push_back({full, first + j});
+          if (!(full > least)) continue;
+          work.ways.push_back({full, first + j});
+          if (int(work.ways.size()) < 3 * set.beam) continue;
+          best_ways(set, work);  // a way must beat all of these
+          least = work.ways.back().key;
         }
+        floor = least;
       } else if (wide_) {
         for (int j = 0; j < columns; ++j)
           if (total[j] > 0 && !struck[j] && std::log(total[j]) + factor > floor)
@@ -435,13 +459,16 @@ class Utterance {
     return way.index < set.beam ? work.stay_total[way.index] : work.total[way.index - set.beam];
   }
 
-  // Leave the best K ways, best first.
+  // Leave the best K ways, the worst of them last.
+  void best_ways(const Settings &set, Work &work) const {
+    std::nth_element(work.ways.begin(), work.ways.begin() + set.beam - 1, work.ways.end());
+    work.ways.resize(set.beam);
+  }
+
+  // Leave the best K ways that are good enough, best first.
   void choose(const Settings &set, Work &work) {
     auto &ways = work.ways;
-    if (int(ways.size()) > set.beam) {
-      std::nth_element(ways.begin(), ways.begin() + set.beam, ways.end());
-      ways.resize(set.beam);
-    }
+    if (int(ways.size()) > set.beam) best_ways(set, work);
     std::sort(ways.begin(), ways.end());
     if (ways.empty()) return;
     const double best = ways[0].key, beam = set.score_beam;

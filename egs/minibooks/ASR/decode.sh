@@ -25,12 +25,7 @@ with_k2=true
 
 while [ $# -gt 0 ]; do
   decode_option "$@"
-  if [ "$taken" -eq 0 ]; then
-    case "$1" in
-      --k2) with_k2=$2 taken=2 ;;
-      *) unknown_option "$1" ;;
-    esac
-  fi
+  if [ "$taken" -eq 0 ]; then unknown_option "$1"; fi
   shift "$taken"
 done
 
@@ -42,10 +37,6 @@ if [ -z "$pretrained_dir" ]; then # what train.sh made, or else the published mo
   if [ "$config" = full ] && [ ! -d "$pretrained_dir" ]; then pretrained_dir=$here/pretrained; fi
 fi
 log "models of $pretrained_dir"
-if [ "$config" != full ]; then # little text
-  k2_word_count=1 k2_prune=0 k2_reprune=0
-  k2_ngram=(--discount_fallback true)
-fi
 models=(--emissions.model "$pretrained_dir/ctc_aed" --emissions.device "$device")
 for name in nlm llm matched_llm; do
   models+=("--$name.path" "$pretrained_dir/$name")
