@@ -143,6 +143,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--budget", type=float, default=20.0, help="seconds a decoder; slower ones run once")
     parser.add_argument("--only", default="", help="only decoders whose name has this in it")
+    parser.add_argument("--leave-out", nargs="+", default=[], help="decoders by name, e.g. slow ones")
     parser.add_argument("--device", default="cpu", help="of our decoders, e.g. cuda; the others know the CPU")
     parser.add_argument("--output", default="bench/search.json")
     args = parser.parse_args()
@@ -152,7 +153,8 @@ def main() -> None:
         for name, smeared in (("peaky", 0.01), ("smeared", 0.08)):
             made = synthetic_emissions(args.batch, args.frames, smeared=smeared)
             sets.append(Data(name, *made, seconds=args.batch * args.frames * 0.04))
-    decoders = [d for d in all_decoders(args.beams, args.blank) if args.only in d.name]
+    decoders = all_decoders(args.beams, args.blank)
+    decoders = [d for d in decoders if args.only in d.name and d.name not in args.leave_out]
     settings = (args.blank, args.rounds, args.budget, args.device)
     rows = [row for data in sets for row in measure(data, decoders, *settings)]
     show(rows)
