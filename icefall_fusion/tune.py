@@ -90,7 +90,8 @@ def run(options: TuneOptions) -> int:
         confirmed = _Confirmation(options)
         for method in weights:
             if any(part.in_search for part in parse_method(method)):
-                weights[method], wer[method] = confirmed.improve(method, weights[method])
+                simpler = [found for found in weights.values() if set(found) < set(weights[method])]
+                weights[method], wer[method] = confirmed.improve(method, weights[method], simpler)
                 _write(options.out, weights, wer)  # hours with a large LM: a kill loses one method at most
         code = SKIPPED_SOME if confirmed.skipped else 0
     print(_write(options.out, weights, wer))
@@ -263,12 +264,21 @@ class _Confirmation:
         self.references = {u.id: u.text or "" for u in utterances if u.id not in self.skipped}
         check(len(self.emissions) > 0, "TuneOptions.confirm.test_sets", "have audio that can be read", 0)
 
-    def improve(self, method: str, weights: Mapping[str, float]) -> tuple[dict[str, float], float]:
+    def improve(
+        self, method: str, weights: Mapping[str, float], simpler: Sequence[Mapping[str, float]] = ()
+    ) -> tuple[dict[str, float], float]:
         """Climb from the best of several starts, with ever smaller steps; return weights and WER in percent.
 
         A language model in the first pass changes which hypotheses survive, so that it mostly takes larger
         weights than a second pass over a beam that was pruned without it. Hence the further starts: a usual
-        first-pass weight, and what an earlier method with the same sources ended with.
+        first-pass weight, what an earlier method with the same sources ended with, and the weights of methods
+        with fewer sources beside usual ones. (A second pass over paths of a lattice, say, needs little of the
+        graph's own score, for the paths were drawn by it; a beam search along it is lost without.)
+
+        Args:
+            method: its name.
+            weights: found from N-best lists.
+            simpler: weights of methods that have some of its sources.
         """
         seen: dict[tuple[float, ...], float] = {}
 
@@ -284,7 +294,8 @@ class _Confirmation:
         for part in parse_method(method):
             if part.in_search:
                 usual[part.source] = FIRST_PASS_WEIGHT
-        best = min([dict(weights), usual, *self.found.get(names, [])], key=wer)
+        fewer = [{**usual, **found} for found in simpler]
+        best = min([dict(weights), usual, *fewer, *self.found.get(names, [])], key=wer)
         for fineness in range(self.options.confirm_rounds):
             for source in [name for name in names if name != "ctc"]:
                 for direction in (1, -1):

@@ -3,6 +3,7 @@ Knows: decode, tune, tiny models. Must not know: k2.
 """
 from __future__ import annotations
 
+import ast
 import json
 
 import pytest
@@ -116,7 +117,8 @@ def test_a_fusion_at_the_end_is_the_beam_rescored(models, tmp_path) -> None:
     assert lists[0] == lists[1] == lists[2]
 
 
-def test_tune_takes_lists_of_lattices_as_any_others(models, decoded, tmp_path) -> None:
+def test_tune_takes_lists_of_lattices_as_any_others(models, decoded, tmp_path, caplog) -> None:
+    caplog.set_level("INFO")
     name = "k2-nbest-ngram-rescoring+attention-rescoring+llm-nbest-rescoring"
     assert run(options(models, tmp_path / "all", name)) == 0
     code = main([
@@ -131,8 +133,8 @@ def test_tune_takes_lists_of_lattices_as_any_others(models, decoded, tmp_path) -
     # and confirms by decoding
     code = main([
         "tune", "--nbest", str(tmp_path / "all" / f"nbest-test-{name}.jsonl"), "--ref", models["cuts"],
-        "--methods", "k2-llm-delayed-shortest", "--out", str(tmp_path / "confirmed.yaml"), "--rounds", "1",
-        "--confirm_rounds", "1", "--confirm.test_sets", json.dumps({"test": models["cuts"]}), "--confirm.out",
+        "--methods", "k2-1best,k2-llm-delayed-shortest", "--out", str(tmp_path / "confirmed.yaml"),
+        "--rounds", "1", "--confirm_rounds", "1", "--confirm.test_sets", json.dumps({"test": models["cuts"]}), "--confirm.out",
         str(tmp_path), "--confirm.emissions.model", models["model"], "--confirm.llm.path", models["llm"],
         "--confirm.k2.saved", models["lattices"], "--confirm.k2.beam.beam", "4",
     ])  # fmt: skip
@@ -140,6 +142,12 @@ def test_tune_takes_lists_of_lattices_as_any_others(models, decoded, tmp_path) -
     confirmed = yaml.safe_load((tmp_path / "confirmed.yaml").read_text())
     assert set(confirmed["weights"]["k2-llm-delayed-shortest"]) == {"hlg", "llm", "words"}
     assert "k2-llm-delayed-shortest" in confirmed["dev_wer"]
+    # from the weights of methods with fewer sources, too
+    found = confirmed["weights"]["k2-1best"]
+    tried = [message for message in caplog.messages if "by decoding with" in message]
+    starts = [ast.literal_eval(message.split("decoding with ")[1]) for message in tried]
+    assert any(start["hlg"] == pytest.approx(found["hlg"], abs=1e-3) and
+               start["words"] == pytest.approx(found["words"], abs=1e-3) for start in starts)  # fmt: skip
 
 
 def test_names_say_what_methods_need() -> None:
