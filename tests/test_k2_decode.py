@@ -135,7 +135,8 @@ def test_tune_takes_lists_of_lattices_as_any_others(models, decoded, tmp_path, c
         "tune", "--nbest", str(tmp_path / "all" / f"nbest-test-{name}.jsonl"), "--ref", models["cuts"],
         "--methods", "k2-1best,k2-llm-delayed-shortest", "--out", str(tmp_path / "confirmed.yaml"),
         "--rounds", "1", "--confirm_rounds", "1", "--confirm.out", str(tmp_path),
-        "--confirm.test_sets", json.dumps({"test": models["cuts"]}), "--confirm.emissions.model", models["model"], "--confirm.llm.path", models["llm"],
+        "--confirm.test_sets", json.dumps({"test": models["cuts"]}),
+        "--confirm.emissions.model", models["model"], "--confirm.llm.path", models["llm"],
         "--confirm.k2.saved", models["lattices"], "--confirm.k2.beam.beam", "4",
     ])  # fmt: skip
     assert code == 0
