@@ -34,14 +34,15 @@ class LatticeBeamOptions:
     """Options of the beam search along a lattice.
 
     Args:
-        beam: hypotheses kept an utterance.
+        beam: hypotheses kept an utterance. The same words stand in many states of a lattice at a time, so it
+            takes ten times the beam of the prefix search to keep as many different words.
         merge: sum: the masses of equal words in the same state add, as in the prefix search; max: the best
             path counts, as k2's shortest path has it.
         score_beam: hypotheses that score this many nats less than the best are dropped; none: no limit.
         nbest: hypotheses returned; none: all of the beam.
     """
 
-    beam: int = 20
+    beam: int = 100
     merge: str = "sum"
     score_beam: Optional[float] = None
     nbest: Optional[int] = None
