@@ -21,8 +21,6 @@ from icefall_fusion.search.beam import Beam
 from icefall_fusion.search.candidates import FramePlan
 from icefall_fusion.search.joint import JointFusion
 
-_TABLES: MutableMapping[PieceNgram, _NativeNgram]
-
 
 def serves(joint: JointFusion) -> bool:
     """Return whether compiled code has what the fusions need: no shallow fusion, or that of one n-gram."""
@@ -49,7 +47,7 @@ class _NativeNgram:
         weakref.finalize(self, library.ngram_close, self.handle)
 
 
-_TABLES = weakref.WeakKeyDictionary()
+_TABLES: MutableMapping[PieceNgram, _NativeNgram] = weakref.WeakKeyDictionary()  # made once an n-gram
 
 
 class NativeSearch:
