@@ -393,7 +393,7 @@ class Utterance {
     const int count = int(slots.size()), columns = int(work.columns.size());
     const int32_t *pieces = work.columns.data();
     const double *probability = work.probability.data();
-    std::fill(work.struck.begin(), work.struck.end(), 0);
+    std::fill_n(work.struck.begin(), size_t(count) * columns, 0);
     for (int k = 0; k < count; ++k) {
       const int place = work.parent[k] < 0 ? -1 : work.column_of[slots[k].last];
       if (place >= 0) work.struck[size_t(work.parent[k]) * columns + place] = 1;

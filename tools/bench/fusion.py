@@ -12,7 +12,6 @@ shallow fusion needs it; the default is what users get. Methods take turns batch
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -21,11 +20,10 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
+import figures  # noqa: E402
 import speech  # noqa: E402
 
 from icefall_fusion.decode import Decoder  # noqa: E402
-from icefall_fusion.files import write_json  # noqa: E402
-from icefall_fusion.runlog import describe_environment  # noqa: E402
 from icefall_fusion.search import PrefixSearchOptions  # noqa: E402
 
 METHODS = (
@@ -106,10 +104,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="of torch on a CPU")
     parser.add_argument("--output", default="bench/fusion.json")
     args = parser.parse_args()
-    rows = measure(args)
-    environment = describe_environment(args.device)
-    write_json(args.output, {"machine": environment, "options": vars(args), "rows": rows})
-    print(f"\nwritten: {args.output}; machine: {json.dumps(environment)}")
+    figures.write(args, measure(args))
 
 
 if __name__ == "__main__":

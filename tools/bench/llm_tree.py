@@ -35,6 +35,7 @@ from torch import Tensor
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
+import figures  # noqa: E402
 import speech  # noqa: E402
 
 from icefall_fusion.decode import Decoder  # noqa: E402
@@ -328,25 +329,9 @@ def rates(device: str, dtype: str) -> tuple[float, float]:
     target = torch.empty_like(source)
     side = 4096 if device == "cuda" else 1024
     left, right = (torch.randn(side, side, device=device).to(kind) for _ in range(2))
-    copy = _best(lambda: target.copy_(source), device)
-    multiply = _best(lambda: left @ right, device)
+    copy = figures.least_seconds(lambda: target.copy_(source), 7, device)
+    multiply = figures.least_seconds(lambda: left @ right, 7, device)
     return 2 * size / copy, 2 * side**3 / multiply
-
-
-def _best(work: Callable[[], Any], device: str, rounds: int = 7) -> float:
-    times = []
-    for _ in range(rounds):
-        _wait(device)
-        begun = time.perf_counter()
-        work()
-        _wait(device)
-        times.append(time.perf_counter() - begun)
-    return min(times)
-
-
-def _wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 @torch.inference_mode()
@@ -360,10 +345,10 @@ def replay(
     for batch, recorded in batches:
         scorer = WAYS[way](lm, batch)
         for event in recorded:
-            _wait(device)
+            figures.wait(device)
             begun = time.perf_counter()
             found = scorer.score(event)
-            _wait(device)
+            figures.wait(device)
             seconds += time.perf_counter() - begun
             scores.append(found)
             events += 1

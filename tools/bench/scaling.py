@@ -10,10 +10,8 @@ and b told: 1 is linear, 0 is free.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
-import time
 from pathlib import Path
 from typing import Any, Callable, Sequence
 
@@ -22,29 +20,16 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
+import figures  # noqa: E402
 from synthetic_emissions import synthetic_emissions  # noqa: E402
 
-from icefall_fusion.files import write_json  # noqa: E402
 from icefall_fusion.fusion import DelayedFusion, FixedInterval  # noqa: E402
 from icefall_fusion.lm import CausalLm  # noqa: E402
 from icefall_fusion.pretrained import FOLDER  # noqa: E402
-from icefall_fusion.runlog import describe_environment  # noqa: E402
 from icefall_fusion.search import PrefixSearchOptions, ctc_prefix_search  # noqa: E402
 from icefall_fusion.tokens import AcousticTokens  # noqa: E402
 
 Work = Callable[[], Any]
-
-
-def seconds_of(work: Work, rounds: int, device: str) -> float:
-    """Return the least time of a few rounds."""
-    times = []
-    for _ in range(rounds + 1):  # the first one warms up
-        begun = time.perf_counter()
-        work()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - begun)
-    return min(times[1:])
 
 
 def exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
@@ -87,7 +72,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
             costs = []
             for size in sizes:
                 work = searches.make(name, **{**middle, thing: size})
-                costs.append(seconds_of(work, args.rounds, args.device))
+                costs.append(figures.least_seconds(work, args.rounds, args.device))
             slope = exponent(sizes, costs)
             row = {"search": name, "varied": thing, "sizes": sizes, "seconds": costs, "exponent": slope}
             rows.append(row)
@@ -111,10 +96,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.device == "cpu":
         torch.set_num_threads(1)
-    rows = measure(args)
-    environment = describe_environment(args.device)
-    write_json(args.output, {"machine": environment, "options": vars(args), "rows": rows})
-    print(f"\nwritten: {args.output}; machine: {json.dumps(environment)}")
+    figures.write(args, measure(args))
 
 
 if __name__ == "__main__":

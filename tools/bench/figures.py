@@ -1,0 +1,43 @@
+"""What benchmarks share: the least time of a few rounds, and figures to JSON with the machine.
+Knows: devices, files. Must not know: what is measured.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any, Callable
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from icefall_fusion.files import write_json
+from icefall_fusion.runlog import describe_environment
+
+
+def least_seconds(work: Callable[[], Any], rounds: int, device: str) -> float:
+    """Return the least time of a few rounds, the device's queue included; one more round warms up."""
+    times = []
+    for _ in range(rounds + 1):
+        wait(device)
+        begun = time.perf_counter()
+        work()
+        wait(device)
+        times.append(time.perf_counter() - begun)
+    return min(times[1:])
+
+
+def wait(device: str) -> None:
+    """Wait until the device has done what it was given."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def write(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """Write rows to ``args.output``, with the machine and the options, and say so."""
+    environment = describe_environment(args.device)
+    write_json(args.output, {"machine": environment, "options": vars(args), "rows": rows})
+    print(f"\nwritten: {args.output}; machine: {json.dumps(environment)}")
