@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <memory>
 #include <unordered_map>
 #include <utility>
 #include <vector>
@@ -563,6 +564,7 @@ class Utterance {
 struct Search {
   Settings set;
   std::vector<Utterance> utterances;
+  std::unique_ptr<Work> work;  // of the one thread that searches frame by frame
 };
 
 }  // namespace
@@ -603,7 +605,10 @@ int prefix_search_run(void *handle, const float *log_probs, int64_t row_stride, 
   auto &search = *static_cast<Search *>(handle);
   const Settings &set = search.set;
   const Tree tree{parents, pieces, boundaries, starts};
-  Work work(set);
+  std::unique_ptr<Work> own;  // several threads may each search all frames of some utterances
+  auto &place_for_work = source ? search.work : own;
+  if (!place_for_work) place_for_work = std::make_unique<Work>(set);
+  Work &work = *place_for_work;
   bool moved = false;
   for (int64_t b = first; b < last; ++b) {
     auto &utterance = search.utterances[b];
