@@ -1,7 +1,7 @@
 # shellcheck shell=bash disable=SC2034,SC2154 # variables of who sources it
 # What the decode.sh of every recipe does with k2: graphs, lattices, the methods k2-*. Source it after models.sh; it
 # runs nothing. k2 is taken from $python, or else from $K2_PYTHON or .venv-k2 (tools/setup_k2_ci_env.sh): then
-# log-probs go there and lattices come back.
+# log-probs go there and lattices come back. --methods other than all names no row of k2, so none is made.
 
 repo=$(cd "$here/../../.." && pwd)
 k2_python=
@@ -72,6 +72,10 @@ k2_stages() { # number
   local whole=k2-whole-lattice-ngram-rescoring weights=$exp_dir/weights-k2.yaml tuning=$exp_dir/tune-k2 name option
   local given=() confirmation=()
   if [ "$stage" -gt "$1" ] || [ "$stop_stage" -lt "$1" ] || [ -f "$marks/.k2-decode.done" ]; then return; fi
+  if [ "$methods" != all ]; then
+    log "the rows of k2 are left out: --methods $methods"
+    return
+  fi
   if ! find_k2 || ! find_lmplz; then return; fi
   if [ "$config" != full ]; then # little text
     k2_word_count=1 k2_prune=0 k2_reprune=0
@@ -87,6 +91,7 @@ k2_stages() { # number
     if [ "$confirm" -gt 0 ]; then
       { echo "confirm:"; sed 's/^/  /' "$conf_file"; } >"$tuning/confirm.yaml"
       confirmation=(--config "$tuning/confirm.yaml")
+      if [ "$limit" -gt 0 ]; then limit=$confirm lattices_of "$dev_set"; fi # of other utterances
       for option in "${models[@]}" "${k2_options[@]}"; do confirmation+=("${option/#--/--confirm.}"); done
       confirmation+=(--confirm.test_sets "{$dev_set: $(cuts "$dev_set")}" --confirm.limit "$confirm")
       confirmation+=(--confirm.out "$tuning")

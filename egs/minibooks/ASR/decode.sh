@@ -5,12 +5,12 @@
 #   bash decode.sh --config tiny                     # what prepare.sh and train.sh made with --config tiny
 #   bash decode.sh --stage 2 --methods nlm-shallow,llm-delayed-shortest --device cuda --world-size 4
 #
-# Stages: 0 decode dev for tuning (all scores of an N-best list), 1 tune weights (on dev alone), 2 decode the
-# test sets, 3 report. Where k2 is (in this Python, in K2_PYTHON or in .venv-k2), stage 2 adds its rows: graphs
-# (HLG, G) from the training text, lattices, weights of their own (weights-k2.yaml); it says why not otherwise,
-# and --k2 false leaves them out. Weights go to weights.yaml in --exp-dir. Every stage can be killed and run again:
-# finished utterances are kept. A finished stage leaves a .done mark and is skipped; remove the mark (and the
-# outputs) to run it again. --limit N decodes N utterances of each set, --confirm N (64) so many in tuning.
+# Stages: 0 decode dev for tuning (all scores of an N-best list), 1 tune weights (on dev alone), 2 decode the test
+# sets, 3 report. Where k2 is (in this Python, in K2_PYTHON or in .venv-k2), stage 2 adds its rows: graphs (HLG, G)
+# from the training text, lattices, weights of their own (weights-k2.yaml); it says why not otherwise, and --k2 false,
+# or --methods that name others, leave them out. Weights go to weights.yaml in --exp-dir. Every stage can be killed
+# and run again: finished utterances are kept. A finished stage leaves a .done mark and is skipped; remove the mark
+# (and the outputs) to run it again. --limit N decodes N utterances of each set, --confirm N (64) so many in tuning.
 # Exit code 3: done, but some audio was skipped (it is listed).
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
