@@ -49,6 +49,21 @@ def _part() -> None:
 
 
 def weight_bytes(model: torch.nn.Module) -> int:
-    """Return the bytes of a model's parameters and buffers, as they lie in memory: what is shared, once."""
-    tensors = {t.data_ptr(): t for t in (*model.parameters(), *model.buffers())}
+    """Return the bytes of a model's parameters and buffers, as they lie in memory: what is shared, once.
+
+    Quantized weights count with their scales.
+    """
+    parts = [part for tensor in (*model.parameters(), *model.buffers()) for part in _parts(tensor)]
+    tensors = {part.data_ptr(): part for part in parts}
     return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Return the plain tensors that belong to one: torchao wraps several, bitsandbytes has scales beside."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        names, _ = tensor.__tensor_flatten__()
+        return [part for name in names for part in _parts(getattr(tensor, name))]
+    state = getattr(tensor, "quant_state", None)
+    scales = [] if state is None else [state.absmax, state.code]
+    scales.append(getattr(tensor, "SCB", None))
+    return [tensor, *(scale for scale in scales if isinstance(scale, torch.Tensor))]

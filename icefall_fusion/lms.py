@@ -11,8 +11,9 @@ import torch
 from icefall_fusion.checks import check, check_choice
 from icefall_fusion.devices import check_device, weight_bytes
 from icefall_fusion.fusion.look_ahead import SCALE, LookAhead
-from icefall_fusion.lm import CausalLm
+from icefall_fusion.lm import QUANTIZATIONS, CausalLm
 from icefall_fusion.ngram import PieceNgram
+from icefall_fusion.text import adapt
 from icefall_fusion.tokens import AcousticTokens
 
 #: LM of a score: (source) -> field of the options.
@@ -28,11 +29,13 @@ class LmOptions:
         dtype: float32, bfloat16, float16 or auto.
         device: e.g. cpu or cuda; empty: that of the acoustic model.
         device_map: for models that need more than one device, e.g. auto.
-        quantization: 8bit or 4bit (needs bitsandbytes).
+        quantization: 8bit or 4bit (by bitsandbytes), or int8 (weights alone, by torchao).
         text: how the LM sees words: as-is, lower or sentence.
         prompt: earlier text, read but not scored.
         context: a custom field of the cuts, e.g. pre_text: the earlier text of each utterance, as its prompt.
-        context_words: so many words of it, the last ones.
+        carry: of audio that is decoded in parts, take what was recognized in the earlier ones as earlier
+            text; the parts of an utterance are then decoded one after the other.
+        context_words: so many words of the earlier text, the last ones.
         eos: score the end of the utterance too.
     """
 
@@ -44,16 +47,22 @@ class LmOptions:
     text: str = "as-is"
     prompt: Optional[str] = None
     context: str = ""
+    carry: bool = False
     context_words: int = 200
     eos: bool = True
 
     def __post_init__(self) -> None:
         check_choice(self.dtype, ("float32", "bfloat16", "float16", "auto"), "LmOptions.dtype")
         check_choice(self.text, ("as-is", "lower", "sentence"), "LmOptions.text")
-        check_choice(self.quantization, (None, "8bit", "4bit"), "LmOptions.quantization")
-        both = self.prompt is not None and bool(self.context)
-        check(not both, "LmOptions.prompt", "be left out with LmOptions.context", self.prompt)
+        check_choice(self.quantization, QUANTIZATIONS, "LmOptions.quantization")
+        both = self.prompt is not None and self.tracks_context
+        check(not both, "LmOptions.prompt", "be left out with LmOptions.context or carry", self.prompt)
         check(self.context_words >= 1, "LmOptions.context_words", "be at least 1", self.context_words)
+
+    @property
+    def tracks_context(self) -> bool:
+        """Whether each utterance, or part of one, has an earlier text of its own."""
+        return bool(self.context) or self.carry
 
 
 @dataclass(frozen=True)
@@ -135,27 +144,41 @@ class Lms:
     def prompt(self, source: str) -> Union[None, str, Mapping[str, str]]:
         """Return the prompt of a source's LM: one for all, or a mapping that `tell` keeps up to date."""
         options = self.options[source]
-        return self._contexts[source] if options.context else options.prompt
+        return self._contexts[source] if options.tracks_context else options.prompt
 
-    def tell(self, customs: Mapping[str, Optional[Mapping[str, Any]]]) -> None:
+    @property
+    def carry(self) -> bool:
+        """Whether an LM wants the words of the earlier parts of what is decoded in parts."""
+        return any(options.path and options.carry for options in self.options.values())
+
+    def tell(
+        self,
+        customs: Mapping[str, Optional[Mapping[str, Any]]],
+        recognized: Optional[Mapping[str, str]] = None,
+    ) -> None:
         """Say which utterances come next, so that each LM with a context has their earlier texts.
 
         Args:
-            customs: fields of each utterance by its id; None where no earlier text is to be given.
+            customs: fields of each utterance by its id; None for a part that is not the first of one.
+            recognized: text of the parts before such a part, by its id.
 
         Raises:
             ValueError: an utterance has no text in the field that an LM wants.
         """
         for source, options in self.options.items():
-            if not options.context:
+            if not options.tracks_context:
                 continue
             texts = self._contexts[source]
             texts.clear()
             for name, custom in customs.items():
-                text = "" if custom is None else custom.get(options.context)
-                rule = f"name a custom field of every cut that has text ({name} has none)"
-                check(isinstance(text, str), f"{source}.context", rule, options.context)
-                texts[name] = " ".join(str(text).split()[-options.context_words :])
+                text = ""
+                if custom is not None and options.context:
+                    text = custom.get(options.context)
+                    rule = f"name a custom field of every cut that has text ({name} has none)"
+                    check(isinstance(text, str), f"{source}.context", rule, options.context)
+                elif custom is None and options.carry:
+                    text = adapt((recognized or {}).get(name, "").split(), options.text)
+                texts[name] = " ".join(text.split()[-options.context_words :])
 
     def loaded(self) -> dict[str, CausalLm]:
         """Return the LMs that were asked for, by source."""

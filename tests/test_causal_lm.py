@@ -13,6 +13,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from icefall_fusion.devices import weight_bytes
 from icefall_fusion.lm import CausalLm
 from icefall_fusion.lm.tree_scorer import TreeOptions
 from icefall_fusion.lm.vocabulary import Vocabulary
@@ -403,16 +404,40 @@ def test_arguments_are_checked(lm: CausalLm) -> None:
         bare.eos_scores([bare.root(0)])
 
 
-def test_options_that_need_absent_packages_or_names(tmp_path: Path) -> None:
+def test_options_that_need_absent_packages_or_names(tmp_path: Path, monkeypatch) -> None:
     folder = tiny.language_model(tmp_path, 1, pieces=True)
     with pytest.raises(ValueError, match="quantization must be one of"):
         CausalLm.from_pretrained(folder, quantization="3bit")
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError:
-        with pytest.raises(ImportError, match="pip install bitsandbytes"):
-            CausalLm.from_pretrained(folder, quantization="4bit")
+    for package, name in (("bitsandbytes", "4bit"), ("torchao", "int8")):
+        monkeypatch.setattr("icefall_fusion.lm.causal_lm.find_spec", lambda asked: None)
+        with pytest.raises(ImportError, match=f"needs {package}: pip install {package}"):
+            CausalLm.from_pretrained(folder, quantization=name)
+    monkeypatch.undo()
     assert CausalLm.from_pretrained(folder, device_map={"": "cpu"}).log_prob("the cat") < 0
+
+
+@pytest.mark.parametrize(("name", "package", "most"), [
+    ("8bit", "bitsandbytes", 0.45), ("4bit", "bitsandbytes", 0.35), ("int8", "torchao", 0.45),
+])  # fmt: skip
+def test_quantized_weights_are_small_and_score_alike_by_tree_and_plainly(
+    tmp_path: Path, name: str, package: str, most: float
+) -> None:
+    pytest.importorskip(package)
+    folder = tiny.language_model(tmp_path, 1, pieces=True)
+    config = transformers.LlamaConfig(
+        vocab_size=tiny.piece_count(), hidden_size=64, intermediate_size=512, num_hidden_layers=2,
+        num_attention_heads=2, bos_token_id=1, eos_token_id=1,
+    )  # fmt: skip
+    torch.manual_seed(2)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    exact = CausalLm.from_pretrained(folder)
+    lm = CausalLm.from_pretrained(folder, quantization=name)
+    assert weight_bytes(lm.model) < most * weight_bytes(exact.model)
+    texts = ["the cat sat on the mat", "the cat met a dog", "we saw the sea"]
+    found, without = lm.log_probs(texts, eos=True), exact.log_probs(texts, eos=True)
+    plain = [sum(lm.token_log_probs([lm.encode(text)], eos=True)[0]) for text in texts]
+    assert found == pytest.approx(plain, abs=0.05)
+    assert found == pytest.approx(without, rel=0.02) and found != without
 
 
 @pytest.mark.gpu

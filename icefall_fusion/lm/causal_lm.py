@@ -19,6 +19,7 @@ from icefall_fusion.lm.tree_scorer import TreeOptions, TreeScorer
 from icefall_fusion.lm.vocabulary import Vocabulary, check_folder
 
 LAYER_TYPES = {"full_attention", "sliding_attention"}
+QUANTIZATIONS = (None, "8bit", "4bit", "int8")
 
 
 class CausalLm:
@@ -75,7 +76,7 @@ class CausalLm:
             dtype: torch dtype, its name, or "auto" (as saved).
             device: where the model goes, unless ``device_map`` is given.
             device_map: as in transformers, e.g. "auto" to spread over GPUs and host (needs accelerate).
-            quantization: None, "8bit" or "4bit" (needs bitsandbytes).
+            quantization: None; "8bit" or "4bit" (by bitsandbytes); "int8" (weights alone, by torchao).
             self_check: compare a random tree with plain forwards and refuse a model that disagrees.
         Raises:
             FileNotFoundError: no such folder, or no config.json in it.
@@ -247,12 +248,17 @@ def _load(
 def _quantization(quantization: Optional[str]) -> dict[str, Any]:
     if quantization is None:
         return {}
-    check_choice(quantization, ("8bit", "4bit"), "quantization")
-    if find_spec("bitsandbytes") is None:
-        raise ImportError(f"quantization {quantization!r} needs bitsandbytes: pip install bitsandbytes")
-    from transformers import BitsAndBytesConfig
+    check_choice(quantization, QUANTIZATIONS[1:], "quantization")
+    package = "torchao" if quantization == "int8" else "bitsandbytes"
+    if find_spec(package) is None:
+        raise ImportError(f"quantization {quantization!r} needs {package}: pip install {package}")
+    from transformers import BitsAndBytesConfig, TorchAoConfig
 
-    if quantization == "8bit":
+    if quantization == "int8":
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        config: Any = TorchAoConfig(Int8WeightOnlyConfig())
+    elif quantization == "8bit":
         config = BitsAndBytesConfig(load_in_8bit=True)
     else:
         config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)

@@ -4,10 +4,12 @@ Knows: the decoder and its rows. Must not know: how a method works.
     OMP_NUM_THREADS=1 python tools/bench/fusion.py                                  # sentences of the demo
     python tools/bench/fusion.py --device cuda --beams 5 10 20 50 --batches 1 32
     python tools/bench/fusion.py --cuts data/fbank/minibooks_cuts_dev.jsonl.gz --limit 128
+    python tools/bench/fusion.py --quantizations none 8bit 4bit int8 --methods llm-delayed-shortest
 
 Time is that of search, language models and second passes, without features and encoder; as a ratio, against
-llm-shallow (or the first method) at the same beam and batch. --engine torch runs every search by tensors, as
-shallow fusion needs it; the default is what users get. Methods take turns batch by batch within one run.
+llm-shallow (or the first method) at the same beam and batch, weights not quantized. --engine torch runs every
+search by tensors, as shallow fusion needs it; the default is what users get. Methods take turns batch by
+batch within one run.
 """
 from __future__ import annotations
 
@@ -41,25 +43,44 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     sets, rows = speech.manifests(args), []
     for batch in args.batches:
         for beam in args.beams:
-            search = PrefixSearchOptions(beam=beam, engine=args.engine)
-            options = speech.decode_options(
-                args, f"{args.speech}/fusion", sets, methods=list(args.methods), search=search,
-                batch_size=batch, limit=args.limit, threads=args.threads,
-            )  # fmt: skip
-            if args.dtype:
-                llm, matched = (replace(lm, dtype=args.dtype) for lm in (options.llm, options.matched_llm))
-                options = replace(options, llm=llm, matched_llm=matched)
-            if args.llm:
-                options = replace(options, llm=replace(options.llm, path=args.llm))
-            decoder = Decoder(options)
-            found = [row for name, path in sets.items() for row in decoder.decode_set(name, path)]
-            rows += compare(found, args.methods, beam, batch)
-            show(rows[-len(args.methods) :])
+            base: dict[str, Any] | None = None
+            for quantization in args.quantizations:
+                search = PrefixSearchOptions(beam=beam, engine=args.engine)
+                options = speech.decode_options(
+                    args, f"{args.speech}/fusion", sets, methods=list(args.methods), search=search,
+                    batch_size=batch, limit=args.limit, threads=args.threads,
+                )  # fmt: skip
+                change: dict[str, Any] = {"dtype": args.dtype} if args.dtype else {}
+                if quantization != "none":
+                    change["quantization"] = quantization
+                llm, matched = (replace(lm, **change) for lm in (options.llm, options.matched_llm))
+                llm = replace(llm, path=args.llm) if args.llm else llm
+                decoder = Decoder(replace(options, llm=llm, matched_llm=matched))
+                found = [row for name, path in sets.items() for row in decoder.decode_set(name, path)]
+                new = compare(found, args.methods, beam, batch, base)
+                weights = decoder.memory_plan["llm"]["weights"]
+                rows += [{**row, "quantization": quantization, "llm_weights": weights} for row in new]
+                base = base or reference(new)
+                show(rows[-len(args.methods) :])
     return rows
 
 
-def compare(found: list[dict[str, Any]], methods: list[str], beam: int, batch: int) -> list[dict[str, Any]]:
-    """Return a row for each method over all sets, with its speed against the first method's."""
+def reference(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the row that others are compared with."""
+    return next((row for row in rows if row["method"] == "llm-shallow"), rows[0])
+
+
+def compare(
+    found: list[dict[str, Any]], methods: list[str], beam: int, batch: int, base: dict[str, Any] | None = None
+) -> list[dict[str, Any]]:
+    """Return a row for each method over all sets, with its speed against that of ``base``.
+
+    Args:
+        found: rows of ``results.json``.
+        methods: in the order wanted.
+        beam, batch: of the search, for the rows.
+        base: none: the row of llm-shallow among these, or the first.
+    """
     rows = []
     for method in methods:
         own = [row for row in found if row["method"] == method]
@@ -72,7 +93,7 @@ def compare(found: list[dict[str, Any]], methods: list[str], beam: int, batch: i
         row.update(beam=beam, batch=batch, seconds=row["search_seconds"] + row["lm_seconds"])
         row["rtf"] = row["seconds"] / row["audio_seconds"]
         rows.append(row)
-    base = next((row for row in rows if row["method"] == "llm-shallow"), rows[0])
+    base = base or reference(rows)
     for row in rows:
         row["times_faster"] = base["seconds"] / row["seconds"]
     return rows
@@ -80,7 +101,8 @@ def compare(found: list[dict[str, Any]], methods: list[str], beam: int, batch: i
 
 def show(rows: list[dict[str, Any]]) -> None:
     """Print rows of one beam and batch size."""
-    print(f"\nbeam {rows[0]['beam']}, batch {rows[0]['batch']}: {rows[0]['words']:,} words")
+    weights = f"LLM of {rows[0]['llm_weights'] / 2**20:,.0f} MB, quantization {rows[0]['quantization']}"
+    print(f"\nbeam {rows[0]['beam']}, batch {rows[0]['batch']}, {weights}: {rows[0]['words']:,} words")
     titles = f"{'WER %':>8}{'RTF':>9}{'faster':>8}{'search s':>10}{'LM s':>8}{'tokens':>10}{'KV MB':>8}"
     print(f"{'method':34}{titles}")
     for row in rows:
@@ -99,6 +121,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[32], help="utterances decoded together")
     parser.add_argument("--limit", type=int, default=0, help="utterances of each set; 0: all")
     parser.add_argument("--llm", default="", help="model folder or hub name; none: the shipped LLM")
+    parser.add_argument("--quantizations", nargs="+", default=["none"], help="none, 8bit, 4bit, int8")
     parser.add_argument("--dtype", default="", help="of the LLMs' weights; none: float32")
     parser.add_argument("--engine", default="auto", choices=["auto", "native", "torch"])
     parser.add_argument("--threads", type=int, default=1, help="of torch on a CPU")

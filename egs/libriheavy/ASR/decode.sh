@@ -16,7 +16,7 @@
 # models of prepare.sh --text cased. Exit code 3: done, but some audio was skipped (it is listed).
 #
 # --llm: any causal LM of the Hugging Face hub, or a folder. --llm-text says how it sees words (as-is, lower,
-# sentence), --llm-quantization 8bit or 4bit, --llm-device-map auto spreads it over GPUs. --matched-llm names an
+# sentence), --llm-quantization 8bit, 4bit or int8, --llm-device-map auto spreads it over GPUs. --matched-llm names an
 # LM over the acoustic pieces for llm-shallow, which is left out without it.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
