@@ -12,7 +12,7 @@ import logging
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Container, Iterator, Mapping, Sequence
+from typing import Any, Container, Iterator, Mapping, Optional, Sequence
 
 import torch
 from tqdm import tqdm
@@ -32,8 +32,8 @@ from icefall_fusion.rescoring import add_counters
 from icefall_fusion.results import join_rows, make_row, read_earlier_rows
 from icefall_fusion.runlog import describe_environment
 from icefall_fusion.shards import Processes, ShardedLog
-from icefall_fusion.stretches import Found, Stretch
-from icefall_fusion.utterances import InputError, Utterance, batches, read_cuts, split_long
+from icefall_fusion.stretches import Found, Stretch, stretches
+from icefall_fusion.utterances import InputError, Utterance, batches, read_cuts
 
 SKIPPED_SOME = 3  # exit code: done, but some inputs could not be read
 
@@ -211,21 +211,31 @@ class Decoder:
     ) -> dict[str, Found]:
         """Return what each method found for those utterances that it has not done."""
         found: dict[str, Found] = {}
+        begin = len(self.skipped)
         for parts, emissions, seconds in self.emit_parts(name, batch):
-            self.tell(parts)
             for method in self.methods:
                 ready = done.get(method.name, ())
                 rows = [row for row, part in enumerate(parts) if part.utterance.id not in ready]
                 if rows:
+                    self.tell(parts, found.get(method.name))
                     chosen = emissions if len(rows) == len(parts) else emissions.select(rows)
                     nbests, line = self._search(method, chosen)
                     line.update({stage: value * len(rows) for stage, value in seconds.items()})
                     found.setdefault(method.name, Found()).add([parts[row] for row in rows], nbests, line)
+        for ours in found.values():
+            ours.drop({entry["id"] for entry in self.skipped[begin:]})
         return found
 
-    def tell(self, parts: Sequence[Stretch]) -> None:
-        """Note references, and give the language models what precedes the utterances decoded next."""
-        self.lms.tell({part.id: None if part.number else part.utterance.custom for part in parts})
+    def tell(self, parts: Sequence[Stretch], found: Optional[Found] = None) -> None:
+        """Note references, and give the language models what precedes the parts decoded next.
+
+        Args:
+            parts: of utterances.
+            found: what the method that decodes them has found of the parts before.
+        """
+        customs = {part.id: None if part.number else part.utterance.custom for part in parts}
+        recognized = found.earlier_texts(parts) if found is not None and self.lms.carry else None
+        self.lms.tell(customs, recognized)
         self._references = {part.id: part.utterance.text for part in parts if part.count == 1}
 
     def emit_parts(
@@ -235,44 +245,60 @@ class Decoder:
 
         Args:
             name: the test set, for the list of what could not be read (``skipped``).
-            batch: utterances; long ones are cut into parts.
+            batch: utterances; long ones are cut into parts. Where a language model carries text from part to
+                part, the first parts of all come first, then the second ones, and so on.
         """
         begun = time.perf_counter()
-        parts = self._load(name, batch)
-        features_seconds = (time.perf_counter() - begun) / max(len(parts), 1)
+        parts = self._split(name, batch)
+        split_seconds = (time.perf_counter() - begun) / max(len(parts), 1)
         size = min(self.options.batch_size, max(1, int(self.options.batch_seconds / self.options.longest)))
         size = size if any(part.number for part in parts) else max(len(parts), 1)
+        if self.lms.carry:
+            parts.sort(key=lambda part: part.number)
         first = 0
         while first < len(parts):
             some = parts[first : first + min(size, self._most_rows)]
+            if self.lms.carry:
+                some = [part for part in some if part.number == some[0].number]
             begun = time.perf_counter()
+            values = []
             try:
-                emissions = self._emit(name, some)
+                for part in some:
+                    values.append(part.load())
+            except InputError as error:  # what was read of an utterance is worth nothing without the rest
+                lost = some[len(values)].utterance
+                self._skip(name, lost, error)
+                parts[first:] = [part for part in parts[first:] if part.utterance is not lost]
+                continue
+            loaded = time.perf_counter()
+            features_seconds = split_seconds + (loaded - begun) / len(some)
+            try:
+                emissions = self._emit(name, some, values)
             except torch.OutOfMemoryError:
                 self._back_off(len(some))
                 continue
-            encoder_seconds = (time.perf_counter() - begun) / len(some)
+            encoder_seconds = (time.perf_counter() - loaded) / len(some)
             yield some, emissions, {"features": features_seconds, "encoder": encoder_seconds}
             first += len(some)
 
-    def _load(self, name: str, batch: Sequence[Utterance]) -> list[Stretch]:
+    def _split(self, name: str, batch: Sequence[Utterance]) -> list[Stretch]:
         parts = []
         for utterance in batch:
             try:
-                values = utterance.load()
+                if self.source.wants == "nothing":
+                    parts.append(Stretch(utterance, 0, 1, 0.0, utterance.load))
+                else:
+                    parts += stretches(utterance, self.options.longest)
             except InputError as error:
-                logging.warning("skipped: %s", error)
-                self.skipped.append({"test_set": name, "id": utterance.id, "error": str(error)})
-                continue
-            whole = self.source.wants == "nothing"
-            ranges = [(0, 0)] if whole else split_long(values, self.options.longest)
-            rate = 100.0 if values.dim() == 2 else 16000.0
-            count = len(ranges)
-            parts += [Stretch(utterance, i, count, a / rate, values[a:b]) for i, (a, b) in enumerate(ranges)]
+                self._skip(name, utterance, error)
         return parts
 
-    def _emit(self, name: str, parts: Sequence[Stretch]) -> Emissions:
-        emissions = self.source.emit([part.id for part in parts], [part.values for part in parts])
+    def _skip(self, name: str, utterance: Utterance, error: InputError) -> None:
+        logging.warning("skipped: %s", error)
+        self.skipped.append({"test_set": name, "id": utterance.id, "error": str(error)})
+
+    def _emit(self, name: str, parts: Sequence[Stretch], values: Sequence[torch.Tensor]) -> Emissions:
+        emissions = self.source.emit([part.id for part in parts], values)
         if emissions.log_probs.is_cuda:
             torch.cuda.synchronize()
         if self.options.save_emissions:

@@ -287,6 +287,7 @@ class Method:
             check(options.text == "as-is", f"{part.source}.text", rule, options.text)
             check(options.prompt is None, f"{part.source}.prompt", rule, options.prompt)
             check(not options.context, f"{part.source}.context", rule, options.context)
+            check(not options.carry, f"{part.source}.carry", rule, options.carry)
             return ShallowFusion(lm, weight, bonus, eos=options.eos, source=part.source)
         prompt = self._lms.prompt(part.source)
         ahead = self._lms.look_ahead() if part.look_ahead else None

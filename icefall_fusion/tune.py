@@ -320,6 +320,7 @@ class _Confirmation:
         ready = decoder.make_method(method, weights_of(method, {method: chosen}))
         found = Found()
         for parts, emissions in self.emissions:
-            decoder.tell(parts)
+            decoder.tell(parts, found)
             found.add(parts, ready.decode(emissions, decoder.source.model)[0], {})
+        found.drop(self.skipped)
         return word_errors(self.references, {nbest.utterance: nbest[0].text for nbest in found.join()}).wer

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Callable, Iterable, Iterator, Mapping, Optional, Sequence
 
 import numpy as np
 import torch
@@ -13,11 +13,12 @@ from torch import Tensor
 
 from icefall_fusion.checks import check
 from icefall_fusion.data.audio import SAMPLE_RATE, AudioError, load_audio, resample
-from icefall_fusion.data.fbank import FRAME_SHIFT, extract
+from icefall_fusion.data.fbank import DIM, FRAME_SHIFT, extract
 from icefall_fusion.files import PathLike
 from icefall_fusion.nbest import Hypothesis, NBest, WordTime
 
 _TOLERANCE = 0.1  # seconds that a file may lack of what its manifest says
+_MARGIN = 0.05  # seconds beside a part that its features depend on, and some more
 
 
 class InputError(ValueError):
@@ -32,14 +33,15 @@ class Utterance:
         id: unique in its test set.
         seconds: duration, as far as known before reading.
         text: the reference, or None when there is none.
-        load: reads features [T,80] or samples [N] float32, whichever was asked for; may raise InputError.
+        load: reads features [T,80] or samples [N] float32, whichever was asked for: ``load()`` all of them,
+            ``load(start, seconds)`` those of a part (fewer where the utterance ends); may raise InputError.
         custom: further fields of the cut's first supervision.
     """
 
     id: str
     seconds: float
     text: str | None
-    load: Callable[[], Tensor] = field(compare=False)
+    load: Callable[..., Tensor] = field(compare=False)
     custom: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
 
@@ -101,36 +103,50 @@ def _duration(path: PathLike) -> float:
         return 0.0
 
 
-def _file_loader(path: PathLike, wants: str) -> Callable[[], Tensor]:
-    return lambda: _of_audio(lambda: load_audio(path), path, wants)
+def _file_loader(path: PathLike, wants: str) -> Callable[..., Tensor]:
+    def load(start: float, seconds: Optional[float]) -> np.ndarray:
+        return load_audio(path, seconds is not None, start, seconds)
+
+    return _audio_loader(load, path, wants)
 
 
-def _loader(cut: Any, wants: str) -> Callable[[], Tensor]:
+def _loader(cut: Any, wants: str) -> Callable[..., Tensor]:
     if wants == "nothing":
         return lambda: torch.zeros(0)
     if wants == "features" and cut.has_features:
-        return lambda: _stored_features(cut)
-    return lambda: _of_audio(lambda: _cut_audio(cut), cut.id, wants)
+        return lambda start=0.0, seconds=None: _stored_features(cut, start, seconds)
+    return _audio_loader(lambda start, seconds: _cut_audio(cut, start, seconds), cut.id, wants)
 
 
-def _stored_features(cut: Any) -> Tensor:
+def _stored_features(cut: Any, start: float, seconds: Optional[float]) -> Tensor:
+    if seconds is not None and start >= cut.duration:
+        return torch.zeros(0, DIM)
     try:
-        return torch.from_numpy(cut.load_features()).float()
+        return torch.from_numpy(_part_of(cut, start, seconds).load_features()).float()
     except Exception as error:  # an archive of any kind may be missing, cut short or foreign
         raise InputError(f"features of {cut.id} cannot be read: {type(error).__name__}: {error}") from error
 
 
-def _cut_audio(cut: Any) -> np.ndarray:
+def _part_of(cut: Any, start: float, seconds: Optional[float]) -> Any:
+    if seconds is None:
+        return cut
+    return cut.truncate(offset=start, duration=min(seconds, cut.duration - start), preserve_id=True)
+
+
+def _cut_audio(cut: Any, start: float, seconds: Optional[float]) -> np.ndarray:
     """Return a cut's audio [samples] at 16 kHz; what is padded, mixed or part of a file is lhotse's work."""
+    if seconds is not None and start >= cut.duration:
+        return np.zeros(0, np.float32)
     file = _whole_file(cut)
     if file is not None:
-        samples = load_audio(file)
-        seconds = len(samples) / SAMPLE_RATE
-        if seconds < cut.duration - _TOLERANCE:  # libsndfile takes a WAV that was cut short for a whole one
-            raise AudioError(f"{file} is truncated: it has {seconds:.2f} of {cut.duration:.2f} s")
+        samples = load_audio(file, seconds is not None, start, seconds)
+        end = cut.duration if seconds is None else min(cut.duration, start + seconds)
+        reached = start + len(samples) / SAMPLE_RATE
+        if reached < end - _TOLERANCE:  # libsndfile takes a WAV that was cut short for a whole one
+            raise AudioError(f"{file} is truncated: it has {reached:.2f} of {cut.duration:.2f} s")
         return samples
     try:
-        loaded = cut.load_audio()
+        loaded = _part_of(cut, start, seconds).load_audio()
     except Exception as error:  # of any backend, of what mixing asks for
         raise AudioError(f"{type(error).__name__}: {error}") from error
     if loaded is None:
@@ -153,12 +169,28 @@ def _whole_file(cut: Any) -> str | None:
     return str(sources[0].source) if one_file and whole else None
 
 
-def _of_audio(load: Callable[[], Any], name: Any, wants: str) -> Tensor:
-    try:
-        samples = load()
-    except (FileNotFoundError, AudioError) as error:
-        raise InputError(f"audio of {name} cannot be read: {error}") from error
-    return extract(samples) if wants == "features" else torch.from_numpy(samples)
+def _audio_loader(
+    load: Callable[[float, Optional[float]], np.ndarray], name: Any, wants: str
+) -> Callable[..., Tensor]:
+    """Return an utterance's ``load``, from what reads samples from a second on, all or of so many seconds."""
+
+    def read(start: float, seconds: Optional[float]) -> np.ndarray:
+        try:
+            return load(start, seconds)
+        except (FileNotFoundError, AudioError) as error:
+            raise InputError(f"audio of {name} cannot be read: {error}") from error
+
+    def load_values(start: float = 0.0, seconds: Optional[float] = None) -> Tensor:
+        if wants != "features":
+            return torch.from_numpy(read(start, seconds))
+        if seconds is None:
+            return extract(read(start, seconds))
+        begin = max(0.0, start - _MARGIN)  # so that frames are those of the whole
+        frames = extract(read(begin, start + seconds + _MARGIN - begin))
+        first = round((start - begin) / FRAME_SHIFT)
+        return frames[first : first + round(seconds / FRAME_SHIFT)]
+
+    return load_values
 
 
 # --- batches ------------------------------------------------------------------------------------------
@@ -184,33 +216,6 @@ def batches(
         batch.append(utterance)
     if batch:
         yield batch
-
-
-def split_long(values: Tensor, longest: float) -> list[tuple[int, int]]:
-    """Return the ranges into which features [T,80] or samples [N] are cut, each at most ``longest`` seconds.
-
-    A cut is put at the quietest fifth of a second in the second half of the time allowed.
-    """
-    rate = round(1 / FRAME_SHIFT) if values.dim() == 2 else SAMPLE_RATE
-    limit = max(int(longest * rate), 1)
-    if len(values) <= limit:
-        return [(0, len(values))]
-    hop = 1 if values.dim() == 2 else round(rate * FRAME_SHIFT)
-    if values.dim() == 2:
-        loudness = values.mean(1)
-    else:
-        loudness = values[: len(values) // hop * hop].view(-1, hop).square().mean(1)
-    window = 20
-    smooth = torch.nn.functional.avg_pool1d(
-        loudness[None, None], window, stride=1, padding=window // 2, count_include_pad=False
-    )[0, 0]
-    ranges, start = [], 0
-    while len(values) - start > limit:
-        first, last = (start + limit // 2) // hop, (start + limit) // hop
-        cut = (first + int(smooth[first:last].argmin())) * hop if last > first else start + limit
-        ranges.append((start, cut))
-        start = cut
-    return [*ranges, (start, len(values))]
 
 
 def join_parts(utterance: str, parts: Sequence[NBest], starts: Sequence[float]) -> NBest:

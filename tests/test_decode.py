@@ -19,16 +19,23 @@ import pytest
 import soundfile
 import tiny
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from lhotse import CutSet
 
-from icefall_fusion.__main__ import main
+from icefall_fusion.__main__ import main, parse_options
 from icefall_fusion.data.manifests import cut_of, write_cuts
+from icefall_fusion.decode import DecodeOptions, Decoder
+from icefall_fusion.fusion import DelayedFusion
 from icefall_fusion.lm import CausalLm
 from icefall_fusion.methods import METHODS, choose_methods, parse_method, parse_methods, weights_of
 from icefall_fusion.nbest import Hypothesis, NBest, WordTime, read_nbests
 from icefall_fusion.report import ROW_KEYS
 from icefall_fusion.runlog import MethodLog
-from icefall_fusion.utterances import Utterance, batches, join_parts, split_long
+from icefall_fusion.search import ctc_prefix_search
+from icefall_fusion.stretches import rate_of, split_long, stretches
+from icefall_fusion.text import adapt
+from icefall_fusion.utterances import InputError, Utterance, batches, join_parts, read_audio_files, read_cuts
 
 
 @pytest.fixture(scope="module")
@@ -248,6 +255,37 @@ def test_long_audio_is_decoded_in_parts(made, tmp_path) -> None:
         assert [t.start for t in last[0].times] == sorted(t.start for t in last[0].times)
 
 
+def test_parts_carry_what_was_recognized_to_the_llm(made, tmp_path, capsys) -> None:
+    """Against the parts of each utterance decoded one by one, the text so far given as a prompt."""
+    methods = ["llm-delayed-shortest", "ctc-greedy", "llm-delayed-interval-4"]
+    named = {**made, "cuts": str(tiny.manifest(tmp_path / "audio", 14))}
+    options = arguments(named, tmp_path / "out", "--methods", ",".join(methods), "--longest", "1")[1:]
+    options += ["--llm.carry", "true", "--llm.context_words", "5", "--llm.text", "sentence"]
+    assert main(["decode", *options]) == 0
+    decoder = Decoder(parse_options(DecodeOptions, [*options, "--out", str(tmp_path / "twin")], "decode"))
+    lm, thirds = decoder.lms.get("llm"), 0
+    for method in (methods[0], methods[2]):
+        [fused] = parse_method(method)
+        found = lists(tmp_path / "out", method)
+        for utterance in read_cuts(named["cuts"], decoder.source.wants):
+            words: list[str] = []
+            score = 0.0
+            for parts, emissions, _ in decoder.emit_parts("noise", [utterance]):
+                [part] = parts
+                prompt = " ".join(adapt(words, "sentence").split()[-5:])
+                thirds += part.number == 2 and bool(prompt)
+                fusion = DelayedFusion(lm, 0.4, 0.5, fused.trigger, "sentence", prompt or None)
+                search = (emissions.log_probs, emissions.lens, decoder.options.search, emissions.tokens)
+                [nbest] = ctc_prefix_search(*search, [fusion], emissions.ids)
+                words += nbest[0].words()
+                score += nbest[0].scores["llm"]
+            assert found[utterance.id][0].words() == words
+            assert found[utterance.id][0].scores["llm"] == pytest.approx(score, abs=2e-3)
+    assert thirds >= 4
+    shallow = arguments(named, tmp_path / "no", "--methods", "nlm-shallow", "--nlm.carry", "true")
+    assert main(shallow) == 2 and "nlm.carry must be left alone" in capsys.readouterr().err
+
+
 def test_saved_emissions_can_be_decoded(made, tmp_path) -> None:
     kept = tmp_path / "kept"
     more = ["--methods", "ctc-prefix", "--save_emissions", str(kept)]
@@ -374,16 +412,81 @@ def test_batches_hold_like_lengths_and_every_utterance_once() -> None:
     assert all(batch[0].seconds * len(batch) <= 100 for batch in found)
 
 
+def split_of(values: torch.Tensor, longest: float) -> list[tuple[int, int]]:
+    return list(split_long(lambda first, last: values[first:last], rate_of(values), longest))
+
+
 def test_long_input_is_cut_at_quiet_places() -> None:
     features = torch.zeros(1000, 80)
     features[[*range(380, 420)]] = -10.0
-    assert split_long(features, 20.0) == [(0, 1000)]
-    ranges = split_long(features, 6.0)
+    assert split_of(features, 20.0) == [(0, 1000)]
+    ranges = split_of(features, 6.0)
     assert ranges[0][0] == 0 and 380 <= ranges[0][1] <= 420 and ranges[-1][1] == 1000
     samples = torch.randn(160000)
-    parts = split_long(samples, 3.0)
+    parts = split_of(samples, 3.0)
     assert all(a < b and b - a <= 48000 for a, b in parts)
     assert [a for a, _ in parts[1:]] == [b for _, b in parts[:-1]]
+
+
+@given(st.integers(1, 700), st.floats(1.0, 3.0), st.booleans(), st.integers(0, 100))
+def test_cuts_found_in_windows_are_those_of_the_whole(frames, longest, audio, seed) -> None:
+    """Against the loudness of all, smoothed at once."""
+    noise = torch.randint(-8, 9, (frames, 4), generator=torch.Generator().manual_seed(seed)).float()
+    values = noise if not audio else noise[:, 0].repeat_interleave(160)[: frames * 160 - seed]
+    hop = 160 if audio else 1
+    power = values[: len(values) // hop * hop].view(-1, hop).square()
+    loudness = (power if audio else values).mean(1)
+    padded = torch.nn.functional.pad(loudness, (10, 10), value=torch.nan)
+    expected, start, limit = [], 0, int(longest * 100 * hop)
+    while len(values) - start > limit:
+        hops = range((start + limit // 2) // hop, (start + limit) // hop)
+        quietest = min(hops, key=lambda i: round(float(padded[i : i + 20].nanmean()), 4))
+        expected.append((start, quietest * hop))
+        start = quietest * hop
+    assert split_of(values, longest) == [*expected, (start, len(values))]
+
+
+@pytest.mark.parametrize("wants", ["features", "audio"])
+@pytest.mark.parametrize("rate", [16000, 44100])
+def test_long_files_are_read_part_by_part(tmp_path, wants, rate) -> None:
+    """The parts are those of the whole; no more than a part and its neighbourhood is read at once."""
+    path, count = tmp_path / "long.flac", 9 * rate + 123
+    noise = np.random.default_rng(3).normal(0, 0.1, (count, 2))
+    soundfile.write(path, noise * np.sin(np.arange(count) / rate)[:, None], rate)
+    [utterance] = read_audio_files([path], wants)
+    whole, most = utterance.load(), 0.0
+
+    def load(start: float, seconds: float) -> torch.Tensor:
+        nonlocal most
+        most = max(most, seconds)
+        return utterance.load(start, seconds)
+
+    parts = stretches(replace(utterance, load=load), 2.0)
+    values = [part.load() for part in parts]
+    assert len(parts) >= 5 and most <= 2.4
+    assert [(part.start, part.number, part.count) for part in parts] == [
+        (sum(len(v) for v in values[:i]) / rate_of(whole), i, len(parts)) for i in range(len(parts))
+    ]
+    assert torch.cat(values).shape == whole.shape and (torch.cat(values) - whole).abs().max() < 1e-3
+
+
+def test_a_part_that_cannot_be_read_takes_its_utterance_along(made, tmp_path) -> None:
+    options = arguments(made, tmp_path, "--methods", "ctc-greedy", "--longest", "1")[1:]
+    decoder = Decoder(parse_options(DecodeOptions, options, "decode"))
+    good, bad = read_cuts(tiny.manifest(tmp_path / "audio", 14), decoder.source.wants)[-2:]
+    seen: list[float] = []
+
+    def load(start: float, seconds: float) -> torch.Tensor:
+        if start > 0 and start in seen:  # the cuts were found: now the second part is read
+            raise InputError("the disk is gone")
+        seen.append(start)
+        return bad.load(start, seconds)
+
+    starts = [part.start for part in stretches(bad, 1.0)]
+    seen += starts[2:]
+    found = list(decoder.transcribe([good, replace(bad, load=load)]))
+    assert [nbest.utterance for nbest in found] == [good.id]
+    assert [(entry["id"], entry["error"]) for entry in decoder.skipped] == [(bad.id, "the disk is gone")]
 
 
 def test_parts_are_joined() -> None:
