@@ -24,8 +24,9 @@ from icefall_fusion.emissions import EmissionSource, open_source
 from icefall_fusion.files import fingerprint, write_json
 from icefall_fusion.lattices import LatticeSource, open_lattices
 from icefall_fusion.lms import LM_SOURCES, Lms
-from icefall_fusion.memory_plan import describe_plan, plan_memory
-from icefall_fusion.methods import Method, choose_methods, needs, weights_of
+from icefall_fusion.memory_plan import BatchShape
+from icefall_fusion.memory_watch import MemoryWatch
+from icefall_fusion.methods import Method, choose_methods, is_named, needs, weights_of
 from icefall_fusion.nbest import NBest
 from icefall_fusion.report import peak_memory_bytes, reset_peak_memory, table
 from icefall_fusion.rescoring import add_counters
@@ -72,20 +73,14 @@ class Decoder:
         names = choose_methods(options.methods, self._available())
         self.weights = {name: weights_of(name, given) for name in names}
         for name in names:
-            if name not in given and len(self.weights[name]) > 1:
+            if not is_named(name, given) and len(self.weights[name]) > 1:
                 logging.warning("no tuned weights for %s: %s are used", name, self.weights[name])
         self.lattices: LatticeSource | None = None
         self.methods = [self.make_method(name, self.weights[name]) for name in names]
         needed = set().union(*(method.needs for method in self.methods))
         for source in sorted(needed & set(LM_SOURCES)):
             self.lms.get(source)  # of second passes too: what is wrong is told before anything is decoded
-        longest = min(options.longest, options.batch_seconds)
-        many = (options.batch_size, min(longest, options.batch_seconds / options.batch_size))
-        long = (min(options.batch_size, max(1, int(options.batch_seconds / longest))), longest)
-        self.memory_plan = plan_memory(
-            self.source.network, self.lms.loaded(), (many, long), options.search.beam, self.lms.ngram_bytes()
-        )
-        logging.info(describe_plan(self.memory_plan))
+        self.memory = MemoryWatch(self.source, self.lms)
         self.skipped: list[dict[str, str]] = []
         self.oom_backoffs, self._most_rows = 0, options.batch_size
         self.report: dict[str, Any] = {}
@@ -121,7 +116,9 @@ class Decoder:
         self.write_run("running")
         todo = [u for u in utterances if any(u.id not in log.done for log in logs.values())]
         todo = self.processes.share(sorted(todo, key=lambda u: -u.seconds))  # like lengths for each process
+        self._plan(name, todo)
         skipped = self._decode_share(name, todo, logs)
+        self.memory.end(name)
         if skipped:
             logging.warning("%s: %d utterances skipped: %s", name, len(skipped), sorted(skipped)[:10])
         for log in logs.values():
@@ -197,11 +194,33 @@ class Decoder:
             self._fingerprints[path] = fingerprint(path)
         return self._fingerprints[path]
 
+    def _plan(self, name: str, utterances: Sequence[Utterance]) -> None:
+        """Say what memory these utterances of a test set will take."""
+        options = self.options
+        shapes = set()
+        for batch in batches(utterances, options.batch_size, options.batch_seconds, options.longest):
+            long, most = batch[0].seconds > options.longest, len(batch)
+            rows = most if not long else 1 if self.lms.carry else self._parts_at_once()
+            shapes.add(BatchShape(rows, min(batch[0].seconds, options.longest)))
+        nbest = options.search.nbest or options.search.beam
+        methods = {
+            method.name: (
+                options.k2.paths if "graph" in method.needs else nbest,
+                [(part.kind, part.source) for part in method.parts],
+            )
+            for method in self.methods
+        }
+        self.memory.plan(name, shapes, methods, options.search.beam)
+
+    def _parts_at_once(self) -> int:
+        return min(self.options.batch_size, max(1, int(self.options.batch_seconds / self.options.longest)))
+
     # --- a batch -----------------------------------------------------------------------------------------
 
     def transcribe(self, utterances: Sequence[Utterance]) -> Iterator[NBest]:
         """Yield the N-best lists of the first method, in any order, and write nothing."""
         options = self.options
+        self._plan("", utterances)
         for batch in batches(utterances, options.batch_size, options.batch_seconds, options.longest):
             found = self._decode_batch("", batch, {})
             yield from (nbest for name in found for nbest in found[name].join())
@@ -251,8 +270,7 @@ class Decoder:
         begun = time.perf_counter()
         parts = self._split(name, batch)
         split_seconds = (time.perf_counter() - begun) / max(len(parts), 1)
-        size = min(self.options.batch_size, max(1, int(self.options.batch_seconds / self.options.longest)))
-        size = size if any(part.number for part in parts) else max(len(parts), 1)
+        size = self._parts_at_once() if any(part.number for part in parts) else max(len(parts), 1)
         if self.lms.carry:
             parts.sort(key=lambda part: part.number)
         first = 0
@@ -335,6 +353,7 @@ class Decoder:
         torch.cuda.empty_cache()
 
     def _search_once(self, method: Method, emissions: Emissions) -> tuple[list[NBest], dict[str, float]]:
+        self.memory.note()
         reset_peak_memory()
         nbests, work = method.decode(emissions, self.source.model, self._references)
         peak = peak_memory_bytes() - self.lms.unused_bytes(method.needs)
@@ -356,7 +375,7 @@ class Decoder:
             "weights": self.weights,
             **describe_environment(self.options.emissions.device),
             "processes": self.processes.world,
-            "memory_plan": self.memory_plan,
+            "memory": self.memory.sets,
             "wall_seconds": time.time() - self._started,
             "test_sets": self.report,
             "oom_backoffs": self.oom_backoffs,

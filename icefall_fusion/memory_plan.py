@@ -1,69 +1,141 @@
-"""What a decode will hold in memory, said before it starts: weights as they are, caches as estimated.
-Knows: loaded models, options of a decode. Must not know: how anything is computed.
+"""What a decode will hold in memory, said before it starts: what is there, a try of the encoder, estimates.
+Knows: loaded models, kinds of parts of methods, sizes of batches. Must not know: how anything is computed.
+
+``peak = held + gathered + max over batches of (inputs and log-probs + max(encoder, parts of a method))``:
+what the process (on a GPU: PyTorch there) holds when the models are loaded, and gathers later; the encoder's
+tensors as measured for utterances of that length; for each LM keys and values, distributions and one forward,
+by formulas.
 """
 from __future__ import annotations
 
 import math
-from typing import Any, Mapping, Optional, Sequence
+from dataclasses import dataclass
+from typing import Any, Callable, Iterable, Mapping, Optional, Sequence
 
 import torch
 
 from icefall_fusion.devices import weight_bytes
-from icefall_fusion.lm import CausalLm
+from icefall_fusion.lm import CausalLm, TreeOptions
 from icefall_fusion.lm.slots import FIRST_SLOTS
-from icefall_fusion.lm.tree_scorer import TreeOptions
 
 #: Fast English speech in an LLM's tokens (or in acoustic pieces), and what a beam adds to the best path.
 TOKENS_A_SECOND, TOKENS_A_SLOT = 6.0, 12.0
+#: An N-best list has so many tokens beside the best path, for each hypothesis and token of that.
+_RESCORED = 0.5
+_RESCORED_A_CALL = 8192  # tokens, see rescoring.py
+_ATTENTION_A_CALL = 8  # utterances there
+_FLOAT = 4
+_LOG_PROBS, _HIDDEN, _INNER = 3, 8, 3  # [n, V], [Q, hidden], [Q, inner] that live at once in a forward
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """So many utterances (or parts) of at most so many seconds, decoded together."""
+
+    rows: int
+    seconds: float
 
 
 def plan_memory(
     acoustic: Optional[torch.nn.Module],
     lms: Mapping[str, CausalLm],
-    batches: Sequence[tuple[int, float]],
+    batches: Iterable[BatchShape],
+    methods: Mapping[str, tuple[int, Sequence[tuple[str, str]]]],
     beam: int,
+    encoder: Callable[[BatchShape], tuple[int, int]],
+    held: int,
     ngram: int = 0,
+    gathered: int = 0,
 ) -> dict[str, Any]:
     """Return bytes by part, and the free memory of each GPU that is used.
 
-    Keys and values are estimated: for each utterance one token tree that holds its best path and, for each
-    slot of the beam, some tokens beside it. ``kv_bytes_peak`` in ``run.json`` is what it came to.
-
     Args:
         acoustic: the acoustic model; None: log-probs come from a file.
-        lms: the language models by source.
-        batches: the largest that there may be: numbers of utterances, and seconds of each.
-        beam: slots.
+        lms: the language models by source, loaded.
+        batches: that there will be.
+        methods: of each method how many hypotheses its second passes get, and kind and source of its parts,
+            see ``methods.Part``.
+        beam: slots of the search.
+        encoder: bytes that a batch takes while it is searched, and more while it is encoded.
+        held: bytes in use now.
         ngram: bytes of the n-gram's tables.
+        gathered: bytes that the process will hold beside all this.
 
     Returns:
-        ``acoustic_weights``, ``ngram``; for each source ``{weights, kv_a_token, kv, distributions}``;
-        ``total``; ``free`` by device.
+        ``held``, ``gathered``; of the former ``acoustic_weights``, ``ngram`` and for each source ``weights``;
+        for each source also ``kv_a_token``, and ``kv`` and ``forward`` of its largest batch; ``inputs`` and
+        ``encoder``; ``total``, the peak; ``largest``, the batch and the method that make it; ``free`` by
+        device.
     """
-    plan: dict[str, Any] = {"acoustic_weights": 0 if acoustic is None else weight_bytes(acoustic)}
-    plan["ngram"] = ngram
-    tokens = max(rows * _slots(seconds * TOKENS_A_SECOND + beam * TOKENS_A_SLOT) for rows, seconds in batches)
-    slots = beam * max(rows for rows, _ in batches)
-    total, most = plan["acoustic_weights"] + ngram, 0
+    plan: dict[str, Any] = {"held": held, "ngram": ngram, "gathered": gathered}
+    plan["acoustic_weights"] = 0 if acoustic is None else weight_bytes(acoustic)
     for source, lm in lms.items():
-        rows = slots * 4 * lm.vocab_size  # a distribution for each slot, float32
-        part = {
-            "weights": weight_bytes(lm.model),
-            "kv_a_token": lm.kv_bytes_a_token,
-            "kv": tokens * lm.kv_bytes_a_token,
-            "distributions": min(rows, TreeOptions().max_distribution_bytes),
-        }
-        plan[source] = part
-        total += part["weights"]
-        most = max(most, part["kv"] + part["distributions"])  # of one method at a time
-    plan["total"] = total + most
+        plan[source] = {"weights": weight_bytes(lm.model), "kv_a_token": lm.kv_bytes_a_token}
+        plan[source].update(kv=0, forward=0)
+    plan.update(inputs=0, encoder=0, total=held + gathered, largest="nothing")
+    for batch in set(batches):
+        kept, more = encoder(batch)
+        plan["inputs"], plan["encoder"] = max(plan["inputs"], kept), max(plan["encoder"], more)
+        needed = {"the encoder": more}
+        for method, (nbest, parts) in methods.items():
+            needed[method] = 0
+            for kind, source in parts:
+                kv, forward = _attention(acoustic, batch, nbest) if source == "attention" else (0, 0)
+                if source in lms:
+                    kv, forward = _lm(lms[source], kind, batch, beam, nbest)
+                    plan[source]["kv"] = max(plan[source]["kv"], kv)
+                    plan[source]["forward"] = max(plan[source]["forward"], forward)
+                # second passes come one after the other, and the trees of the first are gone
+                together = kv + forward + (needed[method] if kind != "rescoring" else 0)
+                needed[method] = max(needed[method], together)
+        method = max(needed, key=lambda name: needed[name])
+        total = held + gathered + kept + needed[method]
+        if total > plan["total"]:
+            plan["total"] = total
+            plan["largest"] = f"{method}, {batch.rows} of {batch.seconds:.0f} s"
     plan["free"] = {str(device): free_bytes(device) for device in _gpus(acoustic, lms)}
     return plan
 
 
+def _lm(lm: CausalLm, kind: str, batch: BatchShape, beam: int, nbest: int) -> tuple[int, int]:
+    """Return bytes of keys and values, and of distributions and a forward.
+
+    Keys and values: for each utterance one token tree with its best path and, for each slot of the beam, some
+    tokens beside it; ``kv_bytes_peak`` in ``run.json`` is what it came to.
+    """
+    path, options = batch.seconds * TOKENS_A_SECOND, TreeOptions()
+    rows, tokens = batch.rows, path + beam * TOKENS_A_SLOT
+    most = max(1, min(options.max_forward_tokens, options.max_distribution_bytes // (_FLOAT * lm.vocab_size)))
+    if kind == "rescoring":
+        rows = max(1, min(rows, int(_RESCORED_A_CALL / max(1.0, nbest * path))))
+        tokens = path * (1 + _RESCORED * nbest)
+        forwarded = wanted = min(most, int(rows * tokens))
+        kept = 0
+    else:
+        wanted, kept = min(most, rows * beam), rows * beam
+        forwarded = min(most, 2 * wanted)
+    kv = rows * _slots(tokens) * lm.kv_bytes_a_token
+    config = lm.model.config.get_text_config(decoder=True)
+    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    layer = kv // lm.layers  # gathered for the utterances that take part
+    forward = layer + forwarded * (_HIDDEN * config.hidden_size + _INNER * inner) * lm.model.dtype.itemsize
+    distributions = min(kept * _FLOAT * lm.vocab_size, options.max_distribution_bytes)
+    return kv, forward + distributions + wanted * _LOG_PROBS * _FLOAT * lm.vocab_size
+
+
+def _attention(acoustic: Any, batch: BatchShape, nbest: int) -> tuple[int, int]:
+    """Return 0 and the bytes of the attention decoder's forward over the N-best lists of some utterances."""
+    options = getattr(acoustic, "options", None)
+    if options is None:
+        return 0, 0
+    places = min(batch.rows, _ATTENTION_A_CALL) * nbest * int(batch.seconds * TOKENS_A_SECOND)
+    inner = options.decoder.feedforward + _HIDDEN * options.encoder.size
+    return 0, places * _FLOAT * (_LOG_PROBS * options.vocab_size + inner)
+
+
 def _slots(tokens: float) -> int:
     """Return the slots of an utterance's buffer that holds so many tokens: it grows by doubling."""
-    return FIRST_SLOTS * 2 ** max(0, math.ceil(math.log2(tokens / FIRST_SLOTS)))
+    return FIRST_SLOTS * 2 ** max(0, math.ceil(math.log2(max(1.0, tokens) / FIRST_SLOTS)))
 
 
 def free_bytes(device: torch.device) -> int:
@@ -84,10 +156,14 @@ def describe_plan(plan: Mapping[str, Any]) -> str:
         if isinstance(part, dict) and "weights" in part:
             parts.append(
                 f"{source} {megabytes(part['weights'])} + keys and values about {megabytes(part['kv'])} "
-                f"({part['kv_a_token'] / 1e3:,.1f} kB a token) + {megabytes(part['distributions'])}"
+                f"({part['kv_a_token'] / 1e3:,.1f} kB a token) + a forward {megabytes(part['forward'])}"
             )
+    parts.append(f"inputs and log-probs {megabytes(plan['inputs'])}, encoder {megabytes(plan['encoder'])}")
+    if plan["gathered"]:
+        parts.append(f"libraries and allocator {megabytes(plan['gathered'])}")
     free = ", ".join(f"{device} has {megabytes(count)} left" for device, count in plan["free"].items())
-    return f"memory: {'; '.join(parts)}; in all about {megabytes(plan['total'])}{'; ' + free if free else ''}"
+    return (f"{'; '.join(parts)}; {megabytes(plan['held'])} are held now, the peak is about "
+            f"{megabytes(plan['total'])} ({plan['largest']}){'; ' + free if free else ''}")  # fmt: skip
 
 
 def _gpus(acoustic: Optional[torch.nn.Module], lms: Mapping[str, CausalLm]) -> list[torch.device]:

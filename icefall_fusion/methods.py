@@ -208,6 +208,15 @@ def _split_names(names: Union[str, Sequence[str]]) -> list[str]:
     return [name.strip() for name in names if name.strip()]
 
 
+def is_named(name: str, given: Container[str]) -> bool:
+    """Return whether there are weights for a method (see `weights_of`)."""
+    return name in given or _not_late(name) in given
+
+
+def _not_late(name: str) -> str:
+    return re.sub(r"-late-\d+", "", name)
+
+
 def weights_of(name: str, given: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     """Return the weight of every source of a method, and of ``words`` (its word bonus).
 
@@ -223,7 +232,7 @@ def weights_of(name: str, given: Mapping[str, Mapping[str, float]]) -> dict[str,
     if not sources:
         return {"ctc": 1.0}
     wanted = [*sources, "words"]
-    weights = dict(given.get(name, given.get(re.sub(r"-late-\d+", "", name), {})))
+    weights = dict(given.get(name, given.get(_not_late(name), {})))
     weights.pop("ctc", None)
     for source, weight in weights.items():
         check_choice(source, wanted, f"weights of {name}: the source")

@@ -48,6 +48,17 @@ def peak_memory_bytes() -> int:
     return peak_rss_bytes()
 
 
+def memory_in_use() -> int:
+    """Return what is in use now: of the GPU where one is used, else resident."""
+    cuda = _cuda()
+    if cuda is not None and cuda.memory_allocated() > 0:
+        return int(cuda.memory_allocated())
+    pages = Path("/proc/self/statm")
+    if pages.exists():
+        return int(pages.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return peak_rss_bytes()
+
+
 def peak_rss_bytes() -> int:
     """Return the highest resident set of this process since the reset, in bytes."""
     status = Path("/proc/self/status")

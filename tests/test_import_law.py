@@ -21,7 +21,8 @@ RANKS = {
     "lm/": 3, "search/": 3, "training/": 3,
     "fusion/": 4, "rescoring": 4.5,
     "lattice_files": 4.3, "lattices": 4.4, "lattice_methods": 4.5, "make_graph": 4.5, "make_lattices": 4.6,
-    "shards": 3, "lms": 4.6, "stretches": 4.6, "memory_plan": 4.6, "methods": 5, "decode_options": 5.1,
+    "shards": 3, "lms": 4.6, "stretches": 4.6, "memory_plan": 4.6, "memory_watch": 4.7,
+    "methods": 5, "decode_options": 5.1,
     "train": 5, "train_lm": 5, "train_ngram": 5, "train_word_ngram": 5,
     "decode": 5.2, "pretrained": 5.4, "tune": 5.4, "transcribe": 5.6, "demo": 5.6, "__main__": 6,
 }  # fmt: skip

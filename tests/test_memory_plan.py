@@ -14,7 +14,7 @@ from icefall_fusion.__main__ import main
 from icefall_fusion.lm import CausalLm
 from icefall_fusion.lm.vocabulary import Vocabulary
 from icefall_fusion.lms import LmOptions, Lms
-from icefall_fusion.memory_plan import describe_plan, plan_memory, weight_bytes
+from icefall_fusion.memory_plan import BatchShape, describe_plan, plan_memory, weight_bytes
 
 SHAPE = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 40}
 
@@ -39,29 +39,43 @@ def test_bytes_of_a_token_are_those_of_the_tree_cache(family, more, dtype):
     assert tree.stats()["kv_bytes_peak"] == 2 * slots * lm.kv_bytes_a_token
 
 
-def test_a_plan_adds_up_and_a_run_records_it(tmp_path):
-    made = tiny.everything(tmp_path / "models")
-    lm = CausalLm.from_pretrained(made["llm"])
-    plan = plan_memory(None, {"llm": lm}, ((4, 10.0), (1, 60.0)), beam=5)
-    part = plan["llm"]
-    tensors = [*lm.model.parameters(), *lm.model.buffers()]
-    assert part["weights"] >= sum(t.numel() * 4 for t in tensors) * 0.9
+def test_a_plan_adds_up(tmp_path):
+    lm = CausalLm.from_pretrained(tiny.language_model(tmp_path, 3, pieces=False))
+    shapes = [BatchShape(4, 10.0), BatchShape(1, 60.0), BatchShape(2, 2.0)]
+
+    def plan(methods, encoder=lambda shape: (0, 0)):
+        return plan_memory(None, {"llm": lm}, shapes, methods, 5, encoder, held=10**6, ngram=7)
+
+    greedy = plan({"ctc-greedy": (5, [])}, lambda shape: (1000 * shape.rows, int(shape.seconds)))
+    assert greedy["total"] == 10**6 + 4010 and greedy["largest"] == "the encoder, 4 of 10 s"
+    delayed = plan({"a": (5, [("delayed", "llm")]), "b": (5, [])}, lambda shape: (1000, 1))
+    part = delayed["llm"]
+    assert part["weights"] == weight_bytes(lm.model) and delayed["ngram"] == 7 and delayed["free"] == {}
     assert part["kv"] == 4 * 128 * part["kv_a_token"]  # 10 s of speech and a beam of 5: 120 tokens
-    assert part["distributions"] == 4 * 5 * 4 * lm.vocab_size
-    assert plan["total"] == part["weights"] + part["kv"] + part["distributions"] and plan["free"] == {}
-    assert "llm" in describe_plan(plan) and "acoustic model 0 MB" in describe_plan(plan)
-    models = ["--emissions.model", made["model"], "--llm.path", made["llm"]]
-    out = tmp_path / "out"
-    methods = "llm-delayed-shortest,nlm-nbest-rescoring"
-    models += ["--nlm.path", made["nlm"]]
+    assert part["forward"] >= 4 * 5 * 4 * lm.vocab_size  # a distribution for each slot
+    assert delayed["total"] == 10**6 + 1000 + part["kv"] + part["forward"]
+    assert delayed["largest"] == "a, 4 of 10 s" and delayed["inputs"] == 1000 and delayed["encoder"] == 1
+    both = plan({"a": (5, [("delayed", "llm"), ("rescoring", "llm")])})
+    rescored = plan({"a": (5, [("rescoring", "llm")])})
+    assert both["total"] == max(delayed["total"] - 1000, rescored["total"])  # one after the other
+    assert "the peak is about 1 MB" in describe_plan(greedy) and "llm" in describe_plan(greedy)
+
+
+def test_a_run_records_plan_and_peak(tmp_path):
+    made = tiny.everything(tmp_path / "models")
+    models = ["--emissions.model", made["model"], "--llm.path", made["llm"], "--nlm.path", made["nlm"]]
+    out, methods = tmp_path / "out", "llm-delayed-shortest,nlm-nbest-rescoring,attention-rescoring"
     what = ["--test_sets.noise", made["cuts"], "--methods", methods, "--out", str(out)]
     assert main(["decode", *models, *what]) == 0
     record = json.loads((out / "run.json").read_text())
-    planned = record["memory_plan"]
-    assert planned["acoustic_weights"] > 0 and planned["nlm"]["weights"] > 0
-    assert planned["llm"]["weights"] == part["weights"]
+    plan = record["memory"]["noise"]
+    lm = CausalLm.from_pretrained(made["llm"])
+    assert plan["acoustic_weights"] > 0 and plan["nlm"]["weights"] > 0
+    assert plan["llm"]["weights"] == weight_bytes(lm.model)
     stages = record["test_sets"]["noise"]["llm-delayed-shortest"]["stages"]
-    assert 0 < stages["kv_bytes_peak"] < planned["llm"]["kv"]  # short utterances
+    assert 0 < stages["kv_bytes_peak"] < plan["llm"]["kv"]  # short utterances
+    assert plan["inputs"] > 0 and plan["held"] < plan["total"]
+    assert plan["peak"] == pytest.approx(plan["total"], rel=0.1)
 
 
 def test_tied_weights_count_once():

@@ -249,12 +249,13 @@ def _quantization(quantization: Optional[str]) -> dict[str, Any]:
     if quantization is None:
         return {}
     check_choice(quantization, QUANTIZATIONS[1:], "quantization")
-    package = "torchao" if quantization == "int8" else "bitsandbytes"
-    if find_spec(package) is None:
+    by_torchao = quantization == "int8"
+    package = "torchao" if by_torchao else "bitsandbytes"
+    if (find_spec("torchao") if by_torchao else find_spec("bitsandbytes")) is None:
         raise ImportError(f"quantization {quantization!r} needs {package}: pip install {package}")
     from transformers import BitsAndBytesConfig, TorchAoConfig
 
-    if quantization == "int8":
+    if by_torchao:
         from torchao.quantization import Int8WeightOnlyConfig
 
         config: Any = TorchAoConfig(Int8WeightOnlyConfig())

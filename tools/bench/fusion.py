@@ -26,6 +26,7 @@ import figures  # noqa: E402
 import speech  # noqa: E402
 
 from icefall_fusion.decode import Decoder  # noqa: E402
+from icefall_fusion.devices import weight_bytes  # noqa: E402
 from icefall_fusion.search import PrefixSearchOptions  # noqa: E402
 
 METHODS = (
@@ -58,7 +59,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
                 decoder = Decoder(replace(options, llm=llm, matched_llm=matched))
                 found = [row for name, path in sets.items() for row in decoder.decode_set(name, path)]
                 new = compare(found, args.methods, beam, batch, base)
-                weights = decoder.memory_plan["llm"]["weights"]
+                weights = weight_bytes(decoder.lms.get("llm").model)
                 rows += [{**row, "quantization": quantization, "llm_weights": weights} for row in new]
                 base = base or reference(new)
                 show(rows[-len(args.methods) :])

@@ -23,7 +23,6 @@ from typing import Any
 
 import numpy as np
 import soundfile
-import torch
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
@@ -34,6 +33,7 @@ import speech  # noqa: E402
 from icefall_fusion.data.audio import SAMPLE_RATE  # noqa: E402
 from icefall_fusion.data.manifests import cut_of, write_cuts  # noqa: E402
 from icefall_fusion.decode import Decoder  # noqa: E402
+from icefall_fusion.report import memory_in_use  # noqa: E402
 from icefall_fusion.utterances import Utterance, read_cuts  # noqa: E402
 
 PAUSE = 0.5  # seconds between two utterances
@@ -61,8 +61,8 @@ def join(utterances: list[Utterance], minutes: float, folder: Path) -> tuple[str
 class Peak:
     """The highest memory in use while the block runs, in bytes."""
 
-    def __init__(self, device: str) -> None:
-        self.device, self.bytes, self._stop = device, 0, threading.Event()
+    def __init__(self) -> None:
+        self.bytes, self._stop = 0, threading.Event()
         self._thread = threading.Thread(target=self._look, daemon=True)
 
     def __enter__(self) -> Peak:
@@ -75,14 +75,7 @@ class Peak:
 
     def _look(self) -> None:
         while not self._stop.wait(_EVERY):
-            self.bytes = max(self.bytes, in_use(self.device))
-
-
-def in_use(device: str) -> int:
-    """Return the bytes that this process holds, on the GPU or resident."""
-    if device == "cuda":
-        return torch.cuda.memory_allocated()
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+            self.bytes = max(self.bytes, memory_in_use())
 
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -116,8 +109,8 @@ def decode(
     if args.llm:
         llm = replace(llm, path=args.llm)
     decoder = Decoder(replace(options, llm=llm))
-    before, begun = in_use(args.device), time.perf_counter()
-    with Peak(args.device) as peak:
+    before, begun = memory_in_use(), time.perf_counter()
+    with Peak() as peak:
         [row] = decoder.decode_set("long", manifest)
     kept = ("method", "wer", "words", "search_seconds", "lm_seconds", "audio_seconds", "kv_bytes_peak")
     found = {name: row.get(name, 0) for name in kept}

@@ -1,0 +1,100 @@
+"""The memory plan of each test set of a decode, and the peak that it came to.
+Knows: sources of emissions, language models, memory in use. Must not know: utterances, methods.
+"""
+from __future__ import annotations
+
+import logging
+from typing import Any, Iterable, Mapping, Sequence
+
+import torch
+
+from icefall_fusion.data.fbank import DIM, FRAME_SHIFT
+from icefall_fusion.emissions import EmissionSource
+from icefall_fusion.lms import Lms
+from icefall_fusion.memory_plan import BatchShape, describe_plan, plan_memory
+from icefall_fusion.report import memory_in_use, peak_memory_bytes, reset_peak_memory
+
+_TRIED = 4  # on a CPU the encoder is tried with one of so many utterances
+#: What libraries and the allocator of a process gather beside what is asked for, seen in decodes on a CPU.
+_GATHERED = 80_000_000
+
+
+class MemoryWatch:
+    """Plans memory, watches it.
+
+    Args:
+        source: of emissions.
+        lms: the language models.
+
+    Attributes:
+        sets: by test set, what `plan_memory` returns, and ``peak``.
+    """
+
+    def __init__(self, source: EmissionSource, lms: Lms) -> None:
+        self._source, self._lms = source, lms
+        self._peak = 0
+        self.sets: dict[str, dict[str, Any]] = {}
+
+    def plan(
+        self, name: str, batches: Iterable[BatchShape],
+        methods: Mapping[str, tuple[int, Sequence[tuple[str, str]]]], beam: int,
+    ) -> None:  # fmt: skip
+        """Say what decoding a test set will take, and begin to watch.
+
+        Args:
+            name: of the test set.
+            batches: all shapes that there will be.
+            methods: see `plan_memory`.
+            beam: slots of the search.
+        """
+        shapes = list(batches)
+        measures = (lambda s: s.rows * s.seconds, lambda s: s.rows * s.seconds**2, lambda s: s.seconds)
+        largest = {max(shapes, key=measure) for measure in measures} if shapes else set()
+        self.sets[name] = plan = plan_memory(
+            self._source.network, self._lms.loaded(), largest, methods, beam, self._try_encoder,
+            memory_in_use(), self._lms.ngram_bytes(), 0 if self._on_gpu else _GATHERED,
+        )  # fmt: skip
+        logging.info("memory%s: %s", f" of {name}" if name else "", describe_plan(plan))
+        reset_peak_memory()
+        self._peak = 0
+
+    def note(self) -> None:
+        """Remember the peak so far; to be called before somebody resets it."""
+        self._peak = max(self._peak, peak_memory_bytes())
+
+    def end(self, name: str) -> None:
+        """Say what decoding a test set took."""
+        self.note()
+        self.sets[name]["peak"] = self._peak
+        logging.info("memory of %s: the peak was %.0f MB", name, self._peak / 1e6)
+
+    @property
+    def _on_gpu(self) -> bool:
+        models = [lm.model for lm in self._lms.loaded().values()] + [self._source.network]
+        return any(p.is_cuda for model in models if model is not None for p in model.parameters())
+
+    def _try_encoder(self, batch: BatchShape) -> tuple[int, int]:
+        """Return the bytes that emissions take, and those beside them while they are made: of silence."""
+        if self._source.wants == "nothing":
+            return 0, 0
+        rows = batch.rows if self._on_gpu else -(-batch.rows // _TRIED)
+        shape: tuple[int, ...] = (round(batch.seconds * self._source.sample_rate),)
+        if self._source.wants == "features":
+            shape = (round(batch.seconds / FRAME_SHIFT), DIM)
+        values = [torch.zeros(shape) for _ in range(rows)]
+        reset_peak_memory()
+        before = memory_in_use()
+        try:
+            made = self._source.emit([str(row) for row in range(rows)], values)
+        except torch.OutOfMemoryError:
+            logging.warning("out of memory with %d utterances of %.0f s", rows, batch.seconds)
+            return 0, 0
+        kept = _bytes(x for x in (made.log_probs, made.encoder_out) if x is not None)
+        more = max(0, peak_memory_bytes() - before - kept)
+        if not made.log_probs.is_cuda:
+            kept += _bytes(values)
+        return kept * batch.rows // rows, more * batch.rows // rows
+
+
+def _bytes(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(x.numel() * x.element_size() for x in tensors)
