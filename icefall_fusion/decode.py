@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
+import math
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -65,6 +66,8 @@ class Decoder:
         self.out = Path(options.out)
         self.processes = Processes.join()
         self._device = device = self.processes.device(options.emissions.device)
+        if torch.device(device).type == "cuda":
+            torch.cuda.set_device(device)  # whose memory is planned and watched
         self.source: EmissionSource = open_source(replace(options.emissions, device=device))
         lms = {name: getattr(options, name) for name in LM_SOURCES}
         lms = {name: replace(lm, device=self.processes.device(lm.device)) for name, lm in lms.items()}
@@ -80,7 +83,9 @@ class Decoder:
         needed = set().union(*(method.needs for method in self.methods))
         for source in sorted(needed & set(LM_SOURCES)):
             self.lms.get(source)  # of second passes too: what is wrong is told before anything is decoded
+        self.carries = self.lms.carry({part.source for method in self.methods for part in method.parts})
         self.memory = MemoryWatch(self.source, self.lms)
+        self._saved: list[Path] = []  # emissions of the batch at hand
         self.skipped: list[dict[str, str]] = []
         self.oom_backoffs, self._most_rows = 0, options.batch_size
         self.report: dict[str, Any] = {}
@@ -113,10 +118,10 @@ class Decoder:
             method: ShardedLog(self.processes, self.out, name, method, values, options.restart)
             for method, values in received.items()
         }
-        self.write_run("running")
         todo = [u for u in utterances if any(u.id not in log.done for log in logs.values())]
         todo = self.processes.share(sorted(todo, key=lambda u: -u.seconds))  # like lengths for each process
         self._plan(name, todo)
+        self.write_run("running")
         skipped = self._decode_share(name, todo, logs)
         self.memory.end(name)
         if skipped:
@@ -173,6 +178,8 @@ class Decoder:
         for name in sorted(used):
             lm = getattr(self.options, name)
             received[name] = {**dataclasses.asdict(lm), "fingerprint": self._fingerprint(lm.path)}
+            if not lm.carry:
+                del received[name]["carry"]  # so that a run from before there was such an option goes on
         ngram = self.options.ngram
         if any(part.look_ahead for part in method.parts):
             received["look_ahead"] = {"scale": ngram.scale, "every": ngram.every}
@@ -195,13 +202,15 @@ class Decoder:
         return self._fingerprints[path]
 
     def _plan(self, name: str, utterances: Sequence[Utterance]) -> None:
-        """Say what memory these utterances of a test set will take."""
+        """Say what memory these utterances of a test set will take, on this process's device."""
         options = self.options
-        shapes = set()
-        for batch in batches(utterances, options.batch_size, options.batch_seconds, options.longest):
-            long, most = batch[0].seconds > options.longest, len(batch)
-            rows = most if not long else 1 if self.lms.carry else self._parts_at_once()
-            shapes.add(BatchShape(rows, min(batch[0].seconds, options.longest)))
+        shapes, longest = set(), options.longest
+        for batch in batches(utterances, options.batch_size, options.batch_seconds, longest):
+            rows, seconds = len(batch), batch[0].seconds
+            if seconds > longest and self.source.wants != "nothing":
+                parts = math.ceil(2 * seconds / longest)
+                rows, seconds = 1 if self.carries else min(self._parts_at_once(), parts), longest
+            shapes.add(BatchShape(rows, seconds))
         nbest = options.search.nbest or options.search.beam
         methods = {
             method.name: (
@@ -243,7 +252,7 @@ class Decoder:
                     found.setdefault(method.name, Found()).add([parts[row] for row in rows], nbests, line)
         for ours in found.values():
             ours.drop({entry["id"] for entry in self.skipped[begin:]})
-        return found
+        return {name: ours for name, ours in found.items() if ours.parts}
 
     def tell(self, parts: Sequence[Stretch], found: Optional[Found] = None) -> None:
         """Note references, and give the language models what precedes the parts decoded next.
@@ -253,7 +262,7 @@ class Decoder:
             found: what the method that decodes them has found of the parts before.
         """
         customs = {part.id: None if part.number else part.utterance.custom for part in parts}
-        recognized = found.earlier_texts(parts) if found is not None and self.lms.carry else None
+        recognized = found.earlier_texts(parts) if found is not None and self.carries else None
         self.lms.tell(customs, recognized)
         self._references = {part.id: part.utterance.text for part in parts if part.count == 1}
 
@@ -271,12 +280,12 @@ class Decoder:
         parts = self._split(name, batch)
         split_seconds = (time.perf_counter() - begun) / max(len(parts), 1)
         size = self._parts_at_once() if any(part.number for part in parts) else max(len(parts), 1)
-        if self.lms.carry:
+        if self.carries:
             parts.sort(key=lambda part: part.number)
-        first = 0
+        first, self._saved = 0, []
         while first < len(parts):
             some = parts[first : first + min(size, self._most_rows)]
-            if self.lms.carry:
+            if self.carries:
                 some = [part for part in some if part.number == some[0].number]
             begun = time.perf_counter()
             values = []
@@ -287,6 +296,8 @@ class Decoder:
                 lost = some[len(values)].utterance
                 self._skip(name, lost, error)
                 parts[first:] = [part for part in parts[first:] if part.utterance is not lost]
+                for path in self._saved:  # what is read part by part is a batch of its own
+                    path.unlink()
                 continue
             loaded = time.perf_counter()
             features_seconds = split_seconds + (loaded - begun) / len(some)
@@ -323,7 +334,8 @@ class Decoder:
             digest = hashlib.sha1("\n".join(emissions.ids).encode()).hexdigest()[:16]
             folder = Path(self.options.save_emissions) / name
             whose = [(part.utterance.id, part.number, part.count) for part in parts]
-            save_emissions(folder / f"emissions-{digest}.npz", emissions, half=True, parts=whose)
+            self._saved.append(folder / f"emissions-{digest}.npz")
+            save_emissions(self._saved[-1], emissions, half=True, parts=whose)
         return emissions
 
     def _search(self, method: Method, emissions: Emissions) -> tuple[list[NBest], dict[str, float]]:

@@ -54,6 +54,9 @@ def weight_bytes(model: torch.nn.Module) -> int:
     Quantized weights count with their scales.
     """
     parts = [part for tensor in (*model.parameters(), *model.buffers()) for part in _parts(tensor)]
+    for module in model.modules():  # where bitsandbytes puts scales after the first forward
+        scale = getattr(getattr(module, "state", None), "SCB", None)
+        parts += [scale] if isinstance(scale, torch.Tensor) else []
     tensors = {part.data_ptr(): part for part in parts}
     return sum(t.numel() * t.element_size() for t in tensors.values())
 

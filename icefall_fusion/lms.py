@@ -4,7 +4,7 @@ Knows: causal language models. Must not know: searches, fusions, files of a run.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Iterable, Mapping, Optional, Union
+from typing import Any, Container, Iterable, Mapping, Optional, Union
 
 import torch
 
@@ -18,6 +18,7 @@ from icefall_fusion.tokens import AcousticTokens
 
 #: LM of a score: (source) -> field of the options.
 LM_SOURCES = ("nlm", "llm", "matched_llm")
+TOKENS_A_WORD = 1.4  # of English, in an LLM's tokens
 
 
 @dataclass(frozen=True)
@@ -146,10 +147,16 @@ class Lms:
         options = self.options[source]
         return self._contexts[source] if options.tracks_context else options.prompt
 
-    @property
-    def carry(self) -> bool:
-        """Whether an LM wants the words of the earlier parts of what is decoded in parts."""
-        return any(options.path and options.carry for options in self.options.values())
+    def carry(self, sources: Container[str]) -> bool:
+        """Return whether an LM of ``sources`` wants the words of the earlier parts of long audio."""
+        return any(options.carry for source, options in self.options.items() if source in sources)
+
+    def prompt_tokens(self, source: str) -> float:
+        """Return how many tokens the prompts of a source's LM have at most, about."""
+        options = self.options[source]
+        if options.tracks_context:
+            return options.context_words * TOKENS_A_WORD
+        return len(self.get(source).encode(options.prompt)) if options.prompt else 0
 
     def tell(
         self,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Callable, Iterable, Mapping, Optional, Sequence
 
 import torch
@@ -17,13 +18,12 @@ import torch
 from icefall_fusion.devices import weight_bytes
 from icefall_fusion.lm import CausalLm, TreeOptions
 from icefall_fusion.lm.slots import FIRST_SLOTS
+from icefall_fusion.rescoring import TOKENS_A_CALL, UTTERANCES_A_CALL
 
 #: Fast English speech in an LLM's tokens (or in acoustic pieces), and what a beam adds to the best path.
 TOKENS_A_SECOND, TOKENS_A_SLOT = 6.0, 12.0
 #: An N-best list has so many tokens beside the best path, for each hypothesis and token of that.
 _RESCORED = 0.5
-_RESCORED_A_CALL = 8192  # tokens, see rescoring.py
-_ATTENTION_A_CALL = 8  # utterances there
 _FLOAT = 4
 _LOG_PROBS, _HIDDEN, _INNER = 3, 8, 3  # [n, V], [Q, hidden], [Q, inner] that live at once in a forward
 
@@ -46,6 +46,7 @@ def plan_memory(
     held: int,
     ngram: int = 0,
     gathered: int = 0,
+    prompts: Mapping[str, float] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Return bytes by part, and the free memory of each GPU that is used.
 
@@ -60,6 +61,7 @@ def plan_memory(
         held: bytes in use now.
         ngram: bytes of the n-gram's tables.
         gathered: bytes that the process will hold beside all this.
+        prompts: tokens of the longest prompt of each source.
 
     Returns:
         ``held``, ``gathered``; of the former ``acoustic_weights``, ``ngram`` and for each source ``weights``;
@@ -82,7 +84,7 @@ def plan_memory(
             for kind, source in parts:
                 kv, forward = _attention(acoustic, batch, nbest) if source == "attention" else (0, 0)
                 if source in lms:
-                    kv, forward = _lm(lms[source], kind, batch, beam, nbest)
+                    kv, forward = _lm(lms[source], kind, batch, beam, nbest, prompts.get(source, 0))
                     plan[source]["kv"] = max(plan[source]["kv"], kv)
                     plan[source]["forward"] = max(plan[source]["forward"], forward)
                 # second passes come one after the other, and the trees of the first are gone
@@ -97,7 +99,9 @@ def plan_memory(
     return plan
 
 
-def _lm(lm: CausalLm, kind: str, batch: BatchShape, beam: int, nbest: int) -> tuple[int, int]:
+def _lm(
+    lm: CausalLm, kind: str, batch: BatchShape, beam: int, nbest: int, prompt: float
+) -> tuple[int, int]:
     """Return bytes of keys and values, and of distributions and a forward.
 
     Keys and values: for each utterance one token tree with its best path and, for each slot of the beam, some
@@ -105,16 +109,16 @@ def _lm(lm: CausalLm, kind: str, batch: BatchShape, beam: int, nbest: int) -> tu
     """
     path, options = batch.seconds * TOKENS_A_SECOND, TreeOptions()
     rows, tokens = batch.rows, path + beam * TOKENS_A_SLOT
-    most = max(1, min(options.max_forward_tokens, options.max_distribution_bytes // (_FLOAT * lm.vocab_size)))
+    most = options.tokens_a_call(lm.vocab_size)
     if kind == "rescoring":
-        rows = max(1, min(rows, int(_RESCORED_A_CALL / max(1.0, nbest * path))))
+        rows = max(1, min(rows, int(TOKENS_A_CALL / max(1.0, nbest * path))))
         tokens = path * (1 + _RESCORED * nbest)
         forwarded = wanted = min(most, int(rows * tokens))
         kept = 0
     else:
         wanted, kept = min(most, rows * beam), rows * beam
         forwarded = min(most, 2 * wanted)
-    kv = rows * _slots(tokens) * lm.kv_bytes_a_token
+    kv = rows * _slots(prompt + tokens) * lm.kv_bytes_a_token
     config = lm.model.config.get_text_config(decoder=True)
     inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     layer = kv // lm.layers  # gathered for the utterances that take part
@@ -128,7 +132,7 @@ def _attention(acoustic: Any, batch: BatchShape, nbest: int) -> tuple[int, int]:
     options = getattr(acoustic, "options", None)
     if options is None:
         return 0, 0
-    places = min(batch.rows, _ATTENTION_A_CALL) * nbest * int(batch.seconds * TOKENS_A_SECOND)
+    places = min(batch.rows, UTTERANCES_A_CALL) * nbest * int(batch.seconds * TOKENS_A_SECOND)
     inner = options.decoder.feedforward + _HIDDEN * options.encoder.size
     return 0, places * _FLOAT * (_LOG_PROBS * options.vocab_size + inner)
 

@@ -48,11 +48,14 @@ class MemoryWatch:
             beam: slots of the search.
         """
         shapes = list(batches)
+        if not shapes:  # an earlier run has decoded all
+            return
         measures = (lambda s: s.rows * s.seconds, lambda s: s.rows * s.seconds**2, lambda s: s.seconds)
-        largest = {max(shapes, key=measure) for measure in measures} if shapes else set()
+        largest = {max(shapes, key=measure) for measure in measures}
         self.sets[name] = plan = plan_memory(
             self._source.network, self._lms.loaded(), largest, methods, beam, self._try_encoder,
             memory_in_use(), self._lms.ngram_bytes(), 0 if self._on_gpu else _GATHERED,
+            {source: self._lms.prompt_tokens(source) for source in self._lms.loaded()},
         )  # fmt: skip
         logging.info("memory%s: %s", f" of {name}" if name else "", describe_plan(plan))
         reset_peak_memory()
@@ -64,9 +67,10 @@ class MemoryWatch:
 
     def end(self, name: str) -> None:
         """Say what decoding a test set took."""
-        self.note()
-        self.sets[name]["peak"] = self._peak
-        logging.info("memory of %s: the peak was %.0f MB", name, self._peak / 1e6)
+        if name in self.sets:
+            self.note()
+            self.sets[name]["peak"] = self._peak
+            logging.info("memory of %s: the peak was %.0f MB", name, self._peak / 1e6)
 
     @property
     def _on_gpu(self) -> bool:
@@ -81,14 +85,19 @@ class MemoryWatch:
         shape: tuple[int, ...] = (round(batch.seconds * self._source.sample_rate),)
         if self._source.wants == "features":
             shape = (round(batch.seconds / FRAME_SHIFT), DIM)
-        values = [torch.zeros(shape) for _ in range(rows)]
-        reset_peak_memory()
-        before = memory_in_use()
-        try:
-            made = self._source.emit([str(row) for row in range(rows)], values)
-        except torch.OutOfMemoryError:
-            logging.warning("out of memory with %d utterances of %.0f s", rows, batch.seconds)
-            return 0, 0
+        while True:
+            values = [torch.zeros(shape) for _ in range(rows)]
+            reset_peak_memory()
+            before = memory_in_use()
+            try:
+                made = self._source.emit([str(row) for row in range(rows)], values)
+                break
+            except torch.OutOfMemoryError:
+                if rows == 1:
+                    raise
+                logging.warning("out of memory with %d utterances of %.0f s", rows, batch.seconds)
+                rows //= 2
+                torch.cuda.empty_cache()
         kept = _bytes(x for x in (made.log_probs, made.encoder_out) if x is not None)
         more = max(0, peak_memory_bytes() - before - kept)
         if not made.log_probs.is_cuda:

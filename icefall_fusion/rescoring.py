@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
     from icefall_fusion.lm import CausalLm
 
-_TOKENS_A_CALL = 8192  # of all hypotheses; what they share is forwarded once
-_UTTERANCES_A_CALL = 8  # of the attention decoder
+TOKENS_A_CALL = 8192  # of all hypotheses; what they share is forwarded once
+UTTERANCES_A_CALL = 8  # of the attention decoder
 
 
 def rescore_with_lm(
@@ -78,8 +78,8 @@ def rescore_with_attention(
     check(len(nbests) == len(encoder_out), "nbests", f"have {len(encoder_out)} utterances", len(nbests))
     scores: list[list[float]] = [[0.0] * len(nbest) for nbest in nbests]
     rows = [row for row in range(len(nbests)) if int(lens[row]) > 0 and len(nbests[row]) > 0]
-    for start in range(0, len(rows), _UTTERANCES_A_CALL):
-        chosen = rows[start : start + _UTTERANCES_A_CALL]
+    for start in range(0, len(rows), UTTERANCES_A_CALL):
+        chosen = rows[start : start + UTTERANCES_A_CALL]
         frames = int(lens[chosen].max())
         lists = [[hypothesis.tokens for hypothesis in nbests[row]] for row in chosen]
         found = model.score_tokens(encoder_out[chosen][:, :frames], lens[chosen], lists)
@@ -113,11 +113,11 @@ def _paths(tokenizer: WordTokenizer, nbest: NBest, prompted: bool) -> list[list[
 
 
 def _chunks(paths: Sequence[Sequence[Sequence[int]]]) -> Iterator[tuple[int, int]]:
-    """Cut utterances into runs of at most `_TOKENS_A_CALL` tokens (at least one utterance)."""
+    """Cut utterances into runs of at most `TOKENS_A_CALL` tokens (at least one utterance)."""
     start = tokens = 0
     for row, lists in enumerate(paths):
         more = sum(len(ids) for ids in lists)
-        if row > start and tokens + more > _TOKENS_A_CALL:
+        if row > start and tokens + more > TOKENS_A_CALL:
             yield start, row
             start, tokens = row, 0
         tokens += more

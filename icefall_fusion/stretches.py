@@ -43,7 +43,7 @@ def stretches(utterance: Utterance, longest: float) -> list[Stretch]:
     Raises:
         InputError: it cannot be read.
     """
-    if utterance.seconds <= longest:
+    if utterance.seconds <= longest or not utterance.apart:
         values = utterance.load()  # maybe longer than was said
         rate = rate_of(values)
         ranges = list(split_long(lambda first, last: values[first:last], rate, longest))

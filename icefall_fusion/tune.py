@@ -250,6 +250,8 @@ class _Confirmation:
         assert decode is not None
         self.options = options
         self.decoder = Decoder(replace(decode, methods="ctc-prefix", weights={}))
+        sources = {part.source for name in parse_methods(options.methods) for part in parse_method(name)}
+        self.decoder.carries = self.decoder.lms.carry(sources)
         wants = self.decoder.source.wants
         utterances = [u for path in decode.test_sets.values() for u in read_cuts(path, wants)]
         utterances = spread(utterances, decode.limit)

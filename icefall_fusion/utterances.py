@@ -36,6 +36,7 @@ class Utterance:
         load: reads features [T,80] or samples [N] float32, whichever was asked for: ``load()`` all of them,
             ``load(start, seconds)`` those of a part (fewer where the utterance ends); may raise InputError.
         custom: further fields of the cut's first supervision.
+        apart: whether parts can be read each by itself; of what is mixed or transformed they cannot.
     """
 
     id: str
@@ -43,6 +44,7 @@ class Utterance:
     text: str | None
     load: Callable[..., Tensor] = field(compare=False)
     custom: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    apart: bool = True
 
 
 def read_cuts(path: PathLike, wants: str) -> list[Utterance]:
@@ -69,14 +71,15 @@ def read_cuts(path: PathLike, wants: str) -> list[Utterance]:
 
 
 def _of_manifest(path: PathLike, wants: str) -> list[Utterance]:
-    from lhotse import CutSet
+    from lhotse import CutSet, MonoCut
 
     utterances = []
     for cut in CutSet.from_file(path):
         texts = [s.text for s in cut.supervisions if s.text is not None]
         text = " ".join(texts) if texts else None
         custom = (cut.supervisions[0].custom or {}) if cut.supervisions else {}
-        utterances.append(Utterance(cut.id, float(cut.duration), text, _loader(cut, wants), custom))
+        apart = isinstance(cut, MonoCut) and not (cut.recording is not None and cut.recording.transforms)
+        utterances.append(Utterance(cut.id, float(cut.duration), text, _loader(cut, wants), custom, apart))
     return utterances
 
 
@@ -119,12 +122,16 @@ def _loader(cut: Any, wants: str) -> Callable[..., Tensor]:
 
 
 def _stored_features(cut: Any, start: float, seconds: Optional[float]) -> Tensor:
-    if seconds is not None and start >= cut.duration:
+    if start > 0 and _is_over(cut, start):
         return torch.zeros(0, DIM)
     try:
         return torch.from_numpy(_part_of(cut, start, seconds).load_features()).float()
     except Exception as error:  # an archive of any kind may be missing, cut short or foreign
         raise InputError(f"features of {cut.id} cannot be read: {type(error).__name__}: {error}") from error
+
+
+def _is_over(cut: Any, start: float) -> bool:
+    return round((cut.duration - start) * SAMPLE_RATE) < 1
 
 
 def _part_of(cut: Any, start: float, seconds: Optional[float]) -> Any:
@@ -135,8 +142,6 @@ def _part_of(cut: Any, start: float, seconds: Optional[float]) -> Any:
 
 def _cut_audio(cut: Any, start: float, seconds: Optional[float]) -> np.ndarray:
     """Return a cut's audio [samples] at 16 kHz; what is padded, mixed or part of a file is lhotse's work."""
-    if seconds is not None and start >= cut.duration:
-        return np.zeros(0, np.float32)
     file = _whole_file(cut)
     if file is not None:
         samples = load_audio(file, seconds is not None, start, seconds)
@@ -145,6 +150,8 @@ def _cut_audio(cut: Any, start: float, seconds: Optional[float]) -> np.ndarray:
         if reached < end - _TOLERANCE:  # libsndfile takes a WAV that was cut short for a whole one
             raise AudioError(f"{file} is truncated: it has {reached:.2f} of {cut.duration:.2f} s")
         return samples
+    if start > 0 and _is_over(cut, start):
+        return np.zeros(0, np.float32)
     try:
         loaded = _part_of(cut, start, seconds).load_audio()
     except Exception as error:  # of any backend, of what mixing asks for

@@ -416,11 +416,12 @@ def test_options_that_need_absent_packages_or_names(tmp_path: Path, monkeypatch)
     assert CausalLm.from_pretrained(folder, device_map={"": "cpu"}).log_prob("the cat") < 0
 
 
-@pytest.mark.parametrize(("name", "package", "most"), [
-    ("8bit", "bitsandbytes", 0.45), ("4bit", "bitsandbytes", 0.35), ("int8", "torchao", 0.45),
+@pytest.mark.parametrize(("name", "package", "least", "most"), [
+    ("8bit", "bitsandbytes", 0.25, 0.45), ("4bit", "bitsandbytes", 0.14, 0.35),
+    ("int8", "torchao", 0.25, 0.45),
 ])  # fmt: skip
 def test_quantized_weights_are_small_and_score_alike_by_tree_and_plainly(
-    tmp_path: Path, name: str, package: str, most: float
+    tmp_path: Path, name: str, package: str, least: float, most: float
 ) -> None:
     pytest.importorskip(package)
     folder = tiny.language_model(tmp_path, 1, pieces=True)
@@ -432,7 +433,7 @@ def test_quantized_weights_are_small_and_score_alike_by_tree_and_plainly(
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
     exact = CausalLm.from_pretrained(folder)
     lm = CausalLm.from_pretrained(folder, quantization=name)
-    assert weight_bytes(lm.model) < most * weight_bytes(exact.model)
+    assert least < weight_bytes(lm.model) / weight_bytes(exact.model) < most
     texts = ["the cat sat on the mat", "the cat met a dog", "we saw the sea"]
     found, without = lm.log_probs(texts, eos=True), exact.log_probs(texts, eos=True)
     plain = [sum(lm.token_log_probs([lm.encode(text)], eos=True)[0]) for text in texts]

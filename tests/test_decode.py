@@ -21,11 +21,13 @@ import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from lhotse import CutSet
+from lhotse import CutSet, LilcomChunkyWriter, Recording
 
 from icefall_fusion.__main__ import main, parse_options
+from icefall_fusion.data.fbank import extractor
 from icefall_fusion.data.manifests import cut_of, write_cuts
 from icefall_fusion.decode import DecodeOptions, Decoder
+from icefall_fusion.emission_batch import SavedSource
 from icefall_fusion.fusion import DelayedFusion
 from icefall_fusion.lm import CausalLm
 from icefall_fusion.methods import METHODS, choose_methods, parse_method, parse_methods, weights_of
@@ -446,14 +448,58 @@ def test_cuts_found_in_windows_are_those_of_the_whole(frames, longest, audio, se
     assert split_of(values, longest) == [*expected, (start, len(values))]
 
 
+def noise_file(path: Path, seconds: float, rate: int = 16000, channels: int = 1) -> None:
+    count = round(seconds * rate)
+    noise = np.random.default_rng(3).normal(0, 0.1, (count, channels))
+    soundfile.write(path, noise * np.sin(np.arange(count) / rate)[:, None], rate)
+
+
+def long_cut(folder: Path, kind: str):
+    """Return a cut of some 9 s."""
+    noise_file(folder / "long.flac", 9.0077)
+    recording = Recording.from_file(folder / "long.flac")
+    if kind == "declared too short":
+        recording = replace(recording, duration=7.0, num_samples=112000)
+    cut = recording.to_cut()
+    if kind == "segment":
+        return cut.truncate(offset=0.7, duration=8.0)
+    if kind == "ends a little late":
+        return replace(cut.truncate(offset=0.7, duration=6.0), duration=6.000000001)
+    if kind == "padded":
+        return cut.pad(duration=10.0)
+    if kind == "mixed":
+        noise_file(folder / "other.flac", 9.5)
+        return cut.mix(Recording.from_file(folder / "other.flac").to_cut(), snr=10)
+    if kind == "transformed":
+        return cut.perturb_speed(0.9)
+    if kind == "stored features":
+        with LilcomChunkyWriter(folder / "features") as storage:
+            cut = cut.compute_and_store_features(extractor(), storage)
+        return cut.truncate(offset=0.5, duration=8.0)
+    return cut
+
+
+KINDS = ("whole file", "declared too short", "segment", "ends a little late", "padded", "mixed",
+         "transformed", "stored features")  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("wants", ["features", "audio"])
+def test_parts_of_long_cuts_are_those_of_the_whole(tmp_path, wants, kind) -> None:
+    write_cuts([long_cut(tmp_path, kind)], tmp_path / "cuts.jsonl.gz")
+    [utterance] = read_cuts(tmp_path / "cuts.jsonl.gz", wants)
+    whole = utterance.load()
+    values = [part.load() for part in stretches(utterance, 2.0)]
+    assert len(values) >= 4 and all(0 < len(part) <= 2 * rate_of(whole) for part in values)
+    assert torch.cat(values).shape == whole.shape and (torch.cat(values) - whole).abs().max() < 1e-3
+
+
 @pytest.mark.parametrize("wants", ["features", "audio"])
 @pytest.mark.parametrize("rate", [16000, 44100])
 def test_long_files_are_read_part_by_part(tmp_path, wants, rate) -> None:
     """The parts are those of the whole; no more than a part and its neighbourhood is read at once."""
-    path, count = tmp_path / "long.flac", 9 * rate + 123
-    noise = np.random.default_rng(3).normal(0, 0.1, (count, 2))
-    soundfile.write(path, noise * np.sin(np.arange(count) / rate)[:, None], rate)
-    [utterance] = read_audio_files([path], wants)
+    noise_file(tmp_path / "long.flac", 9.0077, rate, channels=2)
+    [utterance] = read_audio_files([tmp_path / "long.flac"], wants)
     whole, most = utterance.load(), 0.0
 
     def load(start: float, seconds: float) -> torch.Tensor:
@@ -470,23 +516,34 @@ def test_long_files_are_read_part_by_part(tmp_path, wants, rate) -> None:
     assert torch.cat(values).shape == whole.shape and (torch.cat(values) - whole).abs().max() < 1e-3
 
 
-def test_a_part_that_cannot_be_read_takes_its_utterance_along(made, tmp_path) -> None:
-    options = arguments(made, tmp_path, "--methods", "ctc-greedy", "--longest", "1")[1:]
+@pytest.mark.parametrize("carry", [False, True])
+def test_a_part_that_cannot_be_read_takes_its_utterance_along(made, tmp_path, monkeypatch, carry) -> None:
+    """Nothing is left of it: no list, no cost, no saved emissions."""
+    cuts = tiny.manifest(tmp_path / "audio", 14)
+    options = ["--methods", "llm-delayed-shortest", "--longest", "1", "--batch_seconds", "2"]
+    options += ["--save_emissions", str(tmp_path / "kept"), "--llm.carry", str(carry).lower()]
+    options = arguments({**made, "cuts": str(cuts)}, tmp_path / "out", *options)[1:]
     decoder = Decoder(parse_options(DecodeOptions, options, "decode"))
-    good, bad = read_cuts(tiny.manifest(tmp_path / "audio", 14), decoder.source.wants)[-2:]
+    *good, bad = read_cuts(cuts, decoder.source.wants)
+    starts = [part.start for part in stretches(bad, 1.0)]
     seen: list[float] = []
 
     def load(start: float, seconds: float) -> torch.Tensor:
-        if start > 0 and start in seen:  # the cuts were found: now the second part is read
+        if start == starts[2] and start in seen:  # the cuts were found: now the third part is read
             raise InputError("the disk is gone")
         seen.append(start)
         return bad.load(start, seconds)
 
-    starts = [part.start for part in stretches(bad, 1.0)]
-    seen += starts[2:]
-    found = list(decoder.transcribe([good, replace(bad, load=load)]))
-    assert [nbest.utterance for nbest in found] == [good.id]
+    seen += starts[2:3]
+    monkeypatch.setattr("icefall_fusion.decode.read_cuts", lambda *_: [*good, replace(bad, load=load)])
+    [row] = decoder.decode_set("noise", str(cuts))
     assert [(entry["id"], entry["error"]) for entry in decoder.skipped] == [(bad.id, "the disk is gone")]
+    assert sorted(lists(tmp_path / "out", "llm-delayed-shortest")) == sorted(u.id for u in good)
+    [work] = (tmp_path / "out").glob("work-*")
+    assert all(json.loads(line)["ids"] for line in work.read_text().splitlines()[1:])
+    saved = SavedSource(tmp_path / "kept" / "noise", decoder.source.tokens)
+    assert sorted(saved.ids) == sorted(u.id for u in good)
+    assert row["audio_seconds"] == pytest.approx(sum(u.seconds for u in good))
 
 
 def test_parts_are_joined() -> None:

@@ -558,7 +558,7 @@ def test_rescoring_adds_a_score_and_leaves_the_rest(llm, monkeypatch):
         assert hypothesis.total == -1.0
         assert hypothesis.scores["llm"] == pytest.approx(text_log_prob(llm, hypothesis.text), abs=1e-4)
     assert counters["lm_forwards"] == 1
-    monkeypatch.setattr(rescoring, "_TOKENS_A_CALL", 1)
+    monkeypatch.setattr(rescoring, "TOKENS_A_CALL", 1)
     counters = {}
     assert_same(first, rescore_with_lm(nbests, llm, counters=counters))
     assert counters["lm_forwards"] == 2
@@ -576,7 +576,7 @@ class PieceCounter:
 def test_attention_rescoring_sees_each_utterance_with_its_own_frames(monkeypatch):
     from icefall_fusion import rescoring
 
-    monkeypatch.setattr(rescoring, "_UTTERANCES_A_CALL", 2)
+    monkeypatch.setattr(rescoring, "UTTERANCES_A_CALL", 2)
     nbests = [an_nbest(str(i), ["a"] * (i % 3)) for i in range(6)]
     encoder_out = torch.randn(6, 9, 4, generator=torch.Generator().manual_seed(0))
     lens = torch.tensor([9, 3, 0, 0, 5, 7])

@@ -40,6 +40,10 @@ class TreeOptions:
             value = getattr(self, name)
             check(value >= least, f"TreeOptions.{name}", f"be at least {least}", value)
 
+    def tokens_a_call(self, vocab_size: int) -> int:
+        """Return how many tokens one model call takes, so that their distributions fit, too."""
+        return max(1, min(self.max_forward_tokens, self.max_distribution_bytes // (4 * vocab_size)))
+
 
 class TreeScorer:
     """Natural-log probabilities of token paths, one tree for each utterance, one model call an event.
@@ -63,8 +67,7 @@ class TreeScorer:
         self.counters = TreeCounters()
         self._cache = TreeCache(model.layers, len(prompts), self.tree.slots.capacity)
         self._store = DistributionStore(model.vocab_size, model.device, options.max_distribution_bytes)
-        logit_rows = max(1, options.max_distribution_bytes // (4 * model.vocab_size))
-        self._chunk = min(options.max_forward_tokens, logit_rows)
+        self._chunk = options.tokens_a_call(model.vocab_size)
         aside = aside and model.device.type == "cuda"
         self._stream = torch.cuda.Stream(model.device) if aside else None
         for b, prompt in enumerate(prompts):

@@ -7,9 +7,9 @@ Knows: the decoder and its rows. Must not know: how a method works.
     python tools/bench/fusion.py --quantizations none 8bit 4bit int8 --methods llm-delayed-shortest
 
 Time is that of search, language models and second passes, without features and encoder; as a ratio, against
-llm-shallow (or the first method) at the same beam and batch, weights not quantized. --engine torch runs every
-search by tensors, as shallow fusion needs it; the default is what users get. Methods take turns batch by
-batch within one run.
+llm-shallow (or the first method) at the same beam and batch, with the first of --quantizations. --engine
+torch runs every search by tensors, as shallow fusion needs it; the default is what users get. Methods take
+turns batch by batch within one run.
 """
 from __future__ import annotations
 
@@ -59,8 +59,12 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
                 decoder = Decoder(replace(options, llm=llm, matched_llm=matched))
                 found = [row for name, path in sets.items() for row in decoder.decode_set(name, path)]
                 new = compare(found, args.methods, beam, batch, base)
-                weights = weight_bytes(decoder.lms.get("llm").model)
+                loaded = decoder.lms.loaded()
+                weights = weight_bytes(loaded["llm"].model) if "llm" in loaded else 0
                 rows += [{**row, "quantization": quantization, "llm_weights": weights} for row in new]
+                for name, memory in decoder.memory.sets.items():
+                    planned, peak = memory["total"] / 2**20, memory["peak"] / 2**20
+                    print(f"memory of {name}: planned {planned:,.0f} MB, peak {peak:,.0f} MB")
                 base = base or reference(new)
                 show(rows[-len(args.methods) :])
     return rows
