@@ -25,7 +25,7 @@ from icefall_fusion.emissions import EmissionSource, open_source
 from icefall_fusion.files import fingerprint, write_json
 from icefall_fusion.lattices import LatticeSource, open_lattices
 from icefall_fusion.lms import LM_SOURCES, Lms
-from icefall_fusion.memory_plan import BatchShape
+from icefall_fusion.memory_plan import BatchShape, MethodShape
 from icefall_fusion.memory_watch import MemoryWatch
 from icefall_fusion.methods import Method, choose_methods, is_named, needs, weights_of
 from icefall_fusion.nbest import NBest
@@ -211,15 +211,16 @@ class Decoder:
                 parts = math.ceil(2 * seconds / longest)
                 rows, seconds = 1 if self.carries else min(self._parts_at_once(), parts), longest
             shapes.add(BatchShape(rows, seconds))
-        nbest = options.search.nbest or options.search.beam
+        beam, lattice = options.search.beam, (options.k2.beam.beam, options.k2.lattice.paths)
+        plain = (beam, options.search.nbest or beam)
         methods = {
-            method.name: (
-                options.k2.paths if "graph" in method.needs else nbest,
+            method.name: MethodShape(
+                *(lattice if "graph" in method.needs else plain),
                 [(part.kind, part.source) for part in method.parts],
             )
             for method in self.methods
         }
-        self.memory.plan(name, shapes, methods, options.search.beam)
+        self.memory.plan(name, shapes, methods)
 
     def _parts_at_once(self) -> int:
         return min(self.options.batch_size, max(1, int(self.options.batch_seconds / self.options.longest)))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Callable, Iterable, Mapping, Optional, Sequence
+from typing import Any, Callable, Iterable, Mapping, NamedTuple, Optional, Sequence
 
 import torch
 
@@ -36,12 +36,19 @@ class BatchShape:
     seconds: float
 
 
+class MethodShape(NamedTuple):
+    """A method: slots of its search, hypotheses that its second passes get, kind and source of its parts."""
+
+    beam: int
+    nbest: int
+    parts: Sequence[tuple[str, str]]  # see methods.Part
+
+
 def plan_memory(
     acoustic: Optional[torch.nn.Module],
     lms: Mapping[str, CausalLm],
     batches: Iterable[BatchShape],
-    methods: Mapping[str, tuple[int, Sequence[tuple[str, str]]]],
-    beam: int,
+    methods: Mapping[str, MethodShape],
     encoder: Callable[[BatchShape], tuple[int, int]],
     held: int,
     ngram: int = 0,
@@ -54,9 +61,7 @@ def plan_memory(
         acoustic: the acoustic model; None: log-probs come from a file.
         lms: the language models by source, loaded.
         batches: that there will be.
-        methods: of each method how many hypotheses its second passes get, and kind and source of its parts,
-            see ``methods.Part``.
-        beam: slots of the search.
+        methods: that will decode them, by name.
         encoder: bytes that a batch takes while it is searched, and more while it is encoded.
         held: bytes in use now.
         ngram: bytes of the n-gram's tables.
@@ -79,7 +84,7 @@ def plan_memory(
         kept, more = encoder(batch)
         plan["inputs"], plan["encoder"] = max(plan["inputs"], kept), max(plan["encoder"], more)
         needed = {"the encoder": more}
-        for method, (nbest, parts) in methods.items():
+        for method, (beam, nbest, parts) in methods.items():
             needed[method] = 0
             for kind, source in parts:
                 kv, forward = _attention(acoustic, batch, nbest) if source == "attention" else (0, 0)

@@ -4,14 +4,14 @@ Knows: sources of emissions, language models, memory in use. Must not know: utte
 from __future__ import annotations
 
 import logging
-from typing import Any, Iterable, Mapping, Sequence
+from typing import Any, Iterable, Mapping
 
 import torch
 
 from icefall_fusion.data.fbank import DIM, FRAME_SHIFT
 from icefall_fusion.emissions import EmissionSource
 from icefall_fusion.lms import Lms
-from icefall_fusion.memory_plan import BatchShape, describe_plan, plan_memory
+from icefall_fusion.memory_plan import BatchShape, MethodShape, describe_plan, plan_memory
 from icefall_fusion.report import memory_in_use, peak_memory_bytes, reset_peak_memory
 
 _TRIED = 4  # on a CPU the encoder is tried with one of so many utterances
@@ -36,8 +36,7 @@ class MemoryWatch:
         self.sets: dict[str, dict[str, Any]] = {}
 
     def plan(
-        self, name: str, batches: Iterable[BatchShape],
-        methods: Mapping[str, tuple[int, Sequence[tuple[str, str]]]], beam: int,
+        self, name: str, batches: Iterable[BatchShape], methods: Mapping[str, MethodShape]
     ) -> None:  # fmt: skip
         """Say what decoding a test set will take, and begin to watch.
 
@@ -45,7 +44,6 @@ class MemoryWatch:
             name: of the test set.
             batches: all shapes that there will be.
             methods: see `plan_memory`.
-            beam: slots of the search.
         """
         shapes = list(batches)
         if not shapes:  # an earlier run has decoded all
@@ -53,7 +51,7 @@ class MemoryWatch:
         measures = (lambda s: s.rows * s.seconds, lambda s: s.rows * s.seconds**2, lambda s: s.seconds)
         largest = {max(shapes, key=measure) for measure in measures}
         self.sets[name] = plan = plan_memory(
-            self._source.network, self._lms.loaded(), largest, methods, beam, self._try_encoder,
+            self._source.network, self._lms.loaded(), largest, methods, self._try_encoder,
             memory_in_use(), self._lms.ngram_bytes(), 0 if self._on_gpu else _GATHERED,
             {source: self._lms.prompt_tokens(source) for source in self._lms.loaded()},
         )  # fmt: skip

@@ -54,7 +54,8 @@ def test_half_an_hour_in_one_cut_is_never_held_as_one_batch(model, tmp_path, mon
     real = CheckpointSource.emit
 
     def emit(source, ids, inputs):
-        seen.append(sum(map(len, inputs)) / 100)  # seconds of a batch
+        if ids[0].startswith("long"):  # not the try for the memory plan
+            seen.append(sum(map(len, inputs)) / 100)  # seconds of a batch
         return real(source, ids, inputs)
 
     monkeypatch.setattr(CheckpointSource, "emit", emit)

@@ -14,7 +14,7 @@ from icefall_fusion.__main__ import main
 from icefall_fusion.lm import CausalLm
 from icefall_fusion.lm.vocabulary import Vocabulary
 from icefall_fusion.lms import LmOptions, Lms
-from icefall_fusion.memory_plan import BatchShape, describe_plan, plan_memory, weight_bytes
+from icefall_fusion.memory_plan import BatchShape, MethodShape, describe_plan, plan_memory, weight_bytes
 
 SHAPE = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 40}
 
@@ -43,24 +43,27 @@ def test_a_plan_adds_up(tmp_path):
     lm = CausalLm.from_pretrained(tiny.language_model(tmp_path, 3, pieces=False))
     shapes = [BatchShape(4, 10.0), BatchShape(1, 60.0), BatchShape(2, 2.0)]
 
-    def plan(methods, encoder=lambda shape: (0, 0)):
-        return plan_memory(None, {"llm": lm}, shapes, methods, 5, encoder, held=10**6, ngram=7)
+    def of(*parts):
+        return MethodShape(5, 5, parts)
 
-    greedy = plan({"ctc-greedy": (5, [])}, lambda shape: (1000 * shape.rows, int(shape.seconds)))
+    def plan(methods, encoder=lambda shape: (0, 0)):
+        return plan_memory(None, {"llm": lm}, shapes, methods, encoder, held=10**6, ngram=7)
+
+    greedy = plan({"ctc-greedy": of()}, lambda shape: (1000 * shape.rows, int(shape.seconds)))
     assert greedy["total"] == 10**6 + 4010 and greedy["largest"] == "the encoder, 4 of 10 s"
-    delayed = plan({"a": (5, [("delayed", "llm")]), "b": (5, [])}, lambda shape: (1000, 1))
+    delayed = plan({"a": of(("delayed", "llm")), "b": of()}, lambda shape: (1000, 1))
     part = delayed["llm"]
     assert part["weights"] == weight_bytes(lm.model) and delayed["ngram"] == 7 and delayed["free"] == {}
     assert part["kv"] == 4 * 128 * part["kv_a_token"]  # 10 s of speech and a beam of 5: 120 tokens
     assert part["forward"] >= 4 * 5 * 4 * lm.vocab_size  # a distribution for each slot
     assert delayed["total"] == 10**6 + 1000 + part["kv"] + part["forward"]
     assert delayed["largest"] == "a, 4 of 10 s" and delayed["inputs"] == 1000 and delayed["encoder"] == 1
-    both = plan({"a": (5, [("delayed", "llm"), ("rescoring", "llm")])})
-    rescored = plan({"a": (5, [("rescoring", "llm")])})
+    both = plan({"a": of(("delayed", "llm"), ("rescoring", "llm"))})
+    rescored = plan({"a": of(("rescoring", "llm"))})
     assert both["total"] == max(delayed["total"] - 1000, rescored["total"])  # one after the other
-    methods = {"a": (5, [("delayed", "llm")])}
+    methods = {"a": of(("delayed", "llm"))}
     prompted = plan_memory(
-        None, {"llm": lm}, shapes, methods, 5, lambda _: (0, 0), 0, prompts={"llm": 9.0}
+        None, {"llm": lm}, shapes, methods, lambda _: (0, 0), 0, prompts={"llm": 9.0}
     )
     assert prompted["llm"]["kv"] == 2 * part["kv"]  # 129 tokens
     assert "the peak is about 1 MB" in describe_plan(greedy) and "llm" in describe_plan(greedy)

@@ -138,10 +138,10 @@ def test_out_of_memory_halves_the_batch_and_changes_no_result(made, tmp_path, mo
             raise torch.OutOfMemoryError("no room")
         return search(self, method, emissions)
 
-    def small_emit(self, name, parts):
+    def small_emit(self, name, parts, values):
         if len(parts) > 4:
             raise torch.OutOfMemoryError("no room")
-        return emit(self, name, parts)
+        return emit(self, name, parts, values)
 
     monkeypatch.setattr(Decoder, "_search_once", small_search)
     monkeypatch.setattr(Decoder, "_emit", small_emit)
