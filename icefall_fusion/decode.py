@@ -366,7 +366,7 @@ class Decoder:
         torch.cuda.empty_cache()
 
     def _search_once(self, method: Method, emissions: Emissions) -> tuple[list[NBest], dict[str, float]]:
-        self.memory.note()
+        self.memory.between_searches()
         reset_peak_memory()
         nbests, work = method.decode(emissions, self.source.model, self._references)
         peak = peak_memory_bytes() - self.lms.unused_bytes(method.needs)

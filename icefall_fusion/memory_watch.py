@@ -12,11 +12,12 @@ from icefall_fusion.data.fbank import DIM, FRAME_SHIFT
 from icefall_fusion.emissions import EmissionSource
 from icefall_fusion.lms import Lms
 from icefall_fusion.memory_plan import BatchShape, MethodShape, describe_plan, plan_memory
-from icefall_fusion.report import memory_in_use, peak_memory_bytes, reset_peak_memory
+from icefall_fusion.report import give_back_memory, memory_in_use, peak_memory_bytes, reset_peak_memory
 
 _TRIED = 4  # on a CPU the encoder is tried with one of so many utterances
 #: What libraries and the allocator of a process gather beside what is asked for, seen in decodes on a CPU.
 _GATHERED = 80_000_000
+_LOOSE = 200_000_000  # so much more than before and the allocator is asked to give back
 
 
 class MemoryWatch:
@@ -32,7 +33,7 @@ class MemoryWatch:
 
     def __init__(self, source: EmissionSource, lms: Lms) -> None:
         self._source, self._lms = source, lms
-        self._peak = 0
+        self._peak = self._least = 0
         self.sets: dict[str, dict[str, Any]] = {}
 
     def plan(
@@ -56,17 +57,24 @@ class MemoryWatch:
             {source: self._lms.prompt_tokens(source) for source in self._lms.loaded()},
         )  # fmt: skip
         logging.info("memory%s: %s", f" of {name}" if name else "", describe_plan(plan))
+        self._least = memory_in_use()
         reset_peak_memory()
         self._peak = 0
 
-    def note(self) -> None:
-        """Remember the peak so far; to be called before somebody resets it."""
+    def between_searches(self) -> None:
+        """Remember the peak so far, which is reset next; bound what the allocator keeps for itself."""
+        self._note()
+        if not self._on_gpu and memory_in_use() > self._least + _LOOSE:
+            give_back_memory()
+            self._least = memory_in_use()
+
+    def _note(self) -> None:
         self._peak = max(self._peak, peak_memory_bytes())
 
     def end(self, name: str) -> None:
         """Say what decoding a test set took."""
         if name in self.sets:
-            self.note()
+            self._note()
             self.sets[name]["peak"] = self._peak
             logging.info("memory of %s: the peak was %.0f MB", name, self._peak / 1e6)
 

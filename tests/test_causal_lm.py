@@ -3,8 +3,10 @@ Knows: CausalLm, transformers. Must not know: search, fusion.
 """
 from __future__ import annotations
 
+import gc
 import json
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -402,6 +404,24 @@ def test_arguments_are_checked(lm: CausalLm) -> None:
     with pytest.raises(ValueError, match="eos must be off for a model without eos"):
         bare = without.open_tree(1, [[4]])
         bare.eos_scores([bare.root(0)])
+
+
+def test_a_tree_takes_its_keys_and_values_along() -> None:
+    """No circle of references holds them until Python's collector comes by: it does not know their size."""
+    lm = CausalLm(random_model("llama"), Vocabulary(None, None, 1, 2), "tiny", self_check=False)
+    gc.collect()
+    gc.disable()
+    try:
+        tree = lm.open_tree(1)
+        tree.score([tree.insert(tree.root(0), [3, 4, 5])])
+        held = [layer.keys for layer in tree._cache.layers] + [tree._store.log_probs]
+        kept = [weakref.ref(tensor) for tensor in held]
+        del held
+        assert all(tensor() is not None for tensor in kept)
+        del tree
+        assert [tensor() for tensor in kept] == [None] * len(kept)
+    finally:
+        gc.enable()
 
 
 def test_options_that_need_absent_packages_or_names(tmp_path: Path, monkeypatch) -> None:

@@ -3,6 +3,7 @@ Knows: torch, transformers' cache interface. Must not know: tokens, which model 
 """
 from __future__ import annotations
 
+import weakref
 from typing import Optional
 
 import numpy as np
@@ -52,7 +53,7 @@ class TreeLayer(CacheLayerMixin):
 
     def __init__(self, cache: TreeCache) -> None:
         super().__init__()
-        self.cache = cache
+        self.cache: TreeCache = weakref.proxy(cache)  # a circle would keep all buffers until a collection
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate zeros (garbage could hold nan, and 0 * nan is nan)."""
