@@ -64,6 +64,7 @@ for bench in tools/bench/*.py; do
     llm_tree) more=(--dtype bfloat16 --models minibooks open-llama-3b mistral-7b --events 24) ;;
     fusion) more=(--beams 5 10 20 50) ;;
     scaling) more=(--batches 8 32 128) ;;
+    long_audio) more=(--minutes 2 10) ;;
   esac
   step "$name" "$python" "$bench" ${device[@]+"${device[@]}"} ${more[@]+"${more[@]}"} --output "$out/gpu-$name.json"
 done
