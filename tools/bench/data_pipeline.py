@@ -20,7 +20,6 @@ import itertools
 import json
 import platform
 import random
-import resource
 import sys
 import tempfile
 import time
@@ -39,6 +38,7 @@ from icefall_fusion.__main__ import parse_options  # noqa: E402
 from icefall_fusion.checks import check  # noqa: E402
 from icefall_fusion.data.datamodule import DataOptions, TrainBatches  # noqa: E402
 from icefall_fusion.files import atomic_path, write_json  # noqa: E402
+from icefall_fusion.report import memory_in_use, peak_rss_bytes  # noqa: E402
 
 REFUSED = 2
 
@@ -199,9 +199,7 @@ def lhotse_speed(manifest: Path, options: BenchOptions) -> int:
 
 def memory() -> dict[str, float]:
     """Return the memory of this process now and at its peak, in MB."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kB on Linux
-    return {"now_mb": round(pages * resource.getpagesize() / 1e6, 1), "peak_mb": round(peak * 1.024 / 1e3, 1)}
+    return {"now_mb": round(memory_in_use() / 1e6, 1), "peak_mb": round(peak_rss_bytes() / 1e6, 1)}
 
 
 if __name__ == "__main__":

@@ -26,7 +26,6 @@ import figures  # noqa: E402
 import speech  # noqa: E402
 
 from icefall_fusion.decode import Decoder  # noqa: E402
-from icefall_fusion.devices import weight_bytes  # noqa: E402
 from icefall_fusion.search import PrefixSearchOptions  # noqa: E402
 
 METHODS = (
@@ -55,14 +54,13 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
                 if quantization != "none":
                     change["quantization"] = quantization
                 llm, matched = (replace(lm, **change) for lm in (options.llm, options.matched_llm))
-                llm = replace(llm, path=args.llm) if args.llm else llm
                 decoder = Decoder(replace(options, llm=llm, matched_llm=matched))
                 found = [row for name, path in sets.items() for row in decoder.decode_set(name, path)]
                 new = compare(found, args.methods, beam, batch, base)
-                loaded = decoder.lms.loaded()
-                weights = weight_bytes(loaded["llm"].model) if "llm" in loaded else 0
+                plans = decoder.memory.sets
+                weights = max(plan["llm"]["weights"] if "llm" in plan else 0 for plan in plans.values())
                 rows += [{**row, "quantization": quantization, "llm_weights": weights} for row in new]
-                for name, memory in decoder.memory.sets.items():
+                for name, memory in plans.items():
                     planned, peak = memory["total"] / 2**20, memory["peak"] / 2**20
                     print(f"memory of {name}: planned {planned:,.0f} MB, peak {peak:,.0f} MB")
                 base = base or reference(new)
@@ -125,7 +123,6 @@ def main() -> None:
     parser.add_argument("--beams", type=int, nargs="+", default=[10])
     parser.add_argument("--batches", type=int, nargs="+", default=[32], help="utterances decoded together")
     parser.add_argument("--limit", type=int, default=0, help="utterances of each set; 0: all")
-    parser.add_argument("--llm", default="", help="model folder or hub name; none: the shipped LLM")
     parser.add_argument("--quantizations", nargs="+", default=["none"], help="none, 8bit, 4bit, int8")
     parser.add_argument("--dtype", default="", help="of the LLMs' weights; none: float32")
     parser.add_argument("--engine", default="auto", choices=["auto", "native", "torch"])

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -33,11 +32,9 @@ import speech  # noqa: E402
 from icefall_fusion.data.audio import SAMPLE_RATE  # noqa: E402
 from icefall_fusion.data.manifests import cut_of, write_cuts  # noqa: E402
 from icefall_fusion.decode import Decoder  # noqa: E402
-from icefall_fusion.report import memory_in_use  # noqa: E402
 from icefall_fusion.utterances import Utterance, read_cuts  # noqa: E402
 
 PAUSE = 0.5  # seconds between two utterances
-_EVERY = 0.02  # seconds between two looks at the memory
 
 
 def join(utterances: list[Utterance], minutes: float, folder: Path) -> tuple[str, bool]:
@@ -56,26 +53,6 @@ def join(utterances: list[Utterance], minutes: float, folder: Path) -> tuple[str
             index += 1
     write_cuts([cut_of({"id": name, "text": " ".join(texts)}, audio, written, {"voice": "many"})], manifest)
     return str(manifest), index > len(utterances)
-
-
-class Peak:
-    """The highest memory in use while the block runs, in bytes."""
-
-    def __init__(self) -> None:
-        self.bytes, self._stop = 0, threading.Event()
-        self._thread = threading.Thread(target=self._look, daemon=True)
-
-    def __enter__(self) -> Peak:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _look(self) -> None:
-        while not self._stop.wait(_EVERY):
-            self.bytes = max(self.bytes, memory_in_use())
 
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -106,15 +83,13 @@ def decode(
         threads=args.threads,
     )  # fmt: skip
     llm = replace(options.llm, carry=carry, context_words=args.context_words)
-    if args.llm:
-        llm = replace(llm, path=args.llm)
     decoder = Decoder(replace(options, llm=llm))
-    before, begun = memory_in_use(), time.perf_counter()
-    with Peak() as peak:
-        [row] = decoder.decode_set("long", manifest)
+    begun = time.perf_counter()
+    [row] = decoder.decode_set("long", manifest)
+    wall, memory = time.perf_counter() - begun, decoder.memory.sets["long"]
     kept = ("method", "wer", "words", "search_seconds", "lm_seconds", "audio_seconds", "kv_bytes_peak")
     found = {name: row.get(name, 0) for name in kept}
-    found.update(wall_seconds=time.perf_counter() - begun, before_bytes=before, peak_bytes=peak.bytes)
+    found.update(wall_seconds=wall, before_bytes=memory["held"], peak_bytes=memory["peak"])
     return found
 
 
@@ -135,7 +110,6 @@ def main() -> None:
     parser.add_argument("--longest", type=float, nargs="+", default=[30], help="seconds of a part")
     parser.add_argument("--methods", nargs="+", default=["llm-delayed-shortest-ahead"])
     parser.add_argument("--context-words", type=int, default=100, help="that the LLM reads before a part")
-    parser.add_argument("--llm", default="", help="model folder or hub name; none: the shipped LLM")
     parser.add_argument("--threads", type=int, default=1, help="of torch on a CPU")
     parser.add_argument("--output", default="bench/long_audio.json")
     args = parser.parse_args()

@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sentences", type=int, default=64, help="of the demo, half clean and half noisy")
     parser.add_argument("--speech", default="bench/speech", help="folder for the demo's audio")
     parser.add_argument("--emissions-model", default="", help="acoustic model; none: the shipped one")
+    parser.add_argument("--llm", default="", help="model folder or hub name; none: the shipped LLM")
     parser.add_argument("--device", default="cpu")
 
 
@@ -44,4 +45,6 @@ def decode_options(args: argparse.Namespace, out: str, sets: dict[str, str], **m
     options = with_pretrained(options)
     if args.emissions_model:
         options = replace(options, emissions=replace(options.emissions, model=args.emissions_model))
+    if args.llm:
+        options = replace(options, llm=replace(options.llm, path=args.llm))
     return options
