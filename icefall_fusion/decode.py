@@ -230,7 +230,6 @@ class Decoder:
     def transcribe(self, utterances: Sequence[Utterance]) -> Iterator[NBest]:
         """Yield the N-best lists of the first method, in any order, and write nothing."""
         options = self.options
-        self._plan("", utterances)
         for batch in batches(utterances, options.batch_size, options.batch_seconds, options.longest):
             found = self._decode_batch("", batch, {})
             yield from (nbest for name in found for nbest in found[name].join())

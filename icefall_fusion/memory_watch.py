@@ -25,7 +25,7 @@ class MemoryWatch:
 
     Args:
         source: of emissions.
-        lms: the language models.
+        lms: the language models, loaded.
 
     Attributes:
         sets: by test set, what `plan_memory` returns, and ``peak``.
@@ -33,12 +33,12 @@ class MemoryWatch:
 
     def __init__(self, source: EmissionSource, lms: Lms) -> None:
         self._source, self._lms = source, lms
+        models = [lm.model for lm in lms.loaded().values()] + [source.network]
+        self._on_gpu = any(p.is_cuda for model in models if model is not None for p in model.parameters())
         self._peak = self._least = 0
         self.sets: dict[str, dict[str, Any]] = {}
 
-    def plan(
-        self, name: str, batches: Iterable[BatchShape], methods: Mapping[str, MethodShape]
-    ) -> None:  # fmt: skip
+    def plan(self, name: str, batches: Iterable[BatchShape], methods: Mapping[str, MethodShape]) -> None:
         """Say what decoding a test set will take, and begin to watch.
 
         Args:
@@ -56,7 +56,7 @@ class MemoryWatch:
             memory_in_use(), self._lms.ngram_bytes(), 0 if self._on_gpu else _GATHERED,
             {source: self._lms.prompt_tokens(source) for source in self._lms.loaded()},
         )  # fmt: skip
-        logging.info("memory%s: %s", f" of {name}" if name else "", describe_plan(plan))
+        logging.info("memory of %s: %s", name, describe_plan(plan))
         self._least = memory_in_use()
         reset_peak_memory()
         self._peak = 0
@@ -77,11 +77,6 @@ class MemoryWatch:
             self._note()
             self.sets[name]["peak"] = self._peak
             logging.info("memory of %s: the peak was %.0f MB", name, self._peak / 1e6)
-
-    @property
-    def _on_gpu(self) -> bool:
-        models = [lm.model for lm in self._lms.loaded().values()] + [self._source.network]
-        return any(p.is_cuda for model in models if model is not None for p in model.parameters())
 
     def _try_encoder(self, batch: BatchShape) -> tuple[int, int]:
         """Return the bytes that emissions take, and those beside them while they are made: of silence."""

@@ -71,15 +71,15 @@ def read_cuts(path: PathLike, wants: str) -> list[Utterance]:
 
 
 def _of_manifest(path: PathLike, wants: str) -> list[Utterance]:
-    from lhotse import CutSet, MonoCut
+    from lhotse import CutSet
 
     utterances = []
     for cut in CutSet.from_file(path):
         texts = [s.text for s in cut.supervisions if s.text is not None]
         text = " ".join(texts) if texts else None
         custom = (cut.supervisions[0].custom or {}) if cut.supervisions else {}
-        apart = isinstance(cut, MonoCut) and not (cut.recording is not None and cut.recording.transforms)
-        utterances.append(Utterance(cut.id, float(cut.duration), text, _loader(cut, wants), custom, apart))
+        load = _loader(cut, wants)
+        utterances.append(Utterance(cut.id, float(cut.duration), text, load, custom, _is_plain(cut)))
     return utterances
 
 
@@ -122,7 +122,7 @@ def _loader(cut: Any, wants: str) -> Callable[..., Tensor]:
 
 
 def _stored_features(cut: Any, start: float, seconds: Optional[float]) -> Tensor:
-    if start > 0 and _is_over(cut, start):
+    if _is_over(cut, start):
         return torch.zeros(0, DIM)
     try:
         return torch.from_numpy(_part_of(cut, start, seconds).load_features()).float()
@@ -131,7 +131,7 @@ def _stored_features(cut: Any, start: float, seconds: Optional[float]) -> Tensor
 
 
 def _is_over(cut: Any, start: float) -> bool:
-    return round((cut.duration - start) * SAMPLE_RATE) < 1
+    return start > 0 and round((cut.duration - start) * SAMPLE_RATE) < 1
 
 
 def _part_of(cut: Any, start: float, seconds: Optional[float]) -> Any:
@@ -150,7 +150,7 @@ def _cut_audio(cut: Any, start: float, seconds: Optional[float]) -> np.ndarray:
         if reached < end - _TOLERANCE:  # libsndfile takes a WAV that was cut short for a whole one
             raise AudioError(f"{file} is truncated: it has {reached:.2f} of {cut.duration:.2f} s")
         return samples
-    if start > 0 and _is_over(cut, start):
+    if _is_over(cut, start):
         return np.zeros(0, np.float32)
     try:
         loaded = _part_of(cut, start, seconds).load_audio()
@@ -164,11 +164,16 @@ def _cut_audio(cut: Any, start: float, seconds: Optional[float]) -> np.ndarray:
     return samples
 
 
-def _whole_file(cut: Any) -> str | None:
-    """Return the path of the file that a cut is all of, or None."""
+def _is_plain(cut: Any) -> bool:
+    """Return whether a cut is a stretch of one recording, as it was recorded: not mixed, not transformed."""
     from lhotse import MonoCut
 
-    if not isinstance(cut, MonoCut) or cut.recording is None or cut.recording.transforms:
+    return isinstance(cut, MonoCut) and not (cut.recording is not None and cut.recording.transforms)
+
+
+def _whole_file(cut: Any) -> str | None:
+    """Return the path of the file that a cut is all of, or None."""
+    if not _is_plain(cut) or cut.recording is None:
         return None
     sources = cut.recording.sources
     one_file = len(sources) == 1 and sources[0].type == "file" and len(sources[0].channels) == 1
