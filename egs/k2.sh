@@ -69,8 +69,8 @@ lattices_of() { # test set: sets $k2_options of decode, after making lattices el
 # Stages of decode.sh between the decoding of the test sets and the report; all have the number of that.
 k2_stages() { # number
   local all=k2-nbest-ngram-rescoring+attention-rescoring+llm-nbest-rescoring
-  local whole=k2-whole-lattice-ngram-rescoring weights=$exp_dir/weights-k2.yaml tuning=$exp_dir/tune-k2 name option
-  local given=() confirmation=()
+  local whole=k2-whole-lattice-ngram-rescoring weights=$exp_dir/weights-k2.yaml tuning=$exp_dir/tune-k2 name
+  local given=()
   if [ "$stage" -gt "$1" ] || [ "$stop_stage" -lt "$1" ] || [ -f "$marks/.k2-decode.done" ]; then return; fi
   if [ "$methods" != all ]; then
     log "the rows of k2 are left out: --methods $methods"
@@ -88,14 +88,8 @@ k2_stages() { # number
   if wanted "$1" k2-tune; then
     lattices_of "$dev_set"
     decode_job "$tuning" "--test_sets.$dev_set" "$(cuts "$dev_set")" --methods "$all,$whole" "${k2_options[@]}"
-    if [ "$confirm" -gt 0 ]; then
-      { echo "confirm:"; sed 's/^/  /' "$conf_file"; } >"$tuning/confirm.yaml"
-      confirmation=(--config "$tuning/confirm.yaml")
-      if [ "$limit" -gt 0 ]; then limit=$confirm lattices_of "$dev_set"; fi # of other utterances
-      for option in "${models[@]}" "${k2_options[@]}"; do confirmation+=("${option/#--/--confirm.}"); done
-      confirmation+=(--confirm.test_sets "{$dev_set: $(cuts "$dev_set")}" --confirm.limit "$confirm")
-      confirmation+=(--confirm.out "$tuning")
-    fi
+    if [ "$confirm" -gt 0 ] && [ "$limit" -gt 0 ]; then limit=$confirm lattices_of "$dev_set"; fi # other utterances
+    confirm_in "$tuning" "${models[@]}" "${k2_options[@]}"
     for name in "$all" "$whole"; do given+=("$tuning/nbest-$dev_set-$name.jsonl"); done
     job tune --nbest "${given[@]}" --ref "$(cuts "$dev_set")" --methods k2-all --out "$weights" \
       ${confirmation[@]+"${confirmation[@]}"}

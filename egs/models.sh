@@ -138,8 +138,20 @@ decode_job() { # output folder, options: by all processes; what was skipped is t
   if ! grep -q '"skipped": \[\]' "$out/run.json"; then skipped=3; fi
 }
 
+confirm_in() { # folder, options of decode: sets $confirmation, options of tune, so that it decodes as stage 2 does
+  local folder=$1 option
+  shift
+  confirmation=()
+  if [ "$confirm" -eq 0 ]; then return; fi
+  { echo "confirm:"; sed 's/^/  /' "$conf_file"; } >"$folder/confirm.yaml"
+  confirmation=(--config "$folder/confirm.yaml")
+  for option in "$@"; do confirmation+=("${option/#--/--confirm.}"); done
+  confirmation+=(--confirm.test_sets "{$dev_set: $(cuts "$dev_set")}" --confirm.limit "$confirm")
+  confirmation+=(--confirm.out "$folder")
+}
+
 decode_stages() { # methods that give all scores of an N-best list of dev; $dev_set and $test_sets are set
-  local scores=$1 weights=$exp_dir/weights.yaml tuning=$exp_dir/tune sets=() name option confirmation=()
+  local scores=$1 weights=$exp_dir/weights.yaml tuning=$exp_dir/tune sets=() name
   conf_file=$conf/decode.yaml
   [ -f "$conf_file" ] || conf_file=conf/decode.yaml
   mkdir -p "$exp_dir"
@@ -149,13 +161,7 @@ decode_stages() { # methods that give all scores of an N-best list of dev; $dev_
     finish tune-decode
   fi
   if wanted 1 tune; then
-    if [ "$confirm" -gt 0 ]; then # by decoding as stage 2 does
-      { echo "confirm:"; sed 's/^/  /' "$conf_file"; } >"$tuning/confirm.yaml"
-      confirmation=(--config "$tuning/confirm.yaml")
-      for option in "${models[@]}"; do confirmation+=("${option/#--/--confirm.}"); done
-      confirmation+=(--confirm.test_sets "{$dev_set: $(cuts "$dev_set")}" --confirm.limit "$confirm")
-      confirmation+=(--confirm.out "$tuning")
-    fi
+    confirm_in "$tuning" "${models[@]}"
     job tune --nbest "[$tuning/nbest-$dev_set-$scores.jsonl]" --ref "$(cuts "$dev_set")" --methods "$methods" \
       --out "$weights" ${confirmation[@]+"${confirmation[@]}"}
     finish tune
