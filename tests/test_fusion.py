@@ -482,10 +482,10 @@ def test_cleaning_the_tree_changes_nothing(llm, nlm, tokens, monkeypatch):
 
 
 class Watched(DelayedFusion):
-    """Notes after every frame how much is remembered beside what the live hypotheses' texts need."""
+    """Notes after every event how much is remembered beside what the live hypotheses' texts need."""
 
-    def fuse(self, beam, frame, active):
-        super().fuse(beam, frame, active)
+    def fuse_now(self, beam, fires):
+        super().fuse_now(beam, fires)
         tree = self._tree.tree
         longest = int(tree.depth[beam.state[..., self.index].cpu().numpy()].max())
         words = int(beam.words[..., self.index].max())

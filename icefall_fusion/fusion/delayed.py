@@ -17,6 +17,7 @@ from icefall_fusion.fusion.look_ahead import LookAhead, LookAheadRun
 from icefall_fusion.fusion.retokenize import prompt_tokens, tokenizer_for
 from icefall_fusion.fusion.triggers import ShortestHypothesis, Trigger
 from icefall_fusion.fusion.words import ClosedWords, History
+from icefall_fusion.search.pace import Ahead, Pace
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -104,16 +105,29 @@ class DelayedFusion(LmFusion):
             self._words.root(utterance).node = node
         self._run = self.trigger.start(beam, tokens)
         self._ahead: Optional[LookAheadRun] = None
+        self._look: Optional[Ahead] = None
         if self.look_ahead is not None and self.weight > 0:
+            self.look_ahead.ngram.check_size(tokens.size)
             weight = self.weight * self.look_ahead.scale
-            self._ahead = LookAheadRun(self.look_ahead, beam, tokens, weight, self.word_bonus)
+            self._look = Ahead(self.look_ahead.ngram, weight, self.word_bonus, self.look_ahead.every)
         self._events = self._new_tokens = 0
         self._scored: set[int] = set()
         self._cache_before = (self._tokenizer.hits, self._tokenizer.misses)
 
+    def pace(self) -> Optional[Pace]:
+        """Return when to call ``fuse_now`` (see ``Fusion``); None: the scores come late, or the trigger asks."""
+        pace = None if self.late else self.trigger.pace()
+        return None if pace is None else pace._replace(ahead=self._look)
+
+    def fuse_now(self, beam: Beam, fires: Tensor) -> None:
+        """Score the closed words of every live hypothesis of the utterances [B] bool that the pace stopped."""
+        self._score_closed(beam, fires, 0)
+
     def advance(self, beam: Beam, source: Tensor, grew: Tensor) -> None:
         """Let the trigger count, and the look-ahead estimate (see ``Fusion.advance``)."""
         self._run.advance(beam, source, grew)
+        if self._look is not None and self._ahead is None:
+            self._ahead = LookAheadRun(self._look, beam)
         if self._ahead is not None:
             self._ahead.advance(beam, grew)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Optional
+from typing import TYPE_CHECKING, Optional
 
 import torch
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from icefall_fusion.search.beam import Beam, PrefixArena
+    from icefall_fusion.search.pace import Ahead
 
 
 SCALE = 0.7  # of the MiniBooks models a good one; weights matter more
@@ -56,22 +57,15 @@ class LookAheadRun:
     the difference to its boundary's, so nothing has to be traced back.
 
     Args:
-        options: see LookAhead.
-        beam: at the root.
-        tokens: the acoustic vocabulary.
-        weight: of a natural log of the n-gram.
-        word_bonus: for a word that has begun.
-
-    Raises:
-        ValueError: the n-gram is over another number of pieces.
+        ahead: the n-gram and its weights.
+        beam: before anything was estimated.
     """
 
-    def __init__(self, options: LookAhead, beam: Beam, tokens: Any, weight: float, word_bonus: float) -> None:
+    def __init__(self, ahead: Ahead, beam: Beam) -> None:
         device = beam.node.device
-        self._every, self._ngram = options.every, options.ngram.to(device)
-        self._ngram.check_size(tokens.size)
-        self._weight, self._bonus = weight, word_bonus
-        self._starts = torch.tensor(tokens.starts_word, device=device)
+        self._every, self._ngram = ahead.every, ahead.ngram.to(device)
+        self._weight, self._bonus = ahead.weight, ahead.bonus
+        self._starts = beam.arena.starts_word
         # Of each node: all estimates since the root; those until the boundary that was scored last; and how
         # much of the difference ``beam.fused`` holds.
         roots = beam.arena.row_size

@@ -10,6 +10,7 @@ import torch
 from icefall_fusion.checks import check
 from icefall_fusion.fusion.base import LmFusion, asked_slots, live_slots
 from icefall_fusion.ngram import NOTHING, PieceNgram
+from icefall_fusion.search.pace import Pace
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,6 +41,10 @@ class NgramFusion(LmFusion):
     def piece_ngram(self) -> PieceNgram:
         """The n-gram, for searches that read its tables themselves."""
         return self.lm
+
+    def pace(self) -> Pace:
+        """Return that no utterance has to stop for an n-gram."""
+        return Pace(0)
 
     def begin(self, beam: Beam, index: int, tokens: Any, ids: Sequence[str]) -> None:
         """Start a batch (see ``Fusion.begin``).

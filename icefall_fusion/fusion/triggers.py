@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Optional
 import torch
 
 from icefall_fusion.checks import check, check_choice
+from icefall_fusion.search.pace import Pace
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,6 +26,10 @@ class Trigger:
     def start(self, beam: Beam, tokens: Any) -> TriggerRun:
         """Open a run over a batch that begins; ``tokens`` is the acoustic vocabulary."""
         raise NotImplementedError
+
+    def pace(self) -> Optional[Pace]:
+        """Return the condition as a pace, for a search that looks at it itself; None: it must ask the run."""
+        return None
 
 
 class TriggerRun:
@@ -60,6 +65,9 @@ class FixedInterval(Trigger, TriggerRun):
     def start(self, beam: Beam, tokens: Any) -> TriggerRun:
         return self
 
+    def pace(self) -> Optional[Pace]:
+        return Pace(self.frames)
+
     def fires(self, beam: Beam, frame: int, active: Tensor) -> Optional[Tensor]:
         return active if (frame + 1) % self.frames == 0 else None
 
@@ -80,6 +88,9 @@ class AtEnd(Trigger, TriggerRun):
 
     def start(self, beam: Beam, tokens: Any) -> TriggerRun:
         return self
+
+    def pace(self) -> Optional[Pace]:
+        return Pace(0)
 
     def fires(self, beam: Beam, frame: int, active: Tensor) -> Optional[Tensor]:
         return None
@@ -109,6 +120,9 @@ class ShortestHypothesis(Trigger):
 
     def start(self, beam: Beam, tokens: Any) -> TriggerRun:
         return _ShortestRun(beam, tokens if self.unit == "words" else None, self.every)
+
+    def pace(self) -> Optional[Pace]:
+        return Pace(self.every, self.unit)
 
 
 class _ShortestRun(TriggerRun):

@@ -148,6 +148,12 @@ class PrefixArena:
         self.rows = row + 1
         return self.first_ids + row * self.row_size
 
+    def reach(self, first: int, rows: int) -> None:
+        """Know that a search has itself written rows from ``first`` on, before ``rows``."""
+        self.rows = max(self.rows, rows)
+        if self.first_ids.device.type != "cpu":  # else the mirror is the thing itself
+            self._host = {name: (mirror, min(known, first)) for name, (mirror, known) in self._host.items()}
+
     def _grow(self) -> None:
         for name in ("_parent", "_piece", "_boundary"):
             old = getattr(self, name)

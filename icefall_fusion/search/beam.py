@@ -199,6 +199,11 @@ class Fusion(Protocol):
     ``extension_scores`` can give. The search leaves out candidate pieces that cannot survive even so. One
     whose extension scores are those of a back-off n-gram over the pieces may have it as ``piece_ngram``:
     compiled search then reads its tables instead of asking.
+
+    One whose condition to fuse is each utterance's own may have ``pace() -> Optional[Pace]``, asked after
+    ``begin``. A search that keeps the paces of all its fusions (at most one that ever stops) calls neither
+    ``advance`` nor ``fuse``, but lets each utterance run on to its own next stop, and then
+    ``fuse_now(beam, fires)`` with those [B] bool that have stopped, whatever their frames.
     """
 
     source: str

@@ -24,10 +24,11 @@ from icefall_fusion.search.candidates import (
     prepare_frames,
 )
 from icefall_fusion.search.children import Children, columns_kept
+from icefall_fusion.search.engine import serves
 from icefall_fusion.search.export import export_nbests
 from icefall_fusion.search.frame_step import Candidates, Frame, FrameStep
 from icefall_fusion.search.joint import ROUNDING, JointFusion
-from icefall_fusion.search.native import NativeSearch, serves
+from icefall_fusion.search.native import NativeSearch
 from icefall_fusion.search.native_build import load_native
 from icefall_fusion.search.search_input import SearchInput, check_input
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from icefall_fusion.checks import check
 from icefall_fusion.search.beam import Beam, Fusion
 from icefall_fusion.search.frame_step import Candidates
+from icefall_fusion.search.pace import Pace
 
 if TYPE_CHECKING:
     from icefall_fusion.tokens import AcousticTokens
@@ -163,17 +164,40 @@ class JointFusion:
             opened: [B, K] bool, slots that began a word; None: there are no words.
         """
         beam.fused = beam.fused.gather(1, source)
+        for fusion, gain in zip(self.shallow, gains):
+            if fusion.weight != 0:
+                beam.fused += fusion.weight * gain
+            if opened is not None and fusion.word_bonus != 0:
+                beam.fused += fusion.word_bonus * opened
+        self.carry(beam, moved_from, gains, opened)
+        self.advance(beam, moved_from, grew)
+
+    def carry(self, beam: Beam, moved_from: Tensor, gains: Sequence[Tensor], opened: Optional[Tensor]) -> None:
+        """Move raw scores, words and states, not ``fused``, and add what slots have gained (see `move`)."""
         beam.permute_scores(moved_from)
         for fusion, gain in zip(self.shallow, gains):
             beam.lm[..., fusion.index] += gain
-            if fusion.weight != 0:
-                beam.fused += fusion.weight * gain
             if opened is not None:
                 beam.words[..., fusion.index] += opened
-                if fusion.word_bonus != 0:
-                    beam.fused += fusion.word_bonus * opened
+
+    def advance(self, beam: Beam, moved_from: Tensor, grew: Tensor) -> None:
+        """Let the fusions follow a frame in which slots have moved or grown."""
         for fusion in self.fusions:
             fusion.advance(beam, moved_from, grew)
+
+    def pace(self) -> Optional[Pace]:
+        """Return the pace of all fusions, if a search can keep it; known after ``begin``."""
+        paces = [fusion.pace() if hasattr(fusion, "pace") else None for fusion in self.fusions]
+        stopping = [pace for pace in paces if pace is None or pace.every or pace.ahead is not None]
+        if len(stopping) > 1:
+            return None
+        return stopping[0] if stopping else Pace(0)
+
+    def fuse_now(self, beam: Beam, fires: Tensor) -> None:
+        """Let the fusion that has stopped utterances [B] bool score them."""
+        for fusion in self.fusions:
+            if fusion.pace().every:
+                fusion.fuse_now(beam, fires)
 
     def fuse(self, beam: Beam, frame: int, active: Tensor) -> None:
         """Let the delayed fusions act, and see whether the slots may be out of order afterwards."""

@@ -89,7 +89,8 @@ def _processor() -> str:
 def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
     library.prefix_search_open.restype = _POINTER
     library.prefix_search_open.argtypes = [
-        *[_NUMBER] * 5, ctypes.c_int, ctypes.c_double, _POINTER, ctypes.c_double, ctypes.c_double,
+        *[_NUMBER] * 5, *[ctypes.c_int] * 2, ctypes.c_double, _POINTER, *[ctypes.c_double] * 2,
+        _NUMBER, ctypes.c_int, _POINTER, *[ctypes.c_double] * 2, _NUMBER,
     ]  # fmt: skip
     library.ngram_open.restype = _POINTER
     library.ngram_open.argtypes = [_NUMBER, _NUMBER, ctypes.c_int, *[_POINTER] * 4]
@@ -97,9 +98,10 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
     library.ngram_close.argtypes = [_POINTER]
     library.prefix_search_close.restype = None
     library.prefix_search_close.argtypes = [_POINTER]
-    library.prefix_search_run.restype = ctypes.c_int
+    library.prefix_search_run.restype = None
     library.prefix_search_run.argtypes = [
-        _POINTER, _POINTER, _NUMBER, _NUMBER, _POINTER, _POINTER, *[_NUMBER] * 5, *[_POINTER] * 9,
+        _POINTER, _POINTER, _NUMBER, _NUMBER, *[_POINTER] * 3, _NUMBER, _NUMBER, ctypes.c_int, _NUMBER, _NUMBER,
+        *[_POINTER] * 12,
     ]  # fmt: skip
     library.prefix_search_show.restype = None
     pairs = [_POINTER, _NUMBER]  # an array and its stride

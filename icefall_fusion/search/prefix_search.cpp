@@ -140,13 +140,23 @@ class Ngram {
   }
 };
 
+// What other language models have search/pace.py say: when an utterance stops for them, and how it is ranked meanwhile.
+struct Pace {
+  int64_t every;     // frames between two looks; 0: never
+  int unit;          // a look stops always (0), or if the shortest hypothesis has more words (1) or pieces (2)
+  const Ngram *ahead;  // ranks what they have not scored yet; null: nothing does
+  float weight, bonus;
+  int64_t ahead_every;
+};
+
 struct Settings {
   int64_t batch;
   int beam, pieces, blank, columns;
-  bool recover;
+  bool recover, ranks;  // ranks: language models take part in the ranking
   double score_beam;  // below 0: none
   const Ngram *ngram;  // joins at every extension; null: there is none
   double weight, bonus;
+  Pace pace;
   std::vector<uint64_t> keys;
 };
 
@@ -158,6 +168,16 @@ struct Slot {  // a live prefix
   int32_t row;      // of children
   int32_t context;  // state of the n-gram
   bool repeats;     // the last piece is that before it
+  // of language models
+  bool grew;               // since the last stop
+  int32_t origin, opened;  // slot at the last stop, words begun since then
+  int32_t length;          // words or pieces begun, of which the pace asks
+  float fused;             // what they add to the ranking
+  double gain;             // raw score of the n-gram since the last stop
+  // of the look-ahead: state; estimates since the root: all, those of closed words, those of what is scored; how much
+  // of the rest `fused` holds
+  int32_t ahead_context;
+  float ahead, ahead_closed, ahead_scored, ahead_given;
 };
 
 struct Way {  // a way on: a stay (below K) or K + slot * columns + column
@@ -171,10 +191,12 @@ struct Tree {  // where prefixes are spelled out: [rows, B, K] of search/arena.p
   const uint8_t *starts;
 };
 
-struct Moves {  // of one utterance's slots in a frame, for those who follow (may be null)
-  int64_t *source;
-  uint8_t *grew, *opened;  // opened: a word begins
-  float *gain;             // raw score of the n-gram for what grew
+struct Frames {  // of one utterance
+  const float *rows;  // log-probs
+  int64_t stride;
+  const float *best;
+  const uint8_t *searched;
+  int64_t ids, ids_a_frame;  // of the nodes born in a frame: from ids + frame * ids_a_frame
 };
 
 struct Work {  // what a frame needs and leaves nothing of
@@ -277,15 +299,56 @@ class Utterance {
   double offset = 0.0;
   std::vector<Slot> slots;
 
+  int64_t at = 0;  // the next frame
+  bool fired = false;  // it stopped at `at`, so that language models could score
+
   void begin(const Settings &set, int64_t number) {
-    slots = {Slot{1.0, 0.0, 1.0, kRootHash, kNoParent, number * set.beam, set.blank, 0,
-                  set.ngram ? set.ngram->start() : 0, false}};
+    Slot root{};
+    root.blank = root.total = 1.0, root.hash = kRootHash, root.parent_hash = kNoParent;
+    root.node = number * set.beam, root.last = set.blank;
+    if (set.ngram) root.context = set.ngram->start();
+    if (set.pace.ahead) root.ahead_context = set.pace.ahead->start();
+    slots = {root};
     slots.reserve(set.beam);
+    longest_ = set.pace.unit == 1 ? 1 : 0;  // with one word begun none is closed; a piece is closed at once
     if (!set.recover) return;
     width_ = set.columns + 1;
     child_.assign(size_t(set.beam) * set.pieces, 0.0);
     open_.assign(size_t(set.beam) * width_, 0.0);
   }
+
+  // Go on, from where it stands, before frame `until` or to where the pace stops it; `fused` is what language models add.
+  void run(const Settings &set, Work &work, const Frames &frames, int64_t until, bool paced, const float *fused,
+           const Tree &tree) {
+    for (size_t k = 0; k < slots.size(); ++k) {
+      Slot &slot = slots[k];
+      slot.origin = int(k), slot.opened = 0, slot.grew = false, slot.gain = 0.0;
+      if (set.ranks) slot.fused = fused[k];
+      if (fired) slot.ahead_scored = slot.ahead_closed;
+    }
+    if (fired) look_ahead(set);
+    fired = false;
+    while (at < until && !fired) {
+      const int64_t t = at++;
+      if (frames.searched[t])
+        step(set, work, frames.rows + t * frames.stride, frames.best[t], frames.ids + t * frames.ids_a_frame, tree);
+      else
+        hear_blank();
+      if (!paced) continue;
+      fired = stops(set);
+      if (!fired && set.pace.ahead && at % set.pace.ahead_every == 0) look_ahead(set);
+    }
+  }
+
+ private:
+  // Children of live prefixes by row: mass = child * decay; `open_` is what does not end in blank, of the pieces
+  // `before_` (and a column of zeros).
+  double decay_ = 1.0;
+  int width_ = 0;
+  std::vector<double> child_, open_;
+  std::vector<int32_t> before_;
+  bool wide_ = false, rests_ = false;
+  int longest_ = 0;  // length of the shortest hypothesis at the last stop
 
   void hear_blank() {  // a piece may repeat after frames that were left out
     if (rests_) return;
@@ -294,11 +357,10 @@ class Utterance {
     std::fill(open_.begin(), open_.end(), 0.0);
   }
 
-  void step(const Settings &set, Work &work, const float *row, float best, const float *fused, int64_t first_id,
-            const Tree &tree, const Moves &moves) {
+  void step(const Settings &set, Work &work, const float *row, float best, int64_t first_id, const Tree &tree) {
     rests_ = false;
     const double blank = std::exp(double(row[set.blank]) - best);
-    weigh(set, fused, work);
+    weigh(set, work);
     stay(set, work, row, best, blank);
     best_pieces(row, least_score(set, work, best), set, work);
     if (set.ngram)
@@ -310,38 +372,53 @@ class Utterance {
     }
     extend(set, work, tree, blank);
     choose(set, work);
-    move(set, work, first_id, tree, moves);
+    move(set, work, first_id, tree);
     if (set.recover) keep_children(set, work, blank);
     slots.swap(work.next);
     for (const int v : work.columns) work.column_of[v] = -1;
     rescale();
   }
 
- private:
-  // Children of live prefixes by row: mass = child * decay; `open_` is what does not end in blank, of the pieces
-  // `before_` (and a column of zeros).
-  double decay_ = 1.0;
-  int width_ = 0;
-  std::vector<double> child_, open_;
-  std::vector<int32_t> before_;
-  bool wide_ = false, rests_ = false;
+  // Whether language models score after the frame before `at`.
+  bool stops(const Settings &set) {
+    const Pace &pace = set.pace;
+    if (pace.every == 0 || at % pace.every != 0) return false;
+    if (pace.unit == 0) return true;
+    if (slots.empty()) return false;
+    int shortest = std::numeric_limits<int>::max();
+    for (const Slot &slot : slots) shortest = std::min(shortest, slot.length);
+    if (shortest <= longest_) return false;
+    longest_ = shortest;
+    return true;
+  }
+
+  // Let `fused` hold the estimates of all that is not scored.
+  void look_ahead(const Settings &set) {
+    if (!set.pace.ahead) return;
+    for (Slot &slot : slots) {
+      const float ahead = slot.ahead - slot.ahead_scored;
+      slot.fused += ahead - slot.ahead_given;
+      slot.ahead_given = ahead;
+    }
+  }
 
   double with_nats(double key, double nats) const { return wide_ ? key + nats : key * std::exp(nats); }
 
   double key(double mass, double factor) const { return wide_ ? std::log(mass) + factor : mass * factor; }
 
   // What language models add to the ranking: a factor, or nats where those are far apart.
-  void weigh(const Settings &set, const float *fused, Work &work) {
+  void weigh(const Settings &set, Work &work) {
     const double reach = set.ngram ? set.weight * kImpossible + std::abs(set.bonus) : 0.0;
     wide_ = !(reach < kWide);
-    if (!fused || slots.empty()) {
+    if (!set.ranks || slots.empty()) {
       std::fill(work.factor.begin(), work.factor.end(), wide_ ? 0.0 : 1.0);
       return;
     }
-    const auto ends = std::minmax_element(fused, fused + slots.size());
-    wide_ = !(double(*ends.second) - *ends.first + reach < kWide);
+    double least = slots[0].fused, most = least;
+    for (const Slot &slot : slots) least = std::min(least, double(slot.fused)), most = std::max(most, double(slot.fused));
+    wide_ = !(most - least + reach < kWide);
     for (size_t k = 0; k < slots.size(); ++k)
-      work.factor[k] = wide_ ? double(fused[k]) : std::exp(double(fused[k]) - *ends.second);
+      work.factor[k] = wide_ ? double(slots[k].fused) : std::exp(double(slots[k].fused) - most);
   }
 
   void stay(const Settings &set, Work &work, const float *row, float best, double blank) {
@@ -481,7 +558,7 @@ class Utterance {
   }
 
   // Let the slots of the next frame go these ways.
-  void move(const Settings &set, Work &work, int64_t first_id, const Tree &tree, const Moves &moves) {
+  void move(const Settings &set, Work &work, int64_t first_id, const Tree &tree) {
     const int columns = int(work.columns.size());
     work.next.clear();
     for (const Way &way : work.ways) {
@@ -490,26 +567,38 @@ class Utterance {
       const int place = way.index - set.beam, from = grew ? place / columns : way.index;
       const Slot &old = slots[from];
       work.kept[k] = grew ? -1 : from;
-      if (moves.source) moves.source[k] = from, moves.grew[k] = grew;
+      work.next.push_back(old);
+      Slot &slot = work.next.back();
       if (!grew) {
-        work.next.push_back(old);
-        Slot &slot = work.next.back();
         slot.blank = work.stay_blank[from], slot.open = work.stay_open[from], slot.total = work.stay_total[from];
         continue;
       }
       const int piece = work.columns[place % columns];
-      const int64_t id = first_id + k;
-      const double total = work.total[place], open = work.open[place];
-      work.next.push_back({std::max(0.0, total - open), open, total, (old.hash * kFactor) ^ set.keys[piece], old.hash,
-                           id, piece, -1, set.ngram ? set.ngram->next(old.context, piece) : 0, piece == old.last});
-      if (moves.gain) {
-        moves.gain[k] = set.ngram->score(old.context, piece);
-        moves.opened[k] = opens(tree, old, piece, set);
-      }
-      tree.parents[id] = old.node, tree.pieces[id] = piece;
-      if (tree.boundaries) tree.boundaries[id] = tree.starts[piece] ? old.node : tree.boundaries[old.node];
+      slot.total = work.total[place], slot.open = work.open[place], slot.blank = std::max(0.0, slot.total - slot.open);
+      slot.hash = (old.hash * kFactor) ^ set.keys[piece], slot.parent_hash = old.hash;
+      slot.node = first_id + k, slot.last = piece, slot.row = -1, slot.repeats = piece == old.last;
+      tree.parents[slot.node] = old.node, tree.pieces[slot.node] = piece;
+      if (tree.boundaries) tree.boundaries[slot.node] = tree.starts[piece] ? old.node : tree.boundaries[old.node];
+      tell_models(set, tree, old, piece, slot);
     }
-    for (int k = int(work.next.size()); moves.source && k < set.beam; ++k) moves.source[k] = k, moves.grew[k] = 0;
+  }
+
+  // Let language models know that a slot grew by a piece.
+  void tell_models(const Settings &set, const Tree &tree, const Slot &old, int piece, Slot &slot) const {
+    slot.grew = true;
+    const bool opened = opens(tree, old, piece, set);
+    slot.length += set.pace.unit == 1 ? opened : 1;
+    if (set.ngram) {
+      const float gain = set.ngram->score(old.context, piece);
+      slot.context = set.ngram->next(old.context, piece);
+      slot.gain += gain, slot.opened += opened;
+      if (set.weight != 0) slot.fused += float(set.weight) * gain;
+      if (set.bonus != 0) slot.fused += float(set.bonus) * opened;
+    }
+    if (!set.pace.ahead) return;
+    slot.ahead += set.pace.weight * set.pace.ahead->score(old.ahead_context, piece) + set.pace.bonus * opened;
+    slot.ahead_context = set.pace.ahead->next(old.ahead_context, piece);
+    if (tree.starts[piece]) slot.ahead_closed = old.ahead;
   }
 
   // Bring the children of those that stay to this frame; newborn prefixes have none.
@@ -564,7 +653,7 @@ class Utterance {
 struct Search {
   Settings set;
   std::vector<Utterance> utterances;
-  std::unique_ptr<Work> work;  // of the one thread that searches frame by frame
+  std::unique_ptr<Work> work;  // of the one thread that searches all utterances
 };
 
 }  // namespace
@@ -578,12 +667,17 @@ void *ngram_open(int64_t base, int64_t start, int orders, const int64_t *counts,
 
 void ngram_close(void *ngram) { delete static_cast<Ngram *>(ngram); }
 
-// ngram (or null) must live as long as the search; its score counts `weight`, a word that begins `bonus`.
+// ngram (or null) must live as long as the search; its score counts `weight`, a word that begins `bonus`. So must
+// `ahead` (or null), the n-gram of the look-ahead. For what begins with pace, see Pace.
 void *prefix_search_open(int64_t batch, int64_t beam, int64_t pieces, int64_t blank, int64_t columns, int recover,
-                         double score_beam, const void *ngram, double weight, double bonus) {
+                         int ranks, double score_beam, const void *ngram, double weight, double bonus,
+                         int64_t pace_every, int pace_unit, const void *ahead, double ahead_weight,
+                         double ahead_bonus, int64_t ahead_every) {
   auto *search = new Search();
-  search->set = {batch, int(beam), int(pieces), int(blank), int(columns), recover != 0, score_beam,
-                 static_cast<const Ngram *>(ngram), weight, bonus, {}};
+  const Pace pace{pace_every, pace_unit, static_cast<const Ngram *>(ahead), float(ahead_weight), float(ahead_bonus),
+                  ahead_every};
+  search->set = {batch, int(beam), int(pieces), int(blank), int(columns), recover != 0, ranks != 0, score_beam,
+                 static_cast<const Ngram *>(ngram), weight, bonus, pace, {}};
   for (int64_t v = 0; v < pieces; ++v) search->set.keys.push_back(mix(uint64_t(v) + 20250109));
   search->utterances.resize(batch);
   for (int64_t b = 0; b < batch; ++b) search->utterances[b].begin(search->set, b);
@@ -592,42 +686,42 @@ void *prefix_search_open(int64_t batch, int64_t beam, int64_t pieces, int64_t bl
 
 void prefix_search_close(void *handle) { delete static_cast<Search *>(handle); }
 
-// Search frames begin..end of the utterances first..last; return whether any slot moved or grew in the last of them.
+// Let the utterances first..last go on from where they stand: before frame `until` or their end, if `paced` no further
+// than to where the pace stops them.
 //
-// log_probs: float [B, T, V] by strides; best: float [B, T]; searched: bool [B, T]; fused (or null): float
-// [B, K]; parents, pieces, boundaries (or null): int64 [rows, B, K]; starts (or null): bool [V]; source (or null):
-// int64 [B, K]; grew: bool [B, K]; opened, gain (both or none, with an n-gram): bool, float [B, K], of what grew.
-int prefix_search_run(void *handle, const float *log_probs, int64_t row_stride, int64_t frame_stride,
-                      const float *best, const uint8_t *searched, int64_t frames, int64_t begin, int64_t end,
-                      int64_t first, int64_t last, const float *fused, int64_t *parents, int64_t *pieces,
-                      int64_t *boundaries, const uint8_t *starts, int64_t *source, uint8_t *grew, uint8_t *opened,
-                      float *gain) {
+// log_probs: float [B, T, V] by strides; best: float [B, T]; searched: bool [B, T]; lens: int64 [B]; parents,
+// pieces, boundaries (or null): int64 [rows, B, K]; starts (or null): bool [V]. Of the slots, [B, K]: fused: float, in
+// and out; source: int64, the slots they come from; grew: bool; opened: int64, words begun; gain: float, raw score of
+// the n-gram; given: float, the look-ahead's part of fused. Of the utterances, [B]: at: int64, frames searched; fired:
+// bool, whether the pace has stopped them.
+void prefix_search_run(void *handle, const float *log_probs, int64_t row_stride, int64_t frame_stride,
+                       const float *best, const uint8_t *searched, const int64_t *lens, int64_t frames, int64_t until,
+                       int paced, int64_t first, int64_t last, int64_t *parents, int64_t *pieces, int64_t *boundaries,
+                       const uint8_t *starts, float *fused, int64_t *source, uint8_t *grew, int64_t *opened,
+                       float *gain, float *given, int64_t *at, uint8_t *fired) {
   auto &search = *static_cast<Search *>(handle);
   const Settings &set = search.set;
   const Tree tree{parents, pieces, boundaries, starts};
-  std::unique_ptr<Work> own;  // several threads may each search all frames of some utterances
-  auto &place_for_work = source ? search.work : own;
-  if (!place_for_work) place_for_work = std::make_unique<Work>(set);
-  Work &work = *place_for_work;
-  bool moved = false;
+  std::unique_ptr<Work> own;  // several threads may each search some of the utterances
+  auto &work = last - first == set.batch ? search.work : own;
+  if (!work) work = std::make_unique<Work>(set);
   for (int64_t b = first; b < last; ++b) {
     auto &utterance = search.utterances[b];
     const int64_t row = b * set.beam;
-    const Moves moves{source ? source + row : nullptr, grew ? grew + row : nullptr, opened ? opened + row : nullptr,
-                      gain ? gain + row : nullptr};
-    for (int64_t t = begin; t < end; ++t) {
-      const int64_t place = b * frames + t;
-      if (searched[place]) {
-        utterance.step(set, work, log_probs + b * row_stride + t * frame_stride, best[place],
-                       fused ? fused + b * set.beam : nullptr, ((t + 1) * set.batch + b) * set.beam, tree, moves);
-        continue;
-      }
-      utterance.hear_blank();
-      for (int64_t k = 0; moves.source && k < set.beam; ++k) moves.source[k] = k, moves.grew[k] = 0;
+    const Frames of{log_probs + b * row_stride, frame_stride, best + b * frames, searched + b * frames,
+                    row + set.batch * set.beam, set.batch * set.beam};
+    utterance.run(set, *work, of, std::min(until, lens[b]), paced != 0, fused + row, tree);
+    at[b] = utterance.at, fired[b] = utterance.fired;
+    for (int64_t k = 0; k < set.beam; ++k) {
+      const bool alive = k < int64_t(utterance.slots.size());
+      source[row + k] = k, grew[row + k] = false, opened[row + k] = 0, gain[row + k] = given[row + k] = 0.0f;
+      if (!alive) continue;
+      const Slot &slot = utterance.slots[k];
+      source[row + k] = slot.origin, grew[row + k] = slot.grew, opened[row + k] = slot.opened;
+      gain[row + k] = float(slot.gain), given[row + k] = slot.ahead_given;
+      if (set.ranks) fused[row + k] = slot.fused;
     }
-    for (int64_t k = 0; source && k < set.beam; ++k) moved |= moves.grew[k] || moves.source[k] != k;
   }
-  return moved;
 }
 
 // Write the live slots' nodes and last pieces, int64 [B, K]; log masses, float [B, K], -inf for dead slots; offsets,
