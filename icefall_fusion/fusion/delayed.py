@@ -115,12 +115,12 @@ class DelayedFusion(LmFusion):
         self._cache_before = (self._tokenizer.hits, self._tokenizer.misses)
 
     def pace(self) -> Optional[Pace]:
-        """Return when to call ``fuse_now`` (see ``Fusion``); None: the scores come late, or the trigger asks."""
+        """Return when to call ``fuse_now`` (see ``Fusion``); None: scores come late, or the trigger asks."""
         pace = None if self.late else self.trigger.pace()
         return None if pace is None else pace._replace(ahead=self._look)
 
     def fuse_now(self, beam: Beam, fires: Tensor) -> None:
-        """Score the closed words of every live hypothesis of the utterances [B] bool that the pace stopped."""
+        """Score the closed words of every live hypothesis of the utterances [B] bool that have stopped."""
         self._score_closed(beam, fires, 0)
 
     def advance(self, beam: Beam, source: Tensor, grew: Tensor) -> None:

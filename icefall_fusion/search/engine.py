@@ -37,8 +37,8 @@ class EngineSearch:
         joint: fusions that `serves` allows.
 
     Attributes (of the slots [B, K], since the last stop):
-        moved_from: int64, slots they come from; grew: bool; opened: int64, words begun; gain: float, raw score
-        of the n-gram; given: float, the look-ahead's part of ``beam.fused``.
+        moved_from: int64, slots they come from; grew: bool; opened: int64, words begun; gain: float, raw
+        score of the n-gram; given: float, the look-ahead's part of ``beam.fused``.
     Attributes (of the utterances [B]):
         at: int64, frames searched; fired: bool, whether the pace has stopped them; both on the host.
     """
@@ -48,9 +48,9 @@ class EngineSearch:
         self.pace = joint.pace()
         self.ahead = (self.pace and self.pace.ahead) or Ahead(None, 0.0, 0.0, 1)
         batch, device, shape = beam.arena.batch, beam.lens.device, beam.node.shape
-        self.moved_from, self.opened = (torch.zeros(shape, dtype=torch.int64, device=device) for _ in range(2))
+        self.moved_from, self.opened = (torch.zeros(shape, dtype=torch.int64, device=device) for _ in "12")
         self.grew = torch.zeros(shape, dtype=torch.bool, device=device)
-        self.gain, self.given = (torch.zeros(shape, device=device) for _ in range(2))
+        self.gain, self.given = (torch.zeros(shape, device=device) for _ in "12")
         self.at, self.fired = torch.zeros(batch, dtype=torch.int64), torch.zeros(batch, dtype=torch.bool)
         self._ends = beam.lens.cpu()
 

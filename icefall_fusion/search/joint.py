@@ -172,7 +172,8 @@ class JointFusion:
         self.carry(beam, moved_from, gains, opened)
         self.advance(beam, moved_from, grew)
 
-    def carry(self, beam: Beam, moved_from: Tensor, gains: Sequence[Tensor], opened: Optional[Tensor]) -> None:
+    def carry(self, beam: Beam, moved_from: Tensor, gains: Sequence[Tensor],
+              opened: Optional[Tensor]) -> None:
         """Move raw scores, words and states, not ``fused``, and add what slots have gained (see `move`)."""
         beam.permute_scores(moved_from)
         for fusion, gain in zip(self.shallow, gains):

@@ -2,8 +2,8 @@
 Knows: the compiled library, beams, frames to search, n-grams as tables. Must not know: which language model
 takes part, text.
 
-Utterances are searched one after the other with their whole state in the cache. An n-gram over the pieces joins
-inside; other shallow fusion, which scores extensions, is left to the tensors.
+Utterances are searched one after the other with their whole state in the cache. An n-gram over the pieces
+joins inside; other shallow fusion, which scores extensions, is left to the tensors.
 """
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class NativeSearch(EngineSearch):
         if joint.shallow:
             [fusion] = joint.shallow
             weight, bonus, ngram = fusion.weight, fusion.word_bonus, ngram_of(fusion)
-        self.tables = [_tables(library, found) for found in (ngram, self.ahead.ngram)]  # kept while it searches
+        self.tables = [_tables(library, found) for found in (ngram, self.ahead.ngram)]
         handles = [None if tables is None else tables.handle for tables in self.tables]
         batch, slots = beam.node.shape
         self.settings = (
@@ -105,8 +105,9 @@ class NativeSearch(EngineSearch):
             self.state, self.log_probs.data_ptr(), row_stride, frame_stride, self.best.data_ptr(),
             self.searched.data_ptr(), self.lens.data_ptr(), self.frames, until, int(self.pace is not None),
             first, last, arena.fields[0].data_ptr(), arena.fields[1].data_ptr(), boundaries, starts,
-            self.beam.fused.data_ptr(), self.moved_from.data_ptr(), self.grew.data_ptr(), self.opened.data_ptr(),
-            self.gain.data_ptr(), self.given.data_ptr(), self.at.data_ptr(), self.fired.data_ptr(),
+            self.beam.fused.data_ptr(), self.moved_from.data_ptr(), self.grew.data_ptr(),
+            self.opened.data_ptr(), self.gain.data_ptr(), self.given.data_ptr(), self.at.data_ptr(),
+            self.fired.data_ptr(),
         )  # fmt: skip
 
     def _show(self) -> None:

@@ -100,8 +100,8 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
     library.prefix_search_close.argtypes = [_POINTER]
     library.prefix_search_run.restype = None
     library.prefix_search_run.argtypes = [
-        _POINTER, _POINTER, _NUMBER, _NUMBER, *[_POINTER] * 3, _NUMBER, _NUMBER, ctypes.c_int, _NUMBER, _NUMBER,
-        *[_POINTER] * 12,
+        _POINTER, _POINTER, _NUMBER, _NUMBER, *[_POINTER] * 3, _NUMBER, _NUMBER, ctypes.c_int,
+        _NUMBER, _NUMBER, *[_POINTER] * 12,
     ]  # fmt: skip
     library.prefix_search_show.restype = None
     pairs = [_POINTER, _NUMBER]  # an array and its stride
