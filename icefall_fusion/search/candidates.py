@@ -152,18 +152,28 @@ def prepare_frames(log_probs: Tensor, best: Tensor, searched: Tensor, blank: int
         blank: id of blank.
         pairs: the pairs to score.
     """
-    never = torch.full_like(best, -torch.inf)
-    shift = torch.where(searched, -best, never).unsqueeze(-1)
-    blank_score = torch.where(searched, log_probs[..., blank] - best, torch.zeros_like(best)).unsqueeze(-1)
-    if pairs.columns:
-        values, ids = best_pieces(log_probs, pairs.columns + 1)
-        # blank, wherever it stands, goes out and what follows moves up
-        places = torch.arange(pairs.columns, device=ids.device)
-        places = places + (ids == blank).int().cumsum(-1)[..., : pairs.columns]
-        piece, score = ids.gather(-1, places), values.gather(-1, places) + shift
-    else:
-        score = shift.expand(-1, -1, 0)
-        piece = score.to(torch.int64)
-    fields = (blank_score, shift, piece, score)
-    blank_score, shift, piece, score = (field.transpose(0, 1).contiguous() for field in fields)
+    blank_score, shift, piece, score = frame_columns(log_probs, best, searched, blank, pairs.columns)
+    blank_score, shift = blank_score.unsqueeze(-1), shift.unsqueeze(-1)
     return Frames(blank_score, shift, piece, score, score.index_select(-1, pairs.column))
+
+
+def frame_columns(
+    log_probs: Tensor, best: Tensor, searched: Tensor, blank: int, columns: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return blank and shift [n, B], piece and score [n, B, C] of frames, time first (see `Frames`)."""
+    never = torch.full_like(best, -torch.inf)
+    shift = torch.where(searched, -best, never)
+    blank_score = torch.where(searched, log_probs[..., blank] - best, torch.zeros_like(best))
+    if columns:
+        values, ids = best_pieces(log_probs, columns + 1)
+        # blank, wherever it stands, goes out and what follows moves up
+        places = torch.arange(columns, device=ids.device)
+        places = places + (ids == blank).int().cumsum(-1)[..., :columns]
+        piece, score = ids.gather(-1, places), values.gather(-1, places) + shift.unsqueeze(-1)
+    else:
+        score = shift.unsqueeze(-1).expand(-1, -1, 0)
+        piece = score.to(torch.int64)
+    blank_score, shift, piece, score = (
+        field.transpose(0, 1).contiguous() for field in (blank_score, shift, piece, score)
+    )
+    return blank_score, shift, piece, score

@@ -24,9 +24,10 @@ from icefall_fusion.search.candidates import (
     prepare_frames,
 )
 from icefall_fusion.search.children import Children, columns_kept
+from icefall_fusion.search.device_search import DeviceSearch, why_not
 from icefall_fusion.search.engine import serves
 from icefall_fusion.search.export import export_nbests
-from icefall_fusion.search.frame_step import Candidates, Frame, FrameStep
+from icefall_fusion.search.frame_step import Candidates, Frame, FrameStep, hash_keys
 from icefall_fusion.search.joint import ROUNDING, JointFusion
 from icefall_fusion.search.native import NativeSearch
 from icefall_fusion.search.native_build import load_native
@@ -35,7 +36,7 @@ from icefall_fusion.search.search_input import SearchInput, check_input
 if TYPE_CHECKING:
     from icefall_fusion.tokens import AcousticTokens
 
-ENGINES = ("auto", "native", "torch")
+ENGINES = ("auto", "native", "triton", "torch")
 _BLOCK = 48  # frames prepared at once: large enough to amortize calls, small enough to stay in cache
 
 
@@ -55,8 +56,9 @@ class PrefixSearchOptions:
         frame_shift: seconds per frame, for word times.
         word_times: whether hypotheses carry word times.
         engine: native: compiled code, for a CPU and without shallow fusion but that of an n-gram (built by a
-            C++ compiler on first use); torch: tensors, for every device and fusion; auto: native where it can
-            be had and serves, else torch. Both find the same.
+            C++ compiler on first use); triton: one kernel, for a GPU and without shallow fusion, recovered
+            mass or a beam above 62; torch: tensors, for every device and fusion; auto: native or triton where
+            it can be had and serves, else torch. All find the same.
     """
 
     beam: int = 10
@@ -142,10 +144,13 @@ def _search(log_probs: Tensor, lens: Tensor, options: PrefixSearchOptions, token
     beam = Beam(arena, given.lens, blank, len(joint.fusions))
     joint.begin(beam, given.ids)
     limit = pieces - 1 if options.top_pieces is None else min(options.top_pieces, pieces - 1)
-    library = _native_library(options, joint, device)
+    engine, library = _choose_engine(options, joint, device)
     # compiled code passes over skipped frames in no time; tensors are better off without them
-    plan = plan_frames(given, options.blank_skip, leave_out=library is None and not joint.fusions)
-    if library is not None:
+    plan = plan_frames(given, options.blank_skip, leave_out=engine == "torch" and not joint.fusions)
+    if engine == "triton":
+        keys = hash_keys(pieces, device)
+        DeviceSearch(beam, plan, given.live, joint, limit, options.score_beam, keys).run()
+    elif engine == "native":
         columns = min(limit, columns_needed(options.beam, pieces, options.beam - 1 if joint.ranks else 0))
         if any(fusion.weight != 0 or fusion.word_bonus != 0 for fusion in joint.shallow):
             columns = limit  # those that could survive are found in each frame
@@ -167,26 +172,62 @@ def _tell(why: str) -> None:
     logging.warning("the prefix search runs on tensors, several times slower: %s", why)
 
 
-def _native_library(options: PrefixSearchOptions, joint: JointFusion, device: torch.device) -> Optional[Any]:
-    """Return the compiled search if it is to be taken.
+def _choose_engine(
+    options: PrefixSearchOptions, joint: JointFusion, device: torch.device
+) -> tuple[str, Optional[Any]]:
+    """Return the engine to take, and the compiled library if that is it.
 
     Raises:
-        ValueError: it is asked for by name where it does not serve.
+        ValueError: one is asked for by name where it does not serve.
     """
-    if options.engine == "torch":
-        return None
-    why = "" if device.type == "cpu" else f"it is for the CPU, the log-probs are on {device}"
-    if not serves(joint):
-        names = ", ".join(fusion.source for fusion in joint.shallow)
-        why = f"it has no shallow fusion but that of one n-gram over pieces ({names})"
-    library = None
-    if not why:
-        library, why = load_native()
-        if library is None and options.engine == "auto":
-            _tell(why)
-    check(library is not None or options.engine == "auto", "PrefixSearchOptions.engine",
-          f"be auto or torch: {why}", options.engine)
-    return library
+    wanted = options.engine
+    if wanted == "auto":
+        wanted = "triton" if device.type == "cuda" else "native"
+    if wanted == "torch":
+        return wanted, None
+    library, unusual = None, False  # unusual: worth telling, for it costs time and can be mended
+    if wanted == "triton":
+        why = why_not(options.beam, options.recover_mass, joint, device)
+        if not why and device.type == "cuda":
+            why = _kernel_fails(device)
+            unusual = bool(why)
+    else:
+        why = "" if device.type == "cpu" else f"it is for the CPU, the log-probs are on {device}"
+        if not serves(joint):
+            names = ", ".join(fusion.source for fusion in joint.shallow)
+            why = f"it has no shallow fusion but that of one n-gram over pieces ({names})"
+        if not why:
+            library, why = load_native()
+            unusual = bool(why)
+    check(not why or options.engine == "auto", "PrefixSearchOptions.engine", f"be auto or torch: {why}",
+          options.engine)
+    if unusual:
+        _tell(why)
+    return ("torch", None) if why else (wanted, library)
+
+
+@functools.lru_cache(maxsize=None)
+def _kernel_fails(device: torch.device) -> str:
+    """Return "" if the kernel finds on a device what tensors find there, else what happens; tried once."""
+    generator = torch.Generator().manual_seed(1)
+    log_probs = (3 * torch.randn(3, 90, 40, generator=generator)).log_softmax(-1).to(device)
+    lens, found = torch.tensor([90, 61, 0]), []
+    for engine in ("torch", "triton"):
+        options = PrefixSearchOptions(beam=8, engine=engine)
+        given = check_input(log_probs, lens, 0, None, None)
+        arena = PrefixArena(3, 8, device, rows=91)
+        beam, joint = Beam(arena, given.lens, 0), JointFusion([], None)
+        plan = plan_frames(given, None, leave_out=False)
+        try:
+            if engine == "torch":
+                _PrefixSearch(given, plan, beam, options, 39, joint).run()
+            else:
+                DeviceSearch(beam, plan, given.live, joint, 39, None, hash_keys(40, device)).run()
+        except Exception as error:  # of a compiler or driver: any
+            return f"the kernel does not run on {device}: {type(error).__name__}: {error}"[:500]
+        found.append((beam.log_total.double() + beam.offset.unsqueeze(1)).cpu())
+    worst = float((found[0] - found[1]).nan_to_num(0.0).abs().max())
+    return "" if worst < 1e-2 else f"the kernel's scores on {device} differ from those of tensors by {worst} nats"
 
 
 class _PrefixSearch:

@@ -34,6 +34,12 @@ class Frame(NamedTuple):
     pair_score: Tensor
 
 
+def hash_keys(pieces: int, device: torch.device) -> Tensor:
+    """Return [V] int64 random numbers, one a piece, always the same."""
+    generator = torch.Generator().manual_seed(20250109)
+    return torch.randint(-(2**62), 2**62, (pieces,), generator=generator).to(device)
+
+
 class Candidates:
     """All ways to go on from a beam in one frame: K stays, then P extensions, then one waste column.
 
@@ -64,8 +70,7 @@ class FrameStep:
     def __init__(self, beam: Beam, pieces: int, score_beam: Optional[float]) -> None:
         self.beam, self.score_beam = beam, score_beam
         device = beam.lens.device
-        generator = torch.Generator().manual_seed(20250109)
-        self.keys = torch.randint(-(2**62), 2**62, (pieces,), generator=generator).to(device)
+        self.keys = hash_keys(pieces, device)
         self.one_to_beam = torch.arange(1.0, beam.arena.beam + 1, device=device)
         self._columns = torch.zeros(beam.arena.batch, pieces, dtype=torch.int64, device=device)
 

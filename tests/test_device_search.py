@@ -1,0 +1,196 @@
+"""The prefix search by a GPU kernel: the same as by tensors. Without a GPU, Triton's interpreter runs it.
+Knows: search, fusions, tiny language models. Must not know: trained models.
+"""
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from icefall_fusion.fusion import AtEnd, DelayedFusion, FixedInterval, LookAhead, NgramFusion
+from icefall_fusion.fusion import ShortestHypothesis as Shortest
+from icefall_fusion.ngram import NOTHING
+from icefall_fusion.search import PrefixSearchOptions, ctc_prefix_search, device_search
+from tests.search_tools import TOKENS, WordLengths, assert_same, listing
+from tests.search_tools import emissions as small
+from tests.test_fusion import assert_same as assert_same_scores
+from tests.test_fusion import emissions, llm, nlm, tokens  # noqa: F401 (fixtures)
+from tests.test_ngram import ngram  # noqa: F401 (a fixture)
+
+pytest.importorskip("triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def decode(engine, log_probs, lens, tokens=None, fusions=(), beam=4, **options):  # noqa: F811
+    chosen = PrefixSearchOptions(beam=beam, engine=engine, **options)
+    return ctc_prefix_search(log_probs.to(DEVICE), lens.to(DEVICE), chosen, tokens, fusions)
+
+
+@pytest.mark.parametrize("beam", [1, 4, 10, 33])
+@pytest.mark.parametrize("options", [{}, {"score_beam": 2.0}, {"blank_skip": 0.8}, {"top_pieces": 3}], ids=str)
+def test_equals_the_search_by_tensors(beam, options):
+    log_probs = small(beam, 3, 14, 18, 2.5, 3.0)
+    never = torch.rand(log_probs.shape, generator=torch.Generator().manual_seed(beam)) < 0.2
+    never[..., 0] = False
+    log_probs = log_probs.masked_fill(never, -math.inf)
+    lens = torch.tensor([14, 9, 0])
+    found = [decode(engine, log_probs, lens, beam=beam, **options) for engine in ("triton", "torch")]
+    for kernel, tensors in zip(*found):
+        kernel, tensors = listing(kernel), listing(tensors)
+        most = max(1, min(len(kernel), len(tensors)) - 1)  # the last may tie with one that is not there
+        scores = [[score for _, score in rows][:most] for rows in (kernel, tensors)]
+        assert scores[0] == pytest.approx(scores[1], abs=1e-3)
+        assert abs(len(kernel) - len(tensors)) <= 1 and kernel[0][0] == tensors[0][0]
+
+
+def test_more_than_62_columns():
+    log_probs = small(3, 1, 7, 120, 0.3)
+    lens, fusions = torch.tensor([7]), [WordLengths(0.0)]
+    tokens = type(TOKENS).from_pieces(["<blk>", *(f"▁{i}" for i in range(119))], 0)  # noqa: F811
+    ranked = [WordLengths(0.1, 0.0, 2)]
+    for one in (fusions, ranked):
+        kernel, tensors = (decode(e, log_probs, lens, tokens, one, beam=40) for e in ("triton", "torch"))
+        best = [[h.total for h in nbest[0]][:39] for nbest in (kernel, tensors)]
+        assert best[0] == pytest.approx(best[1], abs=1e-3)
+
+
+def test_many_frames_do_not_run_out_of_numbers():
+    log_probs = small(7, 1, 150, 6, 1.0)
+    lens = torch.tensor([150])
+    kernel, tensors = (decode(engine, log_probs, lens, beam=2) for engine in ("triton", "torch"))
+    assert_same(listing(kernel[0]), listing(tensors[0]), 1e-3)
+
+
+@pytest.mark.parametrize(("every", "late"), [(None, 0), (1, 0), (3, 0), (1, 2)])
+@pytest.mark.parametrize("trigger", [AtEnd(), FixedInterval(3), Shortest(), Shortest("pieces", 2)], ids=repr)
+def test_delayed_fusion_equals_that_by_tensors(llm, ngram, tokens, trigger, every, late):  # noqa: F811
+    log_probs, lens = emissions(batch=2, frames=14, seed=3, peak=2.0)
+    found = []
+    for engine in ("triton", "torch"):
+        look = None if every is None else LookAhead(ngram, 0.6, every)
+        fusion = DelayedFusion(llm, 0.4, 0.5, trigger, look_ahead=look, late=late)
+        found.append(decode(engine, log_probs, lens, tokens, [fusion]))
+    assert_same_scores(*found, 1e-3)
+
+
+def test_fusions_without_a_pace_and_weights_of_zero(llm, tokens):  # noqa: F811
+    log_probs, lens = small(5, 2, 12, 6, blank_bias=2.0), torch.tensor([12, 7])
+    kernel, tensors = (
+        decode(engine, log_probs, lens, TOKENS, [WordLengths(0.3, 0.2, 3)]) for engine in ("triton", "torch")
+    )
+    assert_same_scores(kernel, tensors, 1e-3)
+    log_probs, lens = emissions(batch=2, frames=12, seed=1)
+    bare = decode("triton", log_probs, lens, tokens)
+    fused = decode("triton", log_probs, lens, tokens, [DelayedFusion(llm, 0.0, 0.0, FixedInterval(4))])
+    for one, other in zip(bare, fused):
+        assert [(h.tokens, h.scores["ctc"], h.total, h.times) for h in one] == [
+            (h.tokens, h.scores["ctc"], h.total, h.times) for h in other
+        ]
+
+
+def test_the_table_of_an_ngram_has_all_of_it(ngram):  # noqa: F811
+    table = device_search.NgramTable(ngram, torch.device("cpu"))
+    where = {int(key): place for place, key in enumerate(table.keys.tolist()) if key >= 0}
+    assert len(where) == sum(len(order.keys) for order in ngram.orders)
+    for order in ngram.orders:
+        for key, log_prob, backoff in zip(*(x.tolist() for x in order.tensors()[:3])):
+            place = where[key * 16 + order.length]
+            first = int(table._places(torch.tensor([key * 16 + order.length])))
+            assert (place - first) & table.mask < table.probes
+            assert table.scores[place] == pytest.approx(log_prob)
+            assert table.backoffs[place] == pytest.approx(backoff)
+
+
+def test_where_it_does_not_serve_is_said(nlm, ngram, tokens, monkeypatch):  # noqa: F811
+    log_probs, lens = emissions(batch=1, frames=5)
+    for why, options, fusions in (
+        ("its beam is at most 62, here 63", {"beam": 63}, []),
+        ("it cannot recover mass", {"recover_mass": True}, []),
+        (r"it has no shallow fusion \(ngram\)", {}, [NgramFusion(ngram, 0.3)]),
+    ):
+        with pytest.raises(ValueError, match=f"PrefixSearchOptions.engine must be auto or torch: {why}"):
+            decode("triton", log_probs, lens, tokens, fusions, **options)
+    if DEVICE == "cpu":
+        monkeypatch.delenv("TRITON_INTERPRET")
+        with pytest.raises(ValueError, match="it is for a GPU, the log-probs are on cpu"):
+            decode("triton", log_probs, lens)
+
+
+_COMPILE = """
+import sys
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from icefall_fusion.fusion import LookAhead
+from icefall_fusion.search import beam, candidates, device_search, joint, search_input
+from icefall_fusion.search.frame_step import hash_keys
+from icefall_fusion.ngram import NgramOrder, PieceNgram
+from icefall_fusion.search.pace import Ahead, Pace
+
+TYPES = {torch.float32: "*fp32", torch.float64: "*fp64", torch.int64: "*i64", torch.int32: "*i32",
+         torch.bool: "*i1"}
+ngram = PieceNgram(40, [NgramOrder(n, torch.arange(42) * 42 ** (n - 1) + (n > 1), torch.zeros(42),
+                                   torch.zeros(42)) for n in (1, 2, 3)], "some")
+
+
+class Scores:
+    source, word_bonus = "llm", 0.5
+
+    def __init__(self, weight, pace):
+        self.weight, self.kept = weight, pace
+
+    def pace(self):
+        return self.kept
+
+    def begin(self, *others):
+        pass
+
+    def extension_scores(self, *others):
+        return None
+
+
+def compiled(slots, fusions, capability):
+    log_probs = torch.randn(2, 20, 40).log_softmax(-1)
+    given = search_input.check_input(log_probs, torch.tensor([20, 9]), 0, None, None)
+    together = joint.JointFusion(fusions, type("Words", (), {"starts_word": [True] * 40}))
+    arena = beam.PrefixArena(2, slots, torch.device("cpu"), torch.ones(40, dtype=torch.bool), rows=21)
+    beams = beam.Beam(arena, given.lens, 0, len(fusions))
+    together.begin(beams, given.ids)
+    plan = candidates.plan_frames(given, None, leave_out=False)
+    search = device_search.DeviceSearch(
+        beams, plan, given.live, together, 39, None, hash_keys(40, torch.device("cpu")))
+    kernel, constants = search.kernel.search_utterances, dict(search.constants)
+    options = {"num_warps": constants.pop("num_warps")}
+    signature = {name: "constexpr" for name in constants}
+    for name, value in zip(kernel.arg_names, search.arguments(20)):
+        if value is None:
+            signature[name], constants[name] = "constexpr", None
+        else:
+            kinds = {int: "i32", float: "fp32"}
+            signature[name] = TYPES[value.dtype] if isinstance(value, torch.Tensor) else kinds[type(value)]
+    source = ASTSource(kernel, {name: signature[name] for name in kernel.arg_names}, constants)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+for capability in (80, 90):
+    for slots, fusions in ((10, []), (10, [Scores(0.5, Pace(16))]),
+                           (20, [Scores(0.5, Pace(1, "words", Ahead(ngram, 0.3, 0.5, 1)))])):
+        made = compiled(slots, fusions, capability)
+        print(capability, slots, len(fusions), len(made.asm["cubin"]))
+"""
+
+
+def test_it_compiles_for_gpus_that_are_not_here(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    root = Path(__file__).resolve().parent.parent
+    environment.update(TRITON_CACHE_DIR=str(tmp_path), PYTHONPATH=str(root))
+    run = subprocess.run([sys.executable, "-c", _COMPILE], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert len(run.stdout.splitlines()) == 6
+    assert NOTHING == -1  # what a context's digit 0 stands for in the kernel
