@@ -24,6 +24,7 @@ from tests.test_ngram import ngram  # noqa: F401 (a fixture)
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 
 
 def decode(engine, log_probs, lens, tokens=None, fusions=(), beam=4, **options):  # noqa: F811
@@ -32,7 +33,9 @@ def decode(engine, log_probs, lens, tokens=None, fusions=(), beam=4, **options):
 
 
 @pytest.mark.parametrize("beam", [1, 4, 10, 33])
-@pytest.mark.parametrize("options", [{}, {"score_beam": 2.0}, {"blank_skip": 0.8}, {"top_pieces": 3}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"score_beam": 2.0}, {"blank_skip": 0.8}, {"top_pieces": 3}], ids=str
+)
 def test_equals_the_search_by_tensors(beam, options):
     log_probs = small(beam, 3, 14, 18, 2.5, 3.0)
     never = torch.rand(log_probs.shape, generator=torch.Generator().manual_seed(beam)) < 0.2
@@ -127,9 +130,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from icefall_fusion.fusion import LookAhead
-from icefall_fusion.search import beam, candidates, device_search, joint, search_input
-from icefall_fusion.search.frame_step import hash_keys
+from icefall_fusion.search import PrefixSearchOptions, beam, engines, joint, search_input
 from icefall_fusion.ngram import NgramOrder, PieceNgram
 from icefall_fusion.search.pace import Ahead, Pace
 
@@ -159,12 +160,9 @@ def compiled(slots, fusions, capability):
     log_probs = torch.randn(2, 20, 40).log_softmax(-1)
     given = search_input.check_input(log_probs, torch.tensor([20, 9]), 0, None, None)
     together = joint.JointFusion(fusions, type("Words", (), {"starts_word": [True] * 40}))
-    arena = beam.PrefixArena(2, slots, torch.device("cpu"), torch.ones(40, dtype=torch.bool), rows=21)
-    beams = beam.Beam(arena, given.lens, 0, len(fusions))
+    beams = beam.Beam.at_root(given, slots, torch.ones(40, dtype=torch.bool), len(fusions))
     together.begin(beams, given.ids)
-    plan = candidates.plan_frames(given, None, leave_out=False)
-    search = device_search.DeviceSearch(
-        beams, plan, given.live, together, 39, None, hash_keys(40, torch.device("cpu")))
+    search, _ = engines.open_search("triton", given, beams, PrefixSearchOptions(beam=slots), together)
     kernel, constants = search.kernel.search_utterances, dict(search.constants)
     options = {"num_warps": constants.pop("num_warps")}
     signature = {name: "constexpr" for name in constants}

@@ -61,6 +61,8 @@ for bench in tools/bench/*.py; do
         more=(--backends lhotse)
       fi ;;
     data_pipeline) more=(--cuts 200000) ;; # of the CPU; 5 million take minutes
+    search) more=(--batch 128 --beams 10 20 --rounds 3 --budget 3) ;;
+    frame_loop) more=(--batches 1 32 128 --beams 10 20 50) ;;
     llm_tree) more=(--dtype bfloat16 --models minibooks open-llama-3b mistral-7b --events 24) ;;
     fusion) more=(--beams 5 10 20 50) ;;
     scaling) more=(--batches 8 32 128) ;;

@@ -7,12 +7,15 @@ Legend of dimensions (used all over the package):
 """
 from __future__ import annotations
 
-from typing import Any, Optional, Protocol, Sequence, runtime_checkable
+from typing import TYPE_CHECKING, Any, Optional, Protocol, Sequence, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from icefall_fusion.search.arena import PrefixArena
+
+if TYPE_CHECKING:
+    from icefall_fusion.search.search_input import SearchInput
 
 _NODE, _LAST, _HASH, _PARENT_HASH, _REPEATS = range(5)  # rows of Beam's integers
 _DEAD_HASH, _ROOT_HASH, _NO_PARENT_HASH = 0, 1, 2  # no slot has the last one: nothing is linked to it
@@ -66,6 +69,20 @@ class Beam:
         self.words = torch.zeros(batch, beam, fusions, dtype=torch.int64, device=device)
         self.state = torch.zeros(batch, beam, fusions, dtype=torch.int64, device=device)
         self.fused = torch.zeros(batch, beam, device=device)
+
+    @classmethod
+    def at_root(
+        cls, given: SearchInput, beam: int, starts_word: Optional[Tensor] = None, fusions: int = 0
+    ) -> Beam:
+        """Return the beam of K = ``beam`` slots before the first frame of a batch, with an arena for all.
+
+        Args:
+            starts_word: [V] bool, where words are closed; see PrefixArena.
+            fusions: S.
+        """
+        batch, frames, _ = given.log_probs.shape
+        arena = PrefixArena(batch, beam, given.log_probs.device, starts_word, rows=frames + 1)
+        return cls(arena, given.lens, given.blank, fusions)
 
     @property
     def node(self) -> Tensor:

@@ -97,7 +97,7 @@ def search_utterances(
     blank_scores, shifts, columns, column_scores,  # of Frames: [T, B], [T, B], [T, B, C], [T, B, C]
     lens, until,
     keys, starts,  # int64 [V], uint8 [V]
-    candidate_slots, candidate_columns,  # int32 [NP]: what each candidate extends; column -1: a stay, -2: none
+    candidate_slots, candidate_columns,  # int32 [NP]: what each extends; column -1: a stay, -2: none
     integers, numbers, counts, offsets,  # state: int64 [B, 8, KP], float [B, 8, KP], int64 [B, 4], double [B]
     parents, pieces, boundaries,  # int64 [rows, B, K]
     sources, grown,  # out: int64 [B, K], uint8 [B, K]
@@ -162,7 +162,7 @@ def search_utterances(
 
     while (at < end) & ~fired:
         if RANKS:
-            if disordered:  # scores came: the best slots to the front, as the choice of candidates needs it
+            if disordered:  # scores came: the best to the front, as the choice of candidates needs it
                 order, _ = _best(tl.where(total == NEVER, NEVER, total + fused), KP, KP)
                 node = tl.gather(node, order, 0)
                 boundary = tl.gather(boundary, order, 0)
@@ -201,7 +201,7 @@ def search_utterances(
         stay_ended = total + blank_score
         stay_total = _log_add(stay_ended, stay_open)
 
-        # extensions; those that are in the beam already are struck out: a bit for each column of their parents
+        # extensions; those in the beam already are struck out: a bit for each column of their parents
         same = (piece_of[None, :] == last[:, None]).to(tl.int32)
         last_column = tl.sum(same * (column + 1)[None, :], 1) - 1
         strikes = has_parent & (last_column >= 0)
@@ -229,8 +229,8 @@ def search_utterances(
         chosen, value = _best(rank, KP, NP)
         alive = real & (value > NEVER)
         if SCORE_BEAM:
-            floor = tl.max(value, 0) - score_beam
-            alive = alive & (value >= tl.where(shift == NEVER, NEVER, floor))  # a skipped frame kills nobody
+            floor = tl.max(value, 0) - score_beam  # a skipped frame kills nobody
+            alive = alive & (value >= tl.where(shift == NEVER, NEVER, floor))
         source = tl.load(candidate_slots + chosen)
         took = tl.load(candidate_columns + chosen)
         grew = alive & (took >= 0)

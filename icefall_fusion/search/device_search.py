@@ -1,5 +1,5 @@
-"""The prefix search by a GPU kernel: many frames of all utterances in one launch, nothing waits for the host.
-Knows: the kernel, beams, frames to search, an n-gram as a table. Must not know: which language model takes part.
+"""The prefix search by a GPU kernel: many frames of all utterances in one launch, without the host.
+Knows: the kernel, beams, frames to search, an n-gram as a table. Must not know: which language model it is.
 """
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from icefall_fusion.search.candidates import columns_needed, frame_columns, make_pairs
 from icefall_fusion.search.engine import EngineSearch
+from icefall_fusion.search.frame_step import hash_keys
 from icefall_fusion.search.pace import UNITS
 
 if TYPE_CHECKING:
@@ -55,8 +56,8 @@ def why_not(beam: int, recover: bool, joint: JointFusion, device: torch.device) 
 class NgramTable:
     """An n-gram as one hash table: all lengths together, by ``key * 16 + length`` (see ngram.NgramOrder).
 
-    keys: int64 [room], -1 where nothing is; scores, backoffs: float32 [room]; mask: room - 1; probes: places to
-    look at, at most.
+    keys: int64 [room], -1 where nothing is; scores, backoffs: float32 [room]; mask: room - 1; probes: places
+    to look at, at most.
     """
 
     def __init__(self, ngram: PieceNgram, device: torch.device) -> None:
@@ -107,11 +108,10 @@ class DeviceSearch(EngineSearch):
         plan: frames, none left out.
         limit: best pieces of a frame that may extend a prefix, at most.
         score_beam: see PrefixSearchOptions.score_beam.
-        keys: [V] int64, the hash keys of the pieces.
     """
 
     def __init__(self, beam: Beam, plan: FramePlan, live: Tensor, joint: JointFusion, limit: int,
-                 score_beam: Optional[float], keys: Tensor) -> None:
+                 score_beam: Optional[float]) -> None:
         super().__init__(beam, live, joint)
         self.kernel, _ = load_kernel()
         kernel, arena, device = self.kernel, beam.arena, beam.lens.device
@@ -128,7 +128,8 @@ class DeviceSearch(EngineSearch):
         self.candidates = from_slot.to(device), from_column.to(device)
         self.log_probs = plan.log_probs if plan.log_probs.stride(2) == 1 else plan.log_probs.contiguous()
         self.prepared = frame_columns(self.log_probs, plan.best, plan.searched, beam.blank, columns)
-        self.lens, self.keys, self.score_beam = beam.lens.contiguous(), keys, score_beam
+        self.lens, self.score_beam = beam.lens.contiguous(), score_beam
+        self.keys = hash_keys(self.log_probs.shape[2], device)
         self.integers = torch.zeros(batch, kernel.INTEGERS, wide, dtype=torch.int64, device=device)
         self.numbers = torch.zeros(batch, kernel.NUMBERS, wide, device=device)
         self.counts = torch.zeros(batch, kernel.COUNTS, dtype=torch.int64, device=device)
@@ -179,7 +180,8 @@ class DeviceSearch(EngineSearch):
         beam, kernel, slots = self.beam, self.kernel, self.beam.node.shape[1]
         if self.joint.ranks:
             self.numbers[:, kernel.FUSED, :slots] = beam.fused
-        kernel.search_utterances[(beam.arena.batch,)](*self.arguments(until), **self.constants)
+        with torch.cuda.device_of(self.log_probs):
+            kernel.search_utterances[(beam.arena.batch,)](*self.arguments(until), **self.constants)
         beam.node.copy_(self.integers[:, kernel.NODE, :slots])
         beam.last.copy_(self.integers[:, kernel.LAST, :slots])
         beam.log_total.copy_(self.numbers[:, kernel.TOTAL, :slots])
