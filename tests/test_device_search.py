@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from icefall_fusion.fusion import AtEnd, DelayedFusion, FixedInterval, LookAhead, NgramFusion
+from icefall_fusion.fusion import AtEnd, DelayedFusion, FixedInterval, LookAhead, NgramFusion, ShallowFusion
 from icefall_fusion.fusion import ShortestHypothesis as Shortest
 from icefall_fusion.ngram import NOTHING
 from icefall_fusion.search import PrefixSearchOptions, ctc_prefix_search, device_search
@@ -81,6 +81,19 @@ def test_delayed_fusion_equals_that_by_tensors(llm, ngram, tokens, trigger, ever
     assert_same_scores(*found, 1e-3)
 
 
+@pytest.mark.parametrize(("weight", "bonus"), [(0.4, 0.3), (0.0, 0.0), (3.0, -1.0)])
+@pytest.mark.parametrize("delayed", [None, 0.4, 0.0])
+def test_an_ngram_joins_as_by_tensors(llm, ngram, tokens, weight, bonus, delayed):  # noqa: F811
+    log_probs, lens = emissions(batch=2, frames=9, seed=4, peak=2.0)
+    found = []
+    for engine in ("triton", "torch"):
+        fusions = [NgramFusion(ngram, weight, bonus)]
+        if delayed is not None:
+            fusions.append(DelayedFusion(llm, delayed, 0.5 * (delayed > 0), Shortest()))
+        found.append(decode(engine, log_probs, lens, tokens, fusions))
+    assert_same_scores(*found, 1e-3)
+
+
 def test_fusions_without_a_pace_and_weights_of_zero(llm, tokens):  # noqa: F811
     log_probs, lens = small(5, 2, 12, 6, blank_bias=2.0), torch.tensor([12, 7])
     kernel, tensors = (
@@ -98,6 +111,8 @@ def test_fusions_without_a_pace_and_weights_of_zero(llm, tokens):  # noqa: F811
 
 def test_the_table_of_an_ngram_has_all_of_it(ngram):  # noqa: F811
     table = device_search.NgramTable(ngram, torch.device("cpu"))
+    kernel, _ = device_search.load_kernel()
+    assert NOTHING == -1 and kernel.MOST_COLUMNS.value == device_search.MOST_COLUMNS  # as the kernel takes them
     where = {int(key): place for place, key in enumerate(table.keys.tolist()) if key >= 0}
     assert len(where) == sum(len(order.keys) for order in ngram.orders)
     for order in ngram.orders:
@@ -109,12 +124,17 @@ def test_the_table_of_an_ngram_has_all_of_it(ngram):  # noqa: F811
             assert table.backoffs[place] == pytest.approx(backoff)
 
 
-def test_where_it_does_not_serve_is_said(nlm, ngram, tokens, monkeypatch):  # noqa: F811
+def test_where_it_does_not_serve_is_said(llm, nlm, ngram, tokens, monkeypatch):  # noqa: F811
     log_probs, lens = emissions(batch=1, frames=5)
     for why, options, fusions in (
         ("its beam is at most 62, here 63", {"beam": 63}, []),
         ("it cannot recover mass", {"recover_mass": True}, []),
-        (r"it has no shallow fusion \(ngram\)", {}, [NgramFusion(ngram, 0.3)]),
+        (r"it has no shallow fusion but that of one n-gram .* \(nlm\)", {}, [ShallowFusion(nlm, 0.3)]),
+        (
+            "it has one n-gram, for shallow fusion or for look-ahead",
+            {},
+            [NgramFusion(ngram, 0.3), DelayedFusion(llm, 0.4, look_ahead=LookAhead(ngram))],
+        ),
     ):
         with pytest.raises(ValueError, match=f"PrefixSearchOptions.engine must be auto or torch: {why}"):
             decode("triton", log_probs, lens, tokens, fusions, **options)
@@ -141,10 +161,11 @@ ngram = PieceNgram(40, [NgramOrder(n, torch.arange(42) * 42 ** (n - 1) + (n > 1)
 
 
 class Scores:
-    source, word_bonus = "llm", 0.5
+    word_bonus = 0.5
 
-    def __init__(self, weight, pace):
-        self.weight, self.kept = weight, pace
+    def __init__(self, weight, pace, ngram=None):
+        self.weight, self.kept, self.piece_ngram = weight, pace, ngram
+        self.source = "llm" if ngram is None else "ngram"
 
     def pace(self):
         return self.kept
@@ -153,7 +174,7 @@ class Scores:
         pass
 
     def extension_scores(self, *others):
-        return None
+        return self.piece_ngram
 
 
 def compiled(slots, fusions, capability):
@@ -178,7 +199,8 @@ def compiled(slots, fusions, capability):
 
 for capability in (80, 90):
     for slots, fusions in ((10, []), (10, [Scores(0.5, Pace(16))]),
-                           (20, [Scores(0.5, Pace(1, "words", Ahead(ngram, 0.3, 0.5, 1)))])):
+                           (20, [Scores(0.5, Pace(1, "words", Ahead(ngram, 0.3, 0.5, 1)))]),
+                           (10, [Scores(0.5, Pace(16)), Scores(0.3, Pace(0), ngram)])):
         made = compiled(slots, fusions, capability)
         print(capability, slots, len(fusions), len(made.asm["cubin"]))
 """
@@ -190,5 +212,4 @@ def test_it_compiles_for_gpus_that_are_not_here(tmp_path):
     environment.update(TRITON_CACHE_DIR=str(tmp_path), PYTHONPATH=str(root))
     run = subprocess.run([sys.executable, "-c", _COMPILE], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
-    assert len(run.stdout.splitlines()) == 6
-    assert NOTHING == -1  # what a context's digit 0 stands for in the kernel
+    assert len(run.stdout.splitlines()) == 8

@@ -16,6 +16,8 @@ NEVER = tl.constexpr(float("-inf"))
 DEAD, ORPHAN = tl.constexpr(0), tl.constexpr(2)  # hash of a dead slot; hash that nobody has
 FACTOR = tl.constexpr(0x2545F4914F6CDD1D)  # as in beam.py
 RESCALE = tl.constexpr(64)  # frames
+LAST_PLACE = tl.constexpr(0x7FFFFFFF)
+MOST_COLUMNS = tl.constexpr(1024)  # of a search with an n-gram
 
 # rows of an utterance's state
 NODE, BOUNDARY, LAST, HASH, PARENT_HASH, REPEATS, LENGTH, CONTEXT, INTEGERS = range(9)
@@ -32,19 +34,19 @@ def _log_add(one, other):
 
 
 @triton.jit
-def _best(score, KP: tl.constexpr, NP: tl.constexpr):
-    """Return the places of the KP largest of NP scores, best first (ties: the first), and these scores."""
+def _keys(score, place):
+    """Return int64 numbers that sort as the scores do, and at equal scores the first of the places first."""
     bits = score.to(tl.int32, bitcast=True)
-    rising = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # integers in the order of the numbers
-    behind = NP - 1 - tl.arange(0, NP)
-    key = (rising.to(tl.int64) << 32) | behind.to(tl.int64)
-    if KP == NP:
-        key = tl.sort(key, descending=True)
-    else:
-        key = tl.topk(key, KP)
-    rising = (key >> 32).to(tl.int32)
+    rising = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return (rising.to(tl.int64) << 32) | (place ^ LAST_PLACE).to(tl.int64)  # the more the earlier
+
+
+@triton.jit
+def _of_keys(keys):
+    """Return the places and the scores of keys."""
+    rising = (keys >> 32).to(tl.int32)
     bits = rising ^ ((rising >> 31) & 0x7FFFFFFF)
-    return NP - 1 - (key & 0x7FFFFFFF).to(tl.int32), bits.to(tl.float32, bitcast=True)
+    return (keys & LAST_PLACE).to(tl.int32) ^ LAST_PLACE, bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -89,9 +91,58 @@ def _estimate(
     return scores
 
 
+@triton.jit
+def _best_with_ngram(
+    stay_total, total, ended, fused, last, parent, context, columns, column_scores, place, starts,
+    table_keys, table_scores, table_backoffs, mask, probes, weight, bonus,
+    K: tl.constexpr, KP: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, ROOT: tl.constexpr,
+    ORDER: tl.constexpr, BASE: tl.constexpr,
+):  # fmt: skip
+    """Return places and scores of the best KP stays and extensions, those of an n-gram included, best first.
+
+    Places: slot k stays at k, by column c it extends at KP + k * MOST_COLUMNS + c. Columns are looked at CP
+    at a time, the most probable pieces first, as long as one could enter the beam if the n-gram were certain
+    of it.
+    """
+    slot = tl.arange(0, KP)
+    entry = tl.arange(0, KP * CP)
+    from_slot = entry // CP
+    old_last = tl.gather(last, from_slot, 0)
+    whole = tl.gather(total, from_slot, 0)
+    blank = tl.gather(ended, from_slot, 0)
+    more = tl.gather(fused, from_slot, 0)
+    history = tl.gather(context, from_slot, 0)
+    links = tl.where(parent >= 0, parent.to(tl.int64) * BASE + last, -1)  # live extensions of live slots
+    kept = tl.sort(_keys(tl.where(stay_total == NEVER, NEVER, stay_total + fused), slot), descending=True)
+    most = tl.max(tl.where(total == NEVER, NEVER, total + fused), 0) + tl.maximum(bonus, 0.0) + 1e-3
+    first = place * 0
+    score = tl.load(column_scores + place * C)
+    floor = tl.max(tl.where(slot == K - 1, _of_keys(kept)[1], NEVER), 0)
+    while (first < C) & (score > NEVER) & (most + score >= floor):
+        column = first + entry % CP
+        there = column < C
+        piece = tl.load(columns + place * C + column, mask=there, other=ROOT)
+        mass = tl.where(piece == old_last, blank, whole)
+        mass += tl.load(column_scores + place * C + column, mask=there, other=NEVER)
+        link = from_slot.to(tl.int64) * BASE + piece
+        struck = tl.sum((link[:, None] == links[None, :]).to(tl.int32), 1) > 0
+        hopeful = there & ~struck & (mass > NEVER)
+        gain = weight * _estimate(
+            history, piece, hopeful, table_keys, table_scores, table_backoffs, mask, probes, ORDER, BASE
+        )
+        begins = (tl.load(starts + piece) != 0) | (old_last == ROOT)
+        mass = tl.where(hopeful, mass + more + (gain + bonus * begins.to(tl.float32)), NEVER)
+        found = tl.topk(_keys(mass, (KP + from_slot * MOST_COLUMNS + column).to(tl.int32)), KP)
+        kept = tl.topk(tl.cat(kept, found, can_reorder=True), KP)
+        floor = tl.max(tl.where(slot == K - 1, _of_keys(kept)[1], NEVER), 0)
+        first += CP
+        score = tl.load(column_scores + place * C + first, mask=first < C, other=NEVER)
+    return _of_keys(kept)
+
+
 # numbers that change from launch to launch, or are 1 now and then, make no new kernel
 @triton.jit(do_not_specialize=["until", "batch", "pace_every", "score_beam", "table_mask", "table_probes",
-                               "ahead_weight", "ahead_bonus", "ahead_every"])  # fmt: skip
+                               "weight", "bonus"])  # fmt: skip
 def search_utterances(
     log_probs, row_stride, frame_stride,  # float [B, T, V]
     blank_scores, shifts, columns, column_scores,  # of Frames: [T, B], [T, B], [T, B, C], [T, B, C]
@@ -100,20 +151,22 @@ def search_utterances(
     candidate_slots, candidate_columns,  # int32 [NP]: what each extends; column -1: a stay, -2: none
     integers, numbers, counts, offsets,  # state: int64 [B, 8, KP], float [B, 8, KP], int64 [B, 4], double [B]
     parents, pieces, boundaries,  # int64 [rows, B, K]
-    sources, grown,  # out: int64 [B, K], uint8 [B, K]
+    sources, grown, opened_words, gains,  # out, [B, K]: int64, bool, int64, float
     batch,
     pace_every, score_beam,
     table_keys, table_scores, table_backoffs, table_mask, table_probes,
-    ahead_weight, ahead_bonus, ahead_every,
+    weight, bonus,  # of the n-gram
     K: tl.constexpr, KP: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, NP: tl.constexpr,
     WIDE: tl.constexpr, ROOT: tl.constexpr, RANKS: tl.constexpr, PACED: tl.constexpr, UNIT: tl.constexpr,
     BOUNDARIES: tl.constexpr, SCORE_BEAM: tl.constexpr, ORDER: tl.constexpr, BASE: tl.constexpr,
-    I: tl.constexpr, F: tl.constexpr, W: tl.constexpr,
+    SHALLOW: tl.constexpr, AHEAD_EVERY: tl.constexpr, I: tl.constexpr, F: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     """Let each utterance go on, before frame ``until`` or its end, if PACED no further than to its stop.
 
     ROOT: id of blank; UNIT: see pace.py, by number; BOUNDARIES: whether words are closed; SCORE_BEAM: whether
-    there is one; ORDER: of the look-ahead's n-gram, 0: none; I, F, W: rows of integers, numbers, counts.
+    there is one; ORDER: of the n-gram, 0: none; SHALLOW: whether it ranks extensions (2) or is recorded (1);
+    AHEAD_EVERY: frames between two updates of its look-ahead, 0: it does none; I, F, W: rows of integers,
+    numbers, counts.
     """
     b = tl.program_id(0)
     slot = tl.arange(0, KP)
@@ -152,7 +205,9 @@ def search_utterances(
 
     origin = slot
     grew_ever = slot < 0
-    if ORDER > 0:
+    gained = tl.zeros((KP,), tl.float32)
+    words = tl.zeros((KP,), tl.int64)
+    if AHEAD_EVERY > 0:
         scored = tl.where(fired, closed, scored)
         now = ahead - scored
         fused = tl.where(fired, fused + (now - given), fused)
@@ -163,7 +218,8 @@ def search_utterances(
     while (at < end) & ~fired:
         if RANKS:
             if disordered:  # scores came: the best to the front, as the choice of candidates needs it
-                order, _ = _best(tl.where(total == NEVER, NEVER, total + fused), KP, KP)
+                score = tl.where(total == NEVER, NEVER, total + fused)
+                order, _ = _of_keys(tl.sort(_keys(score, slot), descending=True))
                 node = tl.gather(node, order, 0)
                 boundary = tl.gather(boundary, order, 0)
                 last = tl.gather(last, order, 0)
@@ -179,11 +235,15 @@ def search_utterances(
                 grew_ever = tl.gather(grew_ever.to(tl.int32), order, 0) != 0
                 if ORDER > 0:
                     context = tl.gather(context, order, 0)
+                if SHALLOW > 0:
+                    gained = tl.gather(gained, order, 0)
+                    words = tl.gather(words, order, 0)
+                if AHEAD_EVERY > 0:
                     ahead = tl.gather(ahead, order, 0)
                     closed = tl.gather(closed, order, 0)
                     scored = tl.gather(scored, order, 0)
                     given = tl.gather(given, order, 0)
-            disordered = (ORDER > 0) & (at >= 0)
+            disordered = (AHEAD_EVERY > 0) & (at >= 0)
         place = at * batch + b
         shift = tl.load(shifts + place)
         blank_score = tl.load(blank_scores + place)
@@ -201,45 +261,54 @@ def search_utterances(
         stay_ended = total + blank_score
         stay_total = _log_add(stay_ended, stay_open)
 
-        # extensions; those in the beam already are struck out: a bit for each column of their parents
-        same = (piece_of[None, :] == last[:, None]).to(tl.int32)
-        last_column = tl.sum(same * (column + 1)[None, :], 1) - 1
-        strikes = has_parent & (last_column >= 0)
-        struck_by = (parent[None, :] == slot[:, None]) & strikes[None, :]
-        bit = tl.full((KP,), 1, tl.int64) << tl.maximum(last_column % 62, 0).to(tl.int64)
-        low = tl.where(struck_by & (last_column < 62)[None, :], bit[None, :], 0)
-        struck_low = tl.sum(low, 1)
-        mine = from_column.to(tl.int64)
-        struck = (tl.gather(struck_low, from_slot, 0) >> tl.maximum(mine % 62, 0)) & 1
-        if WIDE:  # more than 62 columns
-            high = tl.where(struck_by & (last_column >= 62)[None, :], bit[None, :], 0)
-            struck_high = (tl.gather(tl.sum(high, 1), from_slot, 0) >> tl.maximum(mine % 62, 0)) & 1
-            struck = tl.where(mine < 62, struck, struck_high)
-        new_piece = tl.load(columns + place * C + from_column, mask=extends, other=-1)
-        new_score = tl.load(column_scores + place * C + from_column, mask=extends, other=NEVER)
-        repeated = new_piece == tl.gather(last, from_slot, 0)
-        from_mass = tl.where(repeated, tl.gather(ended, from_slot, 0), tl.gather(total, from_slot, 0))
-        new_total = tl.where(extends & (struck == 0), from_mass + new_score, NEVER)
-        way = tl.where(stays, tl.gather(stay_total, from_slot, 0), new_total)
-        rank = way
-        if RANKS:
-            rank = tl.where(way == NEVER, NEVER, way + tl.gather(fused, from_slot, 0))
+        if SHALLOW == 2:
+            chosen, value = _best_with_ngram(
+                stay_total, total, ended, fused, last, parent, context, columns, column_scores, place,
+                starts, table_keys, table_scores, table_backoffs, table_mask, table_probes, weight, bonus,
+                K, KP, C, CP, ROOT, ORDER, BASE,
+            )  # fmt: skip
+            source = tl.where(chosen < KP, chosen, (chosen - KP) // MOST_COLUMNS)
+            took = tl.where(chosen < KP, -1, (chosen - KP) % MOST_COLUMNS)
+        else:
+            # those in the beam already are struck out: a bit for each column of their parents
+            same = (piece_of[None, :] == last[:, None]).to(tl.int32)
+            last_column = tl.sum(same * (column + 1)[None, :], 1) - 1
+            strikes = has_parent & (last_column >= 0)
+            struck_by = (parent[None, :] == slot[:, None]) & strikes[None, :]
+            bit = tl.full((KP,), 1, tl.int64) << tl.maximum(last_column % 62, 0).to(tl.int64)
+            low = tl.where(struck_by & (last_column < 62)[None, :], bit[None, :], 0)
+            mine = from_column.to(tl.int64)
+            struck = (tl.gather(tl.sum(low, 1), from_slot, 0) >> tl.maximum(mine % 62, 0)) & 1
+            if WIDE:  # more than 62 columns
+                high = tl.where(struck_by & (last_column >= 62)[None, :], bit[None, :], 0)
+                struck_high = (tl.gather(tl.sum(high, 1), from_slot, 0) >> tl.maximum(mine % 62, 0)) & 1
+                struck = tl.where(mine < 62, struck, struck_high)
+            new_piece = tl.load(columns + place * C + from_column, mask=extends, other=-1)
+            new_score = tl.load(column_scores + place * C + from_column, mask=extends, other=NEVER)
+            repeated = new_piece == tl.gather(last, from_slot, 0)
+            from_mass = tl.where(repeated, tl.gather(ended, from_slot, 0), tl.gather(total, from_slot, 0))
+            new_total = tl.where(extends & (struck == 0), from_mass + new_score, NEVER)
+            rank = tl.where(stays, tl.gather(stay_total, from_slot, 0), new_total)
+            if RANKS:
+                rank = tl.where(rank == NEVER, NEVER, rank + tl.gather(fused, from_slot, 0))
+            chosen, value = _of_keys(tl.topk(_keys(rank, candidate), KP))
+            source = tl.load(candidate_slots + chosen)
+            took = tl.load(candidate_columns + chosen)
 
         # the best K of all
-        chosen, value = _best(rank, KP, NP)
         alive = real & (value > NEVER)
         if SCORE_BEAM:
             floor = tl.max(value, 0) - score_beam  # a skipped frame kills nobody
             alive = alive & (value >= tl.where(shift == NEVER, NEVER, floor))
-        source = tl.load(candidate_slots + chosen)
-        took = tl.load(candidate_columns + chosen)
         grew = alive & (took >= 0)
         piece = tl.load(columns + place * C + took, mask=grew, other=ROOT)
         old_last = tl.gather(last, source, 0)
         old_node = tl.gather(node, source, 0)
         old_content = tl.gather(content, source, 0)
         old_boundary = tl.gather(boundary, source, 0)
-        total = tl.where(alive, tl.gather(way, chosen, 0), NEVER)
+        taken = tl.load(column_scores + place * C + took, mask=grew, other=NEVER)
+        carried = tl.where(piece == old_last, tl.gather(ended, source, 0), tl.gather(total, source, 0))
+        total = tl.where(grew, carried + taken, tl.where(alive, tl.gather(stay_total, source, 0), NEVER))
         ended = tl.where(alive & ~grew, tl.gather(stay_ended, source, 0), NEVER)
         opened = tl.where(grew, total, tl.where(alive, tl.gather(stay_open, source, 0), NEVER))
         repeats = tl.where(grew, (piece == old_last).to(tl.int64), tl.gather(repeats, source, 0))
@@ -257,26 +326,33 @@ def search_utterances(
         tl.store(pieces + born, piece, mask=grew)
         length = tl.gather(length, source, 0)
         begins = grew
+        starting = grew
         boundary = old_boundary
         if BOUNDARIES:
             starting = grew & (tl.load(starts + piece) != 0)
             boundary = tl.where(starting, old_node, old_boundary)
             tl.store(boundaries + born, boundary, mask=grew)
             begins = starting | (grew & (old_last == ROOT))  # the first piece begins a word, marked or not
-            if ORDER > 0:
-                old_context = tl.gather(context, source, 0)
+        if ORDER > 0:
+            old_context = tl.gather(context, source, 0)
+            gain = _estimate(
+                old_context, piece, grew, table_keys, table_scores, table_backoffs,
+                table_mask, table_probes, ORDER, BASE,
+            )  # fmt: skip
+            gain = tl.where(grew, gain, 0.0)
+            longer = (old_context * (BASE + 1) + piece + 1) % (BASE + 1) ** (ORDER - 1)
+            context = tl.where(grew, longer, old_context)
+            weighed = weight * gain + bonus * begins.to(tl.float32)
+            if SHALLOW > 0:
+                gained = tl.gather(gained, source, 0) + gain
+                words = tl.gather(words, source, 0) + begins.to(tl.int64)
+                fused += weighed
+            if AHEAD_EVERY > 0:
                 old_ahead = tl.gather(ahead, source, 0)
                 scored = tl.gather(scored, source, 0)
                 given = tl.gather(given, source, 0)
                 closed = tl.where(starting, old_ahead, tl.gather(closed, source, 0))
-                gain = _estimate(
-                    old_context, piece, grew, table_keys, table_scores, table_backoffs,
-                    table_mask, table_probes, ORDER, BASE,
-                )  # fmt: skip
-                gain = ahead_weight * gain + ahead_bonus * begins.to(tl.float32)
-                ahead = tl.where(grew, old_ahead + gain, old_ahead)
-                longer = (old_context * (BASE + 1) + piece + 1) % (BASE + 1) ** (ORDER - 1)
-                context = tl.where(grew, longer, old_context)
+                ahead = old_ahead + weighed
         length += (begins if UNIT == 1 else grew).to(tl.int64)
 
         at += 1
@@ -297,8 +373,8 @@ def search_utterances(
                 shortest = tl.min(tl.where(alive, length, 1 << 40), 0)
                 fired = look & (shortest > longest) & (shortest < (1 << 40))
                 longest = tl.where(fired, shortest, longest)
-            if ORDER > 0:
-                update = ~fired & (at % ahead_every == 0)
+            if AHEAD_EVERY > 0:
+                update = ~fired & (at % AHEAD_EVERY == 0)
                 now = ahead - scored
                 fused = tl.where(update, fused + (now - given), fused)
                 given = tl.where(update, now, given)
@@ -326,3 +402,6 @@ def search_utterances(
     tl.store(offsets + b, offset)
     tl.store(sources + b * K + slot, origin.to(tl.int64), mask=real)
     tl.store(grown + b * K + slot, grew_ever.to(tl.uint8), mask=real)
+    if SHALLOW > 0:
+        tl.store(opened_words + b * K + slot, words, mask=real)
+        tl.store(gains + b * K + slot, gained, mask=real)

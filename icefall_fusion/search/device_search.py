@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from icefall_fusion.search.candidates import columns_needed, frame_columns, make_pairs
-from icefall_fusion.search.engine import EngineSearch
+from icefall_fusion.search.engine import EngineSearch, ngram_of, serves
 from icefall_fusion.search.frame_step import hash_keys
 from icefall_fusion.search.pace import UNITS
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from icefall_fusion.search.joint import JointFusion
 
 MOST_SLOTS = 62  # with language models; a bit for each of twice as many columns fits two integers
+MOST_COLUMNS = 1024  # with an n-gram, as in the kernel
 _LEAST = 16  # entries of a block
 _NEVER_STOPS = 2**30  # frames
 
@@ -41,15 +42,20 @@ def why_not(beam: int, recover: bool, joint: JointFusion, device: torch.device) 
     """Return why the kernel does not serve a search, "" if it does."""
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"it is for a GPU, the log-probs are on {device}"
-    if joint.shallow:
-        return f"it has no shallow fusion ({', '.join(fusion.source for fusion in joint.shallow)})"
+    if not serves(joint):
+        names = ", ".join(fusion.source for fusion in joint.shallow)
+        return f"it has no shallow fusion but that of one n-gram over pieces ({names})"
     if recover:
         return "it cannot recover mass"
     if beam > MOST_SLOTS:
         return f"its beam is at most {MOST_SLOTS}, here {beam}"
     pace = joint.pace()
-    if pace is not None and pace.ahead is not None and not NgramTable.fits(pace.ahead.ngram):
-        return "the n-gram of the look-ahead has too many pieces for its order"
+    ngrams = [ngram_of(fusion) for fusion in joint.shallow]
+    ngrams += [pace.ahead.ngram] if pace is not None and pace.ahead is not None else []
+    if len(ngrams) > 1:
+        return "it has one n-gram, for shallow fusion or for look-ahead"
+    if any(not NgramTable.fits(ngram) for ngram in ngrams):
+        return f"its n-gram has at most {MOST_COLUMNS} pieces and keys of 63 bits"
     return load_kernel()[1]
 
 
@@ -86,8 +92,9 @@ class NgramTable:
 
     @staticmethod
     def fits(ngram: PieceNgram) -> bool:
-        """Return whether the keys, and the contexts, are numbers of 64 bits."""
-        return ngram.order < 16 and 16 * (ngram.base + 1) ** ngram.order < 2**63
+        """Return whether the keys, and the contexts, are numbers of 64 bits, and all pieces are columns."""
+        few = ngram.base <= MOST_COLUMNS and ngram.order < 16
+        return few and 16 * (ngram.base + 1) ** ngram.order < 2**63
 
 
 _TABLES: MutableMapping[PieceNgram, dict[str, NgramTable]] = weakref.WeakKeyDictionary()
@@ -118,6 +125,7 @@ class DeviceSearch(EngineSearch):
         batch, slots = beam.node.shape
         slack = slots - 1 if joint.ranks else 0
         columns = min(limit, columns_needed(slots, plan.log_probs.shape[2], slack))
+        ngram, shallow = self._ngram()
         pairs = make_pairs(slots, columns, slack, torch.device("cpu"))
         wide, candidates = _block(slots), slots + pairs.slot.numel()
         width = max(2 * wide, _block(candidates))
@@ -127,6 +135,8 @@ class DeviceSearch(EngineSearch):
         from_column[:slots] = -1
         self.candidates = from_slot.to(device), from_column.to(device)
         self.log_probs = plan.log_probs if plan.log_probs.stride(2) == 1 else plan.log_probs.contiguous()
+        if shallow == 2:
+            columns = limit  # those that could survive are found in each frame
         self.prepared = frame_columns(self.log_probs, plan.best, plan.searched, beam.blank, columns)
         self.lens, self.score_beam = beam.lens.contiguous(), score_beam
         self.keys = hash_keys(self.log_probs.shape[2], device)
@@ -134,20 +144,30 @@ class DeviceSearch(EngineSearch):
         self.numbers = torch.zeros(batch, kernel.NUMBERS, wide, device=device)
         self.counts = torch.zeros(batch, kernel.COUNTS, dtype=torch.int64, device=device)
         self.tables, order, base = [None] * 3 + [0, 0], 0, 1
-        if self.ahead.ngram is not None:
-            ngram, table = self.ahead.ngram, _table(self.ahead.ngram, device)
+        if ngram is not None:
+            table, order, base = _table(ngram, device), ngram.order, ngram.base
             self.tables = [table.keys, table.scores, table.backoffs, table.mask, table.probes]
-            order, base = ngram.order, ngram.base
             self.integers[:, kernel.CONTEXT] = ngram.start_id + 1 if order > 1 else 0
         self._begin(beam)
         self.constants = {
-            "K": slots, "KP": wide, "C": columns, "CP": _block(columns), "NP": width, "WIDE": columns > 62,
+            "K": slots, "KP": wide, "C": columns, "NP": width, "WIDE": columns > 62,
+            "CP": _LEAST if shallow == 2 else _block(columns),
             "ROOT": beam.blank, "RANKS": joint.ranks, "PACED": self.pace is not None,
             "UNIT": UNITS.index(self.stops.unit), "BOUNDARIES": arena.has_boundaries,
             "SCORE_BEAM": score_beam is not None, "ORDER": order, "BASE": base,
+            "SHALLOW": shallow, "AHEAD_EVERY": 0 if self.ahead.ngram is None else self.ahead.every,
             "I": kernel.INTEGERS, "F": kernel.NUMBERS, "W": kernel.COUNTS,
-            "num_warps": 1 if width <= 128 else 4,
+            "num_warps": 4 if width > 128 or shallow == 2 else 1,
         }  # fmt: skip
+
+    def _ngram(self) -> tuple[Optional[PieceNgram], int]:
+        """Return the n-gram that takes part, and its shallow fusion: 2: it ranks, 1: it is but recorded."""
+        self.weights = self.ahead.weight, self.ahead.bonus
+        if not self.joint.shallow:
+            return self.ahead.ngram, 0
+        [fusion] = self.joint.shallow
+        self.weights = fusion.weight, fusion.word_bonus
+        return ngram_of(fusion), 2 if any(self.weights) else 1
 
     def _begin(self, beam: Beam) -> None:
         """Let all stand at the root."""
@@ -172,8 +192,9 @@ class DeviceSearch(EngineSearch):
             self.log_probs, row_stride, frame_stride, blank_score, shift, piece, score,
             self.lens, until, self.keys, arena.starts_word, *self.candidates,
             self.integers, self.numbers, self.counts, self.beam.offset, *arena.fields,
-            self.moved_from, self.grew, arena.batch, self.stops.every or _NEVER_STOPS, self.score_beam or 0.0,
-            *self.tables, *self.ahead[1:],
+            self.moved_from, self.grew, self.opened, self.gain, arena.batch,
+            self.stops.every or _NEVER_STOPS, self.score_beam or 0.0,
+            *self.tables, *self.weights,
         )  # fmt: skip
 
     def _search(self, until: int) -> None:
