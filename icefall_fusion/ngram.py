@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import math
 import zlib
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Optional, Sequence, TextIO
 
 import numpy as np
 import torch
+from numpy import ndarray
 from torch import Tensor
 
 from icefall_fusion.checks import check
@@ -243,16 +245,54 @@ def _read_table(
     file: TextIO, length: int, count: int, ids: dict[str, int], base: int, name: str
 ) -> NgramOrder:
     where = f"{name}, {length}-grams"
-    read = 0
+    lines = list(itertools.takewhile(str.strip, file))
+    quick = _read_plain_lines(lines, length, ids, base)
+    keys, values = _read_lines(lines, length, ids, base, where, name) if quick is None else quick
+    check(len(lines) == count, where, f"be {count} as announced", len(lines))
+    ordered, places = np.unique(keys, return_index=True)
+    check(len(ordered) == len(keys), where, "differ from one another (duplicates)", len(keys) - len(ordered))
+    values = values[places]
+    if length == 1:  # pieces that the text never had
+        known, ordered = ordered, np.arange(base)
+        full = np.tile(np.array([_IMPOSSIBLE, 0.0]), (base, 1))
+        full[known] = values
+        values = full
+    log_probs, backoffs = torch.from_numpy(values.astype(np.float32) * np.float32(LN10)).unbind(1)
+    return NgramOrder(length, torch.from_numpy(ordered), log_probs.contiguous(), backoffs.contiguous())
+
+
+def _read_plain_lines(
+    lines: Sequence[str], length: int, ids: dict[str, int], base: int
+) -> Optional[tuple[ndarray, ndarray]]:
+    """Return keys [n] and numbers [n, 2] if all lines are of one form, with known pieces, else None."""
+    separators = {line.count(" ") + line.count("\t") for line in lines}
+    width = 1 + max(separators, default=0)
+    fields = "".join(lines).split()  # one list of text: millions of small lists would keep the collector busy
+    if separators not in ({length}, {length + 1}) or len(fields) != width * len(lines):
+        return None
+    try:
+        keys = np.zeros(len(lines), np.int64)
+        for place in range(1, length + 1):
+            pieces = map(ids.__getitem__, fields[place::width])
+            keys = keys * base + np.fromiter(pieces, np.int64, len(lines))
+        values = np.zeros((len(lines), 2))
+        for column, place in enumerate(range(0, width, length + 1)):  # the longest have no back-off weight
+            values[:, column] = np.fromiter(map(float, fields[place::width]), np.float64, len(lines))
+    except (KeyError, ValueError):
+        return None
+    return None if np.isnan(values).any() else (keys, np.maximum(values, _IMPOSSIBLE))
+
+
+def _read_lines(
+    lines: Sequence[str], length: int, ids: dict[str, int], base: int, where: str, name: str
+) -> tuple[ndarray, ndarray]:
+    """Return what `_read_plain_lines` does, of any lines that ARPA files may have; tells what is wrong."""
     keys: list[int] = []
     numbers: list[tuple[float, float]] = []
-    for line in file:
+    for line in lines:
         fields = line.split()
-        if not fields:
-            break
         check(len(fields) in (length + 1, length + 2), where,
               f"have lines of a number, {length} pieces and perhaps a number", line.strip())
-        read += 1
         if UNKNOWN in fields and UNKNOWN not in ids:
             continue  # toolkits give it a probability; here nothing is unknown
         try:
@@ -262,15 +302,7 @@ def _read_table(
         keys.append(functools.reduce(lambda key, piece: key * base + piece, found))
         backoff = fields[length + 1] if len(fields) > length + 1 else "0"
         numbers.append((_number(fields[0], where, line), _number(backoff, where, line)))
-    check(read == count, where, f"be {count} as announced", read)
-    table = dict(zip(keys, numbers))
-    check(len(table) == len(keys), where, "differ from one another (duplicates)", len(keys) - len(table))
-    if length == 1:  # pieces that the text never had
-        table = {**dict.fromkeys(range(base), (_IMPOSSIBLE, 0.0)), **table}
-    ordered = np.array(sorted(table), np.int64)
-    values = np.array([table[key] for key in ordered.tolist()], np.float32).reshape(-1, 2) * np.float32(LN10)
-    log_probs, backoffs = torch.from_numpy(values).unbind(1)
-    return NgramOrder(length, torch.from_numpy(ordered), log_probs.contiguous(), backoffs.contiguous())
+    return np.array(keys, np.int64), np.array(numbers, np.float64).reshape(-1, 2)
 
 
 def _number(text: str, where: str, line: str) -> float:

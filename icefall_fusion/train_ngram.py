@@ -48,6 +48,7 @@ class TrainNgramOptions:
         order: longest n-gram.
         cutoffs: for n = 2, 3, ...: n-grams that count less are left out; missing ones are 1 (none left out).
             What counts is Kneser-Ney's: occurrences of the longest, of shorter ones the pieces they follow.
+        digits: of the numbers in the file, 2 to 9; fewer make it smaller.
     """
 
     data: str
@@ -55,6 +56,7 @@ class TrainNgramOptions:
     out: str
     order: int = 3
     cutoffs: tuple[int, ...] = (1, 3, 5)
+    digits: int = 5
 
     def __post_init__(self) -> None:
         check(self.order >= 1, "TrainNgramOptions.order", "be at least 1", self.order)
@@ -62,6 +64,7 @@ class TrainNgramOptions:
             check(bool(getattr(self, name)), f"TrainNgramOptions.{name}", "be given", getattr(self, name))
         good = all(cutoff >= 1 for cutoff in self.cutoffs)
         check(good, "TrainNgramOptions.cutoffs", "be at least 1", self.cutoffs)
+        check(2 <= self.digits <= 9, "TrainNgramOptions.digits", "be 2 to 9", self.digits)
 
 
 def run(options: TrainNgramOptions) -> int:
@@ -88,7 +91,7 @@ def run(options: TrainNgramOptions) -> int:
     (train, bounds), (dev, dev_bounds) = streams
     counts = count_ngrams(train, bounds, tokens.size, options.order)
     estimates = kneser_ney(counts, tokens.size, options.cutoffs)
-    write_arpa(options.out, estimates, tokens.pieces)
+    write_arpa(options.out, estimates, tokens.pieces, options.digits)
     words = sum(len(tokens.words(dev[begin + 1 : end - 1].tolist())) + 1 for begin, end in dev_bounds)
     marked = torch.from_numpy(with_marks(dev, dev_bounds, tokens.size))
     scores, _ = PieceNgram.load(options.out, tokens.pieces).score_sentences(marked)
@@ -252,19 +255,24 @@ def _find(sorted_keys: ndarray, keys: ndarray) -> tuple[ndarray, ndarray]:
     return place, sorted_keys[place] == keys
 
 
-def write_arpa(path: PathLike, estimates: Sequence[Estimate], pieces: Sequence[str]) -> None:
-    """Write an ARPA file, gzipped if it is named so; numbers have five digits.
+def write_arpa(
+    path: PathLike, estimates: Sequence[Estimate], pieces: Sequence[str], digits: int = 5
+) -> None:
+    """Write an ARPA file, gzipped if it is named so.
 
     Args:
         path: the file.
         estimates: of lengths 1, 2, ...
         pieces: text of every id; what is named as START or END is silent and left out.
+        digits: of each number.
     """
     names = [*pieces, START, END]
     ids = piece_ids(pieces)
     silent = np.array([i for i, name in enumerate(names) if ids[name] != i], np.int64)
     last = len(estimates)
-    lines = [_lines(n, estimate, names, silent, n == last) for n, estimate in enumerate(estimates, 1)]
+    lines = [
+        _lines(n, estimate, names, silent, n == last, digits) for n, estimate in enumerate(estimates, 1)
+    ]
     with atomic_path(path) as temporary, _writer(temporary) as file:
         file.write(f"{describe_pieces(pieces)}\n\\data\\\n")
         file.writelines(f"ngram {n}={len(rows)}\n" for n, rows in enumerate(lines, 1))
@@ -274,12 +282,15 @@ def write_arpa(path: PathLike, estimates: Sequence[Estimate], pieces: Sequence[s
         file.write("\n\\end\\\n")
 
 
-def _lines(n: int, estimate: Estimate, names: Sequence[str], silent: ndarray, last: bool) -> list[str]:
+def _lines(
+    n: int, estimate: Estimate, names: Sequence[str], silent: ndarray, last: bool, digits: int
+) -> list[str]:
     ids = np.stack([estimate.keys // len(names) ** place % len(names) for place in range(n)][::-1], axis=1)
     spoken = ~np.isin(ids, silent).any(axis=1)
     columns = (ids[spoken], estimate.log_probs[spoken] / LN10, estimate.backoffs[spoken] / LN10)
     return [
-        f"{first:.5g}\t{' '.join(names[i] for i in row)}" + ("\n" if last else f"\t{second:.5g}\n")
+        f"{first:.{digits}g}\t{' '.join(names[i] for i in row)}"
+        + ("\n" if last else f"\t{second:.{digits}g}\n")
         for row, first, second in zip(*(column.tolist() for column in columns))
     ]
 

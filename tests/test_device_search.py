@@ -112,7 +112,7 @@ def test_fusions_without_a_pace_and_weights_of_zero(llm, tokens):  # noqa: F811
 def test_the_table_of_an_ngram_has_all_of_it(ngram):  # noqa: F811
     table = device_search.NgramTable(ngram, torch.device("cpu"))
     kernel, _ = device_search.load_kernel()
-    assert NOTHING == -1 and kernel.MOST_COLUMNS.value == device_search.MOST_COLUMNS  # as the kernel takes them
+    assert NOTHING == -1 and kernel.MOST_COLUMNS.value == device_search.MOST_COLUMNS
     where = {int(key): place for place, key in enumerate(table.keys.tolist()) if key >= 0}
     assert len(where) == sum(len(order.keys) for order in ngram.orders)
     for order in ngram.orders:

@@ -15,7 +15,14 @@ from hypothesis import strategies as st
 
 from icefall_fusion.__main__ import main
 from icefall_fusion.fusion import DelayedFusion, LookAhead, NgramFusion, ShallowFusion
-from icefall_fusion.ngram import NOTHING, NgramOrder, PieceNgram
+from icefall_fusion.ngram import (
+    NOTHING,
+    NgramOrder,
+    PieceNgram,
+    _read_lines,
+    _read_plain_lines,
+    piece_ids,
+)
 from icefall_fusion.rescoring import rescore_with_ngram
 from icefall_fusion.search import PrefixSearchOptions, ctc_prefix_search
 from icefall_fusion.train_ngram import count_ngrams, kneser_ney, write_arpa
@@ -209,6 +216,43 @@ def test_the_job_trains_and_says_the_perplexity(tmp_path, capsys):
     assert main([*job[:2], str(tmp_path / "absent"), *job[3:]]) == 2
     assert main([*job[:-1], "30"]) == 2
     assert "TrainNgramOptions.order must be at most 11 for" in capsys.readouterr().err
+
+
+def test_fewer_digits_make_a_smaller_file_of_nearly_the_same_numbers(tmp_path):
+    rng = np.random.default_rng(5)
+    texts = [rng.integers(1, SIZE, rng.integers(1, 9)).tolist() for _ in range(80)]
+    models, sizes = [], []
+    for digits in (2, 5, 9):
+        write_arpa(tmp_path / f"{digits}.arpa.gz", train(texts, SIZE, 3), LETTERS, digits)
+        models.append(PieceNgram.load(tmp_path / f"{digits}.arpa.gz", LETTERS))
+        sizes.append((tmp_path / f"{digits}.arpa.gz").stat().st_size)
+    assert sizes == sorted(sizes)
+    for few, more in zip(models, models[1:]):
+        for one, other in zip(few.orders, more.orders):
+            assert torch.equal(one.keys, other.keys)
+            torch.testing.assert_close(one.log_probs, other.log_probs, rtol=0.051, atol=0)
+            torch.testing.assert_close(one.backoffs, other.backoffs, rtol=0.051, atol=1e-6)
+
+
+@given(
+    rows=st.lists(
+        st.tuples(st.floats(-9, 0), st.lists(st.sampled_from(LETTERS[1:]), min_size=2, max_size=2),
+                  st.floats(-2, 2)), min_size=1, max_size=9,
+    ),
+    longest=st.booleans(),
+    odd=st.sampled_from([None, "a  b", "\ta b"]),
+)  # fmt: skip
+def test_lines_of_one_form_are_read_as_all_others(rows, longest, odd):
+    lines = [f"{one!r}\t{' '.join(pieces)}" + ("" if longest else f"\t{two!r}") + "\n"
+             for one, pieces, two in rows]  # fmt: skip
+    if odd is not None:
+        lines.append(f"-1\t{odd}\t0\n")
+    ids = piece_ids(LETTERS)
+    quick = _read_plain_lines(lines, 2, ids, 8)
+    keys, values = _read_lines(lines, 2, ids, 8, "here", "file")
+    assert (quick is None) == (odd is not None)
+    if quick is not None:
+        assert quick[0].tolist() == keys.tolist() and quick[1].tolist() == values.tolist()
 
 
 # --- in the search -------------------------------------------------------------------------------------

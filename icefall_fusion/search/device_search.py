@@ -157,7 +157,7 @@ class DeviceSearch(EngineSearch):
             "SCORE_BEAM": score_beam is not None, "ORDER": order, "BASE": base,
             "SHALLOW": shallow, "AHEAD_EVERY": 0 if self.ahead.ngram is None else self.ahead.every,
             "I": kernel.INTEGERS, "F": kernel.NUMBERS, "W": kernel.COUNTS,
-            "num_warps": 4 if width > 128 or shallow == 2 else 1,
+            "num_warps": _warps(width, wide, shallow == 2),
         }  # fmt: skip
 
     def _ngram(self) -> tuple[Optional[PieceNgram], int]:
@@ -213,6 +213,13 @@ class DeviceSearch(EngineSearch):
         if self.pace is not None:  # the one wait for the device
             at, fired = self.counts[:, : kernel.FIRED + 1].cpu().unbind(1)
             self.at, self.fired = at, fired > 0
+
+
+def _warps(width: int, wide: int, ngram: bool) -> int:
+    """Return how many warps search an utterance: few wait less for each other, but registers must suffice."""
+    if ngram:
+        return 4 if wide <= 16 else 8
+    return 1 if width <= 128 else 4 if width <= 512 else 8
 
 
 def _block(size: int) -> int:
