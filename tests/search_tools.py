@@ -8,8 +8,8 @@ import math
 import pytest
 import torch
 
+from icefall_fusion.native_build import load_native
 from icefall_fusion.search import PrefixSearchOptions, ctc_prefix_search
-from icefall_fusion.search.native_build import load_native
 from icefall_fusion.tokens import AcousticTokens
 
 NEVER = -math.inf

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "icefall_fusion"
 
 #: Ranks of the design page; what it leaves open has a rank between. Files of a folder may import each other.
 RANKS = {
-    "__init__": -1, "checks": -1, "devices": -0.5, "files": -1,
+    "__init__": -1, "checks": -1, "devices": -0.5, "files": -1, "native_build": -1,
     "text": 0, "nbest": 0,
     "ngram": 1, "wer": 1, "plot": 0.5, "report": 1, "runlog": 1, "results": 1.2, "tokens": 1,
     "lexicon": 1.1, "data/": 1.5,
@@ -47,7 +47,7 @@ OWNERS = {
 }  # fmt: skip
 #: Files that must stay importable with Python 3.9 and torch 1.13.
 OLD_PYTHON = (
-    "nbest", "ngram", "text", "tokens", "checks", "files", "search/", "fusion/",
+    "nbest", "ngram", "text", "tokens", "checks", "files", "native_build", "search/", "fusion/",
     "lexicon", "emission_batch", "lattice_files", "lattices", "make_graph", "make_lattices", "__main__",
 )  # fmt: skip
 

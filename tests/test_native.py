@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from search_tools import TOKENS, Bigram, WordLengths, assert_same, emissions, listing, search
 
-from icefall_fusion.search import native_build
+from icefall_fusion import native_build
 
 
 @pytest.fixture(autouse=True)
@@ -155,7 +155,7 @@ def test_it_is_built_once_in_a_folder_that_can_be_written(monkeypatch, tmp_path)
     monkeypatch.setenv("ICEFALL_FUSION_CACHE", str(tmp_path))
     library, why = native_build.load_native()
     assert library is not None, why
-    [built] = tmp_path.glob("prefix_search-*.so")
+    [built] = tmp_path.glob("icefall_fusion-*.so")
     before = built.stat().st_mtime_ns
     native_build.load_native.cache_clear()
     assert native_build.load_native()[0] is not None
@@ -168,7 +168,7 @@ def test_it_is_built_once_in_a_folder_that_can_be_written(monkeypatch, tmp_path)
 
 def test_processes_may_build_it_at_the_same_time(tmp_path):
     code = (
-        "from icefall_fusion.search.native_build import load_native as f; print(f()[0] is not None)"
+        "from icefall_fusion.native_build import load_native as f; print(f()[0] is not None)"
     )
     environment = {"ICEFALL_FUSION_CACHE": str(tmp_path), "PATH": "/usr/bin:/bin", "PYTHONPATH": "."}
     command = [sys.executable, "-c", code]

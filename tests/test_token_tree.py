@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from icefall_fusion.lm.native_tree import NativeTokenTree, make_tree
 from icefall_fusion.lm.token_tree import TokenTree
+from icefall_fusion.native_build import load_native
 
 VOCAB = 4
 paths = st.lists(st.integers(0, VOCAB - 1), max_size=6).map(tuple)
@@ -19,6 +21,15 @@ steps = st.lists(
     ),
     max_size=12,
 )
+
+
+def native_tree(vocab_size: int, utterances: int) -> TokenTree:
+    library, why = load_native()
+    assert library is not None, why
+    return NativeTokenTree(library, vocab_size, utterances)
+
+
+each_tree = pytest.mark.parametrize("new_tree", [TokenTree, native_tree], ids=["python", "native"])
 
 
 class NaiveTree:
@@ -45,11 +56,12 @@ def arrays(nodes: list[int]) -> np.ndarray:
     return np.array(nodes, np.int64)
 
 
+@each_tree
 @settings(max_examples=150, deadline=None)
-@given(steps)
-def test_the_tree_agrees_with_a_naive_tree(script: list) -> None:
+@given(script=steps)
+def test_the_tree_agrees_with_a_naive_tree(new_tree, script: list) -> None:
     prompts = [(0,), (1, 2, 3)]
-    tree, naive = TokenTree(VOCAB, 2), NaiveTree(prompts)
+    tree, naive = new_tree(VOCAB, 2), NaiveTree(prompts)
     for b, prompt in enumerate(prompts):
         tree.add_root(b, prompt)
     known = {}  # (utterance, prompt + path) -> node
@@ -121,8 +133,9 @@ def check_slots(tree: TokenTree, naive: NaiveTree) -> None:
         assert set(np.flatnonzero(row & window)) == set(ancestors[:2])
 
 
-def test_many_slots_grow_and_keep_their_masks() -> None:
-    tree = TokenTree(VOCAB, 1)
+@each_tree
+def test_many_slots_grow_and_keep_their_masks(new_tree) -> None:
+    tree = new_tree(VOCAB, 1)
     node = tree.add_root(0, [0])
     deep = tree.insert(node, [1, 2, 3] * 60)
     tree.check_nodes(arrays([deep]))
@@ -132,8 +145,9 @@ def test_many_slots_grow_and_keep_their_masks() -> None:
     assert tree.slots.visible(arrays([0]), arrays([deep]), 192).sum() == 181
 
 
-def test_children_in_bulk_equal_single_inserts_and_count_what_is_new() -> None:
-    tree = TokenTree(VOCAB, 1)
+@each_tree
+def test_children_in_bulk_equal_single_inserts_and_count_what_is_new(new_tree) -> None:
+    tree = new_tree(VOCAB, 1)
     root = tree.add_root(0, [0])
     first = tree.insert(root, [2])
     nodes, made = tree.children(arrays([root, root, first, root]), arrays([1, 2, 1, 1]))
@@ -141,9 +155,10 @@ def test_children_in_bulk_equal_single_inserts_and_count_what_is_new() -> None:
     assert tree.path(int(nodes[2])) == [2, 1]
 
 
+@each_tree
 @pytest.mark.parametrize("token", [-1, VOCAB])
-def test_a_token_outside_of_the_vocabulary_is_refused(token: int) -> None:
-    tree = TokenTree(VOCAB, 1)
+def test_a_token_outside_of_the_vocabulary_is_refused(new_tree, token: int) -> None:
+    tree = new_tree(VOCAB, 1)
     root = tree.add_root(0, [0])
     with pytest.raises(ValueError, match="token ids must lie between 0 and 3"):
         tree.insert(root, [1, token])
@@ -151,15 +166,49 @@ def test_a_token_outside_of_the_vocabulary_is_refused(token: int) -> None:
         tree.children(arrays([root]), arrays([token]))
 
 
-def test_an_empty_prompt_is_refused() -> None:
+@each_tree
+def test_an_empty_prompt_is_refused(new_tree) -> None:
     with pytest.raises(ValueError, match="prompt must hold at least one token"):
-        TokenTree(VOCAB, 1).add_root(0, [])
+        new_tree(VOCAB, 1).add_root(0, [])
 
 
-def test_unscored_lengths_count_each_hypothesis() -> None:
-    tree = TokenTree(VOCAB, 1)
+@each_tree
+def test_unscored_lengths_count_each_hypothesis(new_tree) -> None:
+    tree = new_tree(VOCAB, 1)
     root = tree.add_root(0, [0])
     short, long = tree.insert(root, [1, 2]), tree.insert(root, [1, 2, 3, 3])
     tree.check_nodes(arrays([long]))
     tree.set_scores(tree.unscored(arrays([short])), np.array([-1.0, -1.0]))
     assert tree.unscored_lengths(arrays([long, long, short, root])).tolist() == [2, 2, 0, 0]
+
+
+def test_thousands_of_nodes_are_the_same_in_both_trees() -> None:
+    rng = np.random.default_rng(0)
+    trees = [TokenTree(50, 3), native_tree(50, 3)]
+    for b in range(3):
+        assert len({tree.add_root(b, [b, 7]) for tree in trees}) == 1
+    for _ in range(40):
+        nodes = rng.integers(0, len(trees[0]), 60)
+        tokens = rng.integers(0, 50, 60)
+        for tree in trees:
+            tree.check_nodes(nodes)
+        (one, made), (other, also) = (tree.children(nodes, tokens) for tree in trees)
+        assert made == also and (one == other).all()
+    assert len(trees[0]) == len(trees[1]) > 2000
+    for tree in trees:
+        tree.check_nodes(one)
+        new = tree.unscored(one)
+        tree.set_scores(new, -np.arange(len(new), dtype=float))
+        tree.assign_slots(tree.uncached(one[:9]))
+    for name in ("parent", "token", "depth", "utterance", "score"):
+        size = len(trees[0])
+        np.testing.assert_array_equal(*(getattr(tree, name)[:size] for tree in trees))
+    for tree in trees:
+        assert tree.uncached(one[5:20]).tolist() == trees[0].uncached(one[5:20]).tolist()
+
+
+def test_without_a_compiler_the_tree_is_that_of_python(monkeypatch) -> None:
+    load_native.cache_clear()
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert type(make_tree(VOCAB, 1)) is TokenTree
+    load_native.cache_clear()

@@ -9,14 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Callable, Mapping, Optional, Sequence, Union
 
+import numpy as np
 import torch
 
 from icefall_fusion.checks import check
 from icefall_fusion.fusion.base import LmFusion, live_slots
 from icefall_fusion.fusion.look_ahead import LookAhead, LookAheadRun
+from icefall_fusion.fusion.placing import WordPlacer, open_placer
 from icefall_fusion.fusion.retokenize import prompt_tokens, tokenizer_for
 from icefall_fusion.fusion.triggers import ShortestHypothesis, Trigger
-from icefall_fusion.fusion.words import ClosedWords, History
 from icefall_fusion.search.pace import Ahead, Pace
 
 if TYPE_CHECKING:
@@ -100,9 +101,9 @@ class DelayedFusion(LmFusion):
         self._open(beam, index, ids, prompts, aside=self.late > 0)
         self._flying: list[_Event] = []
         self._lens = beam.lens.cpu()
-        self._words = ClosedWords(beam.arena, tokens)
-        for utterance, node in enumerate(self._tree.roots().tolist()):
-            self._words.root(utterance).node = node
+        self._placing = self._tree, beam.arena, tokens, self._tokenizer, self._prompted, ids
+        # scores that come late ask for parts of texts, which compiled code does not tell
+        self._placer = WordPlacer(*self._placing) if self.late else open_placer(*self._placing)
         self._run = self.trigger.start(beam, tokens)
         self._ahead: Optional[LookAheadRun] = None
         self._look: Optional[Ahead] = None
@@ -110,8 +111,8 @@ class DelayedFusion(LmFusion):
             self.look_ahead.ngram.check_size(tokens.size)
             weight = self.weight * self.look_ahead.scale
             self._look = Ahead(self.look_ahead.ngram, weight, self.word_bonus, self.look_ahead.every)
-        self._events = self._new_tokens = 0
-        self._scored: set[int] = set()
+        self._events, self._cleaned_at = 0, len(self._tree.tree)
+        self._scored = np.zeros(0, np.bool_)  # tree nodes at which a text was scored
         self._cache_before = (self._tokenizer.hits, self._tokenizer.misses)
 
     def pace(self) -> Optional[Pace]:
@@ -148,9 +149,7 @@ class DelayedFusion(LmFusion):
         if not slots.numel():
             return
         self._events += 1
-        boundaries, where = beam.boundary.reshape(-1)[slots].cpu().unique(return_inverse=True)
-        histories = self._words.closed(boundaries.tolist())
-        nodes, counts = self._place(histories, where)
+        nodes, counts = self._place(beam.boundary.reshape(-1)[slots])
         state = beam.state[..., self.index]
         wait = self._tree.launch(nodes, state.reshape(-1)[slots].cpu())
         if self.late:
@@ -158,7 +157,7 @@ class DelayedFusion(LmFusion):
         else:
             self._write(beam, slots, wait(), counts.to(slots.device))
             self._move(beam, slots, nodes)
-        if self._new_tokens > _KEEP_AFTER * beam.arena.batch:
+        if len(self._tree.tree) - self._cleaned_at > _KEEP_AFTER * beam.arena.batch:
             self._clean(beam)
 
     def _land(
@@ -189,7 +188,7 @@ class DelayedFusion(LmFusion):
         slots = live_slots(beam, landed)
         if slots.numel():
             boundaries, where = until.view(-1)[slots].cpu().unique(return_inverse=True)
-            histories = [self._scored_part(history) for history in self._words.closed(boundaries.tolist())]
+            histories = self._placer.scored_parts(boundaries.numpy())
             nodes, counts, places = (
                 torch.tensor([getattr(history, name) for history in histories], dtype=torch.int64)[where]
                 for name in ("node", "count", "place")
@@ -200,13 +199,6 @@ class DelayedFusion(LmFusion):
             until.view(-1)[slots] = places.to(slots.device)
         return landed, until
 
-    def _scored_part(self, history: History) -> History:
-        """Return the longest part of a history whose words have a score; the root has one."""
-        self._insert(history)
-        while not self._tree.known([history.node])[0][0]:
-            history = history.before
-        return history
-
     def finish(self, beam: Beam) -> None:
         """Score all words, and the end, of every live hypothesis of the batch in one call."""
         self._wait_for_all()
@@ -216,15 +208,14 @@ class DelayedFusion(LmFusion):
         if self._ahead is not None:
             self._ahead.finish(beam)
         self._close()
-        del self._words, self._run, self._ahead, self._flying
+        del self._placer, self._placing, self._run, self._ahead, self._flying
 
     def _wait_for_all(self) -> None:
         for event in self._flying:
             event.wait()
 
     def _finish(self, beam: Beam, slots: Tensor) -> None:
-        histories = self._words.complete(beam.node.reshape(-1)[slots].tolist())
-        nodes, counts = self._place(histories, torch.arange(len(histories)))
+        nodes, counts = self._place(beam.node.reshape(-1)[slots], complete=True)
         previous = beam.state[..., self.index].reshape(-1)[slots].cpu()
         scores = self._tree.score(nodes, previous, eos=self.eos)
         self._write(beam, slots, scores, counts.to(slots.device))
@@ -232,42 +223,28 @@ class DelayedFusion(LmFusion):
 
     def _count(self) -> dict[str, float]:
         """Return the tree's counters, events, histories_scored and those of re-tokenization."""
-        own = {"events": self._events, "histories_scored": len(self._scored)}
+        own = {"events": self._events, "histories_scored": int(self._scored.sum())}
         return {**super()._count(), **own, **self._tokenizer.stats(*self._cache_before)}
 
-    def _place(self, histories: Sequence[History], where: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the tree nodes and numbers of words of ``histories[where]``, two int64 [n] on the CPU."""
-        for history in histories:
-            self._insert(history)
-        self._scored.update(history.node for history in histories if history.count)
-        nodes = torch.tensor([history.node for history in histories], dtype=torch.int64)
-        counts = torch.tensor([history.count for history in histories], dtype=torch.int64)
-        return nodes[where], counts[where]
+    def _place(self, places: Tensor, complete: bool = False) -> tuple[Tensor, Tensor]:
+        """Return the tree nodes and numbers of words of prefixes [n] (arena nodes), int64 on the CPU."""
+        wanted = places.cpu().numpy()
+        placed = self._placer.complete(wanted) if complete else self._placer.place(wanted)
+        if placed is None:
+            self._go_by_whole_texts()
+            return self._place(places, complete)
+        nodes, counts = placed
+        if len(self._scored) < len(self._tree.tree):
+            longer = np.zeros(2 * len(self._tree.tree), np.bool_)
+            longer[: len(self._scored)] = self._scored
+            self._scored = longer
+        self._scored[nodes[counts > 0]] = True
+        return torch.from_numpy(nodes), torch.from_numpy(counts)
 
-    def _insert(self, history: History) -> None:
-        """Find the tree node of a history and of all it goes back to."""
-        chain = []
-        while history.node < 0:
-            chain.append(history)
-            history = history.before
-        for after in reversed(chain):
-            try:
-                after.node = self._extend(history, after)
-            except ValueError as error:  # a word that the tokenizer cannot spell
-                raise ValueError(f"utterance {self._ids[after.utterance]!r}: {error}") from error
-            history = after
-
-    def _extend(self, before: History, history: History) -> int:
-        node, prompted = before.node, self._prompted[history.utterance]
-        for index, word in enumerate(history.words, before.count):
-            ids = self._tokenizer.word_ids(word, index, prompted)
-            if ids is None:  # this tokenizer may change the tokens of earlier words: walk from the root
-                ids = self._tokenizer.encode_whole(history.all_words(), prompted)
-                self._new_tokens += 1
-                return self._tree.insert(self._words.root(history.utterance).node, ids)
-            node = self._tree.insert(node, ids)
-            self._new_tokens += len(ids)
-        return node
+    def _go_by_whole_texts(self) -> WordPlacer:
+        """Go on with a tokenizer that has turned out to change earlier tokens when text grows."""
+        self._placer = WordPlacer(*self._placing)
+        return self._placer
 
     def _move(self, beam: Beam, slots: Tensor, nodes: Tensor) -> None:
         width = beam.state.shape[1]
@@ -277,10 +254,9 @@ class DelayedFusion(LmFusion):
     def _clean(self, beam: Beam) -> None:
         """Free what no live hypothesis can come back to, in the tree and here."""
         self._wait_for_all()
-        boundaries = beam.boundary.reshape(-1)[live_slots(beam)].unique().tolist()
-        self._words.keep(boundaries)
-        live = self._words.closed(boundaries)
-        for history in live:
-            self._insert(history)
-        self._tree.keep([history.node for history in live])
-        self._new_tokens = 0
+        boundaries = beam.boundary.reshape(-1)[live_slots(beam)].cpu().unique().numpy()
+        nodes = self._placer.keep(boundaries)
+        if nodes is None:
+            nodes = self._go_by_whole_texts().keep(boundaries)
+        self._tree.keep(nodes)
+        self._cleaned_at = len(self._tree.tree)

@@ -44,10 +44,7 @@ class SlotTable:
         if not len(nodes):
             return
         owner = utterance[nodes]
-        slots = np.empty(len(nodes), np.int64)
-        for b in np.unique(owner):
-            mine = owner == b
-            slots[mine] = self._take(int(b), int(mine.sum()))
+        slots = self._take(owner)
         self.of_node[nodes] = slots
         self._cached = np.concatenate([self._cached, nodes])
         self.depth[owner, slots] = depth[nodes]
@@ -89,15 +86,24 @@ class SlotTable:
         """Return which slots hold a token less than ``window`` before each node [n, length] bool."""
         return depths[:, None] - self.depth[utterances, :length] < window
 
-    def _take(self, b: int, count: int) -> list[int]:
-        free = self._free[b]
-        reused = [free.pop() for _ in range(min(count, len(free)))]
-        first = int(self.used[b])
-        fresh = range(first, first + count - len(reused))
-        self.used[b] += len(fresh)
-        if self.used[b] > self.capacity:
-            self._set_capacity(max(int(self.used[b]), 2 * self.capacity), len(self.used))
-        return reused + list(fresh)
+    def _take(self, owner: ndarray) -> ndarray:
+        """Return a slot for each of ``owner`` [n], released ones of its utterance first."""
+        rank, counts = rank_within(owner), np.bincount(owner, minlength=len(self.used))
+        slots = np.empty(len(owner), np.int64)
+        reused = np.zeros(len(self.used), np.int64)
+        for b in np.flatnonzero(counts):
+            free = self._free[b]
+            if free:
+                reused[b] = take = min(int(counts[b]), len(free))
+                slots[(owner == b) & (rank < take)] = free[-take:][::-1]
+                del free[-take:]
+        fresh = rank >= reused[owner]
+        slots[fresh] = (self.used[owner] + rank - reused[owner])[fresh]
+        self.used += counts - reused
+        most = int(self.used.max())
+        if most > self.capacity:
+            self._set_capacity(max(most, 2 * self.capacity), len(self.used))
+        return slots
 
     def _set_capacity(self, capacity: int, utterances: int) -> None:
         capacity = -(-capacity // SLOT_BUCKET) * SLOT_BUCKET
@@ -107,3 +113,12 @@ class SlotTable:
             bits[:, : self.capacity, : self.capacity // 8] = self._bits
             depth[:, : self.capacity] = self.depth
         self._bits, self.depth, self.capacity = bits, depth, capacity
+
+
+def rank_within(row: ndarray) -> ndarray:
+    """Return for each entry how many earlier entries have the same value [n]."""
+    order = np.argsort(row, kind="stable")
+    starts = np.concatenate([[0], np.cumsum(np.bincount(row))[:-1]])
+    rank = np.empty_like(row)
+    rank[order] = np.arange(len(row)) - starts[row[order]]
+    return rank

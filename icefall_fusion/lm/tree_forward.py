@@ -10,7 +10,7 @@ import torch
 from numpy import ndarray
 from torch import Tensor
 
-from icefall_fusion.lm.slots import SLOT_BUCKET
+from icefall_fusion.lm.slots import SLOT_BUCKET, rank_within
 from icefall_fusion.lm.token_tree import TokenTree
 from icefall_fusion.lm.tree_cache import ForwardPlan, TreeCache
 
@@ -55,7 +55,7 @@ def forward(model: TreeModel, tree: TokenTree, cache: TreeCache, nodes: ndarray,
     owner, depth = tree.utterance[nodes], tree.depth[nodes]
     utterances, row = np.unique(owner, return_inverse=True)
     width = int(np.bincount(row).max())
-    valid = row * width + _rank_within(row)
+    valid = row * width + rank_within(row)
     padded = np.zeros(len(utterances) * width, np.int64)
     padded[valid] = np.arange(count)
     line = np.arange(count)  # places in the packed row; padding repeats the first token
@@ -91,15 +91,6 @@ def to_device(device: torch.device, *arrays: ndarray) -> Sequence[Tensor]:
     """Copy integer arrays to ``device`` in one transfer."""
     whole = torch.from_numpy(np.concatenate(arrays)).to(device)
     return whole.split([len(array) for array in arrays])
-
-
-def _rank_within(row: ndarray) -> ndarray:
-    """Return for each entry how many earlier entries have the same value [n]."""
-    order = np.argsort(row, kind="stable")
-    starts = np.concatenate([[0], np.cumsum(np.bincount(row))[:-1]])
-    rank = np.empty_like(row)
-    rank[order] = np.arange(len(row)) - starts[row[order]]
-    return rank
 
 
 def _spread(seen: ndarray, valid: ndarray, shape: tuple[int, ...]) -> Tensor:

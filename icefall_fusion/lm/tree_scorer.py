@@ -15,7 +15,8 @@ from torch import Tensor
 
 from icefall_fusion.checks import check
 from icefall_fusion.lm.counters import TreeCounters
-from icefall_fusion.lm.token_tree import NONE, TokenTree
+from icefall_fusion.lm.native_tree import make_tree
+from icefall_fusion.lm.token_tree import NONE
 from icefall_fusion.lm.tree_cache import DistributionStore, TreeCache
 from icefall_fusion.lm.tree_forward import TreeModel, forward, to_device
 
@@ -63,7 +64,7 @@ class TreeScorer:
         self, model: TreeModel, prompts: Sequence[Sequence[int]], options: TreeOptions, aside: bool = False
     ) -> None:
         self.model, self.options = model, options
-        self.tree = TokenTree(model.vocab_size, len(prompts))
+        self.tree = make_tree(model.vocab_size, len(prompts))
         self.counters = TreeCounters()
         self._cache = TreeCache(model.layers, len(prompts), self.tree.slots.capacity)
         self._store = DistributionStore(model.vocab_size, model.device, options.max_distribution_bytes)
@@ -235,7 +236,8 @@ class TreeScorer:
         self._cache.ensure(tree.slots.capacity)
         self.counters.count_forward(tree, todo)
         tree.was_forwarded[todo] = True
-        wanted = np.isin(todo, nodes)
+        wanted = np.zeros(len(todo), np.bool_)
+        wanted[np.searchsorted(todo, nodes)] = True
         start = 0
         while start < len(todo):
             end = start + self._chunk

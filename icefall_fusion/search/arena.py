@@ -99,7 +99,7 @@ class PrefixArena:
         Raises:
             ValueError: ``ancestor`` is not -1 and not on the way from ``node`` to its root.
         """
-        parent, piece = self._on_host("_parent"), self._on_host("_piece")
+        parent, piece = self.on_host("parent"), self.on_host("piece")
         found: list[int] = []
         while node != ancestor and node >= self.row_size:
             found.append(int(piece[node]))
@@ -118,7 +118,7 @@ class PrefixArena:
             lengths [n]; on the CPU.
         """
         nodes = nodes.reshape(-1).cpu()
-        parents, all_pieces = (torch.as_tensor(self._on_host(name)) for name in ("_parent", "_piece"))
+        parents, all_pieces = (torch.as_tensor(self.on_host(name)) for name in ("parent", "piece"))
         steps: list[Tensor] = []
         while bool((nodes >= self.row_size).any()):
             steps.append(nodes)
@@ -161,9 +161,12 @@ class PrefixArena:
                 setattr(self, name, torch.cat([old, torch.zeros_like(old)]))
         self._host.clear()
 
-    def _on_host(self, name: str) -> Any:
-        """Return one field as a flat numpy array: shared memory on a CPU, else a mirror."""
-        tensor = getattr(self, name)
+    def on_host(self, name: str) -> Any:
+        """Return ``parent``, ``piece`` or ``boundary`` of all nodes, a flat numpy array to read.
+
+        It is the memory of the arena itself on a CPU, else a mirror that is brought up to date.
+        """
+        tensor = getattr(self, "_" + name)
         if tensor.device.type == "cpu":
             if name not in self._host:
                 self._host[name] = tensor.view(-1).numpy()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Union
 import torch
 
 from icefall_fusion.checks import check
+from icefall_fusion.native_build import load_native
 from icefall_fusion.search.beam import Beam
 from icefall_fusion.search.candidates import FramePlan, columns_needed, plan_frames
 from icefall_fusion.search.children import columns_kept
@@ -17,7 +18,6 @@ from icefall_fusion.search.device_search import DeviceSearch, why_not
 from icefall_fusion.search.engine import serves
 from icefall_fusion.search.joint import JointFusion
 from icefall_fusion.search.native import NativeSearch
-from icefall_fusion.search.native_build import load_native
 from icefall_fusion.search.options import PrefixSearchOptions
 from icefall_fusion.search.search_input import check_input
 from icefall_fusion.search.tensor_search import TensorSearch

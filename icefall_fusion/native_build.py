@@ -1,5 +1,7 @@
-"""The compiled part of the prefix search: built once by the C++ compiler that is there, and loaded.
-Knows: compilers, a cache folder, ctypes. Must not know: what the search does.
+"""The compiled code: built once by the C++ compiler that is there, and loaded.
+Knows: compilers, a cache folder, what can be called. Must not know: what it does.
+
+One library of the prefix search, of the token tree's growth and of closed words; all has a twin in Python.
 """
 
 from __future__ import annotations
@@ -16,7 +18,11 @@ import tempfile
 from pathlib import Path
 from typing import Optional
 
-_SOURCE = Path(__file__).with_name("prefix_search.cpp")
+_SOURCES = [
+    Path(__file__).parent / name
+    for name in ("search/prefix_search.cpp", "lm/token_tree.cpp", "fusion/closed_words.cpp")
+]
+_READ = [*_SOURCES, Path(__file__).parent / "lm/token_tree.h"]
 # without -fno-math-errno every exponential is a call that the compiler may not move
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-std=c++17", "-shared", "-fPIC")
 _NUMBER, _POINTER = ctypes.c_int64, ctypes.c_void_p
@@ -30,7 +36,7 @@ def compiler() -> Optional[str]:
 
 @functools.lru_cache(maxsize=1)
 def load_native() -> tuple[Optional[ctypes.CDLL], str]:
-    """Return the library of the prefix search and "", or None and why there is none; builds it if needed."""
+    """Return the library and "", or None and why there is none; builds it if needed."""
     with_what = compiler()
     if with_what is None:
         return None, "there is no C++ compiler (set CXX, or install g++ or clang++)"
@@ -38,7 +44,7 @@ def load_native() -> tuple[Optional[ctypes.CDLL], str]:
         return _declare(ctypes.CDLL(str(_build(with_what)))), ""
     except (OSError, subprocess.CalledProcessError) as error:
         said = (getattr(error, "stderr", None) or "").strip()[-500:]
-        return None, f"{with_what} could not build {_SOURCE.name}: {error} {said}".strip()
+        return None, f"{with_what} could not build {_SOURCES[0].name}: {error} {said}".strip()
 
 
 def cache_folder() -> Path:
@@ -51,12 +57,13 @@ def cache_folder() -> Path:
 def _build(with_what: str) -> Path:
     """Build the library unless that of this source, compiler and processor is there; return its path."""
     version = subprocess.run([with_what, "--version"], capture_output=True, text=True, check=True).stdout
-    made_of = "\n".join([_SOURCE.read_text(encoding="utf-8"), version, *_FLAGS, _processor()])
+    sources = (path.read_text(encoding="utf-8") for path in _READ)
+    made_of = "\n".join([*sources, version, *_FLAGS, _processor()])
     folder = cache_folder()
-    library = folder / f"prefix_search-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.so"
+    library = folder / f"icefall_fusion-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.so"
     if library.is_file():
         return library
-    logging.info("building the prefix search (%s) into %s", with_what, library)
+    logging.info("building the compiled part (%s) into %s", with_what, library)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         writable = os.access(folder, os.W_OK)
@@ -68,7 +75,7 @@ def _build(with_what: str) -> Path:
     handle, temporary = tempfile.mkstemp(dir=folder, suffix=".so")
     os.close(handle)
     try:
-        command = [with_what, *_FLAGS, "-o", temporary, str(_SOURCE)]
+        command = [with_what, *_FLAGS, "-o", temporary, *map(str, _SOURCES)]
         subprocess.run(command, capture_output=True, text=True, check=True)
         os.replace(temporary, library)  # whole or not at all: other processes may build it too
     finally:
@@ -86,26 +93,45 @@ def _processor() -> str:
         return f"{platform.machine()} {platform.processor()}"
 
 
-def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
-    library.prefix_search_open.restype = _POINTER
-    library.prefix_search_open.argtypes = [
-        *[_NUMBER] * 5, *[ctypes.c_int] * 2, ctypes.c_double, _POINTER, *[ctypes.c_double] * 2,
-        _NUMBER, ctypes.c_int, _POINTER, *[ctypes.c_double] * 2, _NUMBER,
-    ]  # fmt: skip
-    library.ngram_open.restype = _POINTER
-    library.ngram_open.argtypes = [_NUMBER, _NUMBER, ctypes.c_int, *[_POINTER] * 4]
-    library.ngram_close.restype = None
-    library.ngram_close.argtypes = [_POINTER]
-    library.prefix_search_close.restype = None
-    library.prefix_search_close.argtypes = [_POINTER]
-    library.prefix_search_run.restype = None
-    library.prefix_search_run.argtypes = [
-        _POINTER, _POINTER, _NUMBER, _NUMBER, *[_POINTER] * 3, _NUMBER, _NUMBER, ctypes.c_int,
+_INT, _DOUBLE = ctypes.c_int, ctypes.c_double
+_PAIR = [_POINTER, _NUMBER]  # an array and its stride or length
+_FUNCTIONS = {  # what each returns and takes
+    "prefix_search_open": (_POINTER, [
+        *[_NUMBER] * 5, _INT, _INT, _DOUBLE, _POINTER, _DOUBLE, _DOUBLE,
+        _NUMBER, _INT, _POINTER, _DOUBLE, _DOUBLE, _NUMBER,
+    ]),
+    "prefix_search_close": (None, [_POINTER]),
+    "prefix_search_run": (None, [
+        _POINTER, _POINTER, _NUMBER, _NUMBER, *[_POINTER] * 3, _NUMBER, _NUMBER, _INT,
         _NUMBER, _NUMBER, *[_POINTER] * 12,
-    ]  # fmt: skip
-    library.prefix_search_show.restype = None
-    pairs = [_POINTER, _NUMBER]  # an array and its stride
-    library.prefix_search_show.argtypes = [
-        _POINTER, _NUMBER, _NUMBER, *pairs, *pairs, _POINTER, *pairs, _POINTER,
-    ]  # fmt: skip
+    ]),
+    "prefix_search_show": (None, [
+        _POINTER, _NUMBER, _NUMBER, *_PAIR, *_PAIR, _POINTER, *_PAIR, _POINTER,
+    ]),
+    "ngram_open": (_POINTER, [_NUMBER, _NUMBER, _INT, *[_POINTER] * 4]),
+    "ngram_close": (None, [_POINTER]),
+    "token_tree_open": (_POINTER, [_NUMBER]),
+    "token_tree_close": (None, [_POINTER]),
+    "token_tree_bind": (None, [_POINTER, _NUMBER, *[_POINTER] * 6]),
+    "token_tree_size": (_NUMBER, [_POINTER]),
+    "token_tree_first": (_NUMBER, [_POINTER, _NUMBER, _NUMBER]),
+    "token_tree_insert": (_NUMBER, [_POINTER, _NUMBER, *_PAIR]),
+    "token_tree_children": (_INT, [_POINTER, _POINTER, *_PAIR, _POINTER]),
+    "token_tree_climb": (_NUMBER, [_POINTER, *_PAIR, _INT, _POINTER]),
+    "token_tree_set_scores": (None, [_POINTER, *_PAIR, _POINTER]),
+    "sayings_open": (_POINTER, []),
+    "sayings_close": (None, [_POINTER]),
+    "sayings_learn": (None, [_POINTER, *_PAIR, _INT, _INT, *_PAIR, _NUMBER]),
+    "histories_open": (_POINTER, [_NUMBER, _POINTER, _POINTER]),
+    "histories_close": (None, [_POINTER]),
+    "histories_count": (_NUMBER, [_POINTER]),
+    "histories_place": (_INT, [*[_POINTER] * 3, *_PAIR, *[_POINTER] * 7, _NUMBER, _POINTER]),
+    "histories_keep": (None, [_POINTER, *_PAIR, _POINTER]),
+}  # fmt: skip
+
+
+def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
+    for name, (returned, taken) in _FUNCTIONS.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = returned, taken
     return library

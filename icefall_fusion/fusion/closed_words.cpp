@@ -1,0 +1,129 @@
+// Words of prefixes as paths in the token tree: what words.py and placing.py do one by one, in one call an event.
+
+#include <algorithm>
+#include <cstdint>
+#include <string>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include "../lm/token_tree.h"
+
+namespace {
+
+struct Saying {  // what pieces between two boundaries add to a text
+  std::vector<int64_t> ids;
+  int64_t words;
+};
+
+// Pieces (and whether they begin a text, or go on after a prompt) -> tokens of the language model.
+struct SayingTable {
+  std::unordered_map<std::string, Saying> sayings;
+  static std::string key(const int64_t *pieces, size_t count, bool begins, bool prompted) {
+    std::string text(reinterpret_cast<const char *>(pieces), count * sizeof(int64_t));
+    text.push_back(char(begins + 2 * prompted));
+    return text;
+  }
+};
+
+struct History {  // all words of a prefix
+  int64_t node, words;  // of the tree; how many
+  int64_t utterance;
+};
+
+struct Histories {
+  std::unordered_map<int64_t, History> known;  // by arena node
+  std::vector<int64_t> roots, chain, pieces;
+};
+
+}  // namespace
+
+extern "C" {
+
+void *sayings_open() { return new SayingTable(); }
+
+void sayings_close(void *table) { delete static_cast<SayingTable *>(table); }
+
+void sayings_learn(void *table, const int64_t *pieces, int64_t count, int begins, int prompted, const int64_t *ids,
+                   int64_t tokens, int64_t words) {
+  auto &sayings = static_cast<SayingTable *>(table)->sayings;
+  sayings[SayingTable::key(pieces, size_t(count), begins, prompted)] = {{ids, ids + tokens}, words};
+}
+
+// The roots of a batch, in the arena and in the tree.
+void *histories_open(int64_t batch, const int64_t *places, const int64_t *nodes) {
+  auto *histories = new Histories();
+  for (int64_t b = 0; b < batch; ++b) {
+    histories->roots.push_back(places[b]);
+    histories->known[places[b]] = {nodes[b], 0, b};
+  }
+  return histories;
+}
+
+void histories_close(void *histories) { delete static_cast<Histories *>(histories); }
+
+int64_t histories_count(const void *histories) {
+  return int64_t(static_cast<const Histories *>(histories)->known.size());
+}
+
+// Find the tree node, and the number of words, of all words of prefixes: arena nodes `places`, of which `parents`,
+// `pieces` and `boundaries` tell (arena.py). `asked` counts the words that were looked up.
+//
+// Return 0: done; 1: a saying is not known, `missing` has its pieces behind their number, whether it begins a text,
+// and the utterance (room: 3 + `room`); 2: the tree has no room; 3: a saying has more than `room` pieces. After
+// 1 and 2 the call is to be repeated.
+int histories_place(void *handle, const void *table, void *tree_, const int64_t *places, int64_t count,
+                    const int64_t *parents, const int64_t *piece_of, const int64_t *boundaries,
+                    const uint8_t *prompted, int64_t *nodes, int64_t *words, int64_t *missing, int64_t room,
+                    int64_t *asked) {
+  auto &own = *static_cast<Histories *>(handle);
+  const auto &sayings = static_cast<const SayingTable *>(table)->sayings;
+  auto &tree = *static_cast<icefall::TokenTree *>(tree_);
+  for (int64_t i = 0; i < count; ++i) {
+    own.chain.clear();
+    int64_t place = places[i];
+    auto found = own.known.find(place);
+    for (; found == own.known.end(); found = own.known.find(place)) {
+      own.chain.push_back(place);
+      place = boundaries[place];
+    }
+    History history = found->second;
+    for (; !own.chain.empty(); own.chain.pop_back()) {
+      const int64_t after = own.chain.back(), before = boundaries[after];
+      own.pieces.clear();
+      for (int64_t at = after; at != before; at = parents[at]) own.pieces.push_back(piece_of[at]);
+      std::reverse(own.pieces.begin(), own.pieces.end());
+      const bool begins = history.words == 0, goes_on = prompted[history.utterance] != 0;
+      const auto saying = sayings.find(SayingTable::key(own.pieces.data(), own.pieces.size(), begins, goes_on));
+      if (saying == sayings.end()) {
+        if (int64_t(own.pieces.size()) > room) return 3;
+        missing[0] = int64_t(own.pieces.size()), missing[1] = begins, missing[2] = history.utterance;
+        std::copy(own.pieces.begin(), own.pieces.end(), missing + 3);
+        return 1;
+      }
+      int64_t node = history.node;
+      for (const int64_t id : saying->second.ids)
+        if ((node = tree.child(node, id)) < 0) return 2;
+      *asked += saying->second.words;
+      history = {node, history.words + saying->second.words, history.utterance};
+      own.known.emplace(after, history);
+    }
+    nodes[i] = history.node, words[i] = history.words;
+  }
+  return 0;
+}
+
+// Forget all but the roots, `places` (known) and what they go back to.
+void histories_keep(void *handle, const int64_t *places, int64_t count, const int64_t *boundaries) {
+  auto &own = *static_cast<Histories *>(handle);
+  std::unordered_map<int64_t, History> kept;
+  for (const int64_t root : own.roots) kept.emplace(root, own.known.at(root));
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t place = places[i]; !kept.count(place); place = boundaries[place]) {
+      const auto found = own.known.find(place);
+      if (found != own.known.end()) kept.insert(*found);
+    }
+  own.known.swap(kept);
+}
+
+}  // extern "C"
