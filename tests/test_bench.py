@@ -3,8 +3,10 @@ Knows: tools/bench as modules. Must not know: times.
 """
 from __future__ import annotations
 
+import argparse
 import random
 import runpy
+import time
 from pathlib import Path
 
 import pytest
@@ -86,3 +88,33 @@ def test_rows_of_several_sets_are_put_together() -> None:
     assert shallow["wer"] == pytest.approx(20.0) and other["wer"] == pytest.approx(30.0)
     assert other["times_faster"] == pytest.approx(10.0 / 4.0) and shallow["times_faster"] == 1
     assert other["rtf"] == pytest.approx(0.2)
+
+
+def test_the_frame_loop_stops_as_often_as_asked_and_says_what_does_not_serve() -> None:
+    bench = runpy.run_path(str(BENCH / "frame_loop.py"))
+    args = argparse.Namespace(device="cpu", frames=24, rounds=1)
+    row = bench["measure"](args, "native", 3, 4, 8)
+    assert row["loop_us"] > 0 and row["whole_us"] > 0 and row["prepare_us"] > 0
+    assert "PrefixSearchOptions.engine must be" in bench["measure"](args, "triton", 3, 70, 0)["missing"]
+    stopped = []
+    fusion = bench["Stops"](8)
+    fusion.fuse_now = lambda beam, fires: stopped.append(fires.tolist())
+    log_probs = torch.randn(2, 24, 9).log_softmax(-1)
+    bench["ctc_prefix_search"](log_probs, torch.tensor([24, 10]), fusions=[fusion], blank_id=0)
+    assert stopped == [[True, True], [True, False], [True, False]]
+
+
+def test_host_time_is_that_of_events_without_the_device() -> None:
+    clock = runpy.run_path(str(BENCH / "host.py"))["Clock"]()
+    spent = []
+
+    def busy() -> None:
+        begun = time.thread_time()
+        while time.thread_time() - begun < 0.02:
+            pass
+        spent.append(1)
+
+    on_device = clock.wrap(busy, True)
+    on_device()  # the end of an utterance is no event
+    clock.wrap(lambda: (busy(), on_device()), False)()
+    assert len(spent) == 3 and 0.02 <= clock.device < clock.events - 0.019

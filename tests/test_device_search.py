@@ -24,7 +24,6 @@ from tests.test_ngram import ngram  # noqa: F401 (a fixture)
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 
 
 def decode(engine, log_probs, lens, tokens=None, fusions=(), beam=4, **options):  # noqa: F811
@@ -142,6 +141,32 @@ def test_where_it_does_not_serve_is_said(llm, nlm, ngram, tokens, monkeypatch): 
         monkeypatch.delenv("TRITON_INTERPRET")
         with pytest.raises(ValueError, match="it is for a GPU, the log-probs are on cpu"):
             decode("triton", log_probs, lens)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device")
+@pytest.mark.parametrize("beam", [10, 33])
+def test_a_gpu_finds_what_tensors_and_a_cpu_find(llm, ngram, tokens, beam):  # noqa: F811
+    """The kernels that a decode needs, compiled for the GPU at hand: few, as each takes seconds."""
+    log_probs, lens = emissions(batch=8, frames=120, seed=5, peak=2.0)
+
+    def scored(weight, look=None):
+        return DelayedFusion(llm, weight, 0.5, Shortest(), look_ahead=look)
+
+    for fusions in (
+        lambda: [],
+        lambda: [scored(0.4)],
+        lambda: [scored(0.4, LookAhead(ngram, 0.6))],
+        lambda: [NgramFusion(ngram, 0.3, 0.2), scored(0.3)],
+    ):
+        found = [decode(name, log_probs, lens, tokens, fusions(), beam) for name in ("triton", "torch")]
+        chosen = PrefixSearchOptions(beam=beam)
+        found.append(ctc_prefix_search(log_probs, lens, chosen, tokens, fusions()))
+        for kernel, *others in zip(*found):
+            for other in others:
+                totals = [[h.total for h in nbest][: beam // 2] for nbest in (kernel, other)]
+                assert totals[0] == pytest.approx(totals[1], abs=1e-2)
+                assert kernel[0].tokens == other[0].tokens
 
 
 _COMPILE = """
