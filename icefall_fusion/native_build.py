@@ -41,10 +41,10 @@ def load_native() -> tuple[Optional[ctypes.CDLL], str]:
     if with_what is None:
         return None, "there is no C++ compiler (set CXX, or install g++ or clang++)"
     try:
-        return _declare(ctypes.CDLL(str(_build(with_what)))), ""
+        return _declare(str(_build(with_what))), ""
     except (OSError, subprocess.CalledProcessError) as error:
         said = (getattr(error, "stderr", None) or "").strip()[-500:]
-        return None, f"{with_what} could not build {_SOURCES[0].name}: {error} {said}".strip()
+        return None, f"{with_what} could not build the compiled part: {error} {said}".strip()
 
 
 def cache_folder() -> Path:
@@ -130,8 +130,11 @@ _FUNCTIONS = {  # what each returns and takes
 }  # fmt: skip
 
 
-def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
+def _declare(path: str) -> ctypes.CDLL:
+    library, locked = ctypes.CDLL(path), ctypes.PyDLL(path)
     for name, (returned, taken) in _FUNCTIONS.items():
-        function = getattr(library, name)
+        # searches run beside each other; tables that threads may share are used under Python's lock
+        function = getattr(library if name.startswith("prefix_search") else locked, name)
         function.restype, function.argtypes = returned, taken
+        setattr(library, name, function)
     return library

@@ -15,7 +15,16 @@ import torch
 from icefall_fusion.fusion import AtEnd, DelayedFusion, FixedInterval, LookAhead, NgramFusion, ShallowFusion
 from icefall_fusion.fusion import ShortestHypothesis as Shortest
 from icefall_fusion.ngram import NOTHING
-from icefall_fusion.search import PrefixSearchOptions, ctc_prefix_search, device_search
+from icefall_fusion.search import (
+    PrefixSearchOptions,
+    ctc_prefix,
+    ctc_prefix_search,
+    device_search,
+    engines,
+    kernel_check,
+)
+from icefall_fusion.search.joint import JointFusion
+from icefall_fusion.search.pace import Pace
 from tests.search_tools import TOKENS, WordLengths, assert_same, listing
 from tests.search_tools import emissions as small
 from tests.test_fusion import assert_same as assert_same_scores
@@ -143,6 +152,65 @@ def test_where_it_does_not_serve_is_said(llm, nlm, ngram, tokens, monkeypatch): 
             decode("triton", log_probs, lens)
 
 
+@pytest.mark.parametrize("kind", ["alone", "ranked", "ngram"])
+def test_a_device_is_tried_before_it_is_relied_on(kind):
+    device = torch.device(DEVICE)
+    assert kernel_check.kernel_fails(device, kind, engines._run) == ""
+
+    def wrong(engine, given, beam, joint):
+        engines._run("torch", given, beam, joint)
+        if engine == "triton":
+            beam.log_total.add_(1.0)
+
+    assert "are 1 nats off" in kernel_check.kernel_fails(device, kind, wrong)
+
+    def broken(engine, given, beam, joint):
+        raise RuntimeError("no such architecture")
+
+    assert "RuntimeError: no such architecture" in kernel_check.kernel_fails(device, kind, broken)
+
+
+def test_what_a_search_needs_of_the_kernel(llm, ngram):  # noqa: F811
+    for fusions, kind in (
+        ([], "alone"),
+        ([DelayedFusion(llm, 0.0)], "alone"),
+        ([DelayedFusion(llm, 0.3)], "ranked"),
+        ([NgramFusion(ngram, 0.0)], "ngram"),
+    ):
+        joint = JointFusion(fusions, TOKENS)
+        joint.shallow = [fusion for fusion in fusions if isinstance(fusion, NgramFusion)]  # known once begun
+        assert kernel_check.kind_of(joint) == kind
+
+
+def test_a_kernel_that_cannot_be_made_leaves_the_search_to_tensors(monkeypatch, caplog):
+    log_probs, lens = small(1, 2, 8, 9), torch.tensor([8, 5])
+    usual = decode("torch", log_probs, lens)
+
+    def broken(self):
+        raise RuntimeError("out of resource: shared memory")
+
+    monkeypatch.setattr(device_search.DeviceSearch, "compile", broken)
+    monkeypatch.setattr(ctc_prefix, "choose_engine", lambda *given: "triton")
+    engines._tell.cache_clear()
+    found = decode("auto", log_probs, lens)
+    assert [listing(nbest) for nbest in found] == [listing(nbest) for nbest in usual]
+    assert "out of resource" in caplog.text
+    with pytest.raises(RuntimeError, match="out of resource"):
+        decode("triton", log_probs, lens)
+
+
+def test_a_batch_without_words_and_with_an_ngram():
+    log_probs, lens = small(4, 2, 8, 40), torch.tensor([8, 5])
+
+    def trials():
+        bigram = kernel_check._random_bigram().to(torch.device(DEVICE))
+        return [kernel_check._Trial("ngram", Pace(0), bigram), kernel_check._Trial("other", Pace(3))]
+
+    found = [decode(engine, log_probs, lens, None, trials()) for engine in ("triton", "torch")]
+    for kernel, tensors in zip(*found):
+        assert [h.total for h in kernel] == pytest.approx([h.total for h in tensors], abs=1e-3)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device")
 @pytest.mark.parametrize("beam", [10, 33])
@@ -175,7 +243,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from icefall_fusion.search import PrefixSearchOptions, beam, engines, joint, search_input
+from icefall_fusion.search import beam, candidates, device_search, joint, search_input
 from icefall_fusion.ngram import NgramOrder, PieceNgram
 from icefall_fusion.search.pace import Ahead, Pace
 
@@ -208,7 +276,8 @@ def compiled(slots, fusions, capability):
     together = joint.JointFusion(fusions, type("Words", (), {"starts_word": [True] * 40}))
     beams = beam.Beam.at_root(given, slots, torch.ones(40, dtype=torch.bool), len(fusions))
     together.begin(beams, given.ids)
-    search, _ = engines.open_search("triton", given, beams, PrefixSearchOptions(beam=slots), together)
+    plan = candidates.plan_frames(given, None, leave_out=False)
+    search = device_search.DeviceSearch(beams, plan, given.live, together, 39, None)
     kernel, constants = search.kernel.search_utterances, dict(search.constants)
     options = {"num_warps": constants.pop("num_warps")}
     signature = {name: "constexpr" for name in constants}

@@ -107,3 +107,40 @@ def test_fusions_of_which_no_common_pace_is_known_go_in_step(llm, tokens):  # no
         for trigger in (_EverySecondFrame(), FixedInterval(2))
     )
     assert_same(own, usual, 1e-4)
+
+
+def test_another_condition_is_asked_not_the_pace_of_its_parent(llm, tokens):  # noqa: F811
+    """Classes that only say *when* in another way, or follow frames, must not go by what they inherit."""
+
+    class FewFrames(FixedInterval):
+        def fires(self, beam, frame, active):
+            return active if frame in (5, 11) else None
+
+    class Follows(DelayedFusion):
+        calls = 0
+
+        def advance(self, beam, source, grew):
+            Follows.calls += 1
+            super().advance(beam, source, grew)
+
+    assert FewFrames(3).pace() is None and FixedInterval(3).pace() == (3, None, None)
+    log_probs, lens = emissions(batch=2, frames=20, seed=2)
+    events = []
+    for engine in ("native", "torch"):
+        fusion = DelayedFusion(llm, 0.4, 0.5, FewFrames(3))
+        decode(engine, log_probs, lens, tokens, [fusion])
+        events.append(fusion.stats()["events"])
+    assert events == [2, 2]
+    decode("native", log_probs, lens, tokens, [Follows(llm, 0.4, 0.5)])
+    assert Follows.calls > 0
+
+
+def test_host_copies_of_prefixes_end_where_utterances_stand(llm, tokens, monkeypatch):  # noqa: F811
+    from icefall_fusion.search.arena import PrefixArena
+
+    told = []
+    monkeypatch.setattr(PrefixArena, "reach", lambda self, first, rows: told.append((first, rows)))
+    log_probs, _ = emissions(batch=3, frames=24, seed=1)
+    fusion = DelayedFusion(llm, 0.4, 0.5, FixedInterval(6))
+    decode("native", log_probs, torch.tensor([24, 24, 0]), tokens, [fusion])
+    assert told == [(1, 7), (7, 13), (13, 19), (19, 25)]

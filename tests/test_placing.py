@@ -121,3 +121,16 @@ def test_many_nodes_and_many_sayings_find_room(tokens):  # noqa: F811
     stats = fusion.stats()
     assert stats["lm_tokens_scored"] > 512  # the first arrays hold 256
     assert 0 < stats["retokenize_hits"] < stats["retokenize_words"]
+
+
+def test_vocabularies_of_the_same_pieces_may_say_other_words(llm):  # noqa: F811
+    log_probs, lens = emissions(batch=1, frames=20, seed=3)
+    found = []
+    for word_start in ("▁", ""):  # without a mark every piece is a word
+        own = CausalLm(llm.model, Vocabulary(byte_tokenizer(), None, 0, 1), "new", self_check=False)
+        for lm in (llm, own):
+            vocabulary = AcousticTokens.from_pieces(PIECES, 0, word_start)
+            found.append(ctc_prefix_search(log_probs, lens, None, vocabulary, [DelayedFusion(lm, 0.3, 0.2)]))
+    assert_same(found[0], found[1])
+    assert_same(found[2], found[3])
+    assert found[0][0][0].text != found[2][0][0].text

@@ -4,7 +4,7 @@ Knows: the Fusion protocol, token trees. Must not know: which LM it is, words, w
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Optional, Sequence, Union
+from typing import TYPE_CHECKING, Any, Optional, Sequence, Union
 
 import torch
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from icefall_fusion.lm import CausalLm, TreeScorer
     from icefall_fusion.ngram import PieceNgram
     from icefall_fusion.search.beam import Beam
+    from icefall_fusion.search.pace import Pace
 
 #: Names that an N-best list has of its own.
 RESERVED_SOURCES = ("ctc", "words", "total")
@@ -53,6 +54,16 @@ class LmFusion:
         self._tree: Optional[TreeScorer] = None
         self._ids: Sequence[str] = ()
         self._stats: dict[str, float] = {}
+
+    def __init_subclass__(cls, **more: Any) -> None:
+        """Forget the pace of a class that fuses, or follows frames, in another way now."""
+        super().__init_subclass__(**more)
+        if {"fuse", "advance"} & vars(cls).keys() and "pace" not in vars(cls):
+            cls.pace = LmFusion.pace
+
+    def pace(self) -> Optional[Pace]:
+        """Return None: the fusion is to be asked after every frame (see ``Fusion``)."""
+        return None
 
     def _open(
         self, beam: Beam, index: int, ids: Sequence[str], prompts: Optional[list[list[int]]],

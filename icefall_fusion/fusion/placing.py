@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from typing import TYPE_CHECKING, Any, Optional, Sequence
+from typing import TYPE_CHECKING, Any, MutableMapping, Optional, Sequence
 
 import numpy as np
 from numpy import ndarray
@@ -139,6 +139,8 @@ class NativePlacer:
         Raises:
             ValueError: see WordPlacer.
         """
+        if not self._tokenizer.word_by_word:  # found out by somebody else
+            return None
         places = np.ascontiguousarray(boundaries, np.int64)
         nodes, words = np.empty(len(places), np.int64), np.empty(len(places), np.int64)
         arrays = [self._arena.on_host(name) for name in ("parent", "piece", "boundary")]
@@ -204,12 +206,16 @@ class _Sayings:
         weakref.finalize(self, library.sayings_close, self.handle)
 
 
+# by tokenizer, then by the vocabulary itself: two may have the same pieces and say other words with them
+_SAYINGS: MutableMapping[Any, MutableMapping[Any, _Sayings]] = weakref.WeakKeyDictionary()
+
+
 def _sayings(library: ctypes.CDLL, tokenizer: WordTokenizer, tokens: Any) -> _Sayings:
     """Return the table of a tokenizer and an acoustic vocabulary; made once."""
-    name = tokens.fingerprint()
-    if name not in tokenizer.sayings:
-        tokenizer.sayings[name] = _Sayings(library)
-    return tokenizer.sayings[name]
+    tables = _SAYINGS.setdefault(tokenizer, weakref.WeakKeyDictionary())
+    if tokens not in tables:
+        tables[tokens] = _Sayings(library)
+    return tables[tokens]
 
 
 def open_placer(scorer: TreeScorer, arena: PrefixArena, tokens: Any, tokenizer: WordTokenizer,

@@ -52,7 +52,6 @@ class WordTokenizer:
         self._checked: set[str] = set()  # words, and fingerprints of acoustic vocabularies
         self.hits = 0
         self.misses = 0
-        self.sayings: dict[str, Any] = {}  # of compiled code, by acoustic vocabulary
         self.check(vocabulary)
 
     def word_ids(self, word: str, index: int, prompted: bool = False) -> Optional[tuple[int, ...]]:

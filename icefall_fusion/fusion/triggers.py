@@ -23,6 +23,12 @@ if TYPE_CHECKING:
 class Trigger:
     """A fusion condition; see the subclasses."""
 
+    def __init_subclass__(cls, **more: Any) -> None:
+        """Forget the pace of a class whose condition is another one now."""
+        super().__init_subclass__(**more)
+        if {"fires", "start"} & vars(cls).keys() and "pace" not in vars(cls):
+            cls.pace = Trigger.pace
+
     def start(self, beam: Beam, tokens: Any) -> TriggerRun:
         """Open a run over a batch that begins; ``tokens`` is the acoustic vocabulary."""
         raise NotImplementedError

@@ -52,7 +52,7 @@ class NativeTokenTree(TokenTree):
 
     def insert(self, node: int, tokens: Sequence[int]) -> int:
         """Walk or make the path ``tokens`` below ``node`` and return its last node."""
-        ids = np.asarray(tokens, np.int64)
+        ids = np.ascontiguousarray(tokens, np.int64)
         self.check_tokens(ids)
         found = -1
         while found < 0:

@@ -44,7 +44,7 @@ class Beam:
             changes fused too. Look-ahead adds to it for a while; after ``finish`` it is this sum.
         lens: [B] int64, frames of each utterance; a row is frozen from its own end on.
         asked: [B, K] bool, while ``extension_scores`` is called: slots of which an extension could survive.
-        frame: the frame just searched (-1 before the first).
+        frame: the frame just searched (-1 before the first; of no meaning in ``fuse_now``).
         blank: id of blank.
     """
 

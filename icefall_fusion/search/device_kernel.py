@@ -96,7 +96,7 @@ def _best_with_ngram(
     stay_total, total, ended, fused, last, parent, context, columns, column_scores, place, starts,
     table_keys, table_scores, table_backoffs, mask, probes, weight, bonus,
     K: tl.constexpr, KP: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, ROOT: tl.constexpr,
-    ORDER: tl.constexpr, BASE: tl.constexpr,
+    BOUNDARIES: tl.constexpr, ORDER: tl.constexpr, BASE: tl.constexpr,
 ):  # fmt: skip
     """Return places and scores of the best KP stays and extensions, those of an n-gram included, best first.
 
@@ -121,7 +121,7 @@ def _best_with_ngram(
     while (first < C) & (score > NEVER) & (most + score >= floor):
         column = first + entry % CP
         there = column < C
-        piece = tl.load(columns + place * C + column, mask=there, other=ROOT)
+        piece = tl.load(columns + place * C + column, mask=there, other=ROOT).to(tl.int64)
         mass = tl.where(piece == old_last, blank, whole)
         mass += tl.load(column_scores + place * C + column, mask=there, other=NEVER)
         link = from_slot.to(tl.int64) * BASE + piece
@@ -130,8 +130,10 @@ def _best_with_ngram(
         gain = weight * _estimate(
             history, piece, hopeful, table_keys, table_scores, table_backoffs, mask, probes, ORDER, BASE
         )
-        begins = (tl.load(starts + piece) != 0) | (old_last == ROOT)
-        mass = tl.where(hopeful, mass + more + (gain + bonus * begins.to(tl.float32)), NEVER)
+        if BOUNDARIES:
+            begins = (tl.load(starts + piece) != 0) | (old_last == ROOT)
+            gain += bonus * begins.to(tl.float32)
+        mass = tl.where(hopeful, mass + more + gain, NEVER)
         found = tl.topk(_keys(mass, (KP + from_slot * MOST_COLUMNS + column).to(tl.int32)), KP)
         kept = tl.topk(tl.cat(kept, found, can_reorder=True), KP)
         floor = tl.max(tl.where(slot == K - 1, _of_keys(kept)[1], NEVER), 0)
@@ -145,7 +147,7 @@ def _best_with_ngram(
                                "weight", "bonus"])  # fmt: skip
 def search_utterances(
     log_probs, row_stride, frame_stride,  # float [B, T, V]
-    blank_scores, shifts, columns, column_scores,  # of Frames: [T, B], [T, B], [T, B, C], [T, B, C]
+    blank_scores, shifts, columns, column_scores,  # [T, B], [T, B], int32 [T, B, C], [T, B, C]: see Frames
     lens, until,
     keys, starts,  # int64 [V], uint8 [V]
     candidate_slots, candidate_columns,  # int32 [NP]: what each extends; column -1: a stay, -2: none
@@ -247,7 +249,7 @@ def search_utterances(
         place = at * batch + b
         shift = tl.load(shifts + place)
         blank_score = tl.load(blank_scores + place)
-        piece_of = tl.load(columns + place * C + column, mask=column < C, other=-1)
+        piece_of = tl.load(columns + place * C + column, mask=column < C, other=-1).to(tl.int64)
         row = log_probs + b.to(tl.int64) * row_stride + at * frame_stride
         last_score = tl.load(row + last) + shift
 
@@ -265,7 +267,7 @@ def search_utterances(
             chosen, value = _best_with_ngram(
                 stay_total, total, ended, fused, last, parent, context, columns, column_scores, place,
                 starts, table_keys, table_scores, table_backoffs, table_mask, table_probes, weight, bonus,
-                K, KP, C, CP, ROOT, ORDER, BASE,
+                K, KP, C, CP, ROOT, BOUNDARIES, ORDER, BASE,
             )  # fmt: skip
             source = tl.where(chosen < KP, chosen, (chosen - KP) // MOST_COLUMNS)
             took = tl.where(chosen < KP, -1, (chosen - KP) % MOST_COLUMNS)
@@ -283,7 +285,7 @@ def search_utterances(
                 high = tl.where(struck_by & (last_column >= 62)[None, :], bit[None, :], 0)
                 struck_high = (tl.gather(tl.sum(high, 1), from_slot, 0) >> tl.maximum(mine % 62, 0)) & 1
                 struck = tl.where(mine < 62, struck, struck_high)
-            new_piece = tl.load(columns + place * C + from_column, mask=extends, other=-1)
+            new_piece = tl.load(columns + place * C + from_column, mask=extends, other=-1).to(tl.int64)
             new_score = tl.load(column_scores + place * C + from_column, mask=extends, other=NEVER)
             repeated = new_piece == tl.gather(last, from_slot, 0)
             from_mass = tl.where(repeated, tl.gather(ended, from_slot, 0), tl.gather(total, from_slot, 0))
@@ -301,7 +303,7 @@ def search_utterances(
             floor = tl.max(value, 0) - score_beam  # a skipped frame kills nobody
             alive = alive & (value >= tl.where(shift == NEVER, NEVER, floor))
         grew = alive & (took >= 0)
-        piece = tl.load(columns + place * C + took, mask=grew, other=ROOT)
+        piece = tl.load(columns + place * C + took, mask=grew, other=ROOT).to(tl.int64)
         old_last = tl.gather(last, source, 0)
         old_node = tl.gather(node, source, 0)
         old_content = tl.gather(content, source, 0)
@@ -325,8 +327,8 @@ def search_utterances(
         tl.store(parents + born, old_node, mask=grew)
         tl.store(pieces + born, piece, mask=grew)
         length = tl.gather(length, source, 0)
-        begins = grew
-        starting = grew
+        begins = slot < 0  # there are no words
+        starting = begins
         boundary = old_boundary
         if BOUNDARIES:
             starting = grew & (tl.load(starts + piece) != 0)

@@ -27,6 +27,7 @@ MOST_SLOTS = 62  # with language models; a bit for each of twice as many columns
 MOST_COLUMNS = 1024  # with an n-gram, as in the kernel
 _LEAST = 16  # entries of a block
 _NEVER_STOPS = 2**30  # frames
+_BLOCK = 64  # frames prepared at once
 
 
 @functools.lru_cache(maxsize=1)
@@ -34,8 +35,8 @@ def load_kernel() -> tuple[Optional[Any], str]:
     """Return the module of the kernel and "", or None and why there is none."""
     try:
         return importlib.import_module("icefall_fusion.search.device_kernel"), ""
-    except ImportError as error:
-        return None, f"Triton cannot be imported ({error})"
+    except Exception as error:  # it is not there, or too old for the kernel
+        return None, f"Triton cannot be had ({type(error).__name__}: {error})"
 
 
 def why_not(beam: int, recover: bool, joint: JointFusion, device: torch.device) -> str:
@@ -56,7 +57,7 @@ def why_not(beam: int, recover: bool, joint: JointFusion, device: torch.device) 
         return "it has one n-gram, for shallow fusion or for look-ahead"
     if any(not NgramTable.fits(ngram) for ngram in ngrams):
         return f"its n-gram has at most {MOST_COLUMNS} pieces and keys of 63 bits"
-    return load_kernel()[1]
+    return ""
 
 
 class NgramTable:
@@ -137,7 +138,7 @@ class DeviceSearch(EngineSearch):
         self.log_probs = plan.log_probs if plan.log_probs.stride(2) == 1 else plan.log_probs.contiguous()
         if shallow == 2:
             columns = limit  # those that could survive are found in each frame
-        self.prepared = frame_columns(self.log_probs, plan.best, plan.searched, beam.blank, columns)
+        self.prepared = _prepare(self.log_probs, plan, beam.blank, columns)
         self.lens, self.score_beam = beam.lens.contiguous(), score_beam
         self.keys = hash_keys(self.log_probs.shape[2], device)
         self.integers = torch.zeros(batch, kernel.INTEGERS, wide, dtype=torch.int64, device=device)
@@ -197,12 +198,20 @@ class DeviceSearch(EngineSearch):
             *self.tables, *self.weights,
         )  # fmt: skip
 
+    def compile(self) -> None:
+        """Make the kernel that this search needs, by a call that searches no frame."""
+        self._launch(0)
+
+    def _launch(self, until: int) -> None:
+        grid = (self.beam.arena.batch,)
+        with torch.cuda.device_of(self.log_probs):
+            self.kernel.search_utterances[grid](*self.arguments(until), **self.constants)
+
     def _search(self, until: int) -> None:
         beam, kernel, slots = self.beam, self.kernel, self.beam.node.shape[1]
         if self.joint.ranks:
             self.numbers[:, kernel.FUSED, :slots] = beam.fused
-        with torch.cuda.device_of(self.log_probs):
-            kernel.search_utterances[(beam.arena.batch,)](*self.arguments(until), **self.constants)
+        self._launch(until)
         beam.node.copy_(self.integers[:, kernel.NODE, :slots])
         beam.last.copy_(self.integers[:, kernel.LAST, :slots])
         beam.log_total.copy_(self.numbers[:, kernel.TOTAL, :slots])
@@ -213,6 +222,21 @@ class DeviceSearch(EngineSearch):
         if self.pace is not None:  # the one wait for the device
             at, fired = self.counts[:, : kernel.FIRED + 1].cpu().unbind(1)
             self.at, self.fired = at, fired > 0
+
+
+def _prepare(log_probs: Tensor, plan: FramePlan, blank: int, columns: int) -> tuple[Tensor, ...]:
+    """Return blank and shift [T, B], piece (int32) and score [T, B, C] of all frames, made block by block."""
+    batch, frames, _ = log_probs.shape
+    blanks, shifts = (log_probs.new_empty(frames, batch) for _ in "12")
+    pieces = torch.empty(frames, batch, columns, dtype=torch.int32, device=log_probs.device)
+    scores = log_probs.new_empty(frames, batch, columns)
+    for start in range(0, frames, _BLOCK):
+        block = slice(start, start + _BLOCK)
+        rows = (x[:, block] for x in (log_probs, plan.best, plan.searched))
+        made = frame_columns(*rows, blank, columns)
+        for whole, part in zip((blanks, shifts, pieces, scores), made):
+            whole[block] = part
+    return blanks, shifts, pieces, scores
 
 
 def _warps(width: int, wide: int, ngram: bool) -> int:

@@ -76,13 +76,15 @@ class EngineSearch:
     def _run_at_their_pace(self) -> None:
         beam, joint, going = self.beam, self.joint, True
         while going:
-            before = int(self.at.min())
+            standing = self.at[self.at < self._ends]
+            before = int(standing.min()) if len(standing) else self.frames
             self._search(self.frames)
             beam.arena.reach(before + 1, int(self.at.max()) + 1)
             going = bool((self.at < self._ends).any())
             joint.carry(beam, self.moved_from, self._gains(), self.opened)
             if bool(self.fired.any()):
                 joint.fuse_now(beam, self.fired.to(beam.lens.device))
+        beam.frame = self.frames - 1
         beam.fused -= self.given  # `finish` scores all that is not scored yet
 
     def _run_frame_by_frame(self) -> None:

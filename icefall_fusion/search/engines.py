@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Union
 
 import torch
 
@@ -14,12 +14,12 @@ from icefall_fusion.native_build import load_native
 from icefall_fusion.search.beam import Beam
 from icefall_fusion.search.candidates import FramePlan, columns_needed, plan_frames
 from icefall_fusion.search.children import columns_kept
-from icefall_fusion.search.device_search import DeviceSearch, why_not
+from icefall_fusion.search.device_search import DeviceSearch, load_kernel, why_not
 from icefall_fusion.search.engine import serves
 from icefall_fusion.search.joint import JointFusion
+from icefall_fusion.search.kernel_check import kernel_fails, kind_of
 from icefall_fusion.search.native import NativeSearch
 from icefall_fusion.search.options import PrefixSearchOptions
-from icefall_fusion.search.search_input import check_input
 from icefall_fusion.search.tensor_search import TensorSearch
 
 if TYPE_CHECKING:
@@ -41,9 +41,11 @@ def choose_engine(options: PrefixSearchOptions, joint: JointFusion, device: torc
         return wanted
     unusual = False  # worth telling, for it costs time and can be mended
     if wanted == "triton":
-        why = why_not(options.beam, options.recover_mass, joint, device)
+        why = load_kernel()[1]
+        unusual = bool(why)
+        why = why or why_not(options.beam, options.recover_mass, joint, device)
         if not why and device.type == "cuda":
-            why = kernel_fails(device)
+            why = kernel_fails(device, kind_of(joint), _run)
             unusual = bool(why)
     else:
         why = "" if device.type == "cpu" else f"it is for the CPU, the log-probs are on {device}"
@@ -79,7 +81,15 @@ def open_search(engine: str, given: SearchInput, beam: Beam, options: PrefixSear
     # the others pass over skipped frames in no time; tensors are better off without them
     plan = plan_frames(given, options.blank_skip, leave_out=engine == "torch" and not joint.fusions)
     if engine == "triton":
-        return DeviceSearch(beam, plan, given.live, joint, limit, options.score_beam), plan
+        search = DeviceSearch(beam, plan, given.live, joint, limit, options.score_beam)
+        try:
+            search.compile()
+        except Exception as error:  # of a compiler or a driver: any
+            if options.engine != "auto":
+                raise
+            _tell(f"the kernel cannot be had for this search: {type(error).__name__}: {str(error)[-400:]}")
+            return open_search("torch", given, beam, options, joint)
+        return search, plan
     if engine == "torch":
         return TensorSearch(given, plan, beam, options, limit, joint), plan
     columns = min(limit, columns_needed(options.beam, pieces, options.beam - 1 if joint.ranks else 0))
@@ -94,19 +104,7 @@ def open_search(engine: str, given: SearchInput, beam: Beam, options: PrefixSear
     return search, plan
 
 
-@functools.lru_cache(maxsize=None)
-def kernel_fails(device: torch.device) -> str:
-    """Return "" if the kernel finds on a device what tensors find there, else what happens; tried once."""
-    generator = torch.Generator().manual_seed(1)
-    log_probs = (3 * torch.randn(3, 90, 40, generator=generator)).log_softmax(-1).to(device)
-    given = check_input(log_probs, torch.tensor([90, 61, 0]), 0, None, None)
-    found: list[Any] = []
-    for engine in ("torch", "triton"):
-        beam = Beam.at_root(given, 8)
-        try:
-            open_search(engine, given, beam, PrefixSearchOptions(beam=8), JointFusion([], None))[0].run()
-            found.append((beam.log_total.double() + beam.offset.unsqueeze(1)).cpu())
-        except Exception as error:  # of a compiler or a driver: any
-            return f"{engine} does not run on {device}: {type(error).__name__}: {str(error)[-400:]}"
-    worst = float((found[0] - found[1]).nan_to_num(0.0).abs().max())
-    return "" if worst < 1e-2 else f"on {device} the kernel's scores are {worst} nats off those of tensors"
+def _run(engine: str, given: SearchInput, beam: Beam, joint: JointFusion) -> None:
+    """Search a batch by an engine."""
+    options = PrefixSearchOptions(beam=beam.arena.beam, engine=engine)
+    open_search(engine, given, beam, options, joint)[0].run()

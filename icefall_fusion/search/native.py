@@ -28,9 +28,9 @@ class _NativeNgram:
 
     def __init__(self, library: ctypes.CDLL, ngram: PieceNgram) -> None:
         orders, count = ngram.orders, len(ngram.orders)
-        keys = [order.keys.contiguous() for order in orders]
-        scores = [order.log_probs.float().contiguous() for order in orders]
-        backoffs = [order.backoffs.float().contiguous() for order in orders]
+        keys = [order.keys.cpu().contiguous() for order in orders]
+        scores = [order.log_probs.cpu().float().contiguous() for order in orders]
+        backoffs = [order.backoffs.cpu().float().contiguous() for order in orders]
         address = ctypes.c_void_p * count
         arrays = (address(*(x.data_ptr() for x in part)) for part in (keys, scores, backoffs))
         sizes = (ctypes.c_int64 * count)(*(len(x) for x in keys))

@@ -28,9 +28,9 @@ class PrefixSearchOptions:
         frame_shift: seconds per frame, for word times.
         word_times: whether hypotheses carry word times.
         engine: native: compiled code, for a CPU and without shallow fusion but that of an n-gram (built by a
-            C++ compiler on first use); triton: one kernel, for a GPU and without shallow fusion, recovered
-            mass or a beam above 62; torch: tensors, for every device and fusion; auto: native or triton where
-            it can be had and serves, else torch. All find the same.
+            C++ compiler on first use); triton: one kernel, for a GPU, as native but without recovered mass, a
+            beam above 62, or two n-grams (shallow fusion and look-ahead); torch: tensors, for every device
+            and fusion; auto: native or triton where it can be had and serves, else torch. All find the same.
     """
 
     beam: int = 10

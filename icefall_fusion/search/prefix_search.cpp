@@ -1,5 +1,5 @@
 // Exact CTC prefix beam search on a CPU, one utterance after the other: what frame_step.py, candidates.py and
-// children.py do with tensors, in one loop whose state stays in the cache. Built and called by native.py.
+// children.py do with tensors, in one loop whose state stays in the cache. Built by native_build.py, called by native.py.
 //
 // Masses are linear doubles relative to a power of two (in `offset`), so that no logarithm stands in the loop.
 // Prefixes below 2^-900 of the best mass are dropped.

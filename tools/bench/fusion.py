@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=0, help="utterances of each set; 0: all")
     parser.add_argument("--quantizations", nargs="+", default=["none"], help="none, 8bit, 4bit, int8")
     parser.add_argument("--dtype", default="", help="of the LLMs' weights; none: float32")
-    parser.add_argument("--engine", default="auto", choices=["auto", "native", "torch"])
+    parser.add_argument("--engine", default="auto", choices=["auto", "native", "triton", "torch"])
     parser.add_argument("--threads", type=int, default=1, help="of torch on a CPU")
     parser.add_argument("--output", default="bench/fusion.json")
     args = parser.parse_args()
