@@ -40,10 +40,13 @@ def decode(engine, log_probs, lens, tokens=None, fusions=(), beam=4, **options):
     return ctc_prefix_search(log_probs.to(DEVICE), lens.to(DEVICE), chosen, tokens, fusions)
 
 
-@pytest.mark.parametrize("beam", [1, 4, 10, 33])
 @pytest.mark.parametrize(
-    "options", [{}, {"score_beam": 2.0}, {"blank_skip": 0.8}, {"top_pieces": 3}], ids=str
-)
+    ("beam", "options"),
+    [
+        (1, {}), (4, {}), (10, {}), (33, {}), (1, {"blank_skip": 0.8}), (10, {"blank_skip": 0.8}),
+        (4, {"score_beam": 2.0}), (10, {"score_beam": 2.0}), (4, {"top_pieces": 3}),
+    ], ids=str,
+)  # fmt: skip
 def test_equals_the_search_by_tensors(beam, options):
     log_probs = small(beam, 3, 14, 18, 2.5, 3.0)
     never = torch.rand(log_probs.shape, generator=torch.Generator().manual_seed(beam)) < 0.2
@@ -89,8 +92,10 @@ def test_delayed_fusion_equals_that_by_tensors(llm, ngram, tokens, trigger, ever
     assert_same_scores(*found, 1e-3)
 
 
-@pytest.mark.parametrize(("weight", "bonus"), [(0.4, 0.3), (0.0, 0.0), (3.0, -1.0)])
-@pytest.mark.parametrize("delayed", [None, 0.4, 0.0])
+@pytest.mark.parametrize(
+    ("weight", "bonus", "delayed"),
+    [(0.4, 0.3, None), (0.4, 0.3, 0.4), (0.0, 0.0, 0.4), (0.0, 0.0, 0.0), (3.0, -1.0, 0.4)],
+)
 def test_an_ngram_joins_as_by_tensors(llm, ngram, tokens, weight, bonus, delayed):  # noqa: F811
     log_probs, lens = emissions(batch=2, frames=9, seed=4, peak=2.0)
     found = []
@@ -291,12 +296,12 @@ def compiled(slots, fusions, capability):
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
-for capability in (80, 90):
-    for slots, fusions in ((10, []), (10, [Scores(0.5, Pace(16))]),
-                           (20, [Scores(0.5, Pace(1, "words", Ahead(ngram, 0.3, 0.5, 1)))]),
-                           (10, [Scores(0.5, Pace(16)), Scores(0.3, Pace(0), ngram)])):
-        made = compiled(slots, fusions, capability)
-        print(capability, slots, len(fusions), len(made.asm["cubin"]))
+ranked = Scores(0.5, Pace(16))
+ahead = Scores(0.5, Pace(1, "words", Ahead(ngram, 0.3, 0.5, 1)))
+for capability, slots, fusions in ((80, 10, []), (90, 10, []), (90, 10, [ranked]), (90, 20, [ahead]),
+                                   (90, 10, [ranked, Scores(0.3, Pace(0), ngram)])):
+    made = compiled(slots, fusions, capability)
+    print(capability, slots, len(fusions), len(made.asm["cubin"]))
 """
 
 
@@ -306,4 +311,4 @@ def test_it_compiles_for_gpus_that_are_not_here(tmp_path):
     environment.update(TRITON_CACHE_DIR=str(tmp_path), PYTHONPATH=str(root))
     run = subprocess.run([sys.executable, "-c", _COMPILE], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
-    assert len(run.stdout.splitlines()) == 8
+    assert len(run.stdout.splitlines()) == 5

@@ -21,7 +21,7 @@ def decode(engine, log_probs, lens, tokens, fusions, beam=4, **options):  # noqa
     return ctc_prefix_search(log_probs, lens, chosen, tokens, fusions)
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 10**6),
     trigger=st.sampled_from([*TRIGGERS, ShortestHypothesis("pieces", 3)]),

@@ -28,7 +28,7 @@ def by_python(scorer, arena, tokens, tokenizer, prompted, ids):  # noqa: F811
     return placing.WordPlacer(scorer, arena, tokens, tokenizer, prompted, ids)
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(
     seed=st.integers(0, 10**6),
     text=st.sampled_from(["as-is", "lower", "sentence"]),
