@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from icefall_fusion.search.candidates import columns_needed, frame_columns, make_pairs
-from icefall_fusion.search.engine import EngineSearch, ngram_of, serves
+from icefall_fusion.search.engine import EngineSearch, lacks, ngram_of
 from icefall_fusion.search.frame_step import hash_keys
 from icefall_fusion.search.pace import UNITS
 
@@ -43,9 +43,8 @@ def why_not(beam: int, recover: bool, joint: JointFusion, device: torch.device) 
     """Return why the kernel does not serve a search, "" if it does."""
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"it is for a GPU, the log-probs are on {device}"
-    if not serves(joint):
-        names = ", ".join(fusion.source for fusion in joint.shallow)
-        return f"it has no shallow fusion but that of one n-gram over pieces ({names})"
+    if lacks(joint):
+        return lacks(joint)
     if recover:
         return "it cannot recover mass"
     if beam > MOST_SLOTS:
@@ -126,7 +125,10 @@ class DeviceSearch(EngineSearch):
         batch, slots = beam.node.shape
         slack = slots - 1 if joint.ranks else 0
         columns = min(limit, columns_needed(slots, plan.log_probs.shape[2], slack))
-        ngram, shallow = self._ngram()
+        # an n-gram of shallow fusion ranks (2) or is but recorded (1); else it is that of the look-ahead (0)
+        ngram, weights, shallow = self.ahead.ngram, (self.ahead.weight, self.ahead.bonus), 0
+        if self.ngram is not None:
+            ngram, weights, shallow = self.ngram, self.weights, 2 if any(self.weights) else 1
         pairs = make_pairs(slots, columns, slack, torch.device("cpu"))
         wide, candidates = _block(slots), slots + pairs.slot.numel()
         width = max(2 * wide, _block(candidates))
@@ -144,10 +146,10 @@ class DeviceSearch(EngineSearch):
         self.integers = torch.zeros(batch, kernel.INTEGERS, wide, dtype=torch.int64, device=device)
         self.numbers = torch.zeros(batch, kernel.NUMBERS, wide, device=device)
         self.counts = torch.zeros(batch, kernel.COUNTS, dtype=torch.int64, device=device)
-        self.tables, order, base = [None] * 3 + [0, 0], 0, 1
+        self.tables, order, base = [None] * 3 + [0, 0, *weights], 0, 1
         if ngram is not None:
             table, order, base = _table(ngram, device), ngram.order, ngram.base
-            self.tables = [table.keys, table.scores, table.backoffs, table.mask, table.probes]
+            self.tables = [table.keys, table.scores, table.backoffs, table.mask, table.probes, *weights]
             self.integers[:, kernel.CONTEXT] = ngram.start_id + 1 if order > 1 else 0
         self._begin(beam)
         self.constants = {
@@ -160,15 +162,6 @@ class DeviceSearch(EngineSearch):
             "I": kernel.INTEGERS, "F": kernel.NUMBERS, "W": kernel.COUNTS,
             "num_warps": _warps(width, wide, shallow == 2),
         }  # fmt: skip
-
-    def _ngram(self) -> tuple[Optional[PieceNgram], int]:
-        """Return the n-gram that takes part, and its shallow fusion: 2: it ranks, 1: it is but recorded."""
-        self.weights = self.ahead.weight, self.ahead.bonus
-        if not self.joint.shallow:
-            return self.ahead.ngram, 0
-        [fusion] = self.joint.shallow
-        self.weights = fusion.weight, fusion.word_bonus
-        return ngram_of(fusion), 2 if any(self.weights) else 1
 
     def _begin(self, beam: Beam) -> None:
         """Let all stand at the root."""
@@ -195,7 +188,7 @@ class DeviceSearch(EngineSearch):
             self.integers, self.numbers, self.counts, self.beam.offset, *arena.fields,
             self.moved_from, self.grew, self.opened, self.gain, arena.batch,
             self.stops.every or _NEVER_STOPS, self.score_beam or 0.0,
-            *self.tables, *self.weights,
+            *self.tables,
         )  # fmt: skip
 
     def compile(self) -> None:

@@ -18,9 +18,12 @@ from icefall_fusion.search.joint import JointFusion
 from icefall_fusion.search.pace import Ahead, Pace
 
 
-def serves(joint: JointFusion) -> bool:
-    """Return whether such a search has what the fusions need: no shallow fusion, or that of one n-gram."""
-    return not joint.shallow or [ngram_of(fusion) is not None for fusion in joint.shallow] == [True]
+def lacks(joint: JointFusion) -> str:
+    """Return what such a search lacks for the fusions, "" if nothing: it has shallow fusion of one n-gram."""
+    if not joint.shallow or [ngram_of(fusion) is not None for fusion in joint.shallow] == [True]:
+        return ""
+    names = ", ".join(fusion.source for fusion in joint.shallow)
+    return f"it has no shallow fusion but that of one n-gram over pieces ({names})"
 
 
 def ngram_of(fusion: Any) -> Optional[PieceNgram]:
@@ -34,8 +37,10 @@ class EngineSearch:
     Args:
         beam: at the root.
         live: [B, T] bool, frames within the utterances.
-        joint: fusions that `serves` allows.
+        joint: fusions of which it `lacks` nothing.
 
+    Attributes:
+        ngram: of the shallow fusion, or None; weights: of its natural log, and of a word that begins.
     Attributes (of the slots [B, K], since the last stop):
         moved_from: int64, slots they come from; grew: bool; opened: int64, words begun; gain: float, raw
         score of the n-gram; given: float, the look-ahead's part of ``beam.fused``.
@@ -47,6 +52,11 @@ class EngineSearch:
         self.beam, self.joint, self.live, self.frames = beam, joint, live, live.shape[1]
         self.pace = joint.pace()
         self.ahead = (self.pace and self.pace.ahead) or Ahead(None, 0.0, 0.0, 1)
+        self.ngram: Optional[PieceNgram] = None
+        self.weights = 0.0, 0.0
+        if joint.shallow:
+            [fusion] = joint.shallow
+            self.ngram, self.weights = ngram_of(fusion), (fusion.weight, fusion.word_bonus)
         batch, device, shape = beam.arena.batch, beam.lens.device, beam.node.shape
         self.moved_from, self.opened = (torch.zeros(shape, dtype=torch.int64, device=device) for _ in "12")
         self.grew = torch.zeros(shape, dtype=torch.bool, device=device)

@@ -15,7 +15,7 @@ from icefall_fusion.search.beam import Beam
 from icefall_fusion.search.candidates import FramePlan, columns_needed, plan_frames
 from icefall_fusion.search.children import columns_kept
 from icefall_fusion.search.device_search import DeviceSearch, load_kernel, why_not
-from icefall_fusion.search.engine import serves
+from icefall_fusion.search.engine import lacks
 from icefall_fusion.search.joint import JointFusion
 from icefall_fusion.search.kernel_check import kernel_fails, kind_of
 from icefall_fusion.search.native import NativeSearch
@@ -49,9 +49,7 @@ def choose_engine(options: PrefixSearchOptions, joint: JointFusion, device: torc
             unusual = bool(why)
     else:
         why = "" if device.type == "cpu" else f"it is for the CPU, the log-probs are on {device}"
-        if not serves(joint):
-            names = ", ".join(fusion.source for fusion in joint.shallow)
-            why = f"it has no shallow fusion but that of one n-gram over pieces ({names})"
+        why = lacks(joint) or why
         if not why:
             _, why = load_native()
             unusual = bool(why)

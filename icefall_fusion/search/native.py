@@ -18,7 +18,7 @@ from torch import Tensor
 from icefall_fusion.ngram import PieceNgram
 from icefall_fusion.search.beam import Beam
 from icefall_fusion.search.candidates import FramePlan
-from icefall_fusion.search.engine import EngineSearch, ngram_of
+from icefall_fusion.search.engine import EngineSearch
 from icefall_fusion.search.joint import JointFusion
 from icefall_fusion.search.pace import UNITS
 
@@ -61,16 +61,12 @@ class NativeSearch(EngineSearch):
         self.log_probs = log_probs if log_probs.stride(2) == 1 else log_probs.contiguous()
         self.best, self.searched = plan.best.contiguous(), plan.searched.contiguous()
         self.lens = beam.lens.contiguous()
-        weight, bonus, ngram = 0.0, 0.0, None
-        if joint.shallow:
-            [fusion] = joint.shallow
-            weight, bonus, ngram = fusion.weight, fusion.word_bonus, ngram_of(fusion)
-        self.tables = [_tables(library, found) for found in (ngram, self.ahead.ngram)]
+        self.tables = [_tables(library, ngram) for ngram in (self.ngram, self.ahead.ngram)]
         handles = [None if tables is None else tables.handle for tables in self.tables]
         batch, slots = beam.node.shape
         self.settings = (
             batch, slots, log_probs.shape[2], beam.blank, columns, int(recover), int(joint.ranks),
-            -1.0 if score_beam is None else score_beam, handles[0], weight, bonus,
+            -1.0 if score_beam is None else score_beam, handles[0], *self.weights,
             self.stops.every, UNITS.index(self.stops.unit), handles[1], *self.ahead[1:],
         )  # fmt: skip
         # the compiled code lets go of Python's lock; within a frame there is too little to share
