@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import argparse
 import random
+import re
 import runpy
+import subprocess
 import time
 from pathlib import Path
 
@@ -118,3 +120,38 @@ def test_host_time_is_that_of_events_without_the_device() -> None:
     on_device()  # the end of an utterance is no event
     clock.wrap(lambda: (busy(), on_device()), False)()
     assert len(spent) == 3 and 0.02 <= clock.device < clock.events - 0.019
+
+
+def test_a_shape_has_random_weights_and_the_folders_tokenizer(monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCH))
+    import shapes
+
+    tiny = {"kind": "Llama", "vocab_size": 9000, "hidden_size": 8, "intermediate_size": 8,
+            "num_hidden_layers": 1, "num_attention_heads": 2}  # fmt: skip
+    monkeypatch.setitem(shapes.SHAPES, "tiny", tiny)
+    folder = shapes.FOLDER / "matched_llm"
+    usual = CausalLm.from_pretrained(folder)
+    with shapes.of_shape("tiny"):
+        lm = CausalLm.from_pretrained(str(folder), dtype=torch.bfloat16, device="cpu", device_map=None)
+    assert (lm.vocab_size, lm.layers, lm.model.dtype) == (9000, 1, torch.bfloat16)
+    assert (lm.bos_id, lm.eos_id, lm.encode("a word")) == (usual.bos_id, usual.eos_id, usual.encode("a word"))
+    assert CausalLm.from_pretrained(folder).layers == usual.layers
+
+
+def test_gpu_check_calls_benchmarks_with_options_that_they_have() -> None:
+    call = ["bash", str(BENCH.parent / "gpu_check.sh"), "--list"]
+    lines = subprocess.run(call, capture_output=True, text=True, check=True).stdout.splitlines()
+    commands = {name: rest for name, _, rest in (line.partition(": ") for line in lines)}
+    texts = {}
+    for name, command in commands.items():
+        if name in ("tests", "gpu_check.sh"):
+            continue
+        program, *options = command.split()[1:]
+        text = texts.setdefault(program, (BENCH.parents[1] / program).read_text())
+        if "speech.add_arguments" in text:
+            text += (BENCH / "speech.py").read_text()
+        for option in re.findall(r"--([a-z_-]+)", " ".join(options)):
+            assert f'"--{option}"' in text or re.search(rf"^    {option}: ", text, re.M), (name, option)
+        assert ("--device cuda" in command) == (name != "data_pipeline"), name
+    written = [path for path in BENCH.glob("*.py") if '"--output"' in path.read_text()]
+    assert len(written) > 5 and {path.stem for path in written} <= set(commands)

@@ -4,34 +4,52 @@
 #
 #   bash tools/gpu_check.sh               # writes bench/gpu.json
 #   bash tools/gpu_check.sh --out DIR
+#   bash tools/gpu_check.sh --only "tests frame_loop llm_tree fusion-mistral-7b"   # these alone
+#   bash tools/gpu_check.sh --list        # prints the commands; needs no GPU
+#   bash tools/gpu_check.sh --cuts FILE --emissions DIR   # speech whose log-probs were saved elsewhere
+#                           (decode --save_emissions), where there is no eSpeak NG or no acoustic model
 #
+# PYTHON names a Python that has all packages (no environment is made then); BUDGET seconds for all (570), STEP
+# for one thing at most (240): what takes longer is cut off and counts as failed.
 # Exit code 0: all passed; 1: something failed (the JSON says what); 3: no GPU here, nothing was checked.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source tools/common.sh
 out=bench
+only=""
+list=""
+speech=()
 while [ $# -gt 0 ]; do
   case "$1" in
     --out) out=$2; shift 2 ;;
+    --list) list=1; shift ;;
+    --only) only=$2; shift 2 ;;
+    --cuts) speech+=(--cuts "$2"); shift 2 ;;
+    --emissions) speech+=(--emissions-model "$2"); shift 2 ;;
     -h | --help) usage; exit 0 ;;
     *) echo "gpu_check.sh: unknown option $1 (see --help)" >&2; exit 2 ;;
   esac
 done
 python=${PYTHON:-}
-if [ -z "$python" ]; then
+if [ -n "$list" ]; then
+  python=${python:-python}
+elif [ -z "$python" ]; then
   bash tools/setup_env.sh
   python=${VENV:-.venv}/bin/python
 fi
-if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+if [ -z "$list" ] && ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
   echo "gpu_check.sh: PyTorch sees no CUDA device here, so nothing was checked" >&2
   exit 3
 fi
-mkdir -p "$out"
 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 export PYTHONPATH
 begun=$(date +%s)
-budget=${BUDGET:-570} # seconds for all
-left() { echo $((budget - $(date +%s) + begun)); }
+budget=${BUDGET:-570}
+left() {
+  local seconds=$((budget - $(date +%s) + begun))
+  echo $((seconds < ${STEP:-240} ? seconds : ${STEP:-240}))
+}
+wanted() { [ -z "$only" ] || [[ " $only " == *" $1 "* ]]; }
 
 results=()
 record() { # name, exit code, seconds
@@ -41,23 +59,35 @@ record() { # name, exit code, seconds
 step() { # name, command
   local name=$1 code=0 start
   shift
+  if ! wanted "$name"; then return; fi
+  if [ -n "$list" ]; then echo "$name: $*"; return; fi
   start=$(date +%s)
   if [ "$(left)" -le 5 ]; then record "$name" 124 0; return; fi
   timeout "$(left)" "$@" || code=$?
   record "$name" "$code" $(($(date +%s) - start))
 }
+bench() { # name of the step, of the benchmark, options
+  local name=$1 program=tools/bench/$2.py options=()
+  shift 2
+  if grep -qE -- '"--device"|^    device: str|speech\.add_arguments' "$program"; then options+=(--device cuda); fi
+  if grep -q -- 'speech\.add_arguments' "$program"; then options+=(${speech[@]+"${speech[@]}"}); fi
+  step "$name" "$python" "$program" ${options[@]+"${options[@]}"} "$@" --output "$out/gpu-$name.json"
+}
 
 step tests "$python" -m pytest -m gpu
-names=(frame_loop llm_tree search fusion scaling long_audio) # what only a GPU can tell comes first
-for bench in tools/bench/*.py; do
-  name=$(basename "$bench" .py)
-  if [[ " ${names[*]} " != *" $name "* ]]; then names+=("$name"); fi
-done
-for name in "${names[@]}"; do
-  bench=tools/bench/$name.py
-  if ! grep -qE -- '"--output"|^    output: str' "$bench"; then continue; fi # others import it
-  device=()
-  if grep -qE -- '"--device"|^    device: str' "$bench"; then device=(--device cuda); fi
+# what only a GPU can tell comes first
+bench frame_loop frame_loop --batches 1 32 128 --beams 10 20 50
+bench llm_tree llm_tree --dtype bfloat16 --models minibooks open-llama-3b mistral-7b --events 24
+bench fusion-mistral-7b fusion --dtype bfloat16 --shape mistral-7b --methods llm-shallow llm-nbest-rescoring \
+  llm-delayed-shortest llm-delayed-interval-16 llm-delayed-interval-64
+bench search search --batch 128 --beams 10 20 --rounds 3 --budget 3
+bench scaling scaling --batches 8 32 128
+bench fusion fusion --beams 5 10 20 50
+bench long_audio long_audio --minutes 2 10
+for program in tools/bench/*.py; do
+  name=$(basename "$program" .py)
+  case "$name" in frame_loop | llm_tree | fusion | search | scaling | long_audio) continue ;; esac
+  if ! grep -qE -- '"--output"|^    output: str' "$program"; then continue; fi # others import it
   more=()
   case "$name" in
     fbank) # kaldifeat, where it was installed
@@ -66,19 +96,14 @@ for name in "${names[@]}"; do
         more=(--backends lhotse)
       fi ;;
     data_pipeline) more=(--cuts 200000) ;; # of the CPU; 5 million take minutes
-    search) more=(--batch 128 --beams 10 20 --rounds 3 --budget 3) ;;
-    frame_loop) more=(--batches 1 32 128 --beams 10 20 50) ;;
-    llm_tree) more=(--dtype bfloat16 --models minibooks open-llama-3b mistral-7b --events 24) ;;
-    fusion) more=(--beams 5 10 20 50) ;;
-    scaling) more=(--batches 8 32 128) ;;
-    long_audio) more=(--minutes 2 10) ;;
   esac
-  step "$name" "$python" "$bench" ${device[@]+"${device[@]}"} ${more[@]+"${more[@]}"} --output "$out/gpu-$name.json"
+  bench "$name" "$name" ${more[@]+"${more[@]}"}
 done
-step training-libriheavy "$python" tools/bench/training.py --device cuda --seconds 600 \
-  --recipe egs/libriheavy/ASR/conf/ctc_aed.yaml --output "$out/gpu-training-libriheavy.json"
+bench training-libriheavy training --seconds 600 --recipe egs/libriheavy/ASR/conf/ctc_aed.yaml
 
-"$python" - "$out" "${results[@]}" <<'PYTHON'
+if [ -n "$list" ]; then exit 0; fi
+mkdir -p "$out"
+"$python" - "$out" ${results[@]+"${results[@]}"} <<'PYTHON'
 import json
 import sys
 from pathlib import Path
@@ -98,6 +123,8 @@ for name, _, _ in steps:
     if path.exists():
         checked["steps"][name]["result"] = json.loads(path.read_text())
 write_json(out / "gpu.json", checked)
+if not steps:
+    sys.exit("gpu_check.sh: --only names nothing that there is")
 failed = [name for name, code, _ in steps if code != "0"]
 print(f"gpu_check.sh: {out / 'gpu.json'};", f"failed: {failed}" if failed else "all passed")
 sys.exit(1 if failed else 0)

@@ -5,11 +5,14 @@ Knows: the decoder and its rows. Must not know: how a method works.
     python tools/bench/fusion.py --device cuda --beams 5 10 20 50 --batches 1 32
     python tools/bench/fusion.py --cuts data/fbank/minibooks_cuts_dev.jsonl.gz --limit 128
     python tools/bench/fusion.py --quantizations none 8bit 4bit int8 --methods llm-delayed-shortest
+    python tools/bench/fusion.py --device cuda --dtype bfloat16 --shape mistral-7b --beams 10
 
 Time is that of search, language models and second passes, without features and encoder; as a ratio, against
 llm-shallow (or the first method) at the same beam and batch, with the first of --quantizations. --engine
 torch runs every search by tensors, as shallow fusion needs it; the default is what users get. Methods take
-turns batch by batch within one run.
+turns batch by batch within one run. With --shape the LLMs have random weights of a published configuration,
+and a weight in the search that leaves the acoustic model's hypotheses as they are: times and memory are those
+of such a model, word errors say nothing.
 """
 from __future__ import annotations
 
@@ -24,8 +27,10 @@ sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
 import figures  # noqa: E402
 import speech  # noqa: E402
+from shapes import SHAPES, of_shape  # noqa: E402
 
 from icefall_fusion.decode import Decoder  # noqa: E402
+from icefall_fusion.methods import parse_method  # noqa: E402
 from icefall_fusion.search import PrefixSearchOptions  # noqa: E402
 
 METHODS = (
@@ -33,6 +38,7 @@ METHODS = (
     "llm-delayed-interval-16", "llm-delayed-interval-32", "llm-delayed-interval-64",
     "llm-delayed-interval-128",
 )  # fmt: skip
+_FAINT = 1e-3  # weight of an LLM that knows nothing
 _SUMMED = ("search_seconds", "lm_seconds", "audio_seconds", "words", "lm_tokens_forwarded", "lm_forwards")
 _KEPT = ("method", "wer", "words", "oracle_wer", "search_seconds", "lm_seconds", "lm_forwards",
          "lm_tokens_forwarded", "kv_bytes_peak", "peak_memory_bytes", "audio_seconds")  # fmt: skip
@@ -50,11 +56,14 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
                     args, f"{args.speech}/fusion", sets, methods=list(args.methods), search=search,
                     batch_size=batch, limit=args.limit, threads=args.threads,
                 )  # fmt: skip
+                if args.shape:
+                    options = replace(options, weights={name: faint(name) for name in args.methods})
                 change: dict[str, Any] = {"dtype": args.dtype} if args.dtype else {}
                 if quantization != "none":
                     change["quantization"] = quantization
                 llm, matched = (replace(lm, **change) for lm in (options.llm, options.matched_llm))
-                decoder = Decoder(replace(options, llm=llm, matched_llm=matched))
+                with of_shape(args.shape):
+                    decoder = Decoder(replace(options, llm=llm, matched_llm=matched))
                 found = [row for name, path in sets.items() for row in decoder.decode_set(name, path)]
                 new = compare(found, args.methods, beam, batch, base)
                 plans = decoder.memory.sets
@@ -66,6 +75,11 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
                 base = base or reference(new)
                 show(rows[-len(args.methods) :])
     return rows
+
+
+def faint(method: str) -> dict[str, float]:
+    """Return weights with which a method does all its work and finds what the acoustic model finds."""
+    return {"words": 0.0, **{part.source: _FAINT for part in parse_method(method)}}
 
 
 def reference(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -106,10 +120,10 @@ def show(rows: list[dict[str, Any]]) -> None:
     """Print rows of one beam and batch size."""
     weights = f"LLM of {rows[0]['llm_weights'] / 2**20:,.0f} MB, quantization {rows[0]['quantization']}"
     print(f"\nbeam {rows[0]['beam']}, batch {rows[0]['batch']}, {weights}: {rows[0]['words']:,} words")
-    titles = f"{'WER %':>8}{'RTF':>9}{'faster':>8}{'search s':>10}{'LM s':>8}{'tokens':>10}{'KV MB':>8}"
+    titles = f"{'WER %':>8}{'RTF':>9}{'faster':>9}{'search s':>10}{'LM s':>8}{'tokens':>10}{'KV MB':>8}"
     print(f"{'method':34}{titles}")
     for row in rows:
-        print(f"{row['method']:34}{row['wer']:8.2f}{row['rtf']:9.5f}{row['times_faster']:7.2f}x"
+        print(f"{row['method']:34}{row['wer']:8.2f}{row['rtf']:9.5f}{row['times_faster']:8.2f}x"
               f"{row['search_seconds']:10.2f}{row['lm_seconds']:8.2f}{row['lm_tokens_forwarded']:10,}"
               f"{row['kv_bytes_peak'] / 2**20:8.1f}", flush=True)  # fmt: skip
 
@@ -125,6 +139,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=0, help="utterances of each set; 0: all")
     parser.add_argument("--quantizations", nargs="+", default=["none"], help="none, 8bit, 4bit, int8")
     parser.add_argument("--dtype", default="", help="of the LLMs' weights; none: float32")
+    parser.add_argument("--shape", default="", choices=["", *SHAPES], help="random LLMs of this size")
     parser.add_argument("--engine", default="auto", choices=["auto", "native", "triton", "torch"])
     parser.add_argument("--threads", type=int, default=1, help="of torch on a CPU")
     parser.add_argument("--output", default="bench/fusion.json")

@@ -37,30 +37,14 @@ sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
 import figures  # noqa: E402
 import speech  # noqa: E402
+from shapes import SHAPES, make_model  # noqa: E402
 
 from icefall_fusion.decode import Decoder  # noqa: E402
 from icefall_fusion.files import write_json  # noqa: E402
 from icefall_fusion.lm import CausalLm  # noqa: E402
 from icefall_fusion.lm.tree_cache import ForwardPlan, TreeCache  # noqa: E402
 from icefall_fusion.lm.tree_scorer import TreeOptions, TreeScorer  # noqa: E402
-from icefall_fusion.lm.vocabulary import Vocabulary  # noqa: E402
-from icefall_fusion.pretrained import FOLDER  # noqa: E402
 
-_LLAMA = {"kind": "Llama", "vocab_size": 32000, "max_position_embeddings": 2048}
-#: Configurations; "minibooks" is the shipped LLM with its weights.
-MODELS: dict[str, dict[str, Any]] = {
-    "llama-160m": {**_LLAMA, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
-                   "num_attention_heads": 12},
-    "tinyllama-1.1b": {**_LLAMA, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22,
-                       "num_attention_heads": 32, "num_key_value_heads": 4},
-    "open-llama-3b": {**_LLAMA, "hidden_size": 3200, "intermediate_size": 8640, "num_hidden_layers": 26,
-                      "num_attention_heads": 32},
-    "open-llama-7b": {**_LLAMA, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-                      "num_attention_heads": 32},
-    "mistral-7b": {"kind": "Mistral", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336,
-                   "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
-                   "sliding_window": 4096, "max_position_embeddings": 32768},
-}  # fmt: skip
 _TOKENS_AT_ONCE = 2048  # of full texts and path caches, as many as the trees' limit
 
 
@@ -303,24 +287,6 @@ def _to_slots(values: Tensor, slots: int) -> Tensor:
 # --- measuring ----------------------------------------------------------------------------------------
 
 
-def make_model(name: str, device: str, dtype: str) -> CausalLm:
-    """Return the shipped LLM, or random weights of a configuration."""
-    import transformers
-
-    if name == "minibooks":
-        return CausalLm.from_pretrained(FOLDER / "llm", dtype=dtype, device=device)
-    options = dict(MODELS[name])
-    config = getattr(transformers, f"{options.pop('kind')}Config")(**options)
-    with torch.device(device):
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(getattr(torch, dtype))
-        try:
-            model = transformers.AutoModelForCausalLM.from_config(config)
-        finally:
-            torch.set_default_dtype(before)
-    return CausalLm(model, Vocabulary(None, None, 1, 2), name, self_check=False)
-
-
 def rates(device: str, dtype: str) -> tuple[float, float]:
     """Return bytes a second of a copy (read and written), and matrix operations a second (2 a product)."""
     kind = getattr(torch, dtype)
@@ -416,7 +382,7 @@ def main() -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     speech.add_arguments(parser)
-    parser.add_argument("--models", nargs="+", default=["minibooks"], choices=["minibooks", *MODELS])
+    parser.add_argument("--models", nargs="+", default=["minibooks"], choices=["minibooks", *SHAPES])
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--beam", type=int, default=10)
