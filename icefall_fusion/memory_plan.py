@@ -126,7 +126,8 @@ def _lm(
     kv = rows * _slots(prompt + tokens) * lm.kv_bytes_a_token
     config = lm.model.config.get_text_config(decoder=True)
     inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    layer = kv // lm.layers  # gathered for the utterances that take part
+    # gathered for the utterances that take part; fused kernels read it where it lies
+    layer = 0 if lm.fused is not None else kv // lm.layers
     forward = layer + forwarded * (_HIDDEN * config.hidden_size + _INNER * inner) * lm.model.dtype.itemsize
     distributions = min(kept * _FLOAT * lm.vocab_size, options.max_distribution_bytes)
     return kv, forward + distributions + wanted * _LOG_PROBS * _FLOAT * lm.vocab_size

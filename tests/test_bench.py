@@ -1,4 +1,4 @@
-"""The benchmarks measure what they say: four ways to score an LLM's events agree, fits and sums are right.
+"""The benchmarks measure what they say: all ways to score an LLM's events agree, fits and sums are right.
 Knows: tools/bench as modules. Must not know: times.
 """
 from __future__ import annotations

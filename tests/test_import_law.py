@@ -43,7 +43,7 @@ OWNERS = {
     "accelerate": {"lm/causal_lm"},  # transformers import these two; we ask whether they are there
     "bitsandbytes": {"lm/causal_lm"},
     "torchao": {"lm/causal_lm"},
-    "triton": {"search/device_kernel"},
+    "triton": {"search/device_kernel", "lm/fused_kernels"},
 }  # fmt: skip
 #: Files that must stay importable with Python 3.9 and torch 1.13.
 OLD_PYTHON = (

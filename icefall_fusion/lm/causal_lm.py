@@ -3,6 +3,7 @@ Knows: transformers, tokens, devices. Must not know: acoustic models, search, fu
 """
 from __future__ import annotations
 
+import logging
 from importlib.util import find_spec
 from typing import Any, Optional, Sequence, Union
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from icefall_fusion.checks import check, check_choice
 from icefall_fusion.files import PathLike
 from icefall_fusion.lm import packed_attention
+from icefall_fusion.lm.fused import FusedModel, why_not_fused
 from icefall_fusion.lm.self_check import check_tree
 from icefall_fusion.lm.tree_cache import TreeCache
 from icefall_fusion.lm.tree_scorer import TreeOptions, TreeScorer
@@ -34,6 +36,7 @@ class CausalLm:
         device: where token ids go in and log-probs come out.
         name: folder or hub name.
         packed: whether tokens of all utterances share one unpadded row (`sdpa` attention), else one row each.
+        fused: runs the layers by fused kernels, on a GPU, for models of the Llama family; else None.
         window: sliding attention window in tokens, or None.
         max_tokens: longest path in tokens that positions allow, or None (rotary positions have no table).
     """
@@ -50,14 +53,31 @@ class CausalLm:
         self.window, self._mixed = _window(config, name)
         self.max_tokens = _max_tokens(model, config)
         self.packed = _use_packed_attention(model)
+        self.fused: Optional[FusedModel] = None
         for what, token in (("bos", self.bos_id), ("eos", self.eos_id)):
             check(token is None or 0 <= token < self.vocab_size, f"{what} id of {name}",
                   f"lie between 0 and {self.vocab_size - 1}", token)
         size = len(self.tokenizer) if self.tokenizer is not None else self.pieces.size if self.pieces else 0
         check(size <= self.vocab_size, f"tokenizer of {name}", f"have no more entries than the model's "
               f"{self.vocab_size}", size)
-        if self_check:
+        if self.packed and self.device.type == "cuda":
+            self._use_fused_kernels()
+        if self_check and self.fused is None:
             check_tree(self)
+
+    def _use_fused_kernels(self) -> None:
+        """Run the layers by fused kernels where the model allows it and they score as plain forwards do."""
+        why = why_not_fused(self.model)
+        if why:
+            logging.info("%s runs as transformers runs it: %s", self.name, why)
+            return
+        self.fused = FusedModel(self.model)
+        try:
+            check_tree(self)
+        except Exception as error:  # of a compiler or a driver: any
+            self.fused = None
+            logging.warning("%s runs as transformers runs it, which takes the host longer: fused kernels "
+                            "fail: %s: %s", self.name, type(error).__name__, str(error)[-400:])  # fmt: skip
 
     @classmethod
     def from_pretrained(
@@ -185,6 +205,8 @@ class CausalLm:
         plan, (rows, _, width, _) = cache.plan, mask.shape
         arguments = {"past_key_values": cache, "use_cache": True}
         arguments["attention_mask"] = self._masks(mask, window_mask)
+        if plan.packed and self.fused is not None:
+            return self.fused.logits(tokens, positions, mask, window_mask, cache, wanted)
         if plan.packed:
             arguments.update(input_ids=tokens[None], position_ids=positions[None], logits_to_keep=wanted)
             with packed_attention.running(plan):
@@ -269,6 +291,9 @@ def _quantization(quantization: Optional[str]) -> dict[str, Any]:
 def _use_packed_attention(model: Any) -> bool:
     """Switch an `sdpa` model to packed attention; return whether the model can follow."""
     if model.config._attn_implementation not in ("sdpa", packed_attention.NAME):
+        return False
+    if getattr(model.config.get_text_config(decoder=True), "attn_logit_softcapping", None) is not None:
+        model.set_attn_implementation("eager")  # sdpa leaves the cap out; newer transformers choose this too
         return False
     if not getattr(model, "_supports_attention_backend", False):  # its attention is a class of its own
         return False

@@ -1,4 +1,4 @@
-"""The LLM's side of delayed fusion: four ways to score the events of a real decode, at model sizes up to 7B.
+"""The LLM's side of delayed fusion: ways to score the events of a real decode, at model sizes up to 7B.
 Knows: recorded events, causal LMs, key/value caches. Must not know: how the events came about.
 
     OMP_NUM_THREADS=1 python tools/bench/llm_tree.py                          # the shipped LLM, on a CPU
@@ -10,9 +10,10 @@ the tokens of every hypothesis. Then each model scores the same events
     full texts    every hypothesis again from its first token, in padded batches;
     path caches   keys and values of each hypothesis apart, re-ordered by copying when the beam changes;
     eager tree    one tree an utterance, every token forwarded as soon as it is there;
-    lazy tree     one tree an utterance, a token forwarded when a child of it has to be scored (ours).
+    lazy, unfused one tree an utterance, a token forwarded when a child of it has to be scored;
+    lazy tree     the same by fused kernels where a model has them, on a GPU (ours).
 
-All four must give the same scores (float32; in bfloat16 the largest difference is told). Models but the
+All must give the same scores (float32; in bfloat16 the largest difference is told). Models but the
 shipped one have random weights of the named configuration: time and memory do not depend on the values. The
 floor of an event is the larger of: weights read once at the measured copy bandwidth, and forwarded tokens x 2
 x parameters at the measured matrix rate.
@@ -91,7 +92,7 @@ def record(args: argparse.Namespace) -> tuple[list[tuple[int, list[Event]]], flo
     return batches, sum(row["audio_seconds"] for row in rows)
 
 
-# --- four ways ----------------------------------------------------------------------------------------
+# --- the ways ----------------------------------------------------------------------------------------
 
 
 class Way:
@@ -267,8 +268,20 @@ class EagerTree(LazyTree):
     eager = True
 
 
+class UnfusedTree(LazyTree):
+    """Ours without fused kernels: layers as transformers runs them."""
+
+    def score(self, event: Event) -> Tensor:
+        fused, self.lm.fused = self.lm.fused, None
+        try:
+            return super().score(event)
+        finally:
+            self.lm.fused = fused
+
+
 WAYS: dict[str, Callable[[CausalLm, int], Way]] = {
-    "full texts": FullTexts, "path caches": PathCaches, "eager tree": EagerTree, "lazy tree": LazyTree,
+    "full texts": FullTexts, "path caches": PathCaches, "eager tree": EagerTree,
+    "lazy, unfused": UnfusedTree, "lazy tree": LazyTree,
 }  # fmt: skip
 
 
@@ -351,6 +364,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         weight_bytes = sum(p.numel() * p.element_size() for p in lm.model.parameters())
         reference: Optional[list] = None
         for way in args.ways:
+            if way == "lazy, unfused" and lm.fused is None:
+                continue
             attention = lm.model.config._attn_implementation
             if way in ("full texts", "path caches"):  # our attention is for trees
                 lm.model.set_attn_implementation("sdpa")

@@ -1,0 +1,197 @@
+"""Decoder layers of the Llama family by few kernels: matrix products, and one kernel for all between two.
+Knows: modules of such models, a cache of keys and values with its plan. Must not know: trees, search.
+
+A layer as transformers runs it is some fifty operations, each a launch that the host has to make. Here it is
+nine: four matrix products and five kernels. Keys and values are read where they lie, not gathered first.
+"""
+from __future__ import annotations
+
+import importlib
+import os
+from typing import TYPE_CHECKING, Any, Optional, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from icefall_fusion.lm.tree_cache import TreeCache
+
+#: Classes of transformers whose layers are these: RMS norm, rotary positions, gated SiLU, nothing between.
+FAMILY = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
+_MOST = 8192  # entries of a row in a norm, that one program holds
+_BLOCK = 1024  # of the gates
+_LEAST = 16  # sides of a block of matrix units
+
+
+def why_not_fused(model: Any) -> str:
+    """Return why a model of transformers cannot run by these kernels, "" if it can."""
+    name = type(model).__name__
+    if name not in FAMILY or not type(model).__module__.startswith("transformers."):
+        return f"{name} is none of {', '.join(FAMILY)}"
+    config = model.config
+    if config.hidden_act != "silu":
+        return f"its activation is {config.hidden_act}"
+    if config.hidden_size > _MOST:
+        return f"its hidden size is above {_MOST}"
+    devices = {parameter.device for parameter in model.parameters()}
+    kinds = {parameter.dtype for parameter in model.parameters()}
+    if len(devices) > 1 or len(kinds) > 1 or kinds - {torch.float32, torch.float16, torch.bfloat16}:
+        return "its weights lie on several devices, or have several or other types"
+    if next(iter(devices)).type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "it is not on a GPU"
+    for layer in model.model.layers:
+        mlp, attention = layer.mlp, layer.self_attn
+        parts = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj, mlp.gate_proj,
+                 mlp.up_proj, mlp.down_proj)  # fmt: skip
+        for part in parts:
+            if type(part) is not nn.Linear or type(part.weight) is not nn.Parameter:
+                return f"its layers are quantized or have adapters ({type(part).__name__})"
+        if attention.head_dim % 2:
+            return f"its heads have {attention.head_dim} entries"
+    try:
+        importlib.import_module("icefall_fusion.lm.fused_kernels")
+    except Exception as error:  # it is not there, or too old for the kernels
+        return f"Triton cannot be had ({type(error).__name__}: {error})"
+    return ""
+
+
+class FusedModel:
+    """A model's own weights, run by fused kernels.
+
+    Weights of products with the same input are laid one after the other; the model's own parameters become
+    views of them, so that nothing is held twice and the model itself still runs.
+
+    Args:
+        model: one that `why_not_fused` has nothing against.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._kernels = importlib.import_module("icefall_fusion.lm.fused_kernels")
+        self._model = model
+        config = model.config
+        first = model.model.layers[0].self_attn
+        self.head_size, self.heads = int(first.head_dim), int(config.num_attention_heads)
+        self.key_heads = int(config.num_key_value_heads)
+        self.epsilon, self.hidden = float(config.rms_norm_eps), int(config.hidden_size)
+        self.inner = int(config.intermediate_size)
+        self._mixed = [
+            (
+                _join([layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj]),
+                _join([layer.mlp.gate_proj, layer.mlp.up_proj]),
+            )
+            for layer in model.model.layers
+        ]
+        self._types = list(getattr(config, "layer_types", None) or [])
+
+    def logits(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        mask: Tensor,
+        window_mask: Optional[Tensor],
+        cache: TreeCache,
+        wanted: Tensor,
+    ) -> Tensor:
+        """Return logits [n, V], as `CausalLm.tree_logits` does.
+
+        Args:
+            tokens, positions: [T] ids and depths, padding at the end.
+            mask: [R, 1, W, S] bool, True where a token sees a slot.
+            window_mask: the same for layers with a sliding window; None: as ``mask``.
+            cache: keys and values by slot, with its plan set.
+            wanted: [n] index into the tokens.
+        """
+        with torch.cuda.device_of(tokens):  # Triton launches on the current device
+            return self._logits(tokens, positions, mask, window_mask, cache, wanted)
+
+    def _logits(
+        self, tokens: Tensor, positions: Tensor, mask: Tensor, window_mask: Optional[Tensor],
+        cache: TreeCache, wanted: Tensor,
+    ) -> Tensor:  # fmt: skip
+        inside = self._model.model
+        hidden = inside.embed_tokens(tokens).clone()
+        cosines, sines = (x[0].contiguous() for x in inside.rotary_emb(hidden[None], positions[None]))
+        layers = inside.layers
+        norms = [layer.input_layernorm for layer in layers[1:]] + [inside.norm]
+        rows = self._norm(hidden, None, layers[0].input_layernorm.weight)
+        for number, (layer, after) in enumerate(zip(layers, norms)):
+            here = mask if window_mask is None or not self._slides(number) else window_mask
+            (weights, biases), (gate_weights, gate_biases) = self._mixed[number]
+            mixed = F.linear(rows, weights, biases)
+            looked = self._attend(mixed, cosines, sines, here, cache, number, layer.self_attn.scaling)
+            rows = self._norm(hidden, layer.self_attn.o_proj(looked), layer.post_attention_layernorm.weight)
+            opened = self._gate(F.linear(rows, gate_weights, gate_biases))
+            rows = self._norm(hidden, layer.mlp.down_proj(opened), after.weight)
+        return self._model.lm_head(rows[wanted])
+
+    def _slides(self, number: int) -> bool:
+        return not self._types or self._types[number] == "sliding_attention"
+
+    def _norm(self, hidden: Tensor, more: Optional[Tensor], weight: Tensor) -> Tensor:
+        """Add to ``hidden`` [T, hidden] in place and return its norm."""
+        out = torch.empty_like(hidden)
+        self._kernels.add_and_norm[(len(hidden),)](
+            hidden, hidden if more is None else more, weight, out, self.hidden, self.epsilon,
+            ADD=more is not None, BLOCK=_power(self.hidden), num_warps=8 if self.hidden > 2048 else 4,
+        )  # fmt: skip
+        return out
+
+    def _gate(self, mixed: Tensor) -> Tensor:
+        out = mixed.new_empty(len(mixed), self.inner)
+        grid = (len(mixed), -(-self.inner // _BLOCK))
+        self._kernels.silu_and_multiply[grid](mixed, out, self.inner, BLOCK=_BLOCK)
+        return out
+
+    def _attend(
+        self, mixed: Tensor, cosines: Tensor, sines: Tensor, mask: Tensor, cache: TreeCache, number: int,
+        scale: float,
+    ) -> Tensor:  # fmt: skip
+        """Write keys and values of new tokens into the cache and return what all tokens find there."""
+        plan, layer, size = cache.plan, cache.layers[number], self.head_size
+        cells, utterances, valid, padded = plan.on(mixed.device)
+        if not layer.is_initialized:
+            shape = mixed.new_empty(1, self.key_heads, 0, size)
+            layer.lazy_initialization(shape, shape)
+        queries = mixed.new_empty(len(mixed), self.heads * size)
+        self._kernels.rotate_and_store[(len(mixed),)](
+            mixed, cosines, sines, cells, queries, layer.keys, layer.values, len(cells),
+            Q=self.heads, H=self.key_heads, D=size,
+            HEADS=_power(self.heads + 2 * self.key_heads), DP=_power(size), num_warps=8,
+        )  # fmt: skip
+        rows, _, width, slots = mask.shape
+        groups = self.heads // self.key_heads
+        out = torch.empty_like(queries)  # of padding nothing is written, and no token reads that
+        single = out.dtype == torch.float32  # registers and shared memory hold half as much of it
+        lines = max(_LEAST, min(_LEAST if single else 64, _power(width * groups)))
+        grid = (rows, self.key_heads, -(-width * groups // lines))
+        self._kernels.attend[grid](
+            queries, layer.keys, layer.values, mask.view(torch.uint8), utterances, padded, valid, out, scale,
+            width, slots, layer.keys.shape[1],
+            EVERYONE=utterances is None, H=self.key_heads, G=groups, D=size,
+            DP=max(_LEAST, _power(size)), M=lines, N=32 if single else 64,
+            num_warps=4 if lines <= 32 else 8, num_stages=2,
+        )  # fmt: skip
+        return out
+
+
+def _join(parts: Sequence[nn.Linear]) -> tuple[Tensor, Optional[Tensor]]:
+    """Return weights and biases of linear layers one after the other; their own become views of them."""
+    weights = torch.cat([part.weight.data for part in parts])
+    biases = None
+    if any(part.bias is not None for part in parts):
+        none = [weights.new_zeros(part.out_features) for part in parts]
+        biases = torch.cat([x if part.bias is None else part.bias.data for part, x in zip(parts, none)])
+    begin = 0
+    for part in parts:
+        end = begin + part.out_features
+        part.weight.data = weights[begin:end]
+        if part.bias is not None:
+            part.bias.data = biases[begin:end]
+        begin = end
+    return weights, biases
+
+
+def _power(size: int) -> int:
+    """Return the power of two that is at least ``size``."""
+    return 1 << (size - 1).bit_length()

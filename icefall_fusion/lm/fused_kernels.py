@@ -1,0 +1,121 @@
+"""GPU kernels for what lies between the matrix products of a decoder layer: norms, positions, attention.
+Knows: Triton, numbers. Must not know: which model it is, what a token tree is.
+
+Only fused.py imports this file: it needs Triton. Attention keeps its running maximum and sum as in Dao et
+al., FlashAttention (arXiv 2205.14135), section 3.1; its mask is any, as token trees have one.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def add_and_norm(hidden, more, weight, out, size, epsilon, ADD: tl.constexpr, BLOCK: tl.constexpr):
+    """Add ``more`` to ``hidden`` in place (where ADD) and write its RMS norm: one program a token."""
+    at = tl.program_id(0).to(tl.int64) * size + tl.arange(0, BLOCK)
+    column = tl.arange(0, BLOCK)
+    inside = column < size
+    x = tl.load(hidden + at, mask=inside, other=0.0)
+    if ADD:
+        x = x + tl.load(more + at, mask=inside, other=0.0)
+        tl.store(hidden + at, x, mask=inside)
+    wide = x.to(tl.float32)
+    scaled = wide / tl.sqrt(tl.sum(wide * wide, 0) / size + epsilon)
+    kind = out.dtype.element_ty
+    scaled = scaled.to(kind) * tl.load(weight + column, mask=inside, other=0.0).to(kind)
+    tl.store(out + at, scaled, mask=inside)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def rotate_and_store(mixed, cosines, sines, cells, queries, keys, values, tokens,
+                     Q: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
+                     HEADS: tl.constexpr, DP: tl.constexpr):  # fmt: skip
+    """Give queries and keys their positions, and put keys and values into their cells: one program a token.
+
+    mixed: [T, (Q + 2 H) D], of Q query heads, H key heads and H value heads; cosines, sines: [T, D];
+    cells: [tokens], place of each token's keys and values; queries: [T, Q D] to write;
+    keys, values: [*, H D] to write.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.arange(0, HEADS)[:, None]
+    column = tl.arange(0, DP)[None, :]
+    row = mixed + token * (Q + 2 * H) * D
+    inside = (head < Q + 2 * H) & (column < D)
+    half: tl.constexpr = D // 2
+    other = tl.where(column < half, column + half, column - half)
+    x = tl.load(row + head * D + column, mask=inside, other=0.0)
+    partner = tl.load(row + head * D + other, mask=inside & (head < Q + H), other=0.0).to(tl.float32)
+    cosine = tl.load(cosines + token * D + column, mask=column < D, other=0.0).to(tl.float32)
+    sine = tl.load(sines + token * D + column, mask=column < D, other=0.0).to(tl.float32)
+    turned = x.to(tl.float32) * cosine + tl.where(column < half, -partner, partner) * sine
+    turned = turned.to(queries.dtype.element_ty)
+    tl.store(queries + token * Q * D + head * D + column, turned, mask=inside & (head < Q))
+    if token < tokens:  # the rest is padding
+        cell = tl.load(cells + token) * H * D + column
+        tl.store(keys + cell + (head - Q) * D, turned, mask=inside & (head >= Q) & (head < Q + H))
+        tl.store(values + cell + (head - Q - H) * D, x, mask=inside & (head >= Q + H))
+
+
+@triton.jit(do_not_specialize=["width", "slots", "capacity"])  # they change from event to event
+def attend(queries, keys, values, seen, rows, padded, valid, out, scale, width, slots, capacity,
+           EVERYONE: tl.constexpr, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
+           DP: tl.constexpr, M: tl.constexpr, N: tl.constexpr):  # fmt: skip
+    """Attend from the tokens of an utterance to its slots: a program an utterance, key head and M queries.
+
+    queries, out: [T, H, G, D], G query heads for each of H key heads; keys, values: [B, capacity, H, D];
+    seen: [R, width, slots], not 0 where a token sees a slot; rows: [R], or EVERYONE: all in order;
+    padded: [R * width] the token at each place; valid: [T] the place of each token; other places are padding.
+    """
+    utterance = tl.program_id(0)
+    head = tl.program_id(1)
+    line = tl.program_id(2) * M + tl.arange(0, M)
+    within, group = line // G, line % G
+    place = utterance * width + within
+    inside = within < width
+    token = tl.load(padded + place, mask=inside, other=0)
+    real = inside & (tl.load(valid + token) == place)
+    column = tl.arange(0, DP)
+    query_at = ((token * H + head) * G + group)[:, None] * D + column[None, :]
+    some = real[:, None] & (column < D)[None, :]
+    query = tl.load(queries + query_at, mask=some, other=0.0)
+    row = utterance.to(tl.int64)
+    if not EVERYONE:
+        row = tl.load(rows + utterance)
+    top = tl.full((M,), float("-inf"), tl.float32)
+    total = tl.zeros((M,), tl.float32)
+    sums = tl.zeros((M, DP), tl.float32)
+    for begin in range(0, slots, N):
+        slot = begin + tl.arange(0, N)
+        here = slot < slots
+        at = ((row * capacity + slot) * H + head) * D
+        key = tl.load(keys + at[None, :] + column[:, None], mask=here[None, :] & (column < D)[:, None],
+                      other=0.0)  # fmt: skip
+        sees = tl.load(seen + place.to(tl.int64)[:, None] * slots + slot[None, :],
+                       mask=real[:, None] & here[None, :], other=0)  # fmt: skip
+        score = tl.dot(query, key, input_precision="ieee") * scale
+        score = tl.where(sees != 0, score, float("-inf"))
+        high = tl.maximum(top, tl.max(score, 1))
+        shift = tl.where(high == float("-inf"), 0.0, high)
+        share = tl.exp(score - shift[:, None])
+        kept = tl.exp(top - shift)
+        value = tl.load(values + at[:, None] + column[None, :], mask=here[:, None] & (column < D)[None, :],
+                        other=0.0)  # fmt: skip
+        sums = sums * kept[:, None] + tl.dot(share.to(value.dtype), value, input_precision="ieee")
+        total = total * kept + tl.sum(share, 1)
+        top = high
+    sums = sums / tl.where(total > 0.0, total, 1.0)[:, None]
+    tl.store(out + query_at, sums.to(out.dtype.element_ty), mask=some)
+
+
+@triton.jit
+def silu_and_multiply(mixed, out, size, BLOCK: tl.constexpr):
+    """Write ``silu(gate) * up`` of mixed [T, 2 * size]: gates, then the others."""
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < size
+    gate = tl.load(mixed + token * 2 * size + column, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(mixed + (token * 2 + 1) * size + column, mask=inside, other=0.0)
+    opened = (gate / (1.0 + tl.exp(-gate))).to(up.dtype)
+    tl.store(out + token * size + column, opened * up, mask=inside)

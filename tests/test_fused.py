@@ -1,0 +1,155 @@
+"""Fused kernels against transformers' own layers: the same logits for the same events; what they refuse.
+Knows: CausalLm, tiny random models. Must not know: search, fusion.
+
+Without a GPU the kernels run in Triton's interpreter (see conftest.py).
+"""
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("triton")
+from icefall_fusion.lm import CausalLm  # noqa: E402
+from icefall_fusion.lm.fused import FusedModel, why_not_fused  # noqa: E402
+from icefall_fusion.lm.self_check import check_tree  # noqa: E402
+from icefall_fusion.lm.vocabulary import Vocabulary  # noqa: E402
+from tests.test_causal_lm import SIZES, WINDOW, random_model  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FAMILIES = {
+    "llama": ("LlamaConfig", {}),
+    "llama-biases": ("LlamaConfig", {"attention_bias": True, "mlp_bias": True}),
+    "llama-heads-of-6": ("LlamaConfig", {"hidden_size": 24, "num_key_value_heads": 4}),
+    "mistral-window": ("MistralConfig", {"sliding_window": WINDOW, "num_key_value_heads": 1}),
+    "qwen2-window": ("Qwen2Config", {"use_sliding_window": True, "sliding_window": WINDOW,
+                                     "max_window_layers": 1}),
+}  # fmt: skip
+
+
+def make(name: str) -> CausalLm:
+    kind, options = FAMILIES[name]
+    torch.manual_seed(3)
+    model = transformers.AutoModelForCausalLM.from_config(
+        getattr(transformers, kind)(**{**SIZES, "num_hidden_layers": 2, **options})
+    )
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.3 * torch.randn_like(weight))  # norms and biases too
+    return CausalLm(model.to(DEVICE), Vocabulary(None, None, 1, 2), name, self_check=False)
+
+
+def scores_of(lm: CausalLm) -> list[torch.Tensor]:
+    """Return scores and distributions of events with branches, prompts, dead ends and reused slots."""
+    scorer = lm.open_tree(3, [[5, 6, 7], [], [9]])
+    found, generator = [], torch.Generator().manual_seed(1)
+    alive = [[[]], [[]], [[]]]
+    for utterances in ((0, 1, 2), (1,), (0, 2), (0, 1, 2)):
+        nodes = []
+        for b in utterances:
+            alive[b] = [
+                path + torch.randint(3, 97, (more,), generator=generator).tolist()
+                for path in alive[b][:2] for more in (1, 0, 3)
+            ]  # fmt: skip
+            nodes += [scorer.insert(scorer.root(b), path) for path in alive[b]]
+        found.append(scorer.score(nodes, eos=True).cpu())
+        found.append(scorer.next_log_probs(nodes[:2]).cpu())
+        scorer.keep([scorer.insert(scorer.root(b), path) for b in range(3) for path in alive[b][:2]])
+    return found
+
+
+@pytest.mark.gpu  # there it is another test: compiled
+@pytest.mark.parametrize("name", FAMILIES)
+def test_scores_are_those_of_transformers_layers(name: str) -> None:
+    lm = make(name)
+    lm.fused = None
+    plain = {key: value.clone() for key, value in lm.model.state_dict().items()}
+    want = scores_of(lm)
+    assert not why_not_fused(lm.model)
+    lm.fused = FusedModel(lm.model)
+    for found, wanted in zip(scores_of(lm), want):
+        torch.testing.assert_close(found, wanted, atol=2e-4, rtol=1e-4)
+    check_tree(lm)
+    joined = lm.model.state_dict()
+    assert all(torch.equal(joined[key], value) for key, value in plain.items())
+    attention = lm.model.model.layers[0].self_attn
+    assert attention.k_proj.weight.data_ptr() > attention.q_proj.weight.data_ptr()  # nothing is held twice
+    shared = attention.k_proj.weight.untyped_storage().data_ptr()
+    assert shared == attention.q_proj.weight.untyped_storage().data_ptr()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_on_a_gpu_is_near_single_precision(dtype) -> None:
+    lm = make("llama")
+    assert lm.fused is not None  # chosen by itself on a GPU
+    want = scores_of(lm)
+    model = make("llama").model.to(dtype)
+    half = CausalLm(model, Vocabulary(None, None, 1, 2), "half")
+    assert half.fused is not None
+    for found, wanted in zip(scores_of(half)[::2], want[::2]):
+        torch.testing.assert_close(found, wanted, atol=0.5, rtol=0.05)
+
+
+def test_what_the_kernels_cannot_do_is_said(monkeypatch) -> None:
+    assert "Qwen3ForCausalLM is none of" in why_not_fused(random_model("qwen3"))
+    model = random_model("llama")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert DEVICE == "cuda" or why_not_fused(model) == "it is not on a GPU"
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert why_not_fused(model) == ""
+    model.model.layers[1].mlp.down_proj = torch.nn.Bilinear(2, 2, 2)
+    assert why_not_fused(model) == "its layers are quantized or have adapters (Bilinear)"
+    model.model.layers[0].mlp.down_proj.to(torch.bfloat16)
+    assert "several" in why_not_fused(model)
+
+
+def test_what_fails_on_a_gpu_is_told_and_transformers_runs(monkeypatch, caplog) -> None:
+    lm = make("llama")
+    want = scores_of(lm)
+    monkeypatch.setattr(FusedModel, "_gate", lambda self, mixed: mixed[:, : self.inner] * 2)
+    lm._use_fused_kernels()
+    assert lm.fused is None and "fused kernels fail: ValueError" in caplog.text
+    for found, wanted in zip(scores_of(lm), want):
+        torch.testing.assert_close(found, wanted)
+
+
+_COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from icefall_fusion.lm import fused_kernels
+
+HALF, WIDE = "*bf16", "*i64"
+KERNELS = {  # of Mistral-7B
+    "add_and_norm": ((HALF, HALF, HALF, HALF, "i32", "fp32"), {"ADD": True, "BLOCK": 4096}),
+    "rotate_and_store": ((HALF, HALF, HALF, WIDE, HALF, HALF, HALF, "i32"),
+                         {"Q": 32, "H": 8, "D": 128, "HEADS": 64, "DP": 128}),
+    "attend": ((HALF, HALF, HALF, "*u8", WIDE, WIDE, WIDE, HALF, "fp32", "i32", "i32", "i32"),
+               {"EVERYONE": False, "H": 8, "G": 4, "D": 128, "DP": 128, "M": 64, "N": 64}),
+    "silu_and_multiply": ((HALF, HALF, "i32"), {"BLOCK": 1024}),
+}
+for capability in (80, 90):
+    for name, (kinds, constants) in KERNELS.items():
+        kernel = getattr(fused_kernels, name)
+        signature = dict(zip(kernel.arg_names, [*kinds, *["constexpr"] * len(constants)]))
+        source, target = ASTSource(kernel, signature, constants), GPUTarget("cuda", capability, 32)
+        made = triton.compile(source, target=target, options={"num_warps": 8, "num_stages": 2})
+        print(name, made.metadata.shared, len(made.asm["cubin"]))
+"""
+
+
+def test_they_compile_for_gpus_that_are_not_here(tmp_path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    root = Path(__file__).resolve().parent.parent
+    environment.update(TRITON_CACHE_DIR=str(tmp_path), PYTHONPATH=str(root))
+    run = subprocess.run([sys.executable, "-c", _COMPILE], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    lines = [line.split() for line in run.stdout.splitlines()]
+    assert len(lines) == 8 and all(int(shared) < 164_000 for _, shared, _ in lines)
