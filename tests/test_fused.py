@@ -29,6 +29,7 @@ FAMILIES = {
     "mistral-window": ("MistralConfig", {"sliding_window": WINDOW, "num_key_value_heads": 1}),
     "qwen2-window": ("Qwen2Config", {"use_sliding_window": True, "sliding_window": WINDOW,
                                      "max_window_layers": 1}),
+    "qwen3": ("Qwen3Config", {"head_dim": 12}),
 }  # fmt: skip
 
 
@@ -98,7 +99,7 @@ def test_half_precision_on_a_gpu_is_near_single_precision(dtype) -> None:
 
 
 def test_what_the_kernels_cannot_do_is_said(monkeypatch) -> None:
-    assert "Qwen3ForCausalLM is none of" in why_not_fused(random_model("qwen3"))
+    assert "Olmo2ForCausalLM is none of" in why_not_fused(random_model("olmo2"))
     model = random_model("llama")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert DEVICE == "cuda" or why_not_fused(model) == "it is not on a GPU"
@@ -129,8 +130,8 @@ from icefall_fusion.lm import fused_kernels
 HALF, WIDE = "*bf16", "*i64"
 KERNELS = {  # of Mistral-7B
     "add_and_norm": ((HALF, HALF, HALF, HALF, "i32", "fp32"), {"ADD": True, "BLOCK": 4096}),
-    "rotate_and_store": ((HALF, HALF, HALF, WIDE, HALF, HALF, HALF, "i32"),
-                         {"Q": 32, "H": 8, "D": 128, "HEADS": 64, "DP": 128}),
+    "rotate_and_store": ((HALF, HALF, HALF, HALF, HALF, WIDE, HALF, HALF, HALF, "i32", "fp32"),
+                         {"NORM": True, "Q": 32, "H": 8, "D": 128, "HEADS": 64, "DP": 128}),
     "attend": ((HALF, HALF, HALF, "*u8", WIDE, WIDE, WIDE, HALF, "fp32", "i32", "i32", "i32"),
                {"EVERYONE": False, "H": 8, "G": 4, "D": 128, "DP": 128, "M": 64, "N": 64}),
     "silu_and_multiply": ((HALF, HALF, "i32"), {"BLOCK": 1024}),

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from icefall_fusion.lm.tree_cache import TreeCache
 
-#: Classes of transformers whose layers are these: RMS norm, rotary positions, gated SiLU, nothing between.
-FAMILY = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
+#: Classes of transformers whose layers are these: RMS norm, rotary positions, gated SiLU.
+FAMILY = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 _MOST = 8192  # entries of a row in a norm, that one program holds
 _BLOCK = 1024  # of the gates
 _LEAST = 16  # sides of a block of matrix units
@@ -119,7 +119,7 @@ class FusedModel:
             here = mask if window_mask is None or not self._slides(number) else window_mask
             (weights, biases), (gate_weights, gate_biases) = self._mixed[number]
             mixed = F.linear(rows, weights, biases)
-            looked = self._attend(mixed, cosines, sines, here, cache, number, layer.self_attn.scaling)
+            looked = self._attend(mixed, cosines, sines, here, cache, number)
             rows = self._norm(hidden, layer.self_attn.o_proj(looked), layer.post_attention_layernorm.weight)
             opened = self._gate(F.linear(rows, gate_weights, gate_biases))
             rows = self._norm(hidden, layer.mlp.down_proj(opened), after.weight)
@@ -144,19 +144,22 @@ class FusedModel:
         return out
 
     def _attend(
-        self, mixed: Tensor, cosines: Tensor, sines: Tensor, mask: Tensor, cache: TreeCache, number: int,
-        scale: float,
-    ) -> Tensor:  # fmt: skip
+        self, mixed: Tensor, cosines: Tensor, sines: Tensor, mask: Tensor, cache: TreeCache, number: int
+    ) -> Tensor:
         """Write keys and values of new tokens into the cache and return what all tokens find there."""
-        plan, layer, size = cache.plan, cache.layers[number], self.head_size
-        cells, utterances, valid, padded = plan.on(mixed.device)
+        layer, size = cache.layers[number], self.head_size
+        attention = self._model.model.layers[number].self_attn
+        cells, utterances, valid, padded = cache.plan.on(mixed.device)
+        query_norm, key_norm = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
+        normed = query_norm is not None
         if not layer.is_initialized:
             shape = mixed.new_empty(1, self.key_heads, 0, size)
             layer.lazy_initialization(shape, shape)
         queries = mixed.new_empty(len(mixed), self.heads * size)
         self._kernels.rotate_and_store[(len(mixed),)](
-            mixed, cosines, sines, cells, queries, layer.keys, layer.values, len(cells),
-            Q=self.heads, H=self.key_heads, D=size,
+            mixed, cosines, sines, query_norm.weight if normed else None, key_norm.weight if normed else None,
+            cells, queries, layer.keys, layer.values, len(cells), self.epsilon,
+            NORM=normed, Q=self.heads, H=self.key_heads, D=size,
             HEADS=_power(self.heads + 2 * self.key_heads), DP=_power(size), num_warps=8,
         )  # fmt: skip
         rows, _, width, slots = mask.shape
@@ -166,8 +169,8 @@ class FusedModel:
         lines = max(_LEAST, min(_LEAST if single else 64, _power(width * groups)))
         grid = (rows, self.key_heads, -(-width * groups // lines))
         self._kernels.attend[grid](
-            queries, layer.keys, layer.values, mask.view(torch.uint8), utterances, padded, valid, out, scale,
-            width, slots, layer.keys.shape[1],
+            queries, layer.keys, layer.values, mask.view(torch.uint8), utterances, padded, valid, out,
+            attention.scaling, width, slots, layer.keys.shape[1],
             EVERYONE=utterances is None, H=self.key_heads, G=groups, D=size,
             DP=max(_LEAST, _power(size)), M=lines, N=32 if single else 64,
             num_warps=4 if lines <= 32 else 8, num_stages=2,

@@ -29,12 +29,13 @@ def add_and_norm(hidden, more, weight, out, size, epsilon, ADD: tl.constexpr, BL
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def rotate_and_store(mixed, cosines, sines, cells, queries, keys, values, tokens,
-                     Q: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
+def rotate_and_store(mixed, cosines, sines, query_norm, key_norm, cells, queries, keys, values, tokens,
+                     epsilon, NORM: tl.constexpr, Q: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
                      HEADS: tl.constexpr, DP: tl.constexpr):  # fmt: skip
     """Give queries and keys their positions, and put keys and values into their cells: one program a token.
 
     mixed: [T, (Q + 2 H) D], of Q query heads, H key heads and H value heads; cosines, sines: [T, D];
+    query_norm, key_norm: [D], weights of an RMS norm of each head before that, where NORM;
     cells: [tokens], place of each token's keys and values; queries: [T, Q D] to write;
     keys, values: [*, H D] to write.
     """
@@ -45,17 +46,32 @@ def rotate_and_store(mixed, cosines, sines, cells, queries, keys, values, tokens
     inside = (head < Q + 2 * H) & (column < D)
     half: tl.constexpr = D // 2
     other = tl.where(column < half, column + half, column - half)
-    x = tl.load(row + head * D + column, mask=inside, other=0.0)
+    given = tl.load(row + head * D + column, mask=inside, other=0.0)
+    kind = given.dtype
+    x = given.to(tl.float32)
     partner = tl.load(row + head * D + other, mask=inside & (head < Q + H), other=0.0).to(tl.float32)
+    if NORM:
+        scale = 1.0 / tl.sqrt(tl.sum(x * x, 1) / D + epsilon)
+        x = (x * scale[:, None]).to(kind).to(tl.float32)
+        x *= _norm_weights(query_norm, key_norm, head, column, Q, D)
+        partner = (partner * scale[:, None]).to(kind).to(tl.float32)
+        partner *= _norm_weights(query_norm, key_norm, head, other, Q, D)
     cosine = tl.load(cosines + token * D + column, mask=column < D, other=0.0).to(tl.float32)
     sine = tl.load(sines + token * D + column, mask=column < D, other=0.0).to(tl.float32)
-    turned = x.to(tl.float32) * cosine + tl.where(column < half, -partner, partner) * sine
-    turned = turned.to(queries.dtype.element_ty)
+    turned = x * cosine + tl.where(column < half, -partner, partner) * sine
+    turned = turned.to(kind)
     tl.store(queries + token * Q * D + head * D + column, turned, mask=inside & (head < Q))
     if token < tokens:  # the rest is padding
         cell = tl.load(cells + token) * H * D + column
         tl.store(keys + cell + (head - Q) * D, turned, mask=inside & (head >= Q) & (head < Q + H))
-        tl.store(values + cell + (head - Q - H) * D, x, mask=inside & (head >= Q + H))
+        tl.store(values + cell + (head - Q - H) * D, given, mask=inside & (head >= Q + H))
+
+
+@triton.jit
+def _norm_weights(query_norm, key_norm, head, column, Q: tl.constexpr, D: tl.constexpr):
+    of_query = tl.load(query_norm + column, mask=column < D, other=0.0).to(tl.float32)
+    of_key = tl.load(key_norm + column, mask=column < D, other=0.0).to(tl.float32)
+    return tl.where(head < Q, of_query, of_key)
 
 
 @triton.jit(do_not_specialize=["width", "slots", "capacity"])  # they change from event to event
