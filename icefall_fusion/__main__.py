@@ -70,6 +70,12 @@ JOBS: dict[str, Job] = {
 }
 
 
+#: A decode multiplies matrices of ever other sizes. PyTorch and oneDNN each keep a kernel for up to 1,024 of
+#: them, hundreds of MB after a while; with so few of them the time is the same.
+_KERNELS_KEPT = {"LRU_CACHE_CAPACITY": "64", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
+_OF_MANY_SIZES = ("decode", "transcribe", "tune", "demo")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one job.
 
@@ -90,6 +96,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if name not in JOBS:
         return _refuse(f"there is no job {name!r}{nearest(name, JOBS)}\n\n{_list_of_jobs()}")
     job = JOBS[name]
+    if name in _OF_MANY_SIZES:
+        for variable, value in _KERNELS_KEPT.items():
+            os.environ.setdefault(variable, value)  # read once, when PyTorch is imported
     module = importlib.import_module(job.module)
     options_class = getattr(module, job.options)
     try:

@@ -15,9 +15,10 @@ from icefall_fusion.memory_plan import BatchShape, MethodShape, describe_plan, p
 from icefall_fusion.report import give_back_memory, memory_in_use, peak_memory_bytes, reset_peak_memory
 
 _TRIED = 4  # on a CPU the encoder is tried with one of so many utterances
-#: What libraries and the allocator of a process gather beside what is asked for, seen in decodes on a CPU.
-_GATHERED = 80_000_000
-_LOOSE = 200_000_000  # so much more than before and the allocator is asked to give back
+#: What libraries and the allocator of a process gather beside what is asked for, and more for each method
+#: that takes turns with others, seen in decodes on a CPU.
+_GATHERED, _GATHERED_A_METHOD = 50_000_000, 10_000_000
+_LOOSE = 60_000_000  # so much more than before and the allocator is asked to give back
 
 
 class MemoryWatch:
@@ -51,9 +52,13 @@ class MemoryWatch:
             return
         measures = (lambda s: s.rows * s.seconds, lambda s: s.rows * s.seconds**2, lambda s: s.seconds)
         largest = {max(shapes, key=measure) for measure in measures}
+        if self._source.wants != "nothing":  # what libraries keep from the first time on is no batch's
+            self._source.emit(["0"], [torch.zeros(self._input_shape(max(s.seconds for s in shapes)))])
+        give_back_memory()
+        gathered = 0 if self._on_gpu else _GATHERED + _GATHERED_A_METHOD * len(methods)
         self.sets[name] = plan = plan_memory(
             self._source.network, self._lms.loaded(), largest, methods, self._try_encoder,
-            memory_in_use(), self._lms.ngram_bytes(), 0 if self._on_gpu else _GATHERED,
+            memory_in_use(), self._lms.ngram_bytes(), gathered,
             {source: self._lms.prompt_tokens(source) for source in self._lms.loaded()},
         )  # fmt: skip
         logging.info("memory of %s: %s", name, describe_plan(plan))
@@ -78,16 +83,20 @@ class MemoryWatch:
             self.sets[name]["peak"] = self._peak
             logging.info("memory of %s: the peak was %.0f MB", name, self._peak / 1e6)
 
+    def _input_shape(self, seconds: float) -> tuple[int, ...]:
+        if self._source.wants == "features":
+            return (round(seconds / FRAME_SHIFT), DIM)
+        return (round(seconds * self._source.sample_rate),)
+
     def _try_encoder(self, batch: BatchShape) -> tuple[int, int]:
         """Return the bytes that emissions take, and those beside them while they are made: of silence."""
         if self._source.wants == "nothing":
             return 0, 0
         rows = batch.rows if self._on_gpu else -(-batch.rows // _TRIED)
-        shape: tuple[int, ...] = (round(batch.seconds * self._source.sample_rate),)
-        if self._source.wants == "features":
-            shape = (round(batch.seconds / FRAME_SHIFT), DIM)
+        shape = self._input_shape(batch.seconds)
         while True:
             values = [torch.zeros(shape) for _ in range(rows)]
+            give_back_memory()  # what was freed before would be used again, and seem to cost nothing
             reset_peak_memory()
             before = memory_in_use()
             try:

@@ -36,7 +36,12 @@ from icefall_fusion.rescoring import (
     rescore_with_lm,
     rescore_with_ngram,
 )
-from icefall_fusion.search import PrefixSearchOptions, ctc_greedy_search, ctc_prefix_search
+from icefall_fusion.search import (
+    PrefixSearchOptions,
+    ctc_greedy_search,
+    ctc_prefix_search,
+    prepare_ngram,
+)
 
 #: The methods of the comparison, in the order of the table.
 METHODS = (
@@ -282,6 +287,10 @@ class Method:
         self.parts, self.needs = parse_method(name), needs(name)
         self._fused = [part for part in self.parts if part.in_search]
         self._fusions = [self._make_fusion(part) for part in self._fused]
+        by_ngram = any(part.look_ahead or part.source == "ngram" for part in self._fused)
+        neural = any(part.kind == "shallow" and part.source != "ngram" for part in self._fused)
+        if by_ngram and not neural:  # now, so that its memory is part of what is there before the first batch
+            prepare_ngram(lms.ngram(), search.engine)
 
     def _make_fusion(self, part: Part) -> Any:
         weight = self.weights[part.source]

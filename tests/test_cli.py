@@ -4,6 +4,7 @@ Knows: icefall_fusion.__main__. Must not know: what jobs do.
 from __future__ import annotations
 
 import importlib
+import os
 import subprocess
 import sys
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -193,3 +194,13 @@ def test_as_a_program() -> None:
         [sys.executable, "-m", "icefall_fusion", "score", "--reff", "x"], capture_output=True, text=True
     )
     assert done.returncode == 2 and "did you mean 'ref'" in done.stderr
+
+
+def test_a_decode_keeps_few_kernels_unless_the_environment_says_otherwise(monkeypatch) -> None:
+    monkeypatch.setenv("LRU_CACHE_CAPACITY", "7")
+    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)
+    assert main(["report", "--nothing", "1"]) == 2
+    assert "ONEDNN_PRIMITIVE_CACHE_CAPACITY" not in os.environ
+    assert main(["decode", "--nothing", "1"]) == 2
+    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "64"
+    assert os.environ["LRU_CACHE_CAPACITY"] == "7"

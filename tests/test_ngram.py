@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from icefall_fusion.__main__ import main
 from icefall_fusion.fusion import DelayedFusion, LookAhead, NgramFusion, ShallowFusion
+from icefall_fusion.native_build import load_native
 from icefall_fusion.ngram import (
     NOTHING,
     NgramOrder,
@@ -24,7 +25,8 @@ from icefall_fusion.ngram import (
     piece_ids,
 )
 from icefall_fusion.rescoring import rescore_with_ngram
-from icefall_fusion.search import PrefixSearchOptions, ctc_prefix_search
+from icefall_fusion.search import PrefixSearchOptions, ctc_prefix_search, prepare_ngram
+from icefall_fusion.search import native as native_search
 from icefall_fusion.train_ngram import count_ngrams, kneser_ney, write_arpa
 from tests.reference.fused_search import SlowFusion
 from tests.reference.kneser_ney import SlowKneserNey
@@ -397,6 +399,14 @@ def test_a_gpu_finds_the_same(llm, ngram, tokens):  # noqa: F811
 
     assert_same(decode("cpu"), decode("cuda"))
     assert_same(*(rescore_with_ngram(decode("cpu"), ngram.to(device)) for device in ("cpu", "cuda")))
+
+
+def test_tables_of_compiled_search_are_made_before_the_first_batch(ngram):
+    fresh = PieceNgram(ngram.size, ngram.orders, "fresh")
+    prepare_ngram(fresh, "torch")
+    assert fresh not in native_search._TABLES
+    prepare_ngram(fresh, "auto")
+    assert (fresh in native_search._TABLES) == (load_native()[0] is not None)
 
 
 def test_weight_zero_is_no_lm_bit_for_bit(llm, ngram, tokens):  # noqa: F811

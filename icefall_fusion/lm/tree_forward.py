@@ -58,9 +58,10 @@ def forward(model: TreeModel, tree: TokenTree, cache: TreeCache, nodes: ndarray,
     valid = row * width + rank_within(row)
     padded = np.zeros(len(utterances) * width, np.int64)
     padded[valid] = np.arange(count)
-    line = np.arange(count)  # places in the packed row; padding repeats the first token
-    if model.packed:
-        line = np.pad(line, (0, -count % TOKEN_BUCKET))
+    line, asked = np.arange(count), np.flatnonzero(wanted)
+    found = len(asked)
+    if model.packed:  # padding repeats the first token, or asks for it
+        line, asked = (np.pad(places, (0, -len(places) % TOKEN_BUCKET)) for places in (line, asked))
     length = -(-int(slots.used[utterances].max()) // SLOT_BUCKET) * SLOT_BUCKET
 
     tokens, positions, cells, valid_, padded_, rows, wanted_ = to_device(
@@ -71,7 +72,7 @@ def forward(model: TreeModel, tree: TokenTree, cache: TreeCache, nodes: ndarray,
         valid[line],
         padded,
         utterances,
-        np.flatnonzero(wanted),
+        asked,
     )
     everyone = len(utterances) == cache.utterances
     cache.plan = ForwardPlan(cells, None if everyone else rows, valid_, padded_, length, model.packed)
@@ -84,7 +85,7 @@ def forward(model: TreeModel, tree: TokenTree, cache: TreeCache, nodes: ndarray,
     mask = _spread(seen, valid, shape).to(model.device)
     window_mask = None if near is None else _spread(near, valid, shape).to(model.device)
     logits = model.tree_logits(tokens, positions, mask, window_mask, cache, wanted_)
-    return torch.log_softmax(logits.float(), dim=-1)
+    return torch.log_softmax(logits[:found].float(), dim=-1)
 
 
 def to_device(device: torch.device, *arrays: ndarray) -> Sequence[Tensor]:

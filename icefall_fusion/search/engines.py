@@ -18,11 +18,12 @@ from icefall_fusion.search.device_search import DeviceSearch, load_kernel, why_n
 from icefall_fusion.search.engine import lacks
 from icefall_fusion.search.joint import JointFusion
 from icefall_fusion.search.kernel_check import kernel_fails, kind_of
-from icefall_fusion.search.native import NativeSearch
+from icefall_fusion.search.native import NativeSearch, native_tables
 from icefall_fusion.search.options import PrefixSearchOptions
 from icefall_fusion.search.tensor_search import TensorSearch
 
 if TYPE_CHECKING:
+    from icefall_fusion.ngram import PieceNgram
     from icefall_fusion.search.search_input import SearchInput
 
 Search = Union[NativeSearch, DeviceSearch, TensorSearch]
@@ -58,6 +59,19 @@ def choose_engine(options: PrefixSearchOptions, joint: JointFusion, device: torc
     if unusual:
         _tell(why)
     return "torch" if why else wanted
+
+
+def prepare_ngram(ngram: PieceNgram, engine: str) -> None:
+    """Lay an n-gram out as the search by compiled code wants it, which the first search would do otherwise.
+
+    Args:
+        ngram: on the device where the search runs.
+        engine: see PrefixSearchOptions.
+    """
+    if engine in ("auto", "native") and ngram.device.type == "cpu":
+        library, _ = load_native()
+        if library is not None:
+            native_tables(library, ngram)
 
 
 @functools.lru_cache(maxsize=1)

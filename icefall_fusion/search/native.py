@@ -61,7 +61,7 @@ class NativeSearch(EngineSearch):
         self.log_probs = log_probs if log_probs.stride(2) == 1 else log_probs.contiguous()
         self.best, self.searched = plan.best.contiguous(), plan.searched.contiguous()
         self.lens = beam.lens.contiguous()
-        self.tables = [_tables(library, ngram) for ngram in (self.ngram, self.ahead.ngram)]
+        self.tables = [native_tables(library, ngram) for ngram in (self.ngram, self.ahead.ngram)]
         handles = [None if tables is None else tables.handle for tables in self.tables]
         batch, slots = beam.node.shape
         self.settings = (
@@ -116,7 +116,7 @@ class NativeSearch(EngineSearch):
         )  # fmt: skip
 
 
-def _tables(library: ctypes.CDLL, ngram: Optional[PieceNgram]) -> Optional[_NativeNgram]:
+def native_tables(library: ctypes.CDLL, ngram: Optional[PieceNgram]) -> Optional[_NativeNgram]:
     """Return an n-gram's tables, made once."""
     if ngram is None:
         return None

@@ -9,7 +9,6 @@
 #include <cstdint>
 #include <limits>
 #include <memory>
-#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -48,6 +47,10 @@ class Ngram {
     size_t room = 16;
     while (room < 2 * entries) room *= 2;
     mask_ = room - 1, keys_.assign(room, kEmpty), scores_.resize(room);
+    size_t contexts = 1, places = 16;
+    for (int n = 0; n + 1 < orders; ++n) contexts += counts[n];
+    while (places < 2 * contexts) places *= 2;
+    numbers_.assign(places, 0), states_.reserve(contexts);
     states_.push_back({0, 0, 0, 0.0f});
     for (int n = 1; n < orders; ++n)
       for (int64_t i = 0; i < counts[n - 1]; ++i) states_[state(n, keys[n - 1][i])].backoff = backoffs[n - 1][i];
@@ -110,25 +113,37 @@ class Ngram {
   int64_t base_;
   int orders_, start_ = 0;
   std::vector<Context> states_;
-  std::vector<std::unordered_map<int64_t, int>> numbers_;  // by length
+  std::vector<int> numbers_;  // of states by their hash; 0 where there is none
   size_t mask_;
   std::vector<uint64_t> keys_;
   std::vector<float> scores_, most_;
 
+  // The place in numbers_ of a context, or the free one where it belongs.
+  size_t place_of(int length, int64_t key) const {
+    size_t place = mix(uint64_t(key) * 16 + length) & (numbers_.size() - 1);
+    for (; numbers_[place] != 0; place = (place + 1) & (numbers_.size() - 1)) {
+      const Context &context = states_[numbers_[place]];
+      if (context.key == key && context.length == length) break;
+    }
+    return place;
+  }
+
   int state(int length, int64_t key) {  // made if need be
     if (length == 0) return 0;
-    if (int(numbers_.size()) < length) numbers_.resize(length);
-    const auto found = numbers_[length - 1].emplace(key, int(states_.size()));
-    if (found.second) states_.push_back({length, 0, key, 0.0f});
-    return found.first->second;
+    if (2 * states_.size() >= numbers_.size()) {  // contexts that are no n-grams themselves
+      numbers_.assign(2 * numbers_.size(), 0);
+      for (size_t i = 1; i < states_.size(); ++i) numbers_[place_of(states_[i].length, states_[i].key)] = int(i);
+    }
+    int &number = numbers_[place_of(length, key)];
+    if (number == 0) number = int(states_.size()), states_.push_back({length, 0, key, 0.0f});
+    return number;
   }
 
   // The longest known context of these pieces' end; power is base to length - 1.
   int longest(int length, int64_t key, int64_t power) const {
     for (; length > 0; --length, key %= power, power = std::max<int64_t>(1, power / base_)) {
-      if (length > int(numbers_.size())) continue;
-      const auto found = numbers_[length - 1].find(key);
-      if (found != numbers_[length - 1].end()) return found->second;
+      const int number = numbers_[place_of(length, key)];
+      if (number != 0) return number;
     }
     return 0;
   }
