@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from icefall_fusion.search.beam import Beam
 
 Prompt = Union[None, str, Mapping[str, str]]
-_KEEP_AFTER = 32  # new tokens an utterance between two clean-ups of the tree
+_KEEP_AFTER = 8  # new tokens an utterance between two clean-ups of the tree
 
 
 @dataclass

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from icefall_fusion.lm import CausalLm
     from icefall_fusion.search.beam import Beam
 
-_KEEP_AFTER = 64  # frames between two clean-ups of the tree
+_KEEP_AFTER = 8  # frames between two clean-ups of the tree
 
 
 class ShallowFusion(LmFusion):
