@@ -66,7 +66,7 @@ class Decoder:
         self.out = Path(options.out)
         self.processes = Processes.join()
         self._device = device = self.processes.device(options.emissions.device)
-        if torch.device(device).type == "cuda":
+        if torch.device(device).index is not None:  # "cuda" alone is the current one
             torch.cuda.set_device(device)  # whose memory is planned and watched
         self.source: EmissionSource = open_source(replace(options.emissions, device=device))
         lms = {name: getattr(options, name) for name in LM_SOURCES}

@@ -573,3 +573,18 @@ def test_log_drops_the_lists_of_an_unfinished_batch(tmp_path) -> None:
     log.close()
     with pytest.raises(ValueError, match="run of m with beam = 1, which is now 2"):
         MethodLog(tmp_path, "s", "m", {"beam": 2})
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_decodes_what_a_cpu_decodes(tmp_path):
+    made = tiny.everything(tmp_path / "models")
+    models = ["--emissions.model", made["model"], "--llm.path", made["llm"], "--nlm.path", made["nlm"]]
+    methods = "ctc-prefix,nlm-shallow,llm-delayed-shortest,llm-nbest-rescoring,attention-rescoring"
+    found = []
+    for device in ("cpu", "cuda"):
+        out = tmp_path / device
+        what = ["--test_sets.noise", made["cuts"], "--methods", methods, "--out", str(out)]
+        assert main(["decode", *models, *what, "--emissions.device", device]) == 0
+        found.append([row["wer"] for row in json.loads((out / "results.json").read_text())])
+    assert found[0] == pytest.approx(found[1], abs=1e-6)

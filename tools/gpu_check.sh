@@ -74,12 +74,14 @@ bench() { # name of the step, of the benchmark, options
   step "$name" "$python" "$program" ${options[@]+"${options[@]}"} "$@" --output "$out/gpu-$name.json"
 }
 
-step tests "$python" -m pytest -m gpu
 # what only a GPU can tell comes first
-bench frame_loop frame_loop --batches 1 32 128 --beams 10 20 50
 bench llm_tree llm_tree --dtype bfloat16 --models minibooks open-llama-3b mistral-7b --events 24
 bench fusion-mistral-7b fusion --dtype bfloat16 --shape mistral-7b --methods llm-shallow llm-nbest-rescoring \
   llm-delayed-shortest llm-delayed-interval-16 llm-delayed-interval-64
+bench frame_loop frame_loop --batches 1 32 128 --beams 10 20 50
+together=() # where it can be had: most of the time kernels are compiled
+if [ -z "$list" ] && "$python" -c 'import xdist' 2>/dev/null; then together=(-n 8); fi
+step tests "$python" -m pytest -m gpu ${together[@]+"${together[@]}"}
 bench search search --batch 128 --beams 10 20 --rounds 3 --budget 3
 bench scaling scaling --batches 8 32 128
 bench fusion fusion --beams 5 10 20 50

@@ -71,13 +71,14 @@ class CausalLm:
         if why:
             logging.info("%s runs as transformers runs it: %s", self.name, why)
             return
-        self.fused = FusedModel(self.model)
         try:
+            self.fused = FusedModel(self.model)
+            self.fused.try_kernels()
             check_tree(self)
-        except Exception as error:  # of a compiler or a driver: any
+        except Exception:  # of a compiler or a driver: any
             self.fused = None
-            logging.warning("%s runs as transformers runs it, which takes the host longer: fused kernels "
-                            "fail: %s: %s", self.name, type(error).__name__, str(error)[-400:])  # fmt: skip
+            told = "%s runs as transformers runs it, which takes the host longer: fused kernels fail"
+            logging.warning(told, self.name, exc_info=True)
 
     @classmethod
     def from_pretrained(

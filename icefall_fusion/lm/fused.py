@@ -47,8 +47,12 @@ def why_not_fused(model: Any) -> str:
         for part in parts:
             if type(part) is not nn.Linear or type(part.weight) is not nn.Parameter:
                 return f"its layers are quantized or have adapters ({type(part).__name__})"
-        if attention.head_dim % 2:
-            return f"its heads have {attention.head_dim} entries"
+        size, rows = attention.head_dim, (config.num_attention_heads, *2 * [config.num_key_value_heads])
+        shapes = [tuple(part.weight.shape) for part in parts[:3]]
+        if size % 2 or shapes != [(count * size, config.hidden_size) for count in rows]:
+            return f"its heads have {size} entries and weights of {shapes}"
+    if 2 * model.model.rotary_emb.inv_freq.numel() != model.model.layers[0].self_attn.head_dim:
+        return "a part of each head alone has rotary positions"
     try:
         importlib.import_module("icefall_fusion.lm.fused_kernels")
     except Exception as error:  # it is not there, or too old for the kernels
@@ -83,6 +87,50 @@ class FusedModel:
             for layer in model.model.layers
         ]
         self._types = list(getattr(config, "layer_types", None) or [])
+        if next(model.parameters()).is_cuda:
+            torch.cuda.empty_cache()  # the weights before they were joined
+
+    def try_kernels(self) -> None:
+        """Hold every form of attention that events can ask for to plain arithmetic, on random numbers.
+
+        What compiles is also ready then.
+
+        Raises:
+            RuntimeError: a form is off.
+        """
+        like = self._model.model.embed_tokens.weight
+        generator = torch.Generator().manual_seed(1)
+
+        def random(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator).to(like)
+
+        groups, slots = self.heads // self.key_heads, 160
+        for lines in (_LEAST, 32, 64):
+            width = max(1, lines // groups)
+            if self._lines(width, like.dtype) != lines:
+                continue
+            counts = [width, max(1, width - 1), 1]  # tokens of three utterances
+            places = [u * width + w for u, count in enumerate(counts) for w in range(count)][::-1]
+            padded = torch.zeros(3 * width, dtype=torch.int64)
+            padded[places] = torch.arange(len(places))
+            valid, padded = torch.tensor(places).to(like.device), padded.to(like.device)
+            queries = random(len(places), self.heads * self.head_size)
+            mask = torch.rand(3, 1, width, slots, generator=generator) < 0.3
+            mask[..., 0] = True
+            mask = mask.to(like.device)
+            for utterances in (None, torch.tensor([3, 0, 2], device=like.device)):
+                size = (3 if utterances is None else 4, slots + 40, self.key_heads, self.head_size)
+                keys, values = random(*size), random(*size)
+                found = self._look(queries, keys, values, mask, utterances, padded, valid, 0.2).float()
+                rows = slice(3) if utterances is None else utterances
+                key, value = (x[rows, :slots].float() for x in (keys, values))  # [R, S, H, D]
+                query = queries.float()[padded].view(3, width, self.key_heads, groups, self.head_size)
+                scores = 0.2 * torch.einsum("rwhgd,rshd->rwhgs", query, key)
+                shares = scores.masked_fill(~mask.view(3, width, 1, 1, slots), -torch.inf).softmax(-1)
+                wanted = torch.einsum("rwhgs,rshd->rwhgd", shares, value).reshape(3 * width, -1)[valid]
+                worst = float((found - wanted).abs().max())
+                if not worst < (1e-3 if like.dtype == torch.float32 else 5e-2):  # nan too
+                    raise RuntimeError(f"attention of {lines} queries at once is {worst:.3g} off")
 
     def logits(
         self,
@@ -162,20 +210,33 @@ class FusedModel:
             NORM=normed, Q=self.heads, H=self.key_heads, D=size,
             HEADS=_power(self.heads + 2 * self.key_heads), DP=_power(size), num_warps=8,
         )  # fmt: skip
+        return self._look(
+            queries, layer.keys, layer.values, mask, utterances, padded, valid, attention.scaling
+        )
+
+    def _look(
+        self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, utterances: Optional[Tensor],
+        padded: Tensor, valid: Tensor, scale: float,
+    ) -> Tensor:  # fmt: skip
+        """Return what queries [T, heads * size] find in the slots of their utterances."""
         rows, _, width, slots = mask.shape
         groups = self.heads // self.key_heads
         out = torch.empty_like(queries)  # of padding nothing is written, and no token reads that
-        single = out.dtype == torch.float32  # registers and shared memory hold half as much of it
-        lines = max(_LEAST, min(_LEAST if single else 64, _power(width * groups)))
+        lines = self._lines(width, out.dtype)
         grid = (rows, self.key_heads, -(-width * groups // lines))
         self._kernels.attend[grid](
-            queries, layer.keys, layer.values, mask.view(torch.uint8), utterances, padded, valid, out,
-            attention.scaling, width, slots, layer.keys.shape[1],
-            EVERYONE=utterances is None, H=self.key_heads, G=groups, D=size,
-            DP=max(_LEAST, _power(size)), M=lines, N=32 if single else 64,
-            num_warps=4 if lines <= 32 else 8, num_stages=2,
+            queries, keys, values, mask.view(torch.uint8), utterances, padded, valid, out,
+            scale, width, slots, keys.shape[1],
+            EVERYONE=utterances is None, H=self.key_heads, G=groups, D=self.head_size,
+            DP=max(_LEAST, _power(self.head_size)), M=lines, N=32 if out.dtype == torch.float32 else 64,
+            num_warps=4, num_stages=2,
         )  # fmt: skip
         return out
+
+    def _lines(self, width: int, dtype: torch.dtype) -> int:
+        """Return how many queries a program has, heads of a group and tokens of an utterance."""
+        most = _LEAST if dtype == torch.float32 else 64  # registers hold half as many numbers of that
+        return max(_LEAST, min(most, _power(width * (self.heads // self.key_heads))))
 
 
 def _join(parts: Sequence[nn.Linear]) -> tuple[Tensor, Optional[Tensor]]:

@@ -28,7 +28,8 @@ def add_and_norm(hidden, more, weight, out, size, epsilon, ADD: tl.constexpr, BL
     tl.store(out + at, scaled, mask=inside)
 
 
-@triton.jit(do_not_specialize=["tokens"])
+# Places come as parts of one array, aligned by chance: each alignment would be a kernel of its own.
+@triton.jit(do_not_specialize=["tokens"], do_not_specialize_on_alignment=["cells"])
 def rotate_and_store(mixed, cosines, sines, query_norm, key_norm, cells, queries, keys, values, tokens,
                      epsilon, NORM: tl.constexpr, Q: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
                      HEADS: tl.constexpr, DP: tl.constexpr):  # fmt: skip
@@ -74,7 +75,8 @@ def _norm_weights(query_norm, key_norm, head, column, Q: tl.constexpr, D: tl.con
     return tl.where(head < Q, of_query, of_key)
 
 
-@triton.jit(do_not_specialize=["width", "slots", "capacity"])  # they change from event to event
+@triton.jit(do_not_specialize=["width", "slots", "capacity"],  # they change from event to event
+            do_not_specialize_on_alignment=["rows", "padded", "valid"])  # fmt: skip
 def attend(queries, keys, values, seen, rows, padded, valid, out, scale, width, slots, capacity,
            EVERYONE: tl.constexpr, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
            DP: tl.constexpr, M: tl.constexpr, N: tl.constexpr):  # fmt: skip

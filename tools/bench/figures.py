@@ -38,6 +38,11 @@ def wait(device: str) -> None:
 
 def write(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     """Write rows to ``args.output``, with the machine and the options, and say so."""
+    print(f"\nwritten: {args.output}; machine: {json.dumps(save(args, rows))}")
+
+
+def save(args: argparse.Namespace, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Write rows to ``args.output``, with the machine, which is returned, and the options."""
     environment = describe_environment(args.device)
     write_json(args.output, {"machine": environment, "options": vars(args), "rows": rows})
-    print(f"\nwritten: {args.output}; machine: {json.dumps(environment)}")
+    return environment
