@@ -203,16 +203,58 @@ def read_nbests(path: PathLike) -> list[NBest]:
         FileNotFoundError: there is no such file.
         ValueError: a line is not an N-best list; the message names file and line.
     """
-    nbests = []
-    with open(path, encoding="utf-8") as file:
+    return [nbest for nbest, _ in _lines(path)]
+
+
+def _lines(path: PathLike) -> Iterator[tuple[NBest, int]]:
+    """Yield the lists of a file, and how many bytes come before the line of each."""
+    begin = 0
+    with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                nbests.append(NBest.from_json(line))
-            except ValueError as error:
-                raise ValueError(f"{path} line {number}: {error}") from error
-    return nbests
+            if line.strip():
+                try:
+                    yield NBest.from_json(line.decode()), begin
+                except ValueError as error:
+                    raise ValueError(f"{path} line {number}: {error}") from error
+            begin += len(line)
+
+
+class StoredLists(Mapping[str, NBest]):
+    """The N-best lists of a file by utterance, read when asked for: those of many hours would fill memory.
+
+    Args:
+        path: JSON lines, maybe not there yet; who writes more of them calls `add`.
+
+    Raises:
+        ValueError: a line is not an N-best list; the message names file and line.
+    """
+
+    def __init__(self, path: PathLike) -> None:
+        self._path, self._end = Path(path), 0
+        self._places: dict[str, int] = {}  # bytes before the line of an utterance
+        if self._path.exists():
+            self._places = {nbest.utterance: begin for nbest, begin in _lines(self._path)}
+            self._end = self._path.stat().st_size
+
+    def add(self, utterance: str, size: int) -> None:
+        """Take note of a line of ``size`` bytes at the end of the file."""
+        self._places[utterance] = self._end
+        self._end += size
+
+    def __getitem__(self, utterance: str) -> NBest:
+        place = self._places[utterance]
+        with open(self._path, "rb") as file:
+            file.seek(place)
+            return NBest.from_json(file.readline().decode())
+
+    def __contains__(self, utterance: object) -> bool:
+        return utterance in self._places
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
 
 
 class NBestLog:
@@ -222,16 +264,17 @@ class NBestLog:
 
     Args:
         path: the file; its folder is made.
+
+    Attributes:
+        done: the lists in the file, by utterance.
     """
 
     def __init__(self, path: Union[str, Path]) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._drop_partial_line()
-        self.done: dict[str, NBest] = {}
-        if self.path.exists():
-            self.done = {nbest.utterance: nbest for nbest in read_nbests(self.path)}
-        self._file = open(self.path, "a", encoding="utf-8")
+        self.done = StoredLists(self.path)
+        self._file = open(self.path, "ab")
 
     def _drop_partial_line(self) -> None:
         if not self.path.exists():
@@ -246,8 +289,9 @@ class NBestLog:
         """Write lists and flush them to the operating system."""
         with name_full_disk(self.path):
             for nbest in nbests:
-                self._file.write(nbest.to_json() + "\n")
-                self.done[nbest.utterance] = nbest
+                line = (nbest.to_json() + "\n").encode()
+                self._file.write(line)
+                self.done.add(nbest.utterance, len(line))
             self._file.flush()
 
     def close(self) -> None:

@@ -91,12 +91,14 @@ def _scores(
     texts = {utterance: text for utterance in log.done if (text := references[utterance]) is not None}
     if not texts:
         return {"wer": None, "words": 0, "oracle_wer": None}
-    nbests = [log.done[utterance] for utterance in texts]
-    hypotheses = {nbest.utterance: nbest[0].text if len(nbest) else "" for nbest in nbests}
+    hypotheses = {}
+    for nbest in map(log.done.__getitem__, texts):
+        hypotheses[nbest.utterance] = nbest[0].text if len(nbest) else ""
     errors = write_wer_files(folder, test_set, method, texts, hypotheses)
     if errors.words == 0:  # JSON has no word for infinity
         return {"wer": None, "words": 0, "oracle_wer": None}
-    scores = {"wer": errors.wer, "words": errors.words, "oracle_wer": oracle_errors(texts, nbests).wer}
+    best = oracle_errors(texts, map(log.done.__getitem__, texts))
+    scores = {"wer": errors.wer, "words": errors.words, "oracle_wer": best.wer}
     if printed:
         scores["wer_printed"] = write_wer_files(folder, test_set, method, texts, hypotheses, "printed").wer
     return scores

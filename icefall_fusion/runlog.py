@@ -46,10 +46,10 @@ class MethodLog:
         if restart:
             self.nbest_path.unlink(missing_ok=True)
         log = NBestLog(self.nbest_path)
-        kept = [nbest for nbest in log.done.values() if nbest.utterance in whole]
+        kept = [utterance for utterance in log.done if utterance in whole]
         if len(kept) < len(log.done):
             log.close()
-            write_nbests(self.nbest_path, kept)
+            write_nbests(self.nbest_path, map(log.done.__getitem__, kept))
             log = NBestLog(self.nbest_path)
         self._log = log
         self._file = open(self.work_path, "a", encoding="utf-8")
@@ -71,8 +71,8 @@ class MethodLog:
         return lines[1:]
 
     @property
-    def done(self) -> dict[str, NBest]:
-        """Finished lists by utterance."""
+    def done(self) -> Mapping[str, NBest]:
+        """Finished lists by utterance, which lie in the file."""
         return self._log.done
 
     def append(self, nbests: Sequence[NBest], work: Mapping[str, Any]) -> None:

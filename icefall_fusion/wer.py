@@ -111,13 +111,15 @@ def oracle_errors(
     Raises:
         ValueError: an utterance has no reference or no list.
     """
-    lists = {nbest.utterance: nbest for nbest in nbests}
-    _check_same_utterances(references, lists)
+    best: dict[str, WordErrors] = {}
+    for nbest in nbests:  # which may be read one by one
+        text = references.get(nbest.utterance, "")
+        counts = [count_errors(text, found, measure) for found in [h.text for h in nbest] or [""]]
+        best[nbest.utterance] = min(counts, key=lambda errors: errors.errors)
+    _check_same_utterances(references, best)
     total = WordErrors()
-    for utterance, text in references.items():
-        texts = [h.text for h in lists[utterance]] or [""]
-        counts = [count_errors(text, found, measure) for found in texts]
-        total += min(counts, key=lambda errors: errors.errors)
+    for errors in best.values():
+        total += errors
     return total
 
 

@@ -114,6 +114,19 @@ def test_log_goes_on_after_a_kill(tmp_path) -> None:
     assert [n.utterance for n in read_nbests(path)] == ["u1", "u2"]
 
 
+def test_lists_of_a_log_are_read_when_they_are_asked_for(tmp_path) -> None:
+    path = tmp_path / "nbest.jsonl"
+    path.write_text("\n" + make("\u00fc1").to_json() + "\n\n", encoding="utf-8")
+    with NBestLog(path) as log:
+        log.append([make("u2"), make("u3")])
+        log.append([make("u4")])
+        assert list(log.done) == ["\u00fc1", "u2", "u3", "u4"] and len(log.done) == 4
+        assert all(log.done[name] == make(name) for name in log.done)
+        assert "u2" in log.done and "u5" not in log.done
+        with pytest.raises(KeyError):
+            log.done["u5"]
+
+
 def test_oracle_and_edits() -> None:
     assert oracle(make(), "ab").text == "ab"
     assert oracle(make(), "a b c").text == "a b"
