@@ -30,9 +30,8 @@ from icefall_fusion.memory_watch import MemoryWatch
 from icefall_fusion.methods import Method, choose_methods, is_named, needs, weights_of
 from icefall_fusion.nbest import NBest
 from icefall_fusion.report import peak_memory_bytes, reset_peak_memory, table
-from icefall_fusion.rescoring import add_counters
 from icefall_fusion.results import join_rows, make_row, read_earlier_rows
-from icefall_fusion.runlog import describe_environment
+from icefall_fusion.runlog import add_counters, describe_environment
 from icefall_fusion.shards import Processes, ShardedLog
 from icefall_fusion.stretches import Found, Stretch, stretches
 from icefall_fusion.utterances import InputError, Utterance, batches, read_cuts

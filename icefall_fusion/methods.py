@@ -31,11 +31,11 @@ from icefall_fusion.lattices import K2Options, LatticeSource
 from icefall_fusion.lms import Lms
 from icefall_fusion.nbest import NBest
 from icefall_fusion.rescoring import (
-    add_counters,
     rescore_with_attention,
     rescore_with_lm,
     rescore_with_ngram,
 )
+from icefall_fusion.runlog import add_counters
 from icefall_fusion.search import (
     PrefixSearchOptions,
     ctc_greedy_search,

@@ -14,6 +14,7 @@ from icefall_fusion.checks import check
 from icefall_fusion.fusion.retokenize import WordTokenizer, prompt_tokens, tokenizer_for
 from icefall_fusion.nbest import NBest
 from icefall_fusion.ngram import PieceNgram
+from icefall_fusion.runlog import add_counters
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -140,12 +141,3 @@ def _score_paths(
         add_counters(counters, tree.stats())
     scores = iter(values)
     return [[next(scores) for _ in lists] for lists in paths]
-
-
-def add_counters(total: MutableMapping[str, float], more: Mapping[str, float]) -> None:
-    """Add counters of one batch to a sum; of peaks the largest is kept, rates are made new."""
-    for name, value in more.items():
-        before = total.get(name, 0)
-        total[name] = max(before, value) if "peak" in name else before + value
-    if total.get("retokenize_words"):
-        total["retokenize_hit_rate"] = total["retokenize_hits"] / total["retokenize_words"]

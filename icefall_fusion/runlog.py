@@ -7,7 +7,7 @@ import json
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Mapping, Sequence
+from typing import Any, Mapping, MutableMapping, Sequence
 
 from icefall_fusion.files import PathLike, atomic_path, name_full_disk
 from icefall_fusion.nbest import NBest, NBestLog, write_nbests
@@ -85,13 +85,10 @@ class MethodLog:
         self.work.append(line)
 
     def totals(self) -> dict[str, float]:
-        """Return the sums of all numbers in the lines of work; of names with "peak" in them the largest."""
+        """Return all numbers in the lines of work, added up as `add_counters` does."""
         totals: dict[str, float] = {}
         for line in self.work:
-            for name, value in line.items():
-                if name != "ids":
-                    before = totals.get(name, 0)
-                    totals[name] = max(before, value) if "peak" in name else before + value
+            add_counters(totals, {name: value for name, value in line.items() if name != "ids"})
         return totals
 
     def close(self) -> None:
@@ -104,6 +101,15 @@ class MethodLog:
         self.close()
         self.work_path.unlink()
         self.nbest_path.unlink()
+
+
+def add_counters(total: MutableMapping[str, float], more: Mapping[str, float]) -> None:
+    """Add counters of one batch to a sum; of peaks the largest is kept, rates are made new."""
+    for name, value in more.items():
+        before = total.get(name, 0)
+        total[name] = max(before, value) if "peak" in name else before + value
+    if total.get("retokenize_words"):
+        total["retokenize_hit_rate"] = total["retokenize_hits"] / total["retokenize_words"]
 
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:

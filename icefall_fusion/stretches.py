@@ -14,7 +14,7 @@ from torch import Tensor
 from icefall_fusion.data.audio import SAMPLE_RATE
 from icefall_fusion.data.fbank import FRAME_SHIFT
 from icefall_fusion.nbest import NBest
-from icefall_fusion.rescoring import add_counters
+from icefall_fusion.runlog import add_counters
 from icefall_fusion.utterances import Utterance, join_parts
 
 _SMOOTHED = 20  # frames: a cut is put where so many together are quietest

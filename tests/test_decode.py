@@ -563,13 +563,18 @@ def test_log_drops_the_lists_of_an_unfinished_batch(tmp_path) -> None:
         return NBest(name, [Hypothesis([], "x", {"total": 0.0})])
 
     log = MethodLog(tmp_path, "s", "m", {"beam": 1})
-    log.append([nbest("a"), nbest("b")], {"search": 1.0, "kv_bytes_peak": 5})
-    log.append([nbest("c")], {"search": 2.0, "kv_bytes_peak": 3})
+    rates = ({"retokenize_words": n, "retokenize_hits": 4, "retokenize_hit_rate": 4 / n} for n in (4, 12))
+    log.append([nbest("a"), nbest("b")], {"search": 1.0, "kv_bytes_peak": 5, **next(rates)})
+    log.append([nbest("c")], {"search": 2.0, "kv_bytes_peak": 3, **next(rates)})
     log.close()
     with open(log.nbest_path, "a") as file:
         file.write(nbest("d").to_json() + "\n")  # its line of work never came
     log = MethodLog(tmp_path, "s", "m", {"beam": 1})
-    assert sorted(log.done) == ["a", "b", "c"] and log.totals() == {"search": 3.0, "kv_bytes_peak": 5}
+    assert sorted(log.done) == ["a", "b", "c"]
+    assert log.totals() == {
+        "search": 3.0, "kv_bytes_peak": 5, "retokenize_words": 16, "retokenize_hits": 8,
+        "retokenize_hit_rate": 0.5,
+    }  # fmt: skip
     log.close()
     with pytest.raises(ValueError, match="run of m with beam = 1, which is now 2"):
         MethodLog(tmp_path, "s", "m", {"beam": 2})
