@@ -60,8 +60,11 @@ class CausalLm:
         size = len(self.tokenizer) if self.tokenizer is not None else self.pieces.size if self.pieces else 0
         check(size <= self.vocab_size, f"tokenizer of {name}", f"have no more entries than the model's "
               f"{self.vocab_size}", size)
-        if self.packed and self.device.type == "cuda":
-            self._use_fused_kernels()
+        if self.device.type == "cuda":
+            # cuDNN's attention makes a plan for each new shape, and nearly each event of a tree has one
+            torch.backends.cuda.enable_cudnn_sdp(False)
+            if self.packed:
+                self._use_fused_kernels()
         if self_check and self.fused is None:
             check_tree(self)
 

@@ -82,16 +82,23 @@ def forward(model: TreeModel, tree: TokenTree, cache: TreeCache, nodes: ndarray,
     if model.window is not None and depth.max() >= model.window:
         near = seen & slots.in_window(owner, depth, length, model.window)
     shape = (len(utterances), 1, width, length)
-    mask = _spread(seen, valid, shape).to(model.device)
-    window_mask = None if near is None else _spread(near, valid, shape).to(model.device)
+    mask = on_device(model.device, _spread(seen, valid, shape))
+    window_mask = None if near is None else on_device(model.device, _spread(near, valid, shape))
     logits = model.tree_logits(tokens, positions, mask, window_mask, cache, wanted_)
     return torch.log_softmax(logits[:found].float(), dim=-1)
 
 
 def to_device(device: torch.device, *arrays: ndarray) -> Sequence[Tensor]:
     """Copy integer arrays to ``device`` in one transfer."""
-    whole = torch.from_numpy(np.concatenate(arrays)).to(device)
+    whole = on_device(device, torch.from_numpy(np.concatenate(arrays)))
     return whole.split([len(array) for array in arrays])
+
+
+def on_device(device: torch.device, values: Tensor) -> Tensor:
+    """Copy a tensor of the host to ``device``; a GPU gets it when it is due, and the host goes on."""
+    if device.type != "cuda":
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)
 
 
 def _spread(seen: ndarray, valid: ndarray, shape: tuple[int, ...]) -> Tensor:

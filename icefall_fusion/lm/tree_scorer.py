@@ -18,7 +18,7 @@ from icefall_fusion.lm.counters import TreeCounters
 from icefall_fusion.lm.native_tree import make_tree
 from icefall_fusion.lm.token_tree import NONE
 from icefall_fusion.lm.tree_cache import DistributionStore, TreeCache
-from icefall_fusion.lm.tree_forward import TreeModel, forward, to_device
+from icefall_fusion.lm.tree_forward import TreeModel, forward, on_device, to_device
 
 Nodes = Union[Tensor, ndarray, Sequence[int]]
 
@@ -178,7 +178,7 @@ class TreeScorer:
                 with self._aside():
                     for at, log_probs in self._distributions(np.unique(missing)):
                         self._keep_distributions(at, log_probs)
-            rows = torch.from_numpy(self.tree.row[wanted]).to(self.model.device)
+            rows = on_device(self.model.device, torch.from_numpy(self.tree.row[wanted]))
             if self._stream is not None:
                 torch.cuda.current_stream(self.model.device).wait_stream(self._stream)
             return self._store.log_probs.index_select(0, rows)
@@ -256,7 +256,8 @@ class TreeScorer:
 
     def _keep_distributions(self, nodes: ndarray, log_probs: Tensor) -> None:
         rows = self._store.take(len(nodes))
-        self._store.log_probs.index_copy_(0, torch.from_numpy(rows).to(log_probs.device), log_probs)
+        places = on_device(log_probs.device, torch.from_numpy(rows))
+        self._store.log_probs.index_copy_(0, places, log_probs)
         self.tree.assign_rows(nodes, rows)
 
     def _eos(self, count: int) -> ndarray:
@@ -297,7 +298,7 @@ def _fetch(values: Tensor) -> Callable[[], ndarray]:
     host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
     host.copy_(values, non_blocking=True)
     copied = torch.cuda.Event()
-    copied.record()
+    copied.record(torch.cuda.current_stream(values.device))
 
     def wait() -> ndarray:
         copied.synchronize()

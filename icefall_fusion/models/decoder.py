@@ -102,7 +102,7 @@ class AttentionDecoder(nn.Module):
         length = tokens.shape[2]
         causal = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
         causal_bias = masked_bias(causal[None, None], x.dtype)
-        real = torch.arange(memory.shape[1], device=x.device) < lens[:, None]
+        real = torch.arange(memory.shape[1], device=x.device) < lens.to(x.device)[:, None]
         memory_bias = masked_bias(real[:, None, None, :], x.dtype)
         if memory.shape[1] == 0:  # nothing was heard: attention over one zero frame
             memory, memory_bias = (

@@ -173,8 +173,8 @@ class PrefixArena:
             return self._host[name]
         mirror, rows = self._host.get(name, (None, 0))
         if mirror is None:
-            mirror = torch.empty(tensor.shape, dtype=tensor.dtype)
+            mirror = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
         if rows < self.rows:
-            mirror[rows:self.rows] = tensor[rows:self.rows].cpu()
+            mirror[rows:self.rows].copy_(tensor[rows:self.rows])
             self._host[name] = (mirror, self.rows)
         return mirror.view(-1).numpy()

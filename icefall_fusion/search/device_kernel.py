@@ -144,7 +144,8 @@ def _best_with_ngram(
 
 # numbers that change from launch to launch, or are 1 now and then, make no new kernel
 @triton.jit(do_not_specialize=["until", "batch", "pace_every", "score_beam", "table_mask", "table_probes",
-                               "weight", "bonus"])  # fmt: skip
+                               "weight", "bonus", "row_stride", "frame_stride"],
+            do_not_specialize_on_alignment=["log_probs", "lens"])  # fmt: skip
 def search_utterances(
     log_probs, row_stride, frame_stride,  # float [B, T, V]
     blank_scores, shifts, columns, column_scores,  # [T, B], [T, B], int32 [T, B, C], [T, B, C]: see Frames

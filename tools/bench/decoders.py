@@ -88,7 +88,7 @@ def torchaudio_cpu(beam: int, blank: int) -> Callable[[], Decode]:
     """Return a maker of torchaudio's CPU decoder (flashlight-text), lexicon-free, with its defaults."""
 
     def make() -> Decode:
-        module = importlib.import_module("torchaudio.models.decoder")
+        make_decoder = importlib.import_module("torchaudio.models.decoder").ctc_decoder
         state: dict[int, object] = {}
 
         def decode(log_probs: Tensor, lens: Tensor) -> list[list[list[int]]]:
@@ -96,7 +96,7 @@ def torchaudio_cpu(beam: int, blank: int) -> Callable[[], Decode]:
             if size not in state:
                 names = [f"p{v}" for v in range(size)]
                 names[blank] = "-"
-                state[size] = module.ctc_decoder(
+                state[size] = make_decoder(
                     lexicon=None, tokens=names, nbest=beam, beam_size=beam, sil_token="-", blank_token="-")
             found = state[size](log_probs, lens.int())  # type: ignore[operator]
             return [[[v for v in h.tokens.tolist() if v != blank] for h in nbest] for nbest in found]
@@ -110,7 +110,7 @@ def torchaudio_cuda(beam: int, blank: int) -> Callable[[], Decode]:
     """Return a maker of torchaudio's CUDA decoder, no frame skipped."""
 
     def make() -> Decode:
-        module = importlib.import_module("torchaudio.models.decoder")
+        make_decoder = importlib.import_module("torchaudio.models.decoder").cuda_ctc_decoder
         if not torch.cuda.is_available() or blank != 0:
             raise ImportError("it needs a CUDA device and blank to be piece 0")
         state: dict[int, object] = {}
@@ -119,7 +119,7 @@ def torchaudio_cuda(beam: int, blank: int) -> Callable[[], Decode]:
             size = log_probs.shape[2]
             if size not in state:
                 names = [f"p{v}" for v in range(size)]
-                state[size] = module.cuda_ctc_decoder(
+                state[size] = make_decoder(
                     names, nbest=beam, beam_size=beam, blank_skip_threshold=1.0)
             on_device = log_probs.cuda().contiguous(), lens.cuda().int()
             found = state[size](*on_device)  # type: ignore[operator]
@@ -225,7 +225,7 @@ def all_decoders(beams: list[int], blank: int) -> list[Decoder]:
             "fast-ctc-decode": ("cut 5e-4, 1-best", fast_ctc_decode(beam, 5e-4, blank)),
         }
         found += [
-            Decoder(name, beam, settings, make, name.startswith("ours"))
+            Decoder(name, beam, settings, make, name.startswith("ours") or name == "torchaudio, CUDA")
             for name, (settings, make) in makers.items()
         ]
     return found
@@ -236,5 +236,5 @@ def try_to_make(decoder: Decoder) -> tuple[Optional[Decode], str]:
     try:
         with torch.inference_mode():
             return decoder.make(), ""
-    except ImportError as error:
-        return None, str(error)
+    except Exception as error:  # other people's, not there or broken: no decoder stops the others
+        return None, f"{type(error).__name__}: {error}"

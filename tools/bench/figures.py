@@ -32,8 +32,8 @@ def least_seconds(work: Callable[[], Any], rounds: int, device: str) -> float:
 
 def wait(device: str) -> None:
     """Wait until the device has done what it was given."""
-    if device == "cuda":
-        torch.cuda.synchronize()
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def write(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:

@@ -82,6 +82,13 @@ def measure(args: argparse.Namespace, engine: str, batch: int, beam: int, every:
         joint.begin(state, given.ids)
         ready.append(open_search(engine, given, state, options, joint)[0])
 
+    try:
+        prepare()
+    except Exception as error:  # of a compiler
+        if engine != "triton":
+            raise
+        return {**row, "missing": f"{type(error).__name__}: {error}"}
+    ready.clear()
     row["prepare_us"] = figures.least_seconds(prepare, args.rounds, args.device)
     for _ in range(2):
         prepare()
@@ -109,7 +116,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", default="bench/frame-loop.json")
     args = parser.parse_args()
-    engines = args.engines or (["triton", "torch"] if args.device == "cuda" else ["native", "torch"])
+    ours = "triton" if torch.device(args.device).type == "cuda" else "native"
+    engines = args.engines or [ours, "torch"]
     rows = []
     print(f"{'engine':8}{'batch':>6}{'beam':>6}{'every':>6}{'loop us':>10}{'prepare':>10}{'whole':>10}")
     for batch in args.batches:
@@ -118,6 +126,7 @@ def main() -> None:
                 for engine in engines:
                     row = measure(args, engine, batch, beam, every)
                     rows.append(row)
+                    figures.save(args, rows)  # a time limit takes nothing back
                     print(f"{engine:8}{batch:>6}{beam:>6}{every:>6}", end="")
                     if "missing" in row:
                         print("  " + row["missing"])

@@ -3,6 +3,7 @@ Knows: how trained CTC posteriors look. Must not know: decoders.
 """
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ class SyntheticSet(NamedTuple):
     references: list[list[int]]
 
 
+@functools.lru_cache(maxsize=8)  # a loop in Python; nobody writes to them
 def synthetic_emissions(
     utterances: int = 32,
     frames: int = 400,

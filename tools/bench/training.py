@@ -35,6 +35,7 @@ from icefall_fusion.models import CtcAed  # noqa: E402
 from icefall_fusion.train import TrainOptions, compile_layers, compute_loss  # noqa: E402
 from icefall_fusion.training.loop import Trainer  # noqa: E402
 from icefall_fusion.training.memory import keep_freed_memory  # noqa: E402
+from icefall_fusion.training.processes import to_device  # noqa: E402
 
 REFUSED = 2
 PIECES = ROOT / "egs/minibooks/ASR/pretrained/ctc_aed/bpe.model"
@@ -124,8 +125,8 @@ def measure(bench: BenchOptions, train: TrainOptions) -> dict[str, Any]:
     batches = RandomBatches(seconds, bench.utterance, steps)
     audio = sum(batches.batch["seconds"])
     model = CtcAed(train.model, PIECES)
-    flops = count_flops(model, batches.batch)
     model = model.to(device)
+    flops = count_flops(model, to_device(batches.batch, device))
     if train.compile:
         compile_layers(model)
     trainer = dataclasses.replace(
