@@ -126,7 +126,12 @@ def test_what_the_kernels_cannot_do_is_said(monkeypatch) -> None:
     assert DEVICE == "cuda" or why_not_fused(model) == "it is not on a GPU"
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert why_not_fused(model) == ""
+    model.model.rotary_emb.inv_freq = model.model.rotary_emb.inv_freq[:1]
+    assert why_not_fused(model) == "a part of each head alone has rotary positions"
+    model.model.layers[0].self_attn.q_proj = torch.nn.Linear(SIZES["hidden_size"], 8)  # a shard of it
+    assert "its heads have 8 entries and weights of [(8, 32), " in why_not_fused(model)
     model.model.layers[1].mlp.down_proj = torch.nn.Bilinear(2, 2, 2)
+    model.model.layers[0].self_attn.q_proj = torch.nn.Linear(SIZES["hidden_size"], 32)
     assert why_not_fused(model) == "its layers are quantized or have adapters (Bilinear)"
     model.model.layers[0].mlp.down_proj.to(torch.bfloat16)
     assert "several" in why_not_fused(model)
