@@ -6,9 +6,10 @@ nine: four matrix products and five kernels. Keys and values are read where they
 """
 from __future__ import annotations
 
+import functools
 import importlib
 import os
-from typing import TYPE_CHECKING, Any, Optional, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Optional, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -60,6 +61,17 @@ def why_not_fused(model: Any) -> str:
     return ""
 
 
+def _on_its_device(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Run a method of a fused model with the model's GPU as the current one, where Triton launches."""
+
+    @functools.wraps(method)
+    def run(self: FusedModel, *given: Any) -> Any:
+        with torch.cuda.device_of(self._model.model.embed_tokens.weight):
+            return method(self, *given)
+
+    return run
+
+
 class FusedModel:
     """A model's own weights, run by fused kernels.
 
@@ -90,6 +102,7 @@ class FusedModel:
         if next(model.parameters()).is_cuda:
             torch.cuda.empty_cache()  # the weights before they were joined
 
+    @_on_its_device
     def try_kernels(self) -> None:
         """Hold every form of attention that events can ask for to plain arithmetic, on random numbers.
 
@@ -132,6 +145,7 @@ class FusedModel:
                 if not worst < (1e-3 if like.dtype == torch.float32 else 5e-2):  # nan too
                     raise RuntimeError(f"attention of {lines} queries at once is {worst:.3g} off")
 
+    @_on_its_device
     def logits(
         self,
         tokens: Tensor,
@@ -150,13 +164,6 @@ class FusedModel:
             cache: keys and values by slot, with its plan set.
             wanted: [n] index into the tokens.
         """
-        with torch.cuda.device_of(tokens):  # Triton launches on the current device
-            return self._logits(tokens, positions, mask, window_mask, cache, wanted)
-
-    def _logits(
-        self, tokens: Tensor, positions: Tensor, mask: Tensor, window_mask: Optional[Tensor],
-        cache: TreeCache, wanted: Tensor,
-    ) -> Tensor:  # fmt: skip
         inside = self._model.model
         hidden = inside.embed_tokens(tokens).clone()
         cosines, sines = (x[0].contiguous() for x in inside.rotary_emb(hidden[None], positions[None]))

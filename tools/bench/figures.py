@@ -4,6 +4,7 @@ Knows: devices, files. Must not know: what is measured.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 import time
@@ -30,19 +31,27 @@ def least_seconds(work: Callable[[], Any], rounds: int, device: str) -> float:
     return min(times[1:])
 
 
+def on_gpu(device: str) -> bool:
+    """Return whether a device is a GPU."""
+    return torch.device(device).type == "cuda"
+
+
 def wait(device: str) -> None:
     """Wait until the device has done what it was given."""
-    if torch.device(device).type == "cuda":
+    if on_gpu(device):
         torch.cuda.synchronize(device)
 
 
-def write(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    """Write rows to ``args.output``, with the machine and the options, and say so."""
-    print(f"\nwritten: {args.output}; machine: {json.dumps(save(args, rows))}")
+def write(args: argparse.Namespace, rows: list[dict[str, Any]], **more: Any) -> None:
+    """Write what `save` writes, and say so."""
+    print(f"\nwritten: {args.output}; machine: {json.dumps(save(args, rows, **more))}")
 
 
-def save(args: argparse.Namespace, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Write rows to ``args.output``, with the machine, which is returned, and the options."""
-    environment = describe_environment(args.device)
-    write_json(args.output, {"machine": environment, "options": vars(args), "rows": rows})
+def save(args: argparse.Namespace, rows: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+    """Write rows and ``more`` to ``args.output``, with the machine, which is returned, and the options."""
+    environment = _environment(args.device)
+    write_json(args.output, {"machine": environment, "options": vars(args), "rows": rows, **more})
     return environment
+
+
+_environment = functools.lru_cache(maxsize=1)(describe_environment)  # it asks git and every package

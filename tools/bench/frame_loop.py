@@ -116,7 +116,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", default="bench/frame-loop.json")
     args = parser.parse_args()
-    ours = "triton" if torch.device(args.device).type == "cuda" else "native"
+    ours = "triton" if figures.on_gpu(args.device) else "native"
     engines = args.engines or [ours, "torch"]
     rows = []
     print(f"{'engine':8}{'batch':>6}{'beam':>6}{'every':>6}{'loop us':>10}{'prepare':>10}{'whole':>10}")

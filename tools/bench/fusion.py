@@ -64,20 +64,19 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
                 llm, matched = (replace(lm, **change) for lm in (options.llm, options.matched_llm))
                 with of_shape(args.shape):
                     decoder = Decoder(replace(options, llm=llm, matched_llm=matched))
-                for _ in range(2 if args.device == "cuda" else 1):  # first kernels are compiled there
+                for _ in range(2 if figures.on_gpu(args.device) else 1):  # first kernels are compiled there
                     found = [row for name, path in sets.items() for row in decoder.decode_set(name, path)]
                 new = compare(found, args.methods, beam, batch, base)
                 plans = decoder.memory.sets
                 weights = max(plan["llm"]["weights"] if "llm" in plan else 0 for plan in plans.values())
-                new = [{**row, "quantization": quantization, "llm_weights": weights} for row in new]
+                fused = {name: lm.fused is not None for name, lm in decoder.lms.loaded().items()}
+                del decoder  # its models, before the next ones come
+                more = {"quantization": quantization, "llm_weights": weights, "fused": fused}
+                new = [{**row, **more} for row in new]
                 rows += new
                 for name, memory in plans.items():
                     planned, peak = memory["total"] / 2**20, memory["peak"] / 2**20
                     print(f"memory of {name}: planned {planned:,.0f} MB, peak {peak:,.0f} MB")
-                fused = {name: lm.fused is not None for name, lm in decoder.lms.loaded().items()}
-                del decoder  # its models, before the next ones come
-                for row in new:
-                    row["fused"] = fused
                 figures.save(args, rows)  # a time limit takes nothing back
                 base = base or reference(new)
                 show(rows[-len(args.methods) :])

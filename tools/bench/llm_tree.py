@@ -22,8 +22,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
-import platform
 import sys
 import time
 from pathlib import Path
@@ -41,7 +39,6 @@ import speech  # noqa: E402
 from shapes import SHAPES, make_model  # noqa: E402
 
 from icefall_fusion.decode import Decoder  # noqa: E402
-from icefall_fusion.files import write_json  # noqa: E402
 from icefall_fusion.lm import CausalLm  # noqa: E402
 from icefall_fusion.lm.tree_cache import ForwardPlan, TreeCache  # noqa: E402
 from icefall_fusion.lm.tree_scorer import TreeOptions, TreeScorer  # noqa: E402
@@ -279,7 +276,7 @@ class UnfusedTree(LazyTree):
             self.lm.fused = fused
 
 
-WAYS: dict[str, Callable[[CausalLm, int], Way]] = {
+WAYS: dict[str, type[Way]] = {
     "full texts": FullTexts, "path caches": PathCaches, "eager tree": EagerTree,
     "lazy, unfused": UnfusedTree, "lazy tree": LazyTree,
 }  # fmt: skip
@@ -303,10 +300,10 @@ def _to_slots(values: Tensor, slots: int) -> Tensor:
 def rates(device: str, dtype: str) -> tuple[float, float]:
     """Return bytes a second of a copy (read and written), and matrix operations a second (2 a product)."""
     kind = getattr(torch, dtype)
-    size = 2**30 if device == "cuda" else 2**25
+    size = 2**30 if figures.on_gpu(device) else 2**25
     source = torch.zeros(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    side = 8192 if device == "cuda" else 1024
+    side = 8192 if figures.on_gpu(device) else 1024
     left, right = (torch.randn(side, side, device=device).to(kind) for _ in range(2))
     copy = figures.least_seconds(lambda: target.copy_(source), 7, device)
     multiply = figures.least_seconds(lambda: left @ right, 7, device)
@@ -318,7 +315,7 @@ def replay(
     way: str, lm: CausalLm, batches: Sequence[tuple[int, list[Event]]], device: str
 ) -> tuple[dict, list]:
     """Score all events one way; return what it cost, and the scores."""
-    if device == "cuda":
+    if figures.on_gpu(device):
         torch.cuda.reset_peak_memory_stats()
     scores, seconds, forwarded, forwards, kv_bytes, events = [], 0.0, 0, 0, 0, 0
     for batch, recorded in batches:
@@ -335,7 +332,7 @@ def replay(
         kv_bytes = max(kv_bytes, scorer.kv_bytes)
     row = {"way": way, "seconds": seconds, "events": events, "ms_an_event": 1000 * seconds / max(1, events),
            "tokens_forwarded": forwarded, "forwards": forwards, "kv_mb": kv_bytes / 2**20}  # fmt: skip
-    if device == "cuda":
+    if figures.on_gpu(device):
         row["peak_mb"] = torch.cuda.max_memory_allocated() / 2**20
     return row, scores
 
@@ -353,13 +350,13 @@ def busy_share(lm: CausalLm, batches: Sequence[tuple[int, list[Event]]], seconds
         return None
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Record, replay every way with every model, and return rows."""
+def measure(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """Record, replay every way with every model; return rows, and what was measured once."""
     batches, audio = record(args)
     if args.events:
         batches = [(batch, events[: args.events]) for batch, events in batches]
     bandwidth, rate = rates(args.device, args.dtype)
-    speeds = {"copy_bytes_a_second": bandwidth, "matrix_ops_a_second": rate}
+    more = {"audio_seconds": audio, "copy_bytes_a_second": bandwidth, "matrix_ops_a_second": rate}
     rows: list[dict[str, Any]] = []
     for name in args.models:
         lm = make_model(name, args.device, args.dtype)
@@ -374,14 +371,15 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                 lm.model.set_attn_implementation("sdpa")
             few = [(batch, events[:2]) for batch, events in batches[:1]]
             # of trees all: on a GPU each size that comes for the first time may cost as much as all events
-            replay(way, lm, batches if args.device == "cuda" and "tree" in way else few, args.device)
+            tree = issubclass(WAYS[way], LazyTree)
+            replay(way, lm, batches if tree and figures.on_gpu(args.device) else few, args.device)
             row, scores = replay(way, lm, batches, args.device)
             lm.model.set_attn_implementation(attention)
             reference = reference or scores
             differences = [float((a - b).abs().max()) for a, b in zip(scores, reference)]
             worst = max(differences)
             row["largest_difference"] = worst if np.isfinite(worst) else None
-            row["fused"] = lm.fused is not None and way in ("eager tree", "lazy tree")
+            row["fused"] = tree and way != "lazy, unfused" and lm.fused is not None
             reading = weight_bytes * row["forwards"] / bandwidth
             floor = max(reading, row["tokens_forwarded"] * 2 * parameters / rate)
             row.update(model=name, parameters=parameters, floor_seconds=floor, rtf=row["seconds"] / audio,
@@ -390,22 +388,13 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             print(f"{name:16}{way:14}{row['ms_an_event']:9.2f} ms an event{row['times_floor']:8.2f} x floor"
                   f"{row['tokens_forwarded']:9,} tokens{row['kv_mb']:9.1f} MB keys and values"
                   f"  differs by {worst:.1e}{', fused' if row['fused'] else ''}", flush=True)  # fmt: skip
-            if args.device == "cuda" and way == "lazy tree":
+            if figures.on_gpu(args.device) and way == "lazy tree":
                 row["gpu_busy_share"] = busy_share(lm, batches, row["seconds"])
-            save(args, {"rows": rows, "audio_seconds": audio, **speeds})  # a time limit takes nothing back
+            figures.save(args, rows, **more)  # a time limit takes nothing back
         del lm
-        if args.device == "cuda":
+        if figures.on_gpu(args.device):
             torch.cuda.empty_cache()
-    return {"rows": rows, "audio_seconds": audio, **speeds}
-
-
-def save(args: argparse.Namespace, measured: dict[str, Any]) -> dict[str, Any]:
-    """Write what was measured so far, and return on what machine."""
-    device = torch.cuda.get_device_name() if args.device == "cuda" else platform.machine()
-    machine = {"machine": device, "python": platform.python_version(), "torch": torch.__version__,
-               "threads": torch.get_num_threads()}  # fmt: skip
-    write_json(args.output, {"machine": machine, "options": vars(args), **measured})
-    return machine
+    return rows, more
 
 
 def main() -> None:
@@ -424,10 +413,10 @@ def main() -> None:
     args = parser.parse_args()
     if args.device == "cpu":
         torch.set_num_threads(1)
-    measured = measure(args)
-    print(f"\nwritten: {args.output}; machine: {json.dumps(save(args, measured))}")
-    ours = [row for row in measured["rows"] if row["way"] == "lazy tree"]
-    if args.device == "cuda" and not all(row["fused"] for row in ours):
+    rows, more = measure(args)
+    figures.write(args, rows, **more)
+    ours = [row for row in rows if row["way"] == "lazy tree"]
+    if figures.on_gpu(args.device) and not all(row["fused"] for row in ours):
         sys.exit("llm_tree.py: a model ran without fused kernels: the times are not ours (see the warnings)")
 
 

@@ -84,7 +84,7 @@ def decode(
     )  # fmt: skip
     llm = replace(options.llm, carry=carry, context_words=args.context_words)
     decoder = Decoder(replace(options, llm=llm))
-    for _ in range(2 if args.device == "cuda" else 1):  # first kernels are compiled there
+    for _ in range(2 if figures.on_gpu(args.device) else 1):  # first kernels are compiled there
         begun = time.perf_counter()
         [row] = decoder.decode_set("long", manifest)
     wall, memory = time.perf_counter() - begun, decoder.memory.sets["long"]

@@ -53,7 +53,7 @@ class Searches:
         log_probs, lens, _ = synthetic_emissions(batch, frames)
         log_probs, lens = log_probs[..., : self.tokens.size].log_softmax(-1).to(device), lens.to(device)
         engine = "torch" if name == "by tensors" else "auto"
-        recover = torch.device(device).type == "cpu"  # the kernel of a GPU cannot
+        recover = not figures.on_gpu(device)  # the kernel of a GPU cannot
         options = PrefixSearchOptions(beam=beam, word_times=False, recover_mass=recover, engine=engine)
         fusions = []
         if name == "delayed fusion":
