@@ -1,10 +1,13 @@
-"""Names of devices, checked before anything is loaded onto one; processes that find each other and part.
+"""Devices and kernels, checked before anything is loaded; processes that find each other and part.
 Knows: torch. Must not know: models, data, jobs.
 """
 from __future__ import annotations
 
 import atexit
-from typing import Any
+import functools
+import importlib
+import os
+from typing import Any, Optional
 
 import torch
 import torch.distributed as dist
@@ -26,6 +29,20 @@ def check_device(device: str, option: str) -> None:
     if wanted.type == "cuda":
         count = torch.cuda.device_count()
         check((wanted.index or 0) < count, option, f"be one of the {count} GPUs that PyTorch sees", device)
+
+
+@functools.lru_cache(maxsize=None)
+def load_kernels(module: str) -> tuple[Optional[Any], str]:
+    """Return a module of Triton kernels by its name and "", or None and why there is none."""
+    try:
+        return importlib.import_module(module), ""
+    except Exception as error:  # Triton is not there, or too old for the kernels
+        return None, f"Triton cannot be had ({type(error).__name__}: {error})"
+
+
+def kernels_run_on(device: torch.device) -> bool:
+    """Return whether Triton kernels run on a device: a GPU, or any in Triton's interpreter."""
+    return device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def join_processes(backend: str, **options: Any) -> None:

@@ -47,7 +47,7 @@ OWNERS = {
 }  # fmt: skip
 #: Files that must stay importable with Python 3.9 and torch 1.13.
 OLD_PYTHON = (
-    "nbest", "ngram", "text", "tokens", "checks", "files", "native_build", "search/", "fusion/",
+    "nbest", "ngram", "text", "tokens", "checks", "devices", "files", "native_build", "search/", "fusion/",
     "lexicon", "emission_batch", "lattice_files", "lattices", "make_graph", "make_lattices", "__main__",
 )  # fmt: skip
 

@@ -7,19 +7,20 @@ nine: four matrix products and five kernels. Keys and values are read where they
 from __future__ import annotations
 
 import functools
-import importlib
-import os
 from typing import TYPE_CHECKING, Any, Callable, Optional, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from icefall_fusion.devices import kernels_run_on, load_kernels
+
 if TYPE_CHECKING:
     from icefall_fusion.lm.tree_cache import TreeCache
 
 #: Classes of transformers whose layers are these: RMS norm, rotary positions, gated SiLU.
 FAMILY = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+_KERNELS = "icefall_fusion.lm.fused_kernels"
 _MOST = 8192  # entries of a row in a norm, that one program holds
 _BLOCK = 1024  # of the gates
 _LEAST = 16  # sides of a block of matrix units
@@ -39,7 +40,7 @@ def why_not_fused(model: Any) -> str:
     kinds = {parameter.dtype for parameter in model.parameters()}
     if len(devices) > 1 or len(kinds) > 1 or kinds - {torch.float32, torch.float16, torch.bfloat16}:
         return "its weights lie on several devices, or have several or other types"
-    if next(iter(devices)).type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+    if not kernels_run_on(next(iter(devices))):
         return "it is not on a GPU"
     for layer in model.model.layers:
         mlp, attention = layer.mlp, layer.self_attn
@@ -54,11 +55,7 @@ def why_not_fused(model: Any) -> str:
             return f"its heads have {size} entries and weights of {shapes}"
     if 2 * model.model.rotary_emb.inv_freq.numel() != model.model.layers[0].self_attn.head_dim:
         return "a part of each head alone has rotary positions"
-    try:
-        importlib.import_module("icefall_fusion.lm.fused_kernels")
-    except Exception as error:  # it is not there, or too old for the kernels
-        return f"Triton cannot be had ({type(error).__name__}: {error})"
-    return ""
+    return load_kernels(_KERNELS)[1]
 
 
 def _on_its_device(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -83,7 +80,7 @@ class FusedModel:
     """
 
     def __init__(self, model: Any) -> None:
-        self._kernels = importlib.import_module("icefall_fusion.lm.fused_kernels")
+        self._kernels, _ = load_kernels(_KERNELS)
         self._model = model
         config = model.config
         first = model.model.layers[0].self_attn

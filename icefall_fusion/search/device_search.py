@@ -3,15 +3,13 @@ Knows: the kernel, beams, frames to search, an n-gram as a table. Must not know:
 """
 from __future__ import annotations
 
-import functools
-import importlib
-import os
 import weakref
 from typing import TYPE_CHECKING, Any, MutableMapping, Optional
 
 import torch
 from torch import Tensor
 
+from icefall_fusion.devices import kernels_run_on, load_kernels
 from icefall_fusion.search.candidates import columns_needed, frame_columns, make_pairs
 from icefall_fusion.search.engine import EngineSearch, lacks, ngram_of
 from icefall_fusion.search.frame_step import hash_keys
@@ -30,18 +28,14 @@ _NEVER_STOPS = 2**30  # frames
 _BLOCK = 64  # frames prepared at once
 
 
-@functools.lru_cache(maxsize=1)
 def load_kernel() -> tuple[Optional[Any], str]:
     """Return the module of the kernel and "", or None and why there is none."""
-    try:
-        return importlib.import_module("icefall_fusion.search.device_kernel"), ""
-    except Exception as error:  # it is not there, or too old for the kernel
-        return None, f"Triton cannot be had ({type(error).__name__}: {error})"
+    return load_kernels("icefall_fusion.search.device_kernel")
 
 
 def why_not(beam: int, recover: bool, joint: JointFusion, device: torch.device) -> str:
     """Return why the kernel does not serve a search, "" if it does."""
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+    if not kernels_run_on(device):
         return f"it is for a GPU, the log-probs are on {device}"
     if lacks(joint):
         return lacks(joint)
