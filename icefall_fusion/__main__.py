@@ -21,14 +21,14 @@ import sys
 import typing
 from typing import Any, Callable, Iterable, NamedTuple, Sequence
 
-from icefall_fusion.checks import nearest
+from icefall_fusion.common.checks import nearest
 
 DONE, FAILED, REFUSED, SKIPPED_SOME, INTERRUPTED = 0, 1, 2, 3, 130
 LOG_FORMAT = "%(asctime)s %(levelname)s [%(filename)s:%(lineno)d] %(message)s"
 
 
 class Job(NamedTuple):
-    """Where a job lives: its module, its options class there, one line of help, its function there.
+    """Where a job lives: its module (from the package), options class, line of help, function.
 
     ``positional`` is the field of the options that takes the arguments without a name.
     """
@@ -41,32 +41,32 @@ class Job(NamedTuple):
 
 
 JOBS: dict[str, Job] = {
-    "train": Job("icefall_fusion.train", "TrainOptions", "train the CTC-AED acoustic model"),
-    "train-lm": Job("icefall_fusion.train_lm", "TrainLmOptions", "train a causal language model (NLM, LLM)"),
-    "train-ngram": Job("icefall_fusion.train_ngram", "TrainNgramOptions", "train an n-gram over the pieces"),
+    "train": Job(".train.acoustic_model", "TrainOptions", "train the CTC-AED acoustic model"),
+    "train-lm": Job(".train.language_model", "TrainLmOptions", "train a causal language model (NLM, LLM)"),
+    "train-ngram": Job(".train.piece_ngram", "TrainNgramOptions", "train an n-gram over the pieces"),
     "train-word-ngram": Job(
-        "icefall_fusion.train_word_ngram", "TrainWordNgramOptions", "train an n-gram over words by lmplz"
+        ".train.word_ngram", "TrainWordNgramOptions", "train an n-gram over words by lmplz"
     ),
-    "make-graph": Job("icefall_fusion.make_graph", "MakeGraphOptions", "make decoding graphs by k2"),
+    "make-graph": Job(".lattice.make_graph", "MakeGraphOptions", "make decoding graphs by k2"),
     "make-lattices": Job(
-        "icefall_fusion.make_lattices", "MakeLatticesOptions", "make lattices from saved log-probs (k2)"
+        ".lattice.make_lattices", "MakeLatticesOptions", "make lattices from saved log-probs (k2)"
     ),
-    "decode": Job("icefall_fusion.decode", "DecodeOptions", "decode test sets by any methods; WER and times"),
+    "decode": Job(".decode.job", "DecodeOptions", "decode test sets by any methods; WER and times"),
     "transcribe": Job(
-        "icefall_fusion.transcribe", "TranscribeOptions", "print the text of audio files", positional="files"
+        ".decode.transcribe", "TranscribeOptions", "print the text of audio files", positional="files"
     ),
-    "tune": Job("icefall_fusion.tune", "TuneOptions", "find fusion weights on dev from stored N-best scores"),
-    "score": Job("icefall_fusion.wer", "ScoreOptions", "word error rate of hypotheses against references"),
-    "report": Job("icefall_fusion.report", "ReportOptions", "collect decode runs into a table and a plot"),
-    "demo": Job("icefall_fusion.demo", "DemoOptions", "speak and decode the built-in stories by all methods"),
-    "prepare-text": Job("icefall_fusion.data.books", "PrepareTextOptions", "cut books into utterances"),
-    "select-utterances": Job("icefall_fusion.data.selection", "SelectOptions", "choose what is spoken"),
-    "noise-cuts": Job("icefall_fusion.data.noise_cuts", "NoiseCutsOptions", "noise recordings to a manifest"),
-    "export-transcripts": Job("icefall_fusion.data.transcripts", "TranscriptsOptions", "texts of manifests"),
-    "train-tokenizers": Job("icefall_fusion.data.tokenizers", "TokenizerOptions", "acoustic BPE, LLM tokens"),
-    "prepare-lm-text": Job("icefall_fusion.data.lm_text", "LmTextOptions", "token streams to train LMs on"),
-    "synthesize": Job("icefall_fusion.data.synthesis", "SynthesizeOptions", "speak utterances by eSpeak NG"),
-    "compute-fbank": Job("icefall_fusion.data.fbank", "FbankOptions", "features of audio manifests"),
+    "tune": Job(".decode.tune", "TuneOptions", "find fusion weights on dev from stored N-best scores"),
+    "score": Job(".scoring.wer", "ScoreOptions", "word error rate of hypotheses against references"),
+    "report": Job(".scoring.table", "ReportOptions", "collect decode runs into a table and a plot"),
+    "demo": Job(".decode.demo", "DemoOptions", "speak and decode the built-in stories by all methods"),
+    "prepare-text": Job(".data.books", "PrepareTextOptions", "cut books into utterances"),
+    "select-utterances": Job(".data.selection", "SelectOptions", "choose what is spoken"),
+    "noise-cuts": Job(".data.noise_cuts", "NoiseCutsOptions", "noise recordings to a manifest"),
+    "export-transcripts": Job(".data.transcripts", "TranscriptsOptions", "texts of manifests"),
+    "train-tokenizers": Job(".data.tokenizers", "TokenizerOptions", "acoustic BPE, LLM tokens"),
+    "prepare-lm-text": Job(".data.lm_text", "LmTextOptions", "token streams to train LMs on"),
+    "synthesize": Job(".data.synthesis", "SynthesizeOptions", "speak utterances by eSpeak NG"),
+    "compute-fbank": Job(".data.fbank", "FbankOptions", "features of audio manifests"),
 }
 
 
@@ -99,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if name in _OF_MANY_SIZES:
         for variable, value in _KERNELS_KEPT.items():
             os.environ.setdefault(variable, value)  # read once, when PyTorch is imported
-    module = importlib.import_module(job.module)
+    module = importlib.import_module(job.module, "icefall_fusion")
     options_class = getattr(module, job.options)
     try:
         options = parse_options(options_class, rest, f"python -m icefall_fusion {name}", job)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Iterable, Iterator, Mapping, Sequence, Union
 
-from icefall_fusion.files import PathLike, atomic_path, name_full_disk
+from icefall_fusion.common.files import PathLike, atomic_path, name_full_disk
 
 TOTAL = "total"
 WORDS = "words"

@@ -6,9 +6,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from icefall_fusion.lattice.value import Lattices
 from icefall_fusion.nbest import NBest
-from icefall_fusion.search.lattice_value import Lattices
-from icefall_fusion.tokens import AcousticTokens
+from icefall_fusion.text.tokens import AcousticTokens
 
 TOKENS = AcousticTokens.from_pieces(["<blk>", "▁a", "b", "▁c", "d"], blank_id=0)
 ARPA = """\\data\\

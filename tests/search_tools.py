@@ -8,9 +8,9 @@ import math
 import pytest
 import torch
 
-from icefall_fusion.native_build import load_native
+from icefall_fusion.common.native_build import load_native
 from icefall_fusion.search import PrefixSearchOptions, ctc_prefix_search
-from icefall_fusion.tokens import AcousticTokens
+from icefall_fusion.text.tokens import AcousticTokens
 
 NEVER = -math.inf
 TOKENS = AcousticTokens.from_pieces(["<blk>", "▁a", "b", "▁c", "d", "▁e"], blank_id=0)

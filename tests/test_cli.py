@@ -126,12 +126,13 @@ def test_every_job_has_help_and_described_options(name, capsys) -> None:
     assert stop.value.code == 0
     text = capsys.readouterr().out
     assert f"icefall_fusion {name}" in text and "--config" in text
-    options = getattr(importlib.import_module(JOBS[name].module), JOBS[name].options)
+    options = getattr(importlib.import_module(JOBS[name].module, "icefall_fusion"), JOBS[name].options)
     assert is_dataclass(options) and options.__dataclass_params__.frozen
     described = dict(cli._field_texts(options))
     missing = [field.name for field in fields(options) if not described[field.name]]
     assert not missing, f"{options.__name__} must describe its fields in the docstring, but lacks {missing}"
-    assert callable(getattr(importlib.import_module(JOBS[name].module), JOBS[name].function))
+    module = importlib.import_module(JOBS[name].module, "icefall_fusion")
+    assert callable(getattr(module, JOBS[name].function))
 
 
 def test_values_lists_and_overrides(tmp_path) -> None:

@@ -24,9 +24,9 @@ from transformers import (
     Wav2Vec2ForCTC,
 )
 
+from icefall_fusion.acoustic.models import CtcAed, DecoderOptions, EncoderOptions, ModelOptions, save
 from icefall_fusion.data.manifests import cut_of, write_cuts
-from icefall_fusion.models import CtcAed, DecoderOptions, EncoderOptions, ModelOptions, save
-from icefall_fusion.train_ngram import TrainNgramOptions, run
+from icefall_fusion.train.piece_ngram import TrainNgramOptions, run
 
 LINES = (
     "the cat sat on the mat and looked at the sea",

@@ -81,7 +81,7 @@ import sys
 import torch
 
 from icefall_fusion.lm import fused_kernels
-from icefall_fusion.native_build import load_native
+from icefall_fusion.common.native_build import load_native
 
 x = torch.randn(2, 64, device="cuda")
 out = x.new_empty(2, 32)
@@ -131,7 +131,7 @@ from pathlib import Path
 
 import torch
 
-from icefall_fusion.files import write_json
+from icefall_fusion.common.files import write_json
 
 out, steps = Path(sys.argv[1]), [step.split("=") for step in sys.argv[2:]]
 checked = {

@@ -36,12 +36,12 @@ from librilike.speech import audio_path, record
 from tqdm import tqdm
 
 from icefall_fusion.__main__ import DONE, INTERRUPTED, REFUSED, parse_options
-from icefall_fusion.checks import check, check_choice
+from icefall_fusion.common.checks import check, check_choice
+from icefall_fusion.common.files import atomic_path, write_json, write_text
 from icefall_fusion.data.books import split_books
 from icefall_fusion.data.espeak import SAMPLE_RATE
 from icefall_fusion.data.noise import CLEAN, COLORS, OTHER, TRAIN, Conditions
 from icefall_fusion.data.voices import SPEAKERS
-from icefall_fusion.files import atomic_path, write_json, write_text
 
 SUBSETS = ("small", "medium", "large")
 FORMAT = 1  # part of every recording's fingerprint: raise it when the audio of the same options changes

@@ -2,7 +2,7 @@
 # Set up the environment, check the style, run all tests that this machine can run.
 #
 #   bash tools/test.sh                    # everything
-#   bash tools/test.sh tests/test_wer.py  # arguments go to pytest
+#   bash tools/test.sh tests/scoring/test_wer.py  # arguments go to pytest
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source tools/common.sh

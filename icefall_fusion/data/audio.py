@@ -11,8 +11,8 @@ import numpy as np
 import soundfile
 from scipy.signal import resample_poly
 
-from icefall_fusion.checks import check
-from icefall_fusion.files import PathLike
+from icefall_fusion.common.checks import check
+from icefall_fusion.common.files import PathLike
 
 SAMPLE_RATE = 16_000  # Hz
 UNKNOWN_LENGTH = 2**40  # frames; libsndfile says more where a header does not tell

@@ -14,9 +14,9 @@ from typing import Iterator, Sequence
 
 from tqdm import tqdm
 
-from icefall_fusion.checks import check
-from icefall_fusion.files import PathLike, atomic_path
-from icefall_fusion.text import normalize
+from icefall_fusion.common.checks import check
+from icefall_fusion.common.files import PathLike, atomic_path
+from icefall_fusion.text.normalizer import normalize
 
 SPLITS = ("train", "dev", "test")
 

@@ -24,9 +24,9 @@ import torch.distributed as dist
 from lhotse.dataset.sampling.base import TimeConstraint
 from lhotse.dataset.sampling.dynamic_bucketing import estimate_duration_buckets
 
-from icefall_fusion.checks import check
+from icefall_fusion.common.checks import check
+from icefall_fusion.common.files import fingerprint
 from icefall_fusion.data.cut_lines import CutLine, cut_line, read_cut_lines, read_lines
-from icefall_fusion.files import fingerprint
 
 BUFFER = 20_000  # cuts held in all buckets together, as lhotse does
 BINS_FROM = 10_000  # cuts, the first ones, whose durations part the buckets

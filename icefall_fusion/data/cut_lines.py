@@ -13,7 +13,7 @@ from typing import BinaryIO, Iterable, Iterator, NamedTuple
 from lhotse import MonoCut
 from lhotse.serialization import deserialize_item
 
-from icefall_fusion.files import PathLike
+from icefall_fusion.common.files import PathLike
 
 #: How lhotse begins the line of a cut: what follows the id needs no parsing to be found.
 _HEAD = re.compile(rb'\{"id": "(?:[^"\\]|\\.)*", "start": [^,"{}]*, "duration": ([0-9.eE+-]+), ')

@@ -20,14 +20,14 @@ from lhotse import CutSet, MonoCut
 from lhotse.dataset import SpecAugment
 from torch.utils.data import DataLoader, Dataset
 
-from icefall_fusion.checks import check
+from icefall_fusion.common.checks import check
+from icefall_fusion.common.files import PathLike
 from icefall_fusion.data.bucketing import Order, Rules
 from icefall_fusion.data.cut_lines import CutLine
 from icefall_fusion.data.fbank import DIM, cut_samples, extract
 from icefall_fusion.data.frequency_warp import warp_frequencies
 from icefall_fusion.data.manifests import spread
 from icefall_fusion.data.noise_mix import NoiseMixer, mix
-from icefall_fusion.files import PathLike
 
 PADDING = float(np.log(1e-10))  # the log energy of digital silence, as lhotse pads features
 Batch = dict[str, Any]

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from scipy.signal import resample_poly
 
-from icefall_fusion.checks import check, check_choice
+from icefall_fusion.common.checks import check, check_choice
 
 SAMPLE_RATE = 16_000  # Hz, what `speak` returns
 #: English accents: our name -> eSpeak NG's file. ("en-gb" by name would be ambiguous to the engine.)

@@ -22,12 +22,12 @@ from lhotse.features.base import FeatureExtractor
 from lhotse.utils import compute_num_samples
 from tqdm import tqdm
 
-from icefall_fusion.checks import check, check_choice
+from icefall_fusion.common.checks import check, check_choice
+from icefall_fusion.common.files import atomic_path, write_json
 from icefall_fusion.data.audio import SAMPLE_RATE, AudioError, load_audio, resample
 from icefall_fusion.data.cut_lines import parse_cut, read_lines
 from icefall_fusion.data.feature_shards import Shard, joined_lines, plan, ranges
 from icefall_fusion.data.manifests import check_corpus, cuts_path, join_lines
-from icefall_fusion.files import atomic_path, write_json
 
 DIM = 80
 FRAME_SHIFT = 0.01  # seconds

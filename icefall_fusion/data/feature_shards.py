@@ -27,10 +27,10 @@ from typing import Any, Callable, Iterable, Iterator, Sequence
 
 from tqdm import tqdm
 
-from icefall_fusion.checks import check
+from icefall_fusion.common.checks import check
+from icefall_fusion.common.files import atomic_path, fingerprint, write_json
 from icefall_fusion.data.cut_lines import parse_cut, read_lines
 from icefall_fusion.data.manifests import SeenIds
-from icefall_fusion.files import atomic_path, fingerprint, write_json
 
 SPEEDS = (0.9, 1.1)  # of the copies that speed perturbation adds
 _FORMAT = 1  # of shards: a change makes new names

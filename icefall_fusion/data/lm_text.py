@@ -14,9 +14,9 @@ from typing import Any, Callable, Iterator
 import numpy as np
 from tqdm import tqdm
 
-from icefall_fusion.checks import check, check_choice
+from icefall_fusion.common.checks import check, check_choice
+from icefall_fusion.common.files import atomic_path, write_json
 from icefall_fusion.data.books import read_jsonl
-from icefall_fusion.files import atomic_path, write_json
 
 STREAMS = ("nlm", "llm", "matched_llm")
 

@@ -14,9 +14,9 @@ from typing import Any, Iterable, Iterator, Mapping, Sequence, TypeVar
 import numpy as np
 from lhotse import AudioSource, MonoCut, Recording, SupervisionSegment
 
-from icefall_fusion.checks import check
+from icefall_fusion.common.checks import check
+from icefall_fusion.common.files import PathLike, atomic_path
 from icefall_fusion.data.books import read_jsonl
-from icefall_fusion.files import PathLike, atomic_path
 
 SAMPLE_RATE = 16_000  # Hz
 Item = TypeVar("Item")

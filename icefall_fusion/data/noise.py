@@ -11,7 +11,7 @@ import numpy as np
 from scipy.fft import irfft, next_fast_len, rfft
 from scipy.signal import oaconvolve
 
-from icefall_fusion.checks import check, check_choice
+from icefall_fusion.common.checks import check, check_choice
 
 SAMPLE_RATE = 16_000  # Hz
 COLORS = ("white", "pink", "brown", "speech")

@@ -13,7 +13,7 @@ import soundfile
 from lhotse import AudioSource, MonoCut, Recording, SupervisionSegment
 from tqdm import tqdm
 
-from icefall_fusion.checks import check
+from icefall_fusion.common.checks import check
 from icefall_fusion.data.audio import UNKNOWN_LENGTH
 from icefall_fusion.data.manifests import check_corpus, cuts_path, write_cuts
 

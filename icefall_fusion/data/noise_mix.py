@@ -10,9 +10,9 @@ import torch
 from lhotse import CutSet, MonoCut
 from torch import Tensor
 
-from icefall_fusion.checks import check
+from icefall_fusion.common.checks import check
+from icefall_fusion.common.files import PathLike
 from icefall_fusion.data.fbank import DIM
-from icefall_fusion.files import PathLike
 
 
 class NoiseMixer:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Sequence
 
-from icefall_fusion.checks import check
+from icefall_fusion.common.checks import check
 from icefall_fusion.data.books import read_jsonl, write_jsonl
 
 
@@ -112,7 +112,7 @@ _AMBIGUOUS = re.compile(
 
 
 def is_speakable(cased: str) -> bool:
-    """Return whether a reader says the text just as `icefall_fusion.text.normalize` spells it."""
+    """Return whether a reader says the text just as `icefall_fusion.text.normalizer.normalize` spells it."""
     return _AMBIGUOUS.search(cased) is None
 
 

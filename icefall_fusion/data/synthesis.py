@@ -18,7 +18,8 @@ import numpy as np
 import soundfile
 from tqdm import tqdm
 
-from icefall_fusion.checks import check, check_choice
+from icefall_fusion.common.checks import check, check_choice
+from icefall_fusion.common.files import atomic_path, write_json
 from icefall_fusion.data.espeak import ACCENTS, SAMPLE_RATE, speak
 from icefall_fusion.data.manifests import (
     check_corpus,
@@ -30,7 +31,6 @@ from icefall_fusion.data.manifests import (
 )
 from icefall_fusion.data.noise import CLEAN, OTHER, TRAIN, Conditions, distort
 from icefall_fusion.data.voices import SPEAKERS, Speakers
-from icefall_fusion.files import atomic_path, write_json
 
 SPLITS = ("train", "dev", "test-clean", "test-other")
 #: Conditions of each split; where there are several, utterances take one of them by lot.

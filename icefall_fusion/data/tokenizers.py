@@ -12,10 +12,10 @@ from typing import Iterator, Sequence
 
 from tqdm import tqdm
 
-from icefall_fusion.checks import check
+from icefall_fusion.common.checks import check
+from icefall_fusion.common.files import atomic_path, write_text
 from icefall_fusion.data.books import read_jsonl
-from icefall_fusion.files import atomic_path, write_text
-from icefall_fusion.tokens import AcousticTokens
+from icefall_fusion.text.tokens import AcousticTokens
 
 BLANK, SOS_EOS, UNKNOWN = "<blk>", "<sos/eos>", "<unk>"  # ids 0, 1, 2: icefall's convention
 LLM_BOS, LLM_EOS = "<s>", "</s>"  # ids 0, 1

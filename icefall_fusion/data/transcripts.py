@@ -10,10 +10,10 @@ from typing import Any, Iterator
 
 from tqdm import tqdm
 
-from icefall_fusion.checks import check
+from icefall_fusion.common.checks import check
+from icefall_fusion.common.files import atomic_path
 from icefall_fusion.data.cut_lines import read_lines
 from icefall_fusion.data.manifests import check_corpus, cuts_path
-from icefall_fusion.files import atomic_path
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from icefall_fusion.checks import check
+from icefall_fusion.common.checks import check
 from icefall_fusion.data.espeak import ACCENTS, Voice, variants
 
 #: Not intelligible (by ear-substitute: spectra unlike any other voice's), or the plain voice again.

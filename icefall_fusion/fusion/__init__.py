@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from icefall_fusion.fusion.delayed import DelayedFusion
 from icefall_fusion.fusion.look_ahead import LookAhead
-from icefall_fusion.fusion.ngram import NgramFusion
+from icefall_fusion.fusion.ngram_fusion import NgramFusion
 from icefall_fusion.fusion.shallow import ShallowFusion
 from icefall_fusion.fusion.triggers import AtEnd, EveryFrame, FixedInterval, ShortestHypothesis
 

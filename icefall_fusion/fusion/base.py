@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any, Optional, Sequence, Union
 
 import torch
 
-from icefall_fusion.checks import check
+from icefall_fusion.common.checks import check
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from icefall_fusion.lm import CausalLm, TreeScorer
-    from icefall_fusion.ngram import PieceNgram
+    from icefall_fusion.ngram.piece_ngram import PieceNgram
     from icefall_fusion.search.beam import Beam
-    from icefall_fusion.search.pace import Pace
+    from icefall_fusion.search.stop_rule import Pace
 
 #: Names that an N-best list has of its own.
 RESERVED_SOURCES = ("ctc", "words", "total")

@@ -1,4 +1,4 @@
-// Words of prefixes as paths in the token tree: what words.py and placing.py do one by one, in one call an event.
+// Words of prefixes as paths in the token tree: what words.py and word_nodes.py do one by one, in one call an event.
 
 #include <algorithm>
 #include <cstdint>

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, Callable, Mapping, Optional, Sequence, Un
 import numpy as np
 import torch
 
-from icefall_fusion.checks import check
+from icefall_fusion.common.checks import check
 from icefall_fusion.fusion.base import LmFusion, live_slots
 from icefall_fusion.fusion.look_ahead import LookAhead, LookAheadRun
-from icefall_fusion.fusion.placing import WordPlacer, open_placer
 from icefall_fusion.fusion.retokenize import prompt_tokens, tokenizer_for
 from icefall_fusion.fusion.triggers import ShortestHypothesis, Trigger
-from icefall_fusion.search.pace import Ahead, Pace
+from icefall_fusion.fusion.word_nodes import WordPlacer, open_placer
+from icefall_fusion.search.stop_rule import Ahead, Pace
 
 if TYPE_CHECKING:
     from torch import Tensor

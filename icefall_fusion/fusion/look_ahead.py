@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Optional
 
 import torch
 
-from icefall_fusion.checks import check
-from icefall_fusion.fusion.ngram import piece_contexts
-from icefall_fusion.ngram import PieceNgram
+from icefall_fusion.common.checks import check
+from icefall_fusion.fusion.ngram_fusion import piece_contexts
+from icefall_fusion.ngram.piece_ngram import PieceNgram
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from icefall_fusion.search.beam import Beam, PrefixArena
-    from icefall_fusion.search.pace import Ahead
+    from icefall_fusion.search.stop_rule import Ahead
 
 
 SCALE = 0.7  # of the MiniBooks models a good one; weights matter more

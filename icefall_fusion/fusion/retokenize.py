@@ -14,12 +14,12 @@ import warnings
 import weakref
 from typing import TYPE_CHECKING, Any, Iterable, Mapping, MutableMapping, Optional, Sequence, Union
 
-from icefall_fusion.checks import check, check_choice
+from icefall_fusion.common.checks import check, check_choice
 from icefall_fusion.fusion.sample_words import COMMON_WORDS, sample_texts, sample_words
-from icefall_fusion.text import TEXT_STYLES, adapt, adapt_word
+from icefall_fusion.text.normalizer import TEXT_STYLES, adapt, adapt_word
 
 if TYPE_CHECKING:
-    from icefall_fusion.tokens import AcousticTokens
+    from icefall_fusion.text.tokens import AcousticTokens
 
 _MAX_CROSSING = 300
 _MADE: MutableMapping[Any, dict[str, WordTokenizer]] = weakref.WeakKeyDictionary()
@@ -30,7 +30,7 @@ class WordTokenizer:
 
     Args:
         tokenizer: a Hugging Face tokenizer, or :class:`AcousticTokens` for a language model over pieces.
-        style: how the language model sees words: ``as-is``, ``lower`` or ``sentence`` (see ``text.py``).
+        style: how the language model sees words: ``as-is``, ``lower`` or ``sentence`` (see ``adapt``).
         vocabulary: more words for the check of word-by-word tokenization, e.g. :func:`sample_words`.
 
     Raises:

@@ -7,7 +7,7 @@ import random
 from typing import TYPE_CHECKING, Sequence
 
 if TYPE_CHECKING:
-    from icefall_fusion.tokens import AcousticTokens
+    from icefall_fusion.text.tokens import AcousticTokens
 
 #: Words that any check includes: short, long, doubled, with apostrophes.
 COMMON_WORDS = (

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Optional, Sequence
 
 import torch
 
-from icefall_fusion.checks import check
+from icefall_fusion.common.checks import check
 from icefall_fusion.fusion.base import LOG_ZERO, LmFusion, asked_slots, live_slots
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Optional
 
 import torch
 
-from icefall_fusion.checks import check, check_choice
-from icefall_fusion.search.pace import Pace
+from icefall_fusion.common.checks import check, check_choice
+from icefall_fusion.search.stop_rule import Pace
 
 if TYPE_CHECKING:
     from torch import Tensor

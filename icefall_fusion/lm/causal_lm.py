@@ -11,8 +11,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from icefall_fusion.checks import check, check_choice
-from icefall_fusion.files import PathLike
+from icefall_fusion.common.checks import check, check_choice
+from icefall_fusion.common.files import PathLike
 from icefall_fusion.lm import packed_attention
 from icefall_fusion.lm.fused import FusedModel, why_not_fused
 from icefall_fusion.lm.self_check import check_tree

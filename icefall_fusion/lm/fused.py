@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from icefall_fusion.devices import kernels_run_on, load_kernels
+from icefall_fusion.common.devices import kernels_run_on, load_kernels
 
 if TYPE_CHECKING:
     from icefall_fusion.lm.tree_cache import TreeCache

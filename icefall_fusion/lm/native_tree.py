@@ -10,8 +10,8 @@ from typing import Sequence
 import numpy as np
 from numpy import ndarray
 
+from icefall_fusion.common.native_build import load_native
 from icefall_fusion.lm.token_tree import TokenTree
-from icefall_fusion.native_build import load_native
 
 
 def make_tree(vocab_size: int, utterances: int) -> TokenTree:

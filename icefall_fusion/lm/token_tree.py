@@ -8,7 +8,7 @@ from typing import Callable, Optional, Sequence
 import numpy as np
 from numpy import ndarray
 
-from icefall_fusion.checks import check
+from icefall_fusion.common.checks import check
 from icefall_fusion.lm.slots import SlotTable
 
 NONE = -1

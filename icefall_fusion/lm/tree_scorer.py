@@ -13,7 +13,7 @@ import torch
 from numpy import ndarray
 from torch import Tensor
 
-from icefall_fusion.checks import check
+from icefall_fusion.common.checks import check
 from icefall_fusion.lm.counters import TreeCounters
 from icefall_fusion.lm.native_tree import make_tree
 from icefall_fusion.lm.token_tree import NONE

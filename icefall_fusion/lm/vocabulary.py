@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
-from icefall_fusion.files import PathLike
-from icefall_fusion.tokens import AcousticTokens
+from icefall_fusion.common.files import PathLike
+from icefall_fusion.text.tokens import AcousticTokens
 
 PROBES = ("hello world", "the cat sat on the mat", "it's a long way", "Good morning, Mrs. Smith!")
 SENTENCE_PIECE_FILES = ("tokenizer.model", "spiece.model")

@@ -6,7 +6,7 @@ from __future__ import annotations
 from icefall_fusion.search.beam import Beam, Fusion
 from icefall_fusion.search.ctc_greedy import ctc_greedy_search
 from icefall_fusion.search.ctc_prefix import ctc_prefix_search
-from icefall_fusion.search.engines import prepare_ngram
+from icefall_fusion.search.engines.choice import prepare_ngram
 from icefall_fusion.search.options import PrefixSearchOptions
 
 __all__ = ["Beam", "Fusion", "PrefixSearchOptions", "ctc_greedy_search", "ctc_prefix_search", "prepare_ngram"]

@@ -10,7 +10,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from icefall_fusion.checks import check
+from icefall_fusion.common.checks import check
 
 
 class PrefixArena:

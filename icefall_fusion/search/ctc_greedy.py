@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Optional, Sequence
 import torch
 from torch import Tensor
 
-from icefall_fusion.checks import check
+from icefall_fusion.common.checks import check
 from icefall_fusion.nbest import Hypothesis, NBest
 from icefall_fusion.search.export import word_times
 from icefall_fusion.search.search_input import check_input
 
 if TYPE_CHECKING:
-    from icefall_fusion.tokens import AcousticTokens
+    from icefall_fusion.text.tokens import AcousticTokens
 
 
 @torch.no_grad()

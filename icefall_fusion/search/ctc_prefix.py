@@ -10,14 +10,14 @@ from torch import Tensor
 
 from icefall_fusion.nbest import NBest
 from icefall_fusion.search.beam import Beam, Fusion
-from icefall_fusion.search.engines import choose_engine, open_search
+from icefall_fusion.search.engines.choice import choose_engine, open_search
 from icefall_fusion.search.export import export_nbests
-from icefall_fusion.search.joint import JointFusion
+from icefall_fusion.search.fusion_set import JointFusion
 from icefall_fusion.search.options import PrefixSearchOptions
 from icefall_fusion.search.search_input import check_input
 
 if TYPE_CHECKING:
-    from icefall_fusion.tokens import AcousticTokens
+    from icefall_fusion.text.tokens import AcousticTokens
 
 
 @torch.no_grad()

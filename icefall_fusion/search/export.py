@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Optional, Sequence
 import torch
 from torch import Tensor
 
-from icefall_fusion.checks import check
+from icefall_fusion.common.checks import check
 from icefall_fusion.nbest import Hypothesis, NBest, WordTime
 from icefall_fusion.search.beam import Beam, Fusion
 from icefall_fusion.search.search_input import SearchInput
 
 if TYPE_CHECKING:
-    from icefall_fusion.tokens import AcousticTokens
+    from icefall_fusion.text.tokens import AcousticTokens
 
 
 def export_nbests(beam: Beam, given: SearchInput, frame_map: Optional[Tensor], nbest: int,

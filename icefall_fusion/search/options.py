@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import Optional
 
-from icefall_fusion.checks import check, check_choice
+from icefall_fusion.common.checks import check, check_choice
 
 ENGINES = ("auto", "native", "triton", "torch")
 

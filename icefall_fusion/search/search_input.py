@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, NamedTuple, Optional, Sequence
 import torch
 from torch import Tensor
 
-from icefall_fusion.checks import check
+from icefall_fusion.common.checks import check
 
 if TYPE_CHECKING:
-    from icefall_fusion.tokens import AcousticTokens
+    from icefall_fusion.text.tokens import AcousticTokens
 
 _ABOVE_ZERO = 1e-2  # nats that rounding may put a log-prob above 0: float32 and better
 _ROUNDINGS = 32  # the same in units of the type's own precision: 0.03 in float16, 0.25 in bfloat16

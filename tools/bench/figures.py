@@ -15,8 +15,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from icefall_fusion.files import write_json
-from icefall_fusion.runlog import describe_environment
+from icefall_fusion.common.environment import describe_environment
+from icefall_fusion.common.files import write_json
 
 
 def least_seconds(work: Callable[[], Any], rounds: int, device: str) -> float:

@@ -25,10 +25,10 @@ from synthetic_emissions import synthetic_emissions  # noqa: E402
 
 from icefall_fusion.search import PrefixSearchOptions, ctc_prefix_search  # noqa: E402
 from icefall_fusion.search.beam import Beam  # noqa: E402
-from icefall_fusion.search.engines import choose_engine, open_search  # noqa: E402
-from icefall_fusion.search.joint import JointFusion  # noqa: E402
-from icefall_fusion.search.pace import Pace  # noqa: E402
+from icefall_fusion.search.engines.choice import choose_engine, open_search  # noqa: E402
+from icefall_fusion.search.fusion_set import JointFusion  # noqa: E402
 from icefall_fusion.search.search_input import check_input  # noqa: E402
+from icefall_fusion.search.stop_rule import Pace  # noqa: E402
 
 
 class Stops:

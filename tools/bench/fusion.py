@@ -29,8 +29,8 @@ import figures  # noqa: E402
 import speech  # noqa: E402
 from shapes import SHAPES, of_shape  # noqa: E402
 
-from icefall_fusion.decode import Decoder  # noqa: E402
-from icefall_fusion.methods import parse_method  # noqa: E402
+from icefall_fusion.decode.job import Decoder  # noqa: E402
+from icefall_fusion.decode.methods import parse_method  # noqa: E402
 from icefall_fusion.search import PrefixSearchOptions  # noqa: E402
 
 METHODS = (

@@ -38,7 +38,7 @@ import figures  # noqa: E402
 import speech  # noqa: E402
 from shapes import SHAPES, make_model  # noqa: E402
 
-from icefall_fusion.decode import Decoder  # noqa: E402
+from icefall_fusion.decode.job import Decoder  # noqa: E402
 from icefall_fusion.lm import CausalLm  # noqa: E402
 from icefall_fusion.lm.tree_cache import ForwardPlan, TreeCache  # noqa: E402
 from icefall_fusion.lm.tree_scorer import TreeOptions, TreeScorer  # noqa: E402

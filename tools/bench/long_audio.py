@@ -31,8 +31,8 @@ import speech  # noqa: E402
 
 from icefall_fusion.data.audio import SAMPLE_RATE  # noqa: E402
 from icefall_fusion.data.manifests import cut_of, write_cuts  # noqa: E402
-from icefall_fusion.decode import Decoder  # noqa: E402
-from icefall_fusion.utterances import Utterance, read_cuts  # noqa: E402
+from icefall_fusion.decode.job import Decoder  # noqa: E402
+from icefall_fusion.decode.utterances import Utterance, read_cuts  # noqa: E402
 
 PAUSE = 0.5  # seconds between two utterances
 

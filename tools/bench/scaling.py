@@ -23,11 +23,11 @@ sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 import figures  # noqa: E402
 from synthetic_emissions import synthetic_emissions  # noqa: E402
 
+from icefall_fusion.decode.pretrained import FOLDER  # noqa: E402
 from icefall_fusion.fusion import DelayedFusion, FixedInterval  # noqa: E402
 from icefall_fusion.lm import CausalLm  # noqa: E402
-from icefall_fusion.pretrained import FOLDER  # noqa: E402
 from icefall_fusion.search import PrefixSearchOptions, ctc_prefix_search  # noqa: E402
-from icefall_fusion.tokens import AcousticTokens  # noqa: E402
+from icefall_fusion.text.tokens import AcousticTokens  # noqa: E402
 
 Work = Callable[[], Any]
 

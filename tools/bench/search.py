@@ -30,7 +30,7 @@ sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 from decoders import Decoder, all_decoders, try_to_make  # noqa: E402
 from synthetic_emissions import synthetic_emissions  # noqa: E402
 
-from icefall_fusion.files import write_json  # noqa: E402
+from icefall_fusion.common.files import write_json  # noqa: E402
 from icefall_fusion.nbest import word_edits  # noqa: E402
 
 

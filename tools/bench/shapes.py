@@ -13,9 +13,9 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from icefall_fusion.decode.pretrained import FOLDER
 from icefall_fusion.lm import CausalLm
 from icefall_fusion.lm.vocabulary import Vocabulary
-from icefall_fusion.pretrained import FOLDER
 
 _LLAMA = {"kind": "Llama", "vocab_size": 32000, "max_position_embeddings": 2048}
 #: Configurations by name.

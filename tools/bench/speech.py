@@ -11,10 +11,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from icefall_fusion.decode import DecodeOptions
-from icefall_fusion.demo import SETS, DemoOptions, read_sentences, speak
-from icefall_fusion.emissions import EmissionOptions
-from icefall_fusion.pretrained import with_pretrained
+from icefall_fusion.acoustic.sources import EmissionOptions
+from icefall_fusion.decode.demo import SETS, DemoOptions, read_sentences, speak
+from icefall_fusion.decode.job import DecodeOptions
+from icefall_fusion.decode.pretrained import with_pretrained
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -29,13 +29,13 @@ import torch  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from icefall_fusion.__main__ import parse_options  # noqa: E402
-from icefall_fusion.checks import check, check_choice  # noqa: E402
-from icefall_fusion.files import write_json  # noqa: E402
-from icefall_fusion.models import CtcAed  # noqa: E402
-from icefall_fusion.train import TrainOptions, compile_layers, compute_loss  # noqa: E402
-from icefall_fusion.training.loop import Trainer  # noqa: E402
-from icefall_fusion.training.memory import keep_freed_memory  # noqa: E402
-from icefall_fusion.training.processes import to_device  # noqa: E402
+from icefall_fusion.acoustic.models import CtcAed  # noqa: E402
+from icefall_fusion.common.checks import check, check_choice  # noqa: E402
+from icefall_fusion.common.files import write_json  # noqa: E402
+from icefall_fusion.common.memory import keep_freed_memory  # noqa: E402
+from icefall_fusion.common.processes import to_device  # noqa: E402
+from icefall_fusion.train.acoustic_model import TrainOptions, compile_layers, compute_loss  # noqa: E402
+from icefall_fusion.train.loop import Trainer  # noqa: E402
 
 REFUSED = 2
 PIECES = ROOT / "egs/minibooks/ASR/pretrained/ctc_aed/bpe.model"

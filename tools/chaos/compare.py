@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from icefall_fusion.data.cut_lines import parse_cut, read_lines
 from icefall_fusion.data.datamodule import load_features
 from icefall_fusion.nbest import read_nbests
-from icefall_fusion.training.checkpoints import list_checkpoints, load_checkpoint
+from icefall_fusion.train.checkpoints import list_checkpoints, load_checkpoint
 
 #: Of a checkpoint and of a line of log.jsonl: what tells of time.
 _TIMES = ("seconds", "minutes", "data_wait")

@@ -21,9 +21,9 @@ import compare
 from process_tree import ProcessTree
 
 from icefall_fusion.__main__ import REFUSED, parse_options
-from icefall_fusion.checks import check, check_choice
-from icefall_fusion.files import write_json
-from icefall_fusion.runlog import describe_environment
+from icefall_fusion.common.checks import check, check_choice
+from icefall_fusion.common.environment import describe_environment
+from icefall_fusion.common.files import write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE, MINIBOOKS = ROOT / "egs" / "libriheavy" / "ASR", ROOT / "egs" / "minibooks" / "ASR" / "pretrained"

@@ -10,7 +10,7 @@ from typing import Iterator, Optional
 
 from icefall_fusion.data.books import PrepareTextOptions, book_utterances, paragraphs
 from icefall_fusion.data.selection import is_speakable
-from icefall_fusion.text import normalize
+from icefall_fusion.text.normalizer import normalize
 
 #: What may stand between the words of a sentence, and between two that are read in one breath.
 _GAP = r"[\s—–-]+"

@@ -13,7 +13,7 @@ from typing import Callable, Iterator, Optional, Sequence
 
 import numpy as np
 
-from icefall_fusion.checks import check
+from icefall_fusion.common.checks import check
 from icefall_fusion.data.espeak import Voice
 from icefall_fusion.data.voices import Speakers
 from librilike.books import Book, Passage

@@ -34,11 +34,11 @@ from typing import Any, Optional
 from tqdm import tqdm
 
 from icefall_fusion.__main__ import parse_options
-from icefall_fusion.checks import check, check_choice
+from icefall_fusion.common.checks import check, check_choice
+from icefall_fusion.common.files import fingerprint, write_json
 from icefall_fusion.data.cut_lines import TruncatedError, read_stream
 from icefall_fusion.data.manifests import SeenIds, cuts_path, join_lines
-from icefall_fusion.files import fingerprint, write_json
-from icefall_fusion.text import normalize
+from icefall_fusion.text.normalizer import normalize
 
 CORPUS = "libriheavy"
 FORMS = ("upper", "lower", "cased")

@@ -23,8 +23,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from icefall_fusion.common.files import write_text
 from icefall_fusion.data.books import paragraphs
-from icefall_fusion.files import write_text
 
 SERVER = "https://www.gutenberg.org"
 CATALOG = "cache/epub/feeds/pg_catalog.csv"

@@ -1,0 +1,292 @@
+"""CTC and attention encoder-decoder: joint loss, N-best scores, model folders.
+Knows: features and piece ids. Must not know: data, search, fusion.
+
+Legend: B utterances, N token lists an utterance, U tokens, T frames, D model size, V pieces.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import textwrap
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional, Sequence
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from icefall_fusion.acoustic.models.conformer import ChunkOptions, ConformerEncoder, EncoderOptions
+from icefall_fusion.acoustic.models.ctc import CtcHead
+from icefall_fusion.acoustic.models.decoder import AttentionDecoder, DecoderOptions
+from icefall_fusion.common.checks import check
+from icefall_fusion.common.files import PathLike, atomic_path, write_json
+from icefall_fusion.text.tokens import AcousticTokens
+
+MODEL_TYPE = "icefall_fusion_ctc_aed"
+IGNORED = -100  # target id that the decoder's loss passes over
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """The acoustic model and its joint loss.
+
+    Args:
+        vocab_size: V, blank included.
+        blank_id: id of the CTC blank.
+        sos_eos_id: id that starts and ends the decoder's text.
+        encoder: shape of the encoder.
+        decoder: shape of the attention decoder.
+        ctc_weight: share of CTC in the loss, the rest is the attention decoder's.
+        middle_weight: share of the CTC loss that is taken from the encoder's middle (80 ms frames).
+        label_smoothing: probability spread over all pieces in the decoder's targets.
+        chunk_probability: share of training batches that see a random chunk mask.
+        chunk_sizes: chunk sizes (40 ms frames) drawn from in such batches.
+    """
+
+    vocab_size: int = 500
+    blank_id: int = 0
+    sos_eos_id: int = 1
+    encoder: EncoderOptions = field(default_factory=EncoderOptions)
+    decoder: DecoderOptions = field(default_factory=DecoderOptions)
+    ctc_weight: float = 0.3
+    middle_weight: float = 0.3
+    label_smoothing: float = 0.1
+    chunk_probability: float = 0.0
+    chunk_sizes: tuple[int, ...] = (8, 16, 32)
+
+    def __post_init__(self) -> None:
+        check(self.vocab_size >= 2, "ModelOptions.vocab_size", "be at least 2", self.vocab_size)
+        for name in ("blank_id", "sos_eos_id"):
+            check(
+                0 <= getattr(self, name) < self.vocab_size,
+                f"ModelOptions.{name}",
+                f"be in 0..{self.vocab_size - 1}",
+                getattr(self, name),
+            )
+        for name in ("ctc_weight", "middle_weight", "label_smoothing", "chunk_probability"):
+            check(0 <= getattr(self, name) <= 1, f"ModelOptions.{name}", "be in [0, 1]", getattr(self, name))
+        object.__setattr__(self, "chunk_sizes", tuple(self.chunk_sizes))
+        check(len(self.chunk_sizes) > 0, "ModelOptions.chunk_sizes", "not be empty", self.chunk_sizes)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "ModelOptions":
+        """Build from ``dataclasses.asdict`` output; unknown names are refused by the constructor."""
+        values = dict(values)
+        values["encoder"] = EncoderOptions(**values.get("encoder", {}))
+        values["decoder"] = DecoderOptions(**values.get("decoder", {}))
+        return cls(**values)
+
+
+class CtcAed(nn.Module):
+    """Conformer encoder, CTC head, attention decoder.
+
+    Args:
+        options: shape and loss.
+        bpe: the SentencePiece model (file or folder) whose pieces it writes, if known; ``save`` adds it.
+
+    Attributes:
+        tokens: the vocabulary of ``bpe``, or None.
+    """
+
+    def __init__(self, options: ModelOptions, bpe: Optional[PathLike] = None) -> None:
+        super().__init__()
+        self.options = options
+        self.bpe = None if bpe is None else Path(bpe) / "bpe.model" if Path(bpe).is_dir() else Path(bpe)
+        self.tokens = None if self.bpe is None else AcousticTokens.load(self.bpe)
+        if self.tokens is not None:
+            check_vocabulary(options, self.tokens.size, self.tokens.blank_id, f"the pieces of {self.bpe}")
+        size = options.encoder.size
+        self.encoder = ConformerEncoder(options.encoder)
+        self.ctc = CtcHead(size, options.vocab_size, options.blank_id)
+        self.middle_norm = nn.LayerNorm(size)
+        self.middle_ctc = CtcHead(size, options.vocab_size, options.blank_id)
+        self.decoder = AttentionDecoder(size, options.vocab_size, options.decoder)
+
+    def forward(
+        self, features: Tensor, lens: Tensor, targets: Sequence[Sequence[int]]
+    ) -> tuple[Tensor, dict]:
+        """As ``loss``: what a DDP wrapper calls."""
+        return self.loss(features, lens, targets)
+
+    def ctc_log_probs(self, encoder_out: Tensor) -> Tensor:
+        """Return float32 log-probs [B,T,V] of encoder frames [B,T,D]."""
+        return self.ctc(encoder_out)
+
+    def loss(self, features: Tensor, lens: Tensor, targets: Sequence[Sequence[int]]) -> tuple[Tensor, dict]:
+        """Return the joint loss a token and its parts.
+
+        Args:
+            features: [B,T,bins]; lens: [B].
+            targets: pieces of each utterance, without blank, sos or eos.
+
+        Returns:
+            scalar loss; dict of detached scalars: ``loss``, ``ctc``, ``ctc_middle``, ``attention`` (all a
+            token), ``tokens``, ``frames``, ``impossible`` (utterances too short for CTC; they count zero).
+        """
+        options = self.options
+        tokens = max(sum(len(pieces) for pieces in targets), 1)
+        frames, out_lens, middle = self.encoder.forward_with_middle(features, lens, self._random_chunk())
+        ctc, impossible = self.ctc.loss(frames, out_lens, targets)
+        ctc = ctc / tokens
+        total = ctc
+        parts = {"ctc": ctc}
+        if options.middle_weight > 0:
+            half_lens = torch.div(out_lens + 1, 2, rounding_mode="floor")
+            inner, _ = self.middle_ctc.loss(self.middle_norm(middle), half_lens, targets)
+            parts["ctc_middle"] = inner / tokens
+            total = (1 - options.middle_weight) * ctc + options.middle_weight * parts["ctc_middle"]
+        if options.ctc_weight < 1:
+            parts["attention"] = self.decoder_loss(frames, out_lens, targets)
+            total = options.ctc_weight * total + (1 - options.ctc_weight) * parts["attention"]
+        info: dict[str, Any] = {name: value.detach() for name, value in {"loss": total, **parts}.items()}
+        info.update(tokens=tokens, frames=int(lens.sum()), impossible=impossible)
+        return total, info
+
+    def decoder_loss(self, encoder_out: Tensor, lens: Tensor, targets: Sequence[Sequence[int]]) -> Tensor:
+        """Return the label-smoothed cross-entropy a token (eos included) of teacher forcing.
+
+        Args:
+            encoder_out: [B,T,D]; lens: [B].
+            targets: pieces of each utterance.
+        """
+        inputs, outputs = self._teacher([[pieces] for pieces in targets], encoder_out.device)
+        logits = self.decoder(inputs, encoder_out, lens)
+        return F.cross_entropy(
+            logits.flatten(0, 2).float(),
+            outputs.flatten(),
+            ignore_index=IGNORED,
+            label_smoothing=self.options.label_smoothing,
+        )
+
+    @torch.no_grad()
+    def score_tokens(
+        self, encoder_out: Tensor, lens: Tensor, token_lists: Sequence[Sequence[Sequence[int]]]
+    ) -> list[Tensor]:
+        """Return the decoder's natural-log probability of each token list of each utterance, eos included.
+
+        Args:
+            encoder_out: [B,T,D]; lens: [B].
+            token_lists: for each utterance any number of token lists (an N-best list).
+
+        Returns:
+            for each utterance a float32 tensor [N] on the CPU.
+        """
+        check(
+            len(token_lists) == len(encoder_out),
+            "token_lists",
+            f"hold {len(encoder_out)} utterances",
+            len(token_lists),
+        )
+        most = max((len(lists) for lists in token_lists), default=0)
+        if most == 0:
+            return [torch.zeros(0) for _ in token_lists]
+        padded = [list(lists) + [[]] * (most - len(lists)) for lists in token_lists]
+        inputs, outputs = self._teacher(padded, encoder_out.device)
+        log_probs = self.decoder(inputs, encoder_out, lens).float().log_softmax(dim=-1)
+        real = outputs != IGNORED
+        picked = log_probs.gather(3, outputs.clamp(min=0)[..., None])[..., 0]
+        scores = torch.where(real, picked, picked.new_zeros(())).sum(dim=2).cpu()
+        return [scores[row, : len(lists)] for row, lists in enumerate(token_lists)]
+
+    def _teacher(
+        self, token_lists: Sequence[Sequence[Sequence[int]]], device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """Return decoder inputs and targets [B,N,U+1] of equally many lists an utterance."""
+        end = self.options.sos_eos_id
+        length = 1 + max((len(pieces) for lists in token_lists for pieces in lists), default=0)
+        inputs = [[[end, *p] + [end] * (length - 1 - len(p)) for p in lists] for lists in token_lists]
+        outputs = [[[*p, end] + [IGNORED] * (length - 1 - len(p)) for p in lists] for lists in token_lists]
+        return torch.tensor(inputs, device=device), torch.tensor(outputs, device=device)
+
+    def _random_chunk(self) -> Optional[ChunkOptions]:
+        options = self.options
+        if not self.training or options.chunk_probability == 0:
+            return None
+        if float(torch.rand(())) >= options.chunk_probability:
+            return None
+        return ChunkOptions(options.chunk_sizes[int(torch.randint(len(options.chunk_sizes), ()))], None)
+
+
+def check_vocabulary(options: ModelOptions, size: int, blank_id: int, what: str) -> None:
+    """Raise ValueError, with both sizes, unless a vocabulary fits the model."""
+    if size != options.vocab_size:
+        raise ValueError(
+            f"{what} have {size} pieces, but the acoustic model has {options.vocab_size} outputs"
+        )
+    check(
+        blank_id == options.blank_id, "blank_id", f"be {options.blank_id} as in the acoustic model", blank_id
+    )
+
+
+def save(model: CtcAed, folder: PathLike, dtype: Optional[torch.dtype] = None) -> None:
+    """Write ``config.json``, ``model.safetensors`` and ``bpe.model`` (if the model knows its pieces).
+
+    Args:
+        folder: made if missing.
+        dtype: type of the stored weights; None keeps float32. Feature statistics stay float32.
+    """
+    folder = Path(folder)
+    weights = {}
+    for name, value in model.state_dict().items():
+        keep = dtype is None or name in ("encoder.mean", "encoder.deviation")
+        weights[name] = (
+            value.detach().cpu().contiguous() if keep else value.detach().cpu().to(dtype).contiguous()
+        )
+    config = {"model_type": MODEL_TYPE, "options": dataclasses.asdict(model.options)}
+    if model.bpe is not None and model.tokens is not None:
+        config["bpe_fingerprint"] = model.tokens.fingerprint()
+        with atomic_path(folder / "bpe.model") as temporary:
+            shutil.copyfile(model.bpe, temporary)
+    with atomic_path(folder / "model.safetensors") as temporary:
+        save_file(weights, str(temporary))
+    write_json(folder / "config.json", config)
+
+
+def load(folder: PathLike, device: str = "cpu") -> CtcAed:
+    """Read a folder that ``save`` wrote; the model is in float32 and in eval mode.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: the folder holds another kind of model, a vocabulary that does not fit, or broken files.
+    """
+    folder = Path(folder)
+    for name in ("config.json", "model.safetensors"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} is no acoustic model folder: {name} is missing")
+    config = _read_config(folder / "config.json")
+    if config.get("model_type") != MODEL_TYPE:
+        kind = config.get("model_type")
+        raise ValueError(f"{folder}/config.json: model_type must be {MODEL_TYPE!r}, but is {kind!r}")
+    check("options" in config, f"{folder}/config.json", "have options", sorted(config))
+    bpe = folder / "bpe.model"
+    try:
+        options = ModelOptions.from_dict(config["options"])
+    except (ValueError, TypeError, AttributeError) as error:  # unknown names, values of another type
+        raise ValueError(f"{folder} cannot be loaded as an acoustic model: {error}") from error
+    model = CtcAed(options, bpe if bpe.is_file() else None)
+    wanted = config.get("bpe_fingerprint")
+    if wanted is not None and (model.tokens is None or model.tokens.fingerprint() != wanted):
+        raise ValueError(
+            f"{bpe} must be the SentencePiece model of the training, but it is missing or differs"
+        )
+    try:
+        weights = load_file(folder / "model.safetensors")
+        model.load_state_dict({name: value.float() for name, value in weights.items()})
+    except (SafetensorError, RuntimeError, OSError) as error:  # cut short, or of another size
+        what = textwrap.shorten(str(error), 400)
+        raise ValueError(f"{folder} cannot be loaded as an acoustic model: {what}") from error
+    return model.to(device).eval()
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # no JSON, or no text at all
+        raise ValueError(f"{path} cannot be loaded as JSON: {error}") from error
+    check(isinstance(config, dict), str(path), "be a JSON object", config)
+    return config

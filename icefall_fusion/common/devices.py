@@ -1,0 +1,89 @@
+"""Devices and kernels, checked before anything is loaded; processes that find each other and part.
+Knows: torch. Must not know: models, data, jobs.
+"""
+from __future__ import annotations
+
+import atexit
+import functools
+import importlib
+import os
+from typing import Any, Optional
+
+import torch
+import torch.distributed as dist
+
+from icefall_fusion.common.checks import check
+
+
+def check_device(device: str, option: str) -> None:
+    """Raise ValueError unless ``device`` is one that PyTorch knows and this machine has.
+
+    Args:
+        device: e.g. cpu or cuda:1.
+        option: its name for the message.
+    """
+    try:
+        wanted = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"{option} must be a device such as cpu or cuda, but is {device!r}") from None
+    if wanted.type == "cuda":
+        count = torch.cuda.device_count()
+        check((wanted.index or 0) < count, option, f"be one of the {count} GPUs that PyTorch sees", device)
+
+
+@functools.lru_cache(maxsize=None)
+def load_kernels(module: str) -> tuple[Optional[Any], str]:
+    """Return a module of Triton kernels by its name and "", or None and why there is none."""
+    try:
+        return importlib.import_module(module), ""
+    except Exception as error:  # Triton is not there, or too old for the kernels
+        return None, f"Triton cannot be had ({type(error).__name__}: {error})"
+
+
+def kernels_run_on(device: torch.device) -> bool:
+    """Return whether Triton kernels run on a device: a GPU, or any in Triton's interpreter."""
+    return device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def join_processes(backend: str, **options: Any) -> None:
+    """Meet the other processes that torchrun has started; part from them when this one ends.
+
+    Without parting, an exit while threads of the backend still run may abort a process that has done all its
+    work (seen with gloo), and torchrun takes that for a failure.
+
+    Args:
+        backend: gloo or nccl.
+        options: of torch.distributed.init_process_group.
+    """
+    if not dist.is_initialized():
+        dist.init_process_group(backend, **options)
+        atexit.register(_part)
+
+
+def _part() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def weight_bytes(model: torch.nn.Module) -> int:
+    """Return the bytes of a model's parameters and buffers, as they lie in memory: what is shared, once.
+
+    Quantized weights count with their scales.
+    """
+    parts = [part for tensor in (*model.parameters(), *model.buffers()) for part in _parts(tensor)]
+    for module in model.modules():  # where bitsandbytes puts scales after the first forward
+        scale = getattr(getattr(module, "state", None), "SCB", None)
+        parts += [scale] if isinstance(scale, torch.Tensor) else []
+    tensors = {part.data_ptr(): part for part in parts}
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Return the plain tensors that belong to one: torchao wraps several, bitsandbytes has scales beside."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        names, _ = tensor.__tensor_flatten__()
+        return [part for name in names for part in _parts(getattr(tensor, name))]
+    state = getattr(tensor, "quant_state", None)
+    scales = [] if state is None else [state.absmax, state.code]
+    scales.append(getattr(tensor, "SCB", None))
+    return [tensor, *(scale for scale in scales if isinstance(scale, torch.Tensor))]

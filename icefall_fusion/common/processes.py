@@ -1,0 +1,95 @@
+"""Devices and data parallel processes: joining them, moving batches, sums over all of them.
+Knows: torch.distributed. Must not know: models, data, options.
+"""
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from icefall_fusion.common.checks import check
+from icefall_fusion.common.devices import check_device, join_processes
+
+
+def init_distributed(device: str = "auto") -> tuple[int, int, torch.device]:
+    """Return (rank, world size, device); joins the process group when torchrun has set WORLD_SIZE > 1.
+
+    Args:
+        device: "auto" (CUDA when there is one), "cpu", "cuda" or "cuda:N".
+    """
+    world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    check_device(device, "device")
+    chosen = torch.device(device)
+    if chosen.type == "cuda" and chosen.index is None:
+        chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if world > 1:
+        join_processes("nccl" if chosen.type == "cuda" else "gloo")
+    return rank, world, chosen
+
+
+def check_compiler(device: torch.device, option: str) -> None:
+    """Raise ValueError if torch.compile has no C++ compiler for this device (CUDA brings its own).
+
+    Args:
+        device: that is trained on.
+        option: its name for the message.
+    """
+    compilers = (os.environ.get("CXX", ""), "g++", "clang++")
+    found = device.type != "cpu" or any(name and shutil.which(name) for name in compilers)
+    check(found, option, "be false where there is no C++ compiler (CXX, g++ or clang++)", True)
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """Move the tensors of a tensor, dict, list or tuple; leave everything else as it is."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, Mapping):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(to_device(value, device) for value in batch))
+    if type(batch) in (list, tuple):
+        return type(batch)(to_device(value, device) for value in batch)
+    return batch
+
+
+def sum_over_processes(totals: Mapping[str, Any], device: torch.device) -> dict[str, float]:
+    """Sum every value (number or scalar tensor) over the processes; one message, one wait for the device."""
+    tensors = {name: value for name, value in totals.items() if isinstance(value, Tensor)}
+    numbers = {name: value for name, value in totals.items() if name not in tensors}
+    values = torch.tensor(list(numbers.values()), dtype=torch.float64, device=device)
+    if tensors:
+        stacked = torch.stack([value.detach().double().reshape(()) for value in tensors.values()])
+        values = torch.cat([values, stacked.to(device)])
+    return dict(zip([*numbers, *tensors], sum_tensor(values).tolist()))
+
+
+def sum_tensor(values: Tensor) -> Tensor:
+    """Return ``values`` (on the device of the process group) summed over the processes, in place."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def merge_over_processes(totals: Mapping[str, Any]) -> dict[str, float]:
+    """Sum every value over the processes that have it: some may have seen no batch, and so no names."""
+    shares = gather_over_processes({name: float(value) for name, value in totals.items()})
+    names = dict.fromkeys(name for share in shares for name in share)
+    return {name: sum(share.get(name, 0.0) for share in shares) for name in names}
+
+
+def gather_over_processes(value: Any) -> list[Any]:
+    """Return the values of all processes, by rank."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values

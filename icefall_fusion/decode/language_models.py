@@ -1,0 +1,202 @@
+"""The language models of a decode: their options, loading on first use, what text precedes an utterance.
+Knows: causal language models. Must not know: searches, fusions, files of a run.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Container, Iterable, Mapping, Optional, Union
+
+import torch
+
+from icefall_fusion.common.checks import check, check_choice
+from icefall_fusion.common.devices import check_device, weight_bytes
+from icefall_fusion.fusion.look_ahead import SCALE, LookAhead
+from icefall_fusion.lm import QUANTIZATIONS, CausalLm
+from icefall_fusion.ngram.piece_ngram import PieceNgram
+from icefall_fusion.text.normalizer import adapt
+from icefall_fusion.text.tokens import AcousticTokens
+
+#: LM of a score: (source) -> field of the options.
+LM_SOURCES = ("nlm", "llm", "matched_llm")
+TOKENS_A_WORD = 1.4  # of English, in an LLM's tokens
+
+
+@dataclass(frozen=True)
+class LmOptions:
+    """A language model and how it is used.
+
+    Args:
+        path: folder or Hugging Face name; empty: there is none.
+        dtype: float32, bfloat16, float16 or auto.
+        device: e.g. cpu or cuda; empty: that of the acoustic model.
+        device_map: for models that need more than one device, e.g. auto.
+        quantization: 8bit or 4bit (by bitsandbytes), or int8 (weights alone, by torchao).
+        text: how the LM sees words: as-is, lower or sentence.
+        prompt: earlier text, read but not scored.
+        context: a custom field of the cuts, e.g. pre_text: the earlier text of each utterance, as its prompt.
+        carry: of audio that is decoded in parts, take what was recognized in the earlier ones as earlier
+            text; the parts of an utterance are then decoded one after the other.
+        context_words: so many words of the earlier text, the last ones.
+        eos: score the end of the utterance too.
+    """
+
+    path: str = ""
+    dtype: str = "float32"
+    device: str = ""
+    device_map: Optional[str] = None
+    quantization: Optional[str] = None
+    text: str = "as-is"
+    prompt: Optional[str] = None
+    context: str = ""
+    carry: bool = False
+    context_words: int = 200
+    eos: bool = True
+
+    def __post_init__(self) -> None:
+        check_choice(self.dtype, ("float32", "bfloat16", "float16", "auto"), "LmOptions.dtype")
+        check_choice(self.text, ("as-is", "lower", "sentence"), "LmOptions.text")
+        check_choice(self.quantization, QUANTIZATIONS, "LmOptions.quantization")
+        both = self.prompt is not None and self.tracks_context
+        check(not both, "LmOptions.prompt", "be left out with LmOptions.context or carry", self.prompt)
+        check(self.context_words >= 1, "LmOptions.context_words", "be at least 1", self.context_words)
+
+    @property
+    def tracks_context(self) -> bool:
+        """Whether each utterance, or part of one, has an earlier text of its own."""
+        return bool(self.context) or self.carry
+
+
+@dataclass(frozen=True)
+class NgramOptions:
+    """An n-gram over the acoustic pieces, for ngram-shallow and for the look-ahead of delayed fusion.
+
+    Args:
+        path: ARPA file, gzipped or not, e.g. of the job train-ngram; empty: there is none.
+        scale: in look-ahead, factor of its log-probs beside the weight of the LLM.
+        every: in look-ahead, take new pieces into account only after every so many frames.
+    """
+
+    path: str = ""
+    scale: float = SCALE
+    every: int = 1
+
+    def __post_init__(self) -> None:
+        check(self.scale > 0, "NgramOptions.scale", "be above 0", self.scale)
+        check(self.every >= 1, "NgramOptions.every", "be at least 1", self.every)
+
+
+class Lms:
+    """The language models of a run, each loaded when a method first asks for it.
+
+    Args:
+        options: by source: ``nlm``, ``llm``, ``matched_llm``.
+        device: for those that name none.
+        ngram: the n-gram over the acoustic pieces.
+        tokens: the acoustic pieces.
+    """
+
+    def __init__(
+        self,
+        options: Mapping[str, LmOptions],
+        device: str = "cpu",
+        ngram: NgramOptions = NgramOptions(),
+        tokens: Optional[AcousticTokens] = None,
+    ) -> None:
+        self.options, self._device = dict(options), device
+        self._ngram_options, self._tokens = ngram, tokens
+        self._ngram: Optional[PieceNgram] = None
+        self._loaded: dict[str, CausalLm] = {}
+        self._contexts: dict[str, dict[str, str]] = {source: {} for source in self.options}
+
+    def get(self, source: str) -> CausalLm:
+        """Return the LM of a source.
+
+        Raises:
+            ValueError: the options name none.
+        """
+        if source not in self._loaded:
+            options = self.options.get(source, LmOptions())
+            check(bool(options.path), f"{source}.path", "name a language model for this method", options.path)
+            check_device(options.device or self._device, f"{source}.device")
+            dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
+            self._loaded[source] = CausalLm.from_pretrained(
+                options.path, dtype=dtype, device=options.device or self._device,
+                device_map=options.device_map, quantization=options.quantization,
+            )  # fmt: skip
+        return self._loaded[source]
+
+    def ngram(self) -> PieceNgram:
+        """Return the n-gram over the acoustic pieces.
+
+        Raises:
+            ValueError: the options name none, or the acoustic pieces are not known.
+        """
+        if self._ngram is None:
+            path = self._ngram_options.path
+            check(bool(path), "ngram.path", "name an ARPA file of acoustic pieces for this method", path)
+            check(self._tokens is not None, "tokens", "be known to a method with an n-gram", None)
+            self._ngram = PieceNgram.load(path, self._tokens.pieces).to(torch.device(self._device))
+        return self._ngram
+
+    def look_ahead(self) -> LookAhead:
+        """Return the look-ahead of delayed fusion, by the n-gram."""
+        return LookAhead(self.ngram(), self._ngram_options.scale, self._ngram_options.every)
+
+    def prompt(self, source: str) -> Union[None, str, Mapping[str, str]]:
+        """Return the prompt of a source's LM: one for all, or a mapping that `tell` keeps up to date."""
+        options = self.options[source]
+        return self._contexts[source] if options.tracks_context else options.prompt
+
+    def carry(self, sources: Container[str]) -> bool:
+        """Return whether an LM of ``sources`` wants the words of the earlier parts of long audio."""
+        return any(options.carry for source, options in self.options.items() if source in sources)
+
+    def prompt_tokens(self, source: str) -> float:
+        """Return how many tokens the prompts of a source's LM have at most, about."""
+        options = self.options[source]
+        if options.tracks_context:
+            return options.context_words * TOKENS_A_WORD
+        return len(self.get(source).encode(options.prompt)) if options.prompt else 0
+
+    def tell(
+        self,
+        customs: Mapping[str, Optional[Mapping[str, Any]]],
+        recognized: Optional[Mapping[str, str]] = None,
+    ) -> None:
+        """Say which utterances come next, so that each LM with a context has their earlier texts.
+
+        Args:
+            customs: fields of each utterance by its id; None for a part that is not the first of one.
+            recognized: text of the parts before such a part, by its id.
+
+        Raises:
+            ValueError: an utterance has no text in the field that an LM wants.
+        """
+        for source, options in self.options.items():
+            if not options.tracks_context:
+                continue
+            texts = self._contexts[source]
+            texts.clear()
+            for name, custom in customs.items():
+                text = ""
+                if custom is not None and options.context:
+                    text = custom.get(options.context)
+                    rule = f"name a custom field of every cut that has text ({name} has none)"
+                    check(isinstance(text, str), f"{source}.context", rule, options.context)
+                elif custom is None and options.carry:
+                    text = adapt((recognized or {}).get(name, "").split(), options.text)
+                texts[name] = " ".join(text.split()[-options.context_words :])
+
+    def loaded(self) -> dict[str, CausalLm]:
+        """Return the LMs that were asked for, by source."""
+        return dict(self._loaded)
+
+    def unused_bytes(self, used: Iterable[str]) -> int:
+        """Return the bytes of weights and tables that are loaded for other sources than ``used``."""
+        used = set(used)
+        lms = [lm for source, lm in self._loaded.items() if source not in used]
+        return sum(weight_bytes(lm.model) for lm in lms) + (0 if "ngram" in used else self.ngram_bytes())
+
+    def ngram_bytes(self) -> int:
+        """Return the bytes of the n-gram's tables, 0 if it was not asked for."""
+        return 0 if self._ngram is None else self._ngram.table_bytes

@@ -1,0 +1,60 @@
+"""The models that the repository ships: where they lie, and decoding options that use them.
+Knows: folder names under egs/minibooks/ASR. Must not know: how models are made or used.
+"""
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from icefall_fusion.acoustic.sources import EmissionOptions
+from icefall_fusion.common.files import PathLike
+from icefall_fusion.decode.job import DecodeOptions
+from icefall_fusion.decode.language_models import LmOptions
+
+RECIPE = Path(__file__).resolve().parents[2] / "egs" / "minibooks" / "ASR"
+FOLDER = RECIPE / "pretrained"
+WEIGHTS = "weights.yaml"
+NGRAM = "ngram.arpa.gz"
+
+
+def with_pretrained(
+    options: DecodeOptions, folder: PathLike = FOLDER, remedy: str = "name one (--emissions.model)"
+) -> DecodeOptions:
+    """Return options in which every model that is not named is the shipped one.
+
+    Weights come from the folder's ``weights.yaml`` when none are given and the acoustic model is shipped.
+
+    Args:
+        options: of a decoding job.
+        folder: has ``ctc_aed``, ``nlm``, ``llm``, ``matched_llm``, ``ngram.arpa.gz`` and ``weights.yaml``.
+        remedy: for the message, what else can be done than to train a model.
+
+    Raises:
+        FileNotFoundError: the acoustic model is not there.
+    """
+    folder = Path(folder)
+    if options.emissions.model:
+        return options
+    if not (folder / "ctc_aed" / "config.json").is_file():
+        raise FileNotFoundError(
+            f"there is no pretrained model in {folder}; train one (egs/minibooks/ASR/run.sh) or {remedy}"
+        )
+    lms = {
+        name: replace(getattr(options, name), path=_path(getattr(options, name), folder / name))
+        for name in ("nlm", "llm", "matched_llm")
+    }
+    ngram, shipped = options.ngram, folder / NGRAM
+    if not ngram.path and shipped.is_file():
+        ngram = replace(ngram, path=str(shipped))
+    weights = options.weights
+    if not weights and (folder / WEIGHTS).is_file():
+        weights = str(folder / WEIGHTS)
+    return replace(options, emissions=_model(options.emissions, folder), weights=weights, ngram=ngram, **lms)
+
+
+def _path(options: LmOptions, shipped: Path) -> str:
+    return options.path or (str(shipped) if (shipped / "config.json").is_file() else "")
+
+
+def _model(options: EmissionOptions, folder: Path) -> EmissionOptions:
+    return replace(options, model=str(folder / "ctc_aed"))

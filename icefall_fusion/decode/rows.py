@@ -1,0 +1,104 @@
+"""One row of ``results.json``: what a method reached on a test set and what it cost; its WER files.
+Knows: run logs, references, word errors. Must not know: models, searches, how anything was decoded.
+"""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Mapping, Sequence
+
+from icefall_fusion.common.files import PathLike
+from icefall_fusion.decode.run_files import MethodLog
+from icefall_fusion.scoring.wer import oracle_errors, write_wer_files
+
+_COUNTERS = ("lm_forwards", "lm_tokens_forwarded", "lm_tokens_scored", "kv_bytes_peak")
+# What other ways would have forwarded: every scored token at once, a cache a hypothesis, whole texts; and the
+# distinct word histories that were scored. Of methods with a token tree only.
+_TREE_COUNTERS = ("eager_tokens", "path_kv_tokens", "full_text_tokens", "histories_scored")
+
+
+def make_row(
+    folder: PathLike, test_set: str, log: MethodLog, references: Mapping[str, str | None],
+    seconds: Mapping[str, float], options: Mapping[str, Any], printed: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """Write the WER files of a finished method and return its row.
+
+    Args:
+        folder: where the files go.
+        test_set: its name.
+        log: lists and cost of the method.
+        references: text by utterance; None where there is none.
+        seconds: of audio by utterance.
+        options: what the method received; ``method`` is its name.
+        printed: count words with case and punctuation too (``wer_printed``).
+    """
+    audio = sum(seconds[utterance] for utterance in log.done)
+    totals = {**dict.fromkeys(_COUNTERS, 0), **log.totals()}
+    work = sum(totals.get(stage, 0.0) for stage in ("features", "encoder", "search", "lm"))
+    return {
+        "method": options["method"],
+        "test_set": test_set,
+        **_scores(folder, test_set, options["method"], log, references, printed),
+        "rtf": work / audio if audio else 0.0,
+        "search_seconds": totals.get("search", 0.0),
+        "lm_seconds": totals.get("lm", 0.0),
+        **{counter: int(totals[counter]) for counter in _COUNTERS},
+        **{counter: int(totals[counter]) for counter in _TREE_COUNTERS if counter in totals},
+        **_density(totals),
+        "peak_memory_bytes": int(totals.get("peak_memory_bytes", 0)),
+        "options": dict(options),
+        "audio_seconds": audio,
+    }
+
+
+def _density(totals: Mapping[str, float]) -> dict[str, float]:
+    """Return the arcs a frame of the lattices that a method read, if it read any."""
+    frames = totals.get("lattice_frames", 0)
+    return {"lattice_density": round(totals["lattice_arcs"] / frames, 2)} if frames else {}
+
+
+def read_earlier_rows(path: PathLike) -> list[dict[str, Any]]:
+    """Return the rows that an earlier call left in its folder, none if there is no such file.
+
+    Raises:
+        ValueError: the file holds no rows.
+    """
+    path = Path(path)
+    if not path.is_file():
+        return []
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        join_rows(rows, [])
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} must hold rows of methods and test sets, but says: {error!r}") from error
+    return rows
+
+
+def join_rows(earlier: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return all rows, those of an earlier call first unless the method was decoded (or found done) now."""
+    now = {(row["test_set"], row["method"]) for row in rows}
+    return [row for row in earlier if (row["test_set"], row["method"]) not in now] + list(rows)
+
+
+def _scores(
+    folder: PathLike, test_set: str, method: str, log: MethodLog, references: Mapping[str, str | None],
+    printed: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """Return WER and oracle WER in percent and the number of words, of utterances that have a reference.
+
+    Without words in the references both rates are None.
+    """
+    texts = {utterance: text for utterance in log.done if (text := references[utterance]) is not None}
+    if not texts:
+        return {"wer": None, "words": 0, "oracle_wer": None}
+    hypotheses = {}
+    for nbest in map(log.done.__getitem__, texts):
+        hypotheses[nbest.utterance] = nbest[0].text if len(nbest) else ""
+    errors = write_wer_files(folder, test_set, method, texts, hypotheses)
+    if errors.words == 0:  # JSON has no word for infinity
+        return {"wer": None, "words": 0, "oracle_wer": None}
+    best = oracle_errors(texts, map(log.done.__getitem__, texts))
+    scores = {"wer": errors.wer, "words": errors.words, "oracle_wer": best.wer}
+    if printed:
+        scores["wer_printed"] = write_wer_files(folder, test_set, method, texts, hypotheses, "printed").wer
+    return scores

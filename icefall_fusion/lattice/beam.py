@@ -1,0 +1,312 @@
+"""Beam search along lattices, batched: hypotheses live on lattice states, language models join as ever.
+Knows: plain lattices, the Fusion protocol. Must not know: k2, which language model it is, log-probs.
+
+Hypotheses of the same words in the same state are one. Their masses add (or the better one wins), and the one
+that had its words already (a stay) keeps what language models know of it, as in the prefix search.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, MutableMapping, NamedTuple, Optional, Sequence
+
+import torch
+from torch import Tensor
+
+from icefall_fusion.common.checks import check, check_choice
+from icefall_fusion.lattice.export import export_paths
+from icefall_fusion.lattice.value import Lattices
+from icefall_fusion.nbest import NBest
+from icefall_fusion.search.beam import Beam, Fusion, PrefixArena
+from icefall_fusion.search.fusion_set import JointFusion
+
+if TYPE_CHECKING:
+    from icefall_fusion.text.tokens import AcousticTokens
+
+_NEVER = float("-inf")
+_KEYS: MutableMapping[Any, tuple[Tensor, Tensor]] = weakref.WeakKeyDictionary()  # made once a vocabulary
+_FACTOR = 0x2545F4914F6CDD1D  # odd, so that multiplying by it loses nothing modulo 2^64
+
+
+@dataclass(frozen=True)
+class LatticeBeamOptions:
+    """Options of the beam search along a lattice.
+
+    Args:
+        beam: hypotheses kept an utterance. The same words stand in many states of a lattice at a time, so it
+            takes ten times the beam of the prefix search to keep as many different words.
+        merge: sum: the masses of equal words in the same state add, as in the prefix search; max: the best
+            path counts, as k2's shortest path has it.
+        score_beam: hypotheses that score this many nats less than the best are dropped; none: no limit.
+        nbest: hypotheses returned; none: all of the beam.
+    """
+
+    beam: int = 100
+    merge: str = "sum"
+    score_beam: Optional[float] = None
+    nbest: Optional[int] = None
+
+    def __post_init__(self) -> None:
+        name = "LatticeBeamOptions."
+        check(self.beam >= 1, name + "beam", "be at least 1", self.beam)
+        check_choice(self.merge, ("sum", "max"), name + "merge")
+        check(
+            self.score_beam is None or self.score_beam > 0,
+            name + "score_beam",
+            "be none or above 0",
+            self.score_beam,
+        )
+        check(self.nbest is None or self.nbest >= 1, name + "nbest", "be none or at least 1", self.nbest)
+
+
+@torch.no_grad()
+def lattice_beam_search(
+    lattices: Lattices,
+    graph_weight: float,
+    labels: Any,
+    options: Optional[LatticeBeamOptions] = None,
+    fusions: Sequence[Fusion] = (),
+    tokens: Optional[AcousticTokens] = None,
+    frame_shift: Optional[float] = None,
+) -> list[NBest]:
+    """Search the best words along lattices, time-synchronously.
+
+    Args:
+        lattices: of a batch; those without arcs give an empty list.
+        graph_weight: factor of the graph's own scores.
+        labels: vocabulary of what arcs say (see ``DecodingGraph.labels``).
+        options: see LatticeBeamOptions.
+        fusions: delayed fusions.
+        tokens: the acoustic pieces, for word times; none: no times.
+        frame_shift: seconds a frame, for word times; none: no times.
+
+    Returns:
+        One NBest per utterance, best first; scores "ctc" (with ``sum`` of all alignments that the beam kept),
+        "hlg" (of the heaviest way to these words), one per fusion, "words" and "total".
+
+    Raises:
+        ValueError: a fusion wants to score extensions (shallow fusion).
+    """
+    options = options or LatticeBeamOptions()
+    if not len(lattices):
+        return []
+    search = _LatticeSearch(lattices, graph_weight, labels, options, fusions)
+    search.run()
+    return export_paths(search.final(), labels, graph_weight, fusions, tokens, frame_shift)
+
+
+class _Candidates(NamedTuple):
+    """One way on for a hypothesis, each [n]: its flat slot, the arc, what it weighs then, its words' hash."""
+
+    slot: Tensor
+    arc: Tensor
+    mass: Tensor
+    history: Tensor
+
+
+class _Groups(NamedTuple):
+    """Candidates merged by state and words, each [g]: who stands for them, the best of them, their mass."""
+
+    keeper: Tensor
+    best: Tensor
+    mass: Tensor
+
+
+class Final(NamedTuple):
+    """What a search leaves: the beam, and of each slot the graph's score and its best path.
+
+    mass: [B,K] float64, -inf for dead slots; hlg: [B,K] float64.
+    steps: for each frame [B,K] slots before and [B,K] arcs (-1 where an utterance had ended).
+    """
+
+    beam: Beam
+    lattices: Lattices
+    mass: Tensor
+    hlg: Tensor
+    steps: list[tuple[Tensor, Tensor]]
+    nbest: int
+
+
+class _LatticeSearch:
+    """One search over one batch: in each frame extend, merge, prune, fuse."""
+
+    def __init__(
+        self,
+        lattices: Lattices,
+        graph_weight: float,
+        labels: Any,
+        options: LatticeBeamOptions,
+        fusions: Sequence[Fusion],
+    ) -> None:
+        self.lattices, self.options = lattices, options
+        device, batch = lattices.source.device, len(lattices)
+        self.device, self.beam_size = device, options.beam
+        self.score = lattices.score({"ctc": 1.0, "hlg": graph_weight})
+        self._index_states()
+        lens = torch.where(lattices.counts > 0, lattices.lens, torch.zeros_like(lattices.lens)).to(device)
+        starts = torch.tensor(labels.starts_word, device=device)
+        rows = int(lens.max()) + 2 if batch else 2
+        arena = PrefixArena(batch, options.beam, device, starts, rows=rows)
+        self.beam = Beam(arena, lens, labels.blank_id, len(fusions))
+        self.state = self.first_state.unsqueeze(1).repeat(1, options.beam)  # [B,K] of all lattices' states
+        self.mass = torch.full((batch, options.beam), _NEVER, dtype=torch.float64, device=device)
+        self.mass[:, 0] = torch.where((lattices.counts > 0).to(device), 0.0, _NEVER)
+        self.hlg = torch.zeros_like(self.mass)
+        self.history = torch.zeros_like(self.state)
+        self.factor, self.addend = (keys.to(device) for keys in _history_keys(labels))
+        self.steps: list[tuple[Tensor, Tensor]] = []
+        self._show_masses()
+        self.joint = JointFusion(fusions, labels)
+        self.joint.begin(self.beam, lattices.ids)
+        shallow = [fusion.source for fusion in self.joint.shallow]
+        check(not shallow, "fusions along a lattice", "be delayed, none that score extensions", shallow)
+
+    def _index_states(self) -> None:
+        """Number the states of all lattices in one row, and find where the arcs of each begin."""
+        lattices, device = self.lattices, self.device
+        owner = torch.arange(len(lattices)).repeat_interleave(lattices.counts).to(device)  # [A]
+        sizes = torch.ones(len(lattices), dtype=torch.int64, device=device)
+        if len(owner):
+            sizes = sizes.scatter_reduce(0, owner, lattices.target + 1, "amax")
+        self.first_state = sizes.cumsum(0) - sizes
+        self.owner = torch.arange(len(lattices), device=device).repeat_interleave(sizes)  # of states
+        shift = self.first_state[owner]
+        self.target = lattices.target + shift
+        count = torch.bincount(lattices.source + shift, minlength=len(self.owner))
+        self.arcs_of = count
+        self.first_arc = count.cumsum(0) - count
+
+    def run(self) -> None:
+        """Search all frames, and the step into the final state of each utterance."""
+        lens = self.beam.lens
+        for frame in range(int(lens.max()) + 1 if len(lens) else 0):
+            self.beam.frame = frame
+            going = (frame <= lens) & (lens > 0)
+            self._step(going)
+            self.joint.fuse(self.beam, frame, frame < lens)
+        self.joint.finish(self.beam)
+
+    def final(self) -> Final:
+        """Return what the search has found."""
+        nbest = min(self.options.nbest or self.beam_size, self.beam_size)
+        return Final(self.beam, self.lattices, self.mass, self.hlg, self.steps, nbest)
+
+    def _step(self, going: Tensor) -> None:
+        """Let the hypotheses of the utterances [B] bool that have this frame go along their arcs."""
+        found = self._extend(going)
+        groups = self._merge(found)
+        row, rank, chosen = self._prune(found, groups)
+        keeper, best = groups.keeper[chosen], groups.best[chosen]
+        size, shape = self.beam_size, self.state.shape
+        source = torch.arange(size, device=self.device).expand(shape).clone()
+        before, arcs = source.clone(), torch.full(shape, -1, device=self.device)
+        saying = torch.zeros(shape, dtype=torch.int64, device=self.device)
+        mass = torch.where(going.unsqueeze(1), torch.full_like(self.mass, _NEVER), self.mass)
+        hlg = torch.where(going.unsqueeze(1), torch.zeros_like(self.hlg), self.hlg)
+        place = (row, rank)
+        source[place], before[place] = found.slot[keeper] % size, found.slot[best] % size
+        arcs[place] = found.arc[best]
+        saying[place] = self.lattices.saying[found.arc[keeper]]
+        mass[place] = groups.mass[chosen]
+        hlg[place] = self.hlg.view(-1)[found.slot[best]] + self.lattices.hlg[found.arc[best]].double()
+        self.state[place], self.history[place] = self.target[found.arc[keeper]], found.history[keeper]
+        self.mass, self.hlg = mass, hlg
+        self.steps.append((before, arcs))
+        self._follow(source, saying)
+
+    def _extend(self, going: Tensor) -> _Candidates:
+        alive = (self.mass > _NEVER) & going.unsqueeze(1)
+        slots = alive.view(-1).nonzero().squeeze(1)
+        states = self.state.view(-1)[slots]
+        counts = self.arcs_of[states]
+        each = torch.arange(len(slots), device=self.device).repeat_interleave(counts)
+        inside = torch.arange(len(each), device=self.device) - (counts.cumsum(0) - counts)[each]
+        arc, slot = self.first_arc[states][each] + inside, slots[each]
+        mass = self.mass.view(-1)[slot] + self.score[arc]
+        possible = mass > _NEVER
+        slot, arc, mass = slot[possible], arc[possible], mass[possible]
+        saying, history = self.lattices.saying[arc], self.history.view(-1)[slot]
+        return _Candidates(slot, arc, mass, history * self.factor[saying] + self.addend[saying])
+
+    def _merge(self, found: _Candidates) -> _Groups:
+        """Merge candidates of the same words in the same state."""
+        count = len(found.slot)
+        key = (found.history * _FACTOR) ^ (self.target[found.arc] * -0x61C8864680B583EB)
+        _, group = torch.unique(key, return_inverse=True)
+        groups = int(group.max()) + 1 if count else 0
+        nothing = torch.full((groups,), _NEVER, dtype=torch.float64, device=self.device)
+        highest = nothing.scatter_reduce(0, group, found.mass, "amax")
+        order = torch.arange(count, device=self.device)
+        last = torch.full((groups,), count, device=self.device)
+        at_best = torch.where(found.mass == highest[group], order, count)
+        best = last.scatter_reduce(0, group, at_best, "amin")
+        stays = self.lattices.saying[found.arc] == 0
+        # of those that had their words already the best, else the best of all
+        stay_mass = found.mass.masked_fill(~stays, _NEVER)
+        highest_stay = nothing.scatter_reduce(0, group, stay_mass, "amax")
+        wanted = stays & (found.mass == highest_stay[group])
+        keeper = last.scatter_reduce(0, group, torch.where(wanted, order, count), "amin")
+        keeper = torch.where(keeper < count, keeper, best)
+        mass = highest
+        if self.options.merge == "sum":
+            shares = (found.mass - highest[group]).exp()
+            mass = highest + torch.zeros_like(highest).index_add_(0, group, shares).log()
+        return _Groups(keeper, best, mass)
+
+    def _prune(self, found: _Candidates, groups: _Groups) -> tuple[Tensor, Tensor, Tensor]:
+        """Return row, rank and group of what stays, best first in each row; equal ones as they come."""
+        fused = self.beam.fused.view(-1)[found.slot[groups.keeper]].double()
+        ranking = groups.mass + fused
+        row = self.owner[self.target[found.arc[groups.keeper]]]
+        order = ranking.sort(descending=True, stable=True).indices
+        order = order[row[order].sort(stable=True).indices]
+        row = row[order]
+        counts = torch.bincount(row, minlength=len(self.lattices))
+        begins = counts.cumsum(0) - counts
+        rank = torch.arange(len(row), device=self.device) - begins[row]
+        kept = rank < self.beam_size
+        if self.options.score_beam is not None:
+            kept &= ranking[order] >= ranking[order][begins[row]] - self.options.score_beam
+        return row[kept], rank[kept], order[kept]
+
+    def _follow(self, source: Tensor, saying: Tensor) -> None:
+        """Bring the beam, which fusions see, to what this search has."""
+        beam, grew = self.beam, saying > 0
+        node, last = beam.node.gather(1, source), beam.last.gather(1, source)
+        born = beam.arena.add_row(node, saying)
+        beam.node.copy_(torch.where(grew, born, node))
+        beam.last.copy_(torch.where(grew, saying, last))
+        self._show_masses()
+        self.joint.follow(beam, None, None, source, grew, source)
+
+    def _show_masses(self) -> None:
+        best = self.mass.amax(1)
+        best = torch.where(best > _NEVER, best, torch.zeros_like(best))
+        self.beam.offset = best
+        self.beam.log_total.copy_(self.mass - best.unsqueeze(1))
+
+
+def _history_keys(labels: Any) -> tuple[Tensor, Tensor]:
+    """Return what a hash of words is multiplied by and what is added, for each saying, two int64 tensors.
+
+    A hash of the words, not of sayings: "of" and "the" said by two arcs or by one are the same words.
+    """
+    if labels in _KEYS:
+        return _KEYS[labels]
+    sayings = getattr(labels, "sayings", None)
+    if sayings is None:  # each id a piece
+        sayings = [(), *((piece,) for piece in range(1, labels.size))]
+    highest = max((word for saying in sayings for word in saying), default=0)
+    generator = torch.Generator().manual_seed(1234)
+    low = torch.iinfo(torch.int64)
+    keys = torch.randint(low.min, low.max, (highest + 1,), generator=generator, dtype=torch.int64)
+    factors = torch.ones(len(sayings), dtype=torch.int64)
+    addends = torch.zeros(len(sayings), dtype=torch.int64)
+    for place in range(max(map(len, sayings))):
+        longer = torch.tensor([i for i, saying in enumerate(sayings) if len(saying) > place])
+        words = torch.tensor([sayings[i][place] for i in longer.tolist()])
+        factors[longer] *= _FACTOR
+        addends[longer] = addends[longer] * _FACTOR + keys[words]
+    _KEYS[labels] = factors, addends
+    return factors, addends

@@ -1,0 +1,124 @@
+"""The prefix search by tensors, on any device and with any fusion: one Python iteration a frame.
+Knows: the order of work in a frame, blocks of frames. Must not know: which language model it is.
+"""
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Optional
+
+import torch
+from torch import Tensor
+
+from icefall_fusion.search.beam import Beam
+from icefall_fusion.search.engines.candidates import (
+    FramePlan,
+    best_pieces,
+    columns_needed,
+    make_pairs,
+    prepare_frames,
+)
+from icefall_fusion.search.engines.children import Children, columns_kept
+from icefall_fusion.search.engines.frame_step import Candidates, Frame, FrameStep
+from icefall_fusion.search.fusion_set import ROUNDING, JointFusion
+
+if TYPE_CHECKING:
+    from icefall_fusion.search.options import PrefixSearchOptions
+    from icefall_fusion.search.search_input import SearchInput
+
+_BLOCK = 48  # frames prepared at once: large enough to amortize calls, small enough to stay in cache
+
+
+class TensorSearch:
+    """One search over one batch: blocks of frames, and in each frame extend, merge, prune, fuse.
+
+    Which pieces may extend: without shallow fusion the few pairs of slot and piece that the proof in
+    candidates.py leaves; with it, all pieces that could survive if the language model were certain of them.
+    """
+
+    def __init__(self, given: SearchInput, plan: FramePlan, beam: Beam, options: PrefixSearchOptions,
+                 limit: int, joint: JointFusion) -> None:
+        self.joint, self.blank, self.beam, self.limit = joint, given.blank, beam, limit
+        self.log_probs, self.best, self.searched = plan.log_probs, plan.best, plan.searched
+        self.restarts, self.rescale = plan.restarts, plan.rescale
+        self.live = given.live
+        batch, _, pieces = self.log_probs.shape
+        device = self.log_probs.device
+        self.step = FrameStep(beam, pieces, options.score_beam)
+        self.widens = joint.extends and joint.ranks
+        self.wide: dict[int, Candidates] = {}
+        slack: Optional[int] = options.beam - 1 if joint.ranks else 0
+        self.children: Optional[Children] = None
+        if options.recover_mass:
+            self.widens = False
+            columns, slack = columns_kept(options.beam, self.limit), None
+            self.children = Children(self.beam, pieces, columns)
+        else:
+            columns = 0 if self.widens else min(self.limit, columns_needed(options.beam, pieces, slack))
+        self.out = Candidates(batch, make_pairs(options.beam, columns, slack, device), options.beam, device)
+
+    def run(self) -> None:
+        """Search all frames; the fusions act after each."""
+        frames = self.log_probs.shape[1]
+        for start in range(0, frames, _BLOCK):
+            stop = min(start + _BLOCK, frames)
+            block = slice(start, stop)
+            ready = prepare_frames(self.log_probs[:, block], self.best[:, block], self.searched[:, block],
+                                   self.blank, self.out.pairs)
+            for frame, *scores in zip(range(start, stop), *(x.unbind(0) for x in ready)):
+                self._search_frame(frame, Frame(self.log_probs[:, frame], *scores))
+
+    def _search_frame(self, number: int, frame: Frame) -> None:
+        beam, step, joint = self.beam, self.step, self.joint
+        beam.frame = number
+        if number in self.rescale:
+            beam.rescale(self.rescale[number])
+        if self.restarts is not None:
+            beam.restart(self.restarts[number])
+            if self.children is not None:
+                self.children.restart(self.restarts[number])
+        order = None
+        if joint.disordered and not self.widens and self.children is None:
+            order = beam.ranks()
+            beam.permute(order)
+        out = self.out
+        last_score, parent_slots = step.stay(frame, out)
+        active = None
+        if joint.extends:
+            active = self.searched[:, number]
+            if self.widens:
+                frame, out, active = self._widen(frame, active)
+        if self.children is not None:
+            self.children.extend(frame, out, parent_slots)
+            step.strike_out(frame, out, parent_slots)
+        else:
+            step.extend(frame, out, last_score, parent_slots)
+        scores = joint.score(beam, out, frame.piece, active)
+        chosen, source, grew = step.prune(frame, out, scores, self.children)
+        if self.children is not None:
+            self.children.follow(source, chosen >= out.beam)
+        if joint.fusions:
+            moved_from = source if order is None else order.gather(1, source)
+            joint.follow(beam, out, chosen, source, grew, moved_from)
+            joint.fuse(beam, number, self.live[:, number])
+
+    def _widen(self, frame: Frame, active: Tensor) -> tuple[Frame, Candidates, Tensor]:
+        """Choose the pieces that could enter the beam if shallow fusion were certain of them (exact)."""
+        beam, stays = self.beam, self.out
+        scores = frame.row + frame.shift  # [B, V]
+        scores[:, self.blank] = -torch.inf
+        stay_scores = stays.stay_total + beam.fused
+        worst = stay_scores.masked_fill(stays.stay_total == -torch.inf, -torch.inf).amin(1)
+        best = beam.score.masked_fill(~beam.alive, -torch.inf).amax(1)
+        needed = worst - best - self.joint.ceiling - ROUNDING
+        counts = ((scores >= needed.unsqueeze(1)) & (scores > -torch.inf)).sum(1)
+        active = active & (counts > 0)
+        count = int((counts * active).max())  # the one wait for the device
+        count = min(self.limit, -(-count // 8) * 8)  # few different sizes
+        if count == 0:
+            return frame, stays, active
+        if count not in self.wide:
+            pairs = make_pairs(stays.beam, count, None, scores.device)
+            self.wide[count] = Candidates(scores.shape[0], pairs, stays.beam, scores.device)
+        out = self.wide[count]
+        out.masses[:, :, : out.beam] = stays.masses[:, :, : out.beam]
+        score, piece = best_pieces(scores, count)
+        return frame._replace(piece=piece, score=score, pair_score=score.repeat(1, out.beam)), out, active

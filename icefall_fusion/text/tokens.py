@@ -1,0 +1,180 @@
+"""Pieces of the acoustic model: blank, sentence mark, which pieces start a word, text to ids and back.
+Knows: SentencePiece models, lists of pieces. Must not know: transformers, torch, models, search.
+"""
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any, Optional, Sequence
+
+from icefall_fusion.common.checks import check
+from icefall_fusion.common.files import PathLike
+
+WORD_START = "▁"
+UNKNOWN_TEXT = "⁇"  # what an unknown piece reads as, SentencePiece's own sign
+_BLANKS = ("<blk>", "<blank>", "<pad>", "[PAD]")
+_SENTENCE_MARKS = ("<sos/eos>", "<s>", "</s>", "<sos>", "<eos>", "[CLS]", "[SEP]", "<pad>", "[PAD]")
+_UNKNOWNS = ("<unk>", "[UNK]")
+
+
+class AcousticTokens:
+    """The vocabulary of a CTC model, blank included; use :meth:`load` or :meth:`from_pieces`.
+
+    Attributes:
+        pieces: the text of every id.
+        size: V, blank included.
+        blank_id: id of the blank.
+        sos_eos_id: id that starts and ends a sentence for the attention decoder and piece LMs, or None.
+        unk_id: id of the unknown piece, or None.
+        starts_word: for every id, whether it begins a new word. A delimiter piece ("|") has no text and
+            counts as starting the next word.
+    """
+
+    def __init__(
+        self,
+        pieces: Sequence[str],
+        blank_id: int,
+        word_start: str,
+        delimiter: Optional[str],
+        processor: Any = None,
+    ) -> None:
+        check(len(pieces) >= 2, "pieces", "hold a blank and at least one more piece", len(pieces))
+        check(0 <= blank_id < len(pieces), "blank_id", f"be in 0..{len(pieces) - 1}", blank_id)
+        duplicates = len(pieces) - len(set(pieces))
+        check(duplicates == 0, "pieces", "differ from one another (duplicates)", duplicates)
+        check(delimiter is None or delimiter in pieces, "delimiter", "be one of the pieces", delimiter)
+        self.pieces: list[str] = list(pieces)
+        self.size = len(self.pieces)
+        self.blank_id = blank_id
+        self.sos_eos_id = self._find(("<sos/eos>",))
+        self.unk_id = self._find(_UNKNOWNS)
+        self._ids = {piece: index for index, piece in enumerate(self.pieces)}
+        self._delimiter_id = None if delimiter is None else self._ids[delimiter]
+        self._word_start = word_start
+        self._processor = processor
+        silent = {blank_id, self._delimiter_id} | {self._ids.get(mark) for mark in _SENTENCE_MARKS}
+        self._texts: list[str] = []  # what each id adds to its word
+        self.starts_word: list[bool] = []
+        for index, piece in enumerate(self.pieces):
+            starts = delimiter is None and index not in silent and piece.startswith(word_start)
+            text = piece[len(word_start) :] if starts else piece
+            text = "" if index in silent else UNKNOWN_TEXT if index == self.unk_id else text
+            self._texts.append(text)
+            self.starts_word.append(index == self._delimiter_id or (starts and index != self.unk_id))
+        self._longest = max(len(piece) for piece in self.pieces)
+
+    @classmethod
+    def load(cls, path: PathLike) -> "AcousticTokens":
+        """Read a SentencePiece model: a ``.model`` file, or a folder that has ``bpe.model``.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError: the file is no SentencePiece model, or has no blank piece.
+        """
+        import sentencepiece
+
+        path = Path(path)
+        path = path / "bpe.model" if path.is_dir() else path
+        if not path.is_file():
+            raise FileNotFoundError(f"SentencePiece model not found: {str(path)!r}")
+        processor = sentencepiece.SentencePieceProcessor()
+        try:
+            processor.LoadFromSerializedProto(path.read_bytes())
+        except RuntimeError as error:
+            raise ValueError(f"{str(path)!r} must be a SentencePiece model, but it says: {error}") from error
+        pieces = [processor.id_to_piece(index) for index in range(processor.get_piece_size())]
+        check(pieces[0] in _BLANKS, f"piece 0 of {str(path)!r}", f"be a blank, one of {_BLANKS}", pieces[0])
+        return cls(pieces, 0, WORD_START, None, processor)
+
+    @classmethod
+    def from_pieces(
+        cls,
+        pieces: Sequence[str],
+        blank_id: int,
+        word_start: str = WORD_START,
+        delimiter: Optional[str] = None,
+    ) -> "AcousticTokens":
+        """Make the vocabulary of any CTC model from its pieces in id order.
+
+        Args:
+            pieces: text of every id, blank included.
+            blank_id: id of the CTC blank.
+            word_start: what pieces that begin a word begin with; empty: every piece is a word.
+            delimiter: the piece between words ("|" in letter vocabularies); None: pieces say it themselves.
+
+        Raises:
+            ValueError: blank or delimiter is not in the vocabulary, or pieces repeat.
+        """
+        return cls(pieces, blank_id, word_start, delimiter)
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text of words with single spaces (none for an empty text).
+
+        Raises:
+            ValueError: a character is in no piece and there is no unknown piece.
+        """
+        if self._processor is not None:
+            return self._processor.encode(text)
+        ids: list[int] = []
+        for number, word in enumerate(text.split()):
+            if number > 0 and self._delimiter_id is not None:
+                ids.append(self._delimiter_id)
+            ids.extend(self._encode_word(word if self._delimiter_id is not None else self._word_start + word))
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of ids: words with single spaces; blanks and sentence marks are silent."""
+        return " ".join(self.words(ids))
+
+    def words(self, ids: Sequence[int]) -> list[str]:
+        """Return the words that ids spell."""
+        texts = self._texts
+        return ["".join([texts[index] for index in ids[start:stop]]) for start, stop in self.word_spans(ids)]
+
+    def word_spans(self, ids: Sequence[int]) -> list[tuple[int, int]]:
+        """Return, for each word, its first piece and one past its last as positions in ``ids``.
+
+        Words without text vanish; pieces without text at the edges of a word are not part of its span,
+        unless they start it.
+
+        Raises:
+            ValueError: an id is outside the vocabulary.
+        """
+        spans: list[tuple[int, int]] = []
+        start = stop = -1  # of the word being read; stop is one past its last piece with text
+        for position, index in enumerate(ids):
+            if not 0 <= index < self.size:
+                raise ValueError(f"ids must be in 0..{self.size - 1}, but ids[{position}] is {index!r}")
+            if self.starts_word[index]:
+                if stop > start:
+                    spans.append((start, stop))
+                start = stop = position if index != self._delimiter_id else -1
+            if self._texts[index]:
+                start = position if start < 0 else start
+                stop = position + 1
+        if stop > start:
+            spans.append((start, stop))
+        return spans
+
+    def fingerprint(self) -> str:
+        """Return the SHA-1 of the pieces, to tell vocabularies apart."""
+        return hashlib.sha1("\n".join(self.pieces).encode("utf-8")).hexdigest()
+
+    def _find(self, names: Sequence[str]) -> Optional[int]:
+        return next((self.pieces.index(name) for name in names if name in self.pieces), None)
+
+    def _encode_word(self, word: str) -> list[int]:
+        """Spell a word with the longest piece at every place."""
+        ids: list[int] = []
+        position = 0
+        while position < len(word):
+            for length in range(min(self._longest, len(word) - position), 0, -1):
+                index = self._ids.get(word[position : position + length])
+                if index is not None:
+                    break
+            else:
+                index, length = self.unk_id, 1
+                check(index is not None, "text", "be spelled by the pieces (there is no unknown piece)", word)
+            ids.append(index)
+            position += length
+        return ids

@@ -1,0 +1,157 @@
+"""A decode by several processes leaves what one process leaves, after any kill, and never doubles anything.
+Knows: run logs, the job decode. Must not know: how a search works.
+"""
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from icefall_fusion.__main__ import main
+from icefall_fusion.acoustic.sources import EmissionOptions
+from icefall_fusion.decode.job import Decoder
+from icefall_fusion.decode.language_models import LmOptions
+from icefall_fusion.decode.options import DecodeOptions
+from icefall_fusion.decode.run_files import MethodLog
+from icefall_fusion.decode.shards import Processes, ShardedLog
+from icefall_fusion.nbest import Hypothesis, NBest
+
+METHODS = "ctc-prefix,llm-delayed-shortest"
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> dict[str, str]:
+    return tiny.everything(tmp_path_factory.mktemp("tiny"))
+
+
+def arguments(made: dict[str, str], out: Path) -> list[str]:
+    return [
+        *("decode", "--emissions.model", made["model"], "--llm.path", made["llm"], "--out", str(out)),
+        *("--test_sets.noise", made["cuts"], "--search.beam=4", "--methods", METHODS, "--batch_size=1"),
+    ]
+
+
+def two_processes(command: list[str]) -> subprocess.Popen:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "icefall_fusion"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen([sys.executable, *torchrun, *command], env=environment, start_new_session=True)
+
+
+def wers(out: Path) -> list[tuple[str, float, int]]:
+    rows = json.loads((out / "results.json").read_text())
+    return [(row["method"], row["wer"], row["lm_tokens_scored"]) for row in rows]
+
+
+def test_two_processes_leave_what_one_leaves_also_after_a_kill(made, tmp_path) -> None:
+    assert main(arguments(made, tmp_path / "one")) == 0
+    two = tmp_path / "two"
+    process = two_processes(arguments(made, two))
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if sum(path.read_text().count("\n") for path in two.glob("rank-*/work-*")) >= 7:  # 4 have options
+            os.killpg(process.pid, signal.SIGKILL)
+        time.sleep(0.002)
+    process.wait()
+    assert two_processes(arguments(made, two)).wait(timeout=120) == 0
+    assert wers(two) == wers(tmp_path / "one")
+    assert not list(two.glob("rank-*"))
+    assert json.loads((two / "run.json").read_text())["processes"] == 2
+    for method in METHODS.split(","):
+        name = f"nbest-noise-{method}.jsonl"
+        lists = [sorted((out / name).read_text().splitlines()) for out in (two, tmp_path / "one")]
+        assert lists[0] == lists[1]
+    before = (two / "results.json").stat().st_mtime_ns
+    assert main(arguments(made, two)) == 0  # one process finds nothing left to do
+    assert wers(two) == wers(tmp_path / "one") and (two / "results.json").stat().st_mtime_ns > before
+
+
+def nbest(utterance: str) -> NBest:
+    scores = {"ctc": -1.0, "words": 1.0, "total": -1.0}
+    return NBest(utterance, [Hypothesis(tokens=[3], text="a", scores=scores)], {"ctc": 1.0})
+
+
+def open_log(folder: Path) -> ShardedLog:
+    return ShardedLog(Processes(), folder, "set", "m", {"x": 1})
+
+
+def test_what_processes_left_is_taken_in_once(tmp_path) -> None:
+    for rank, names in enumerate((("a", "b"), ("c",))):
+        part = MethodLog(tmp_path / f"rank-{rank}", "set", "m", {"x": 1})
+        part.append([nbest(name) for name in names], {"search": 1.0})
+        part.close()
+    kept = {path: path.read_bytes() for path in tmp_path.glob("rank-*/*")}
+    log = open_log(tmp_path)
+    assert log.done == {"a", "b", "c"} and log.whole.totals() == {"search": 2.0}
+    log.whole.close()
+    for path, content in kept.items():  # as if killed before they were removed
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content)
+    log = open_log(tmp_path)
+    assert log.done == {"a", "b", "c"} and log.whole.totals() == {"search": 2.0}
+    assert not list(tmp_path.glob("rank-*"))
+    log.whole.close()
+
+    part = MethodLog(tmp_path / "rank-5", "set", "m", {"x": 1})
+    part.append([nbest("c"), nbest("d")], {"search": 1.0})
+    part.close()
+    with pytest.raises(ValueError, match=r"must hold each utterance once, but 1 .* \['c'\]"):
+        open_log(tmp_path)
+
+
+def test_missing_utterances_are_refused(tmp_path) -> None:
+    log = ShardedLog(Processes(), tmp_path, "set", "m", {"x": 1})
+    log.append([nbest("a")], {"search": 1.0})
+    log._processes = Processes(world=2)  # as the first of two whose other one has decoded nothing
+    log._mine = MethodLog(tmp_path / "rank-0", "set", "m", {"x": 1})
+    log._processes.__class__.gather, real = (lambda self, value: [value] * self.world), Processes.gather
+    try:
+        with pytest.raises(RuntimeError, match=r"1 utterances of set are missing .* \['b'\]"):
+            log.finish(["a", "b"])
+    finally:
+        Processes.gather = real
+
+
+def test_out_of_memory_halves_the_batch_and_changes_no_result(made, tmp_path, monkeypatch) -> None:
+    def decode(out: str) -> Decoder:
+        decoder = Decoder(DecodeOptions(
+            str(tmp_path / out), {"noise": made["cuts"]}, EmissionOptions(made["model"]), METHODS,
+            llm=LmOptions(made["llm"]), batch_size=5,
+        ))  # fmt: skip
+        decoder.decode_set("noise", made["cuts"])
+        decoder.write_run("done")
+        return decoder
+
+    decode("enough")
+    search, emit = Decoder._search_once, Decoder._emit
+
+    def small_search(self, method, emissions):
+        if len(emissions.ids) > 1 and method.name != "ctc-prefix":
+            raise torch.OutOfMemoryError("no room")
+        return search(self, method, emissions)
+
+    def small_emit(self, name, parts, values):
+        if len(parts) > 4:
+            raise torch.OutOfMemoryError("no room")
+        return emit(self, name, parts, values)
+
+    monkeypatch.setattr(Decoder, "_search_once", small_search)
+    monkeypatch.setattr(Decoder, "_emit", small_emit)
+    decoder = decode("little")
+    assert json.loads((tmp_path / "little" / "run.json").read_text())["oom_backoffs"] == 2
+    assert decoder.oom_backoffs == 2 and wers(tmp_path / "little") == wers(tmp_path / "enough")
+
+    def no_room(self, method, emissions):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(Decoder, "_search_once", no_room)
+    with pytest.raises(torch.OutOfMemoryError):
+        decode("none")

@@ -1,0 +1,118 @@
+"""Tuning: the vectorized count equals reweighting one by one; known optima are found; results are written.
+Knows: icefall_fusion.decode.tune. Must not know: how hypotheses came about.
+"""
+from __future__ import annotations
+
+import json
+import random
+
+import numpy as np
+import pytest
+import tiny
+import yaml
+
+from icefall_fusion.__main__ import main
+from icefall_fusion.decode.methods import weights_of
+from icefall_fusion.decode.options import read_weights
+from icefall_fusion.decode.tune import ScoreTable, coordinate_search
+from icefall_fusion.nbest import Hypothesis, NBest, write_nbests
+from icefall_fusion.scoring.wer import word_errors
+
+
+def make(count: int = 40, seed: int = 1) -> tuple[list[NBest], dict[str, str]]:
+    """Hypotheses whose LLM score tells right from wrong, at a scale at which CTC misleads."""
+    rng = random.Random(seed)
+    nbests, references = [], {}
+    for index in range(count):
+        words = [rng.choice("abcdef") for _ in range(rng.randrange(3, 9))]
+        references[f"u{index}"] = " ".join(words)
+        hypotheses = []
+        for rank in range(rng.randrange(2, 7)):
+            changed = list(words)
+            for _ in range(rank):
+                changed[rng.randrange(len(changed))] = rng.choice("abcdef")
+            if rank == 3:
+                changed = changed[:-1]
+            wrong = sum(a != b for a, b in zip(words, changed)) + len(words) - len(changed)
+            scores = {"ctc": 2.0 * wrong + rng.gauss(0, 1) - 20, "llm": -5.0 * wrong + rng.gauss(0, 2) - 10}
+            scores["words"] = float(len(changed))
+            hypotheses.append(Hypothesis([], " ".join(changed), {**scores, "total": scores["ctc"]}))
+        nbests.append(NBest(f"u{index}", sorted(hypotheses, key=lambda h: -h.total)))
+    return nbests, references
+
+
+def test_counts_equal_reweighting_one_by_one() -> None:
+    nbests, references = make()
+    table = ScoreTable.make(nbests, references, ["llm"])
+    for llm, bonus in ((0.0, 0.0), (0.3, -0.7), (1.5, 0.4)):
+        weights = {"ctc": 1.0, "llm": llm, "words": bonus}
+        texts = {nbest.utterance: nbest.reweight(weights)[0].text for nbest in nbests}
+        assert int(table.count(np.array([[llm, bonus]]))[0]) == word_errors(references, texts).errors
+    assert table.words == word_errors(references, references).words
+
+
+def test_the_search_beats_every_point_of_a_coarse_grid() -> None:
+    nbests, references = make()
+    table = ScoreTable.make(nbests, references, ["llm"])
+    found, errors = coordinate_search(table, highest=2.0, bonus=2.0, rounds=4)
+    grid = np.array([[a, b] for a in np.linspace(0, 2, 9) for b in np.linspace(-2, 2, 9)])
+    assert errors <= table.count(grid).min() + 1
+    assert found["llm"] > 0.3 and errors < table.count(np.zeros((1, 2)))[0]
+    assert int(table.count(np.array([[found["llm"], found["words"]]]))[0]) == errors
+
+
+def test_lists_of_several_files_are_joined() -> None:
+    nbests, references = make(6)
+    halves = [NBest(n.utterance, n.hypotheses[part::2]) for n in nbests for part in (0, 1)]
+    one, two = (ScoreTable.make(lists, references, ["llm"]) for lists in (nbests, halves))
+    weights = np.array([[0.5, 0.1]])
+    assert one.count(weights) == two.count(weights)
+
+
+def test_missing_scores_and_references_are_told() -> None:
+    nbests, references = make(3)
+    with pytest.raises(ValueError, match=r"scores of \['nlm', 'words'\].*3 have none"):
+        ScoreTable.make(nbests, references, ["nlm"])
+    with pytest.raises(ValueError, match="lack 'u2'"):
+        ScoreTable.make(nbests, {"u0": "a", "u1": "b"}, ["llm"])
+
+
+def test_references_without_a_list_are_left_out() -> None:
+    nbests, references = make(3)
+    table = ScoreTable.make(nbests, references, ["llm"])
+    more = ScoreTable.make(nbests, {**references, "skipped": "a"}, ["llm"])
+    assert table.words == more.words and table.errors.tolist() == more.errors.tolist()
+    with pytest.raises(ValueError, match="hold an utterance at least"):
+        ScoreTable.make([], references, ["llm"])
+
+
+def test_job_writes_weights_that_decode_reads(tmp_path) -> None:
+    nbests, references = make()
+    write_nbests(tmp_path / "nbest.jsonl", nbests)
+    (tmp_path / "ref.txt").write_text("".join(f"{u} {text}\n" for u, text in references.items()))
+    out = tmp_path / "weights.yaml"
+    arguments = ["--nbest", f"[{tmp_path / 'nbest.jsonl'}]", "--ref", str(tmp_path / "ref.txt")]
+    assert main(["tune", *arguments, "--out", str(out), "--methods", "llm-nbest-rescoring"]) == 0
+    weights = weights_of("llm-nbest-rescoring", read_weights(str(out)))
+    assert weights["llm"] > 0.3 and weights["ctc"] == 1.0
+    assert yaml.safe_load(out.read_text())["dev_wer"]["llm-nbest-rescoring"] < 50
+
+
+def test_confirmation_gives_the_error_rate_of_a_decode_with_its_weights(tmp_path, capsys) -> None:
+    made = tiny.everything(tmp_path / "models")
+    models = [f"emissions.model={made['model']}", *(f"{n}.path={made[n]}" for n in ("nlm", "llm"))]
+    # longest: utterances are cut into parts in tuning just as in decoding
+    options = [*models, f"test_sets.noise={made['cuts']}", "search.beam=4", "longest=1"]
+    method, scores = "llm-delayed-interval-16", "nlm-nbest-rescoring+llm-nbest-rescoring"
+    as_words = [f"--{option}" for option in options]
+    assert main(["decode", *as_words, "--methods", scores, "--out", str(tmp_path / "dev")]) == 0
+    weights = tmp_path / "weights.yaml"
+    confirm = [f"--confirm.{option}" for option in [*options, f"out={tmp_path / 'confirm'}"]]
+    lists = str(tmp_path / "dev" / f"nbest-noise-{scores}.jsonl")
+    assert main(["tune", "--nbest", f"[{lists}]", "--ref", made["cuts"], "--methods", f"{method},nlm-shallow",
+                 "--out", str(weights), *confirm]) == 0  # fmt: skip
+    assert weights.read_text() in capsys.readouterr().out
+    out = tmp_path / "again"
+    assert main(["decode", *as_words, "--methods", method, "--weights", str(weights), "--out", str(out)]) == 0
+    (row,) = json.loads((out / "results.json").read_text())
+    assert row["wer"] == pytest.approx(yaml.safe_load(weights.read_text())["dev_wer"][method], abs=6e-3)

@@ -1,0 +1,73 @@
+"""egs/README.md's new corpus: its files are made as they stand there, and run from manifests to the table.
+Knows: the page's code blocks. Must not know: what stages do.
+"""
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import tiny
+import yaml
+
+EGS = Path(__file__).resolve().parents[2] / "egs"
+
+
+def make_recipe(folder: Path) -> Path:
+    """Write the page's files beside copies of what they source; return the recipe's folder."""
+    recipe = folder / "egs" / "mycorpus" / "ASR"
+    page = (EGS / "README.md").read_text(encoding="utf-8")
+    files = re.findall(r"```\w+ file=(\S+)\n(.*?)```", page, re.DOTALL)
+    assert [name for name, _ in files] == ["local/manifests.py", "prepare.sh", "train.sh", "decode.sh"]
+    for name, content in files:
+        (recipe / name).parent.mkdir(parents=True, exist_ok=True)
+        (recipe / name).write_text(content)
+    for script in EGS.glob("*.sh"):
+        shutil.copy(script, folder / "egs" / script.name)
+    (folder / "icefall_fusion").symlink_to(EGS.parent / "icefall_fusion")
+    shutil.copytree(EGS / "libriheavy" / "ASR" / "conf" / "tiny", recipe / "conf")
+    shutil.copy(EGS / "libriheavy" / "ASR" / "conf" / "decode.yaml", recipe / "conf")
+    for name, more in (("ctc_aed", {"avg": 1}), ("nlm", {})):
+        options = {**yaml.safe_load((recipe / "conf" / f"{name}.yaml").read_text()), **more}
+        options["trainer"].update(max_steps=2, valid_every_steps=2, save_every_steps=2)
+        (recipe / "conf" / f"{name}.yaml").write_text(yaml.safe_dump(options))
+    return recipe
+
+
+def make_corpus(folder: Path) -> Path:
+    rng = np.random.default_rng(1)
+    for split, count in (("train", 24), ("dev", 3), ("test", 3)):
+        (folder / split).mkdir(parents=True)
+        for number in range(count):
+            path = folder / split / f"{split}-{number}.flac"
+            soundfile.write(path, rng.normal(0, 0.1, 24000 + 1000 * number), 16000)
+            text = tiny.LINES[number % 4].capitalize() + "."
+            path.with_suffix(".txt").write_text(f"{text} {text}" if split == "train" else text)
+    return folder
+
+
+def test_a_new_corpus_is_the_files_of_the_page(tmp_path: Path) -> None:
+    recipe, corpus = make_recipe(tmp_path), make_corpus(tmp_path / "corpus")
+    llm = tiny.language_model(tmp_path / "llm", 3, pieces=False)
+    environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+
+    def run(*command: str) -> None:
+        done = subprocess.run(["bash", *command], cwd=recipe, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    run("prepare.sh", "--source", str(corpus), "--pieces", "40", "--workers", "1")
+    run("train.sh")
+    methods = "ctc-prefix,llm-delayed-shortest-ahead"
+    run("decode.sh", "--llm", str(llm), "--methods", methods, "--confirm", "2")
+    rows = json.loads((recipe / "exp" / "report" / "results.json").read_text())
+    assert [(row["method"], row["test_set"], row["words"]) for row in rows] == [
+        (method, "test", sum(len(line.split()) for line in tiny.LINES[:3])) for method in methods.split(",")
+    ]
+    weights = yaml.safe_load((recipe / "exp" / "weights.yaml").read_text())["weights"]
+    assert list(weights) == ["llm-delayed-shortest-ahead"]

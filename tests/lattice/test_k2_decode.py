@@ -1,0 +1,174 @@
+"""Job decode by methods k2-* with an LLM, from lattices in files: needs no k2, it runs where the LLM is.
+Knows: decode, tune, tiny models. Must not know: k2.
+"""
+from __future__ import annotations
+
+import ast
+import json
+
+import pytest
+import tiny
+import yaml
+from lattice_tools import ctc_lattices
+
+from icefall_fusion.__main__ import main
+from icefall_fusion.acoustic.emissions import SavedSource
+from icefall_fusion.acoustic.sources import EmissionOptions
+from icefall_fusion.decode.job import run
+from icefall_fusion.decode.language_models import LmOptions
+from icefall_fusion.decode.methods import K2_METHODS, needs, parse_method, parse_methods, weights_of
+from icefall_fusion.decode.options import DecodeOptions
+from icefall_fusion.fusion.rescoring import rescore_with_ngram
+from icefall_fusion.lattice.beam import LatticeBeamOptions
+from icefall_fusion.lattice.files import save_lattices
+from icefall_fusion.lattice.source import K2Options
+from icefall_fusion.lm import CausalLm
+from icefall_fusion.nbest import read_nbests
+from icefall_fusion.ngram.piece_ngram import PieceNgram
+from icefall_fusion.search import PrefixSearchOptions, ctc_prefix_search
+from icefall_fusion.text.tokens import AcousticTokens
+
+COUNT = 3
+WEIGHTS = {name: {} for name in K2_METHODS}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Tiny models, and lattices of pieces made from their log-probs."""
+    folder = tmp_path_factory.mktemp("models")
+    made = tiny.everything(folder)
+    made["cuts"] = str(tiny.manifest(folder / "some", COUNT))
+    options = DecodeOptions(
+        str(folder / "first"), {"test": made["cuts"]}, EmissionOptions(made["model"]), "ctc-greedy",
+        save_emissions=str(folder / "emissions"),
+    )  # fmt: skip
+    assert run(options) == 0
+    tokens = AcousticTokens.load(made["model"])
+    source = SavedSource(folder / "emissions" / "test", tokens)
+    emissions = source.emit(source.ids)
+    lattices = ctc_lattices(emissions.log_probs, emissions.lens, emissions.ids)
+    search = PrefixSearchOptions(beam=6)
+    lists = ctc_prefix_search(emissions.log_probs, emissions.lens, search, tokens, (), emissions.ids)
+    lists = [nbest.with_scores("hlg", [0.0] * len(nbest)) for nbest in lists]
+    lists = rescore_with_ngram(lists, PieceNgram.load(made["ngram"], tokens.pieces))
+    seconds = {"lattices": 30.0, "nbest": 3.0, "whole": 6.0}
+    made["lattices"] = str(folder / "lattices")
+    save_lattices(folder / "lattices" / "lattices-0.npz", lattices, {"nbest": lists, "whole": lists}, tokens,
+                  tokens, seconds, {})  # fmt: skip
+    return made
+
+
+def options(models, out, methods="k2-all", **more):
+    return DecodeOptions(
+        str(out), {"test": models["cuts"]}, EmissionOptions(models["model"]), methods,
+        llm=LmOptions(models["llm"]), weights=WEIGHTS,
+        k2=K2Options(saved=models["lattices"], beam=LatticeBeamOptions(beam=8)), **more,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def decoded(models, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out")
+    assert run(options(models, out)) == 0
+    return out
+
+
+def test_every_method_leaves_lists_and_a_row(decoded) -> None:
+    rows = {row["method"]: row for row in json.loads((decoded / "results.json").read_text())}
+    assert list(rows) == list(K2_METHODS)
+    wanted = {"k2-attention-rescoring": "attention", "k2-llm-nbest-rescoring": "llm",
+              "k2-nbest-ngram-rescoring": "ngram", "k2-whole-lattice-ngram-rescoring": "ngram"}  # fmt: skip
+    for name, row in rows.items():
+        source = "llm" if "delayed" in name else wanted.get(name, "hlg")
+        for nbest in read_nbests(decoded / f"nbest-test-{name}.jsonl"):
+            assert source in nbest.sources() and len(nbest) >= 1
+            for h in nbest:
+                total = sum(weight * h.scores[s] for s, weight in nbest.weights.items() if weight)
+                assert h.total == pytest.approx(total, abs=1e-3)
+        assert row["lattice_density"] > 100  # nothing was pruned
+        assert row["search_seconds"] > 25  # making lattices counts, wherever it was done
+        assert row["options"]["k2"]["fingerprints"]["saved"]
+    best = rows["k2-nbest-oracle"]["wer"]
+    assert best == rows["k2-nbest"]["oracle_wer"] <= rows["k2-nbest"]["wer"]
+
+
+@pytest.mark.parametrize("method", [name for name in K2_METHODS if "llm" in name])
+def test_llm_scores_are_those_of_whole_texts(models, decoded, method) -> None:
+    lm = CausalLm.from_pretrained(models["llm"])
+    for nbest in read_nbests(decoded / f"nbest-test-{method}.jsonl"):
+        for h in nbest:
+            assert h.scores["llm"] == pytest.approx(lm.log_prob(h.text, eos=True), abs=1e-3)
+
+
+def test_a_fusion_at_the_end_is_the_beam_rescored(models, tmp_path) -> None:
+    """What survives is then chosen without the LLM: the same words as with weight 0, in another order."""
+    names = ["k2-llm-delayed-at-end", "k2-llm-delayed-every-frame"]
+    zero = {name: {"llm": 0.0, "words": 0.0} for name in names}
+    assert run(options(models, tmp_path / "some", names[0])) == 0
+    silent = options(models, tmp_path / "none", names)
+    object.__setattr__(silent, "weights", zero)
+    assert run(silent) == 0
+    lists = [
+        {nbest.utterance: {h.text: h.scores["ctc"] for h in nbest} for nbest in read_nbests(path)}
+        for path in (tmp_path / "some" / f"nbest-test-{names[0]}.jsonl",
+                     tmp_path / "none" / f"nbest-test-{names[0]}.jsonl",
+                     tmp_path / "none" / f"nbest-test-{names[1]}.jsonl")
+    ]  # fmt: skip
+    assert lists[0] == lists[1] == lists[2]
+
+
+def test_tune_takes_lists_of_lattices_as_any_others(models, decoded, tmp_path, caplog) -> None:
+    caplog.set_level("INFO")
+    name = "k2-nbest-ngram-rescoring+attention-rescoring+llm-nbest-rescoring"
+    assert run(options(models, tmp_path / "all", name)) == 0
+    code = main([
+        "tune", "--nbest", str(tmp_path / "all" / f"nbest-test-{name}.jsonl"), "--ref", models["cuts"],
+        "--methods", "k2-all", "--out", str(tmp_path / "weights.yaml"), "--rounds", "1",
+    ])  # fmt: skip
+    assert code == 0
+    weights = yaml.safe_load((tmp_path / "weights.yaml").read_text())["weights"]
+    assert list(weights) == list(K2_METHODS)
+    assert set(weights["k2-llm-delayed-shortest"]) == {"hlg", "llm", "words"}
+    assert set(weights["k2-whole-lattice-ngram-rescoring"]) == {"ngram", "words"}
+    # and confirms by decoding
+    code = main([
+        "tune", "--nbest", str(tmp_path / "all" / f"nbest-test-{name}.jsonl"), "--ref", models["cuts"],
+        "--methods", "k2-1best,k2-llm-delayed-shortest", "--out", str(tmp_path / "confirmed.yaml"),
+        "--rounds", "1", "--confirm_rounds", "1", "--confirm.out", str(tmp_path),
+        "--confirm.test_sets", json.dumps({"test": models["cuts"]}),
+        "--confirm.emissions.model", models["model"], "--confirm.llm.path", models["llm"],
+        "--confirm.k2.saved", models["lattices"], "--confirm.k2.beam.beam", "4",
+    ])  # fmt: skip
+    assert code == 0
+    confirmed = yaml.safe_load((tmp_path / "confirmed.yaml").read_text())
+    assert set(confirmed["weights"]["k2-llm-delayed-shortest"]) == {"hlg", "llm", "words"}
+    assert "k2-llm-delayed-shortest" in confirmed["dev_wer"]
+    # from the weights of methods with fewer sources, too
+    found = confirmed["weights"]["k2-1best"]
+    tried = [message for message in caplog.messages if "by decoding with" in message]
+    starts = [ast.literal_eval(message.split("decoding with ")[1]) for message in tried]
+    assert any(start["hlg"] == pytest.approx(found["hlg"], abs=1e-3) and
+               start["words"] == pytest.approx(found["words"], abs=1e-3) for start in starts)  # fmt: skip
+
+
+def test_names_say_what_methods_need() -> None:
+    assert parse_methods("k2-all") == list(K2_METHODS)
+    assert needs("k2-1best") == {"graph"}
+    assert needs("k2-whole-lattice-ngram-rescoring") == {"graph", "word_ngram"}
+    assert needs("k2-attention-rescoring") == {"graph", "attention"}
+    assert needs("k2-llm-delayed-interval-16") == {"graph", "llm"}
+    assert set(weights_of("k2-llm-delayed-shortest", {})) == {"ctc", "hlg", "llm", "words"}
+    with pytest.raises(ValueError, match="must have no shallow fusion"):
+        parse_method("k2-nbest+nlm-shallow")
+    with pytest.raises(ValueError, match="did you mean 'k2-1best'"):
+        parse_method("k2-1bset")
+
+
+def test_methods_without_lattices_are_refused_or_left_out(models, tmp_path, caplog) -> None:
+    plain = DecodeOptions(str(tmp_path / "out"), {"test": models["cuts"]}, EmissionOptions(models["model"]),
+                          "k2-1best")  # fmt: skip
+    with pytest.raises(ValueError, match="k2.graph must name a decoding graph .* for the method 'k2-1best'"):
+        run(plain)
+    object.__setattr__(plain, "methods", "ctc-greedy,k2-all")
+    assert run(plain) == 0
+    assert "k2-1best is left out of the comparison: there is no graph" in caplog.text

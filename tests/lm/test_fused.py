@@ -1,0 +1,194 @@
+"""Fused kernels against transformers' own layers: the same logits for the same events; what they refuse.
+Knows: CausalLm, tiny random models. Must not know: search, fusion.
+
+Without a GPU the kernels run in Triton's interpreter (see conftest.py).
+"""
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("triton")
+from icefall_fusion.lm import CausalLm  # noqa: E402
+from icefall_fusion.lm.fused import FusedModel, why_not_fused  # noqa: E402
+from icefall_fusion.lm.self_check import check_tree  # noqa: E402
+from icefall_fusion.lm.vocabulary import Vocabulary  # noqa: E402
+from tests.lm.test_causal_lm import SIZES, WINDOW, random_model  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FAMILIES = {
+    "llama": ("LlamaConfig", {}),
+    "llama-biases": ("LlamaConfig", {"attention_bias": True, "mlp_bias": True}),
+    "llama-heads-of-6": ("LlamaConfig", {"hidden_size": 24, "num_key_value_heads": 4}),
+    "mistral-window": ("MistralConfig", {"sliding_window": WINDOW, "num_key_value_heads": 1}),
+    "qwen2-window": ("Qwen2Config", {"use_sliding_window": True, "sliding_window": WINDOW,
+                                     "max_window_layers": 1}),
+    "qwen3": ("Qwen3Config", {"head_dim": 12}),
+}  # fmt: skip
+
+
+def make(name: str) -> CausalLm:
+    kind, options = FAMILIES[name]
+    torch.manual_seed(3)
+    model = transformers.AutoModelForCausalLM.from_config(
+        getattr(transformers, kind)(**{**SIZES, "num_hidden_layers": 2, **options})
+    )
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.3 * torch.randn_like(weight))  # norms and biases too
+    return CausalLm(model.to(DEVICE), Vocabulary(None, None, 1, 2), name, self_check=False)
+
+
+def scores_of(lm: CausalLm) -> list[torch.Tensor]:
+    """Return scores and distributions of events with branches, prompts, dead ends and reused slots."""
+    scorer = lm.open_tree(3, [[5, 6, 7], [], [9]])
+    found, generator = [], torch.Generator().manual_seed(1)
+    alive = [[[]], [[]], [[]]]
+    for utterances in ((0, 1, 2), (1,), (0, 2), (0, 1, 2)):
+        nodes = []
+        for b in utterances:
+            alive[b] = [
+                path + torch.randint(3, 97, (more,), generator=generator).tolist()
+                for path in alive[b][:2] for more in (1, 0, 3)
+            ]  # fmt: skip
+            nodes += [scorer.insert(scorer.root(b), path) for path in alive[b]]
+        found.append(scorer.score(nodes, eos=True).cpu())
+        found.append(scorer.next_log_probs(nodes[:2]).cpu())
+        scorer.keep([scorer.insert(scorer.root(b), path) for b in range(3) for path in alive[b][:2]])
+    return found
+
+
+@pytest.mark.gpu  # there it is another test: compiled
+@pytest.mark.parametrize("name", FAMILIES)
+def test_scores_are_those_of_transformers_layers(name: str) -> None:
+    lm = make(name)
+    lm.fused = None
+    plain = {key: value.clone() for key, value in lm.model.state_dict().items()}
+    want = scores_of(lm)
+    assert not why_not_fused(lm.model)
+    lm.fused = FusedModel(lm.model)
+    lm.fused.try_kernels()
+    for found, wanted in zip(scores_of(lm), want):
+        torch.testing.assert_close(found, wanted, atol=2e-4, rtol=1e-4)
+    check_tree(lm)
+    joined = lm.model.state_dict()
+    assert all(torch.equal(joined[key], value) for key, value in plain.items())
+    attention = lm.model.model.layers[0].self_attn
+    assert attention.k_proj.weight.data_ptr() > attention.q_proj.weight.data_ptr()  # nothing is held twice
+    shared = attention.k_proj.weight.untyped_storage().data_ptr()
+    assert shared == attention.q_proj.weight.untyped_storage().data_ptr()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [8, 12])
+def test_all_forms_of_attention_are_tried_before_they_are_relied_on(monkeypatch, size) -> None:
+    config = transformers.LlamaConfig(**{**SIZES, "num_hidden_layers": 1, "head_dim": size})
+    model = transformers.AutoModelForCausalLM.from_config(config).to(DEVICE, torch.float16)
+    fused, forms, launch = FusedModel(model), set(), FusedModel._look
+    monkeypatch.setattr(
+        FusedModel, "_look",
+        lambda self, queries, keys, values, mask, utterances, *others: (
+            forms.add((self._lines(mask.shape[2], queries.dtype), utterances is None)),
+            launch(self, queries, keys, values, mask, utterances, *others),
+        )[1],
+    )  # fmt: skip
+    fused.try_kernels()
+    assert forms == {(lines, everyone) for lines in (16, 32, 64) for everyone in (True, False)}
+    monkeypatch.setattr(FusedModel, "_look", lambda self, *given: launch(self, *given) * 1.1)
+    with pytest.raises(RuntimeError, match="attention of 16 queries at once is .* off"):
+        fused.try_kernels()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_on_a_gpu_is_near_single_precision(dtype) -> None:
+    lm = make("llama")
+    assert lm.fused is not None  # chosen by itself on a GPU
+    want = scores_of(lm)
+    model = make("llama").model.to(dtype)
+    half = CausalLm(model, Vocabulary(None, None, 1, 2), "half")
+    assert half.fused is not None
+    for found, wanted in zip(scores_of(half)[::2], want[::2]):
+        torch.testing.assert_close(found, wanted, atol=0.5, rtol=0.05)
+
+
+def test_what_the_kernels_cannot_do_is_said(monkeypatch) -> None:
+    assert "Olmo2ForCausalLM is none of" in why_not_fused(random_model("olmo2"))
+    model = random_model("llama")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert DEVICE == "cuda" or why_not_fused(model) == "it is not on a GPU"
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert why_not_fused(model) == ""
+    model.model.rotary_emb.inv_freq = model.model.rotary_emb.inv_freq[:1]
+    assert why_not_fused(model) == "a part of each head alone has rotary positions"
+    model.model.layers[0].self_attn.q_proj = torch.nn.Linear(SIZES["hidden_size"], 8)  # a shard of it
+    assert "its heads have 8 entries and weights of [(8, 32), " in why_not_fused(model)
+    model.model.layers[1].mlp.down_proj = torch.nn.Bilinear(2, 2, 2)
+    model.model.layers[0].self_attn.q_proj = torch.nn.Linear(SIZES["hidden_size"], 32)
+    assert why_not_fused(model) == "its layers are quantized or have adapters (Bilinear)"
+    model.model.layers[0].mlp.down_proj.to(torch.bfloat16)
+    assert "several" in why_not_fused(model)
+
+
+def test_what_fails_on_a_gpu_is_told_and_transformers_runs(monkeypatch, caplog) -> None:
+    lm = make("llama")
+    want = scores_of(lm)
+    monkeypatch.setattr(FusedModel, "_gate", lambda self, mixed: mixed[:, : self.inner] * 2)
+    lm._use_fused_kernels()
+    assert lm.fused is None and "fused kernels fail" in caplog.text and "ValueError: model" in caplog.text
+    for found, wanted in zip(scores_of(lm), want):
+        torch.testing.assert_close(found, wanted)
+
+
+_COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from icefall_fusion.lm import fused_kernels
+
+WIDE = "*i64"
+CASES = []
+for capability in (80, 90):
+    for kind, forms in (("*bf16", ((16, 64), (32, 64), (64, 64))), ("*fp32", ((16, 32),))):
+        norm = {"ADD": True, "BLOCK": 4096}
+        CASES.append((capability, "add_and_norm", (*[kind] * 4, "i32", "fp32"), norm, {"num_warps": 8}))
+        CASES.append((capability, "silu_and_multiply", (kind, kind, "i32"), {"BLOCK": 1024}, {}))
+        for heads, key_heads, size, padded, norms in ((32, 8, 128, 64, kind), (32, 32, 100, 128, None)):
+            rotate = (kind, kind, kind, norms, norms, WIDE, kind, kind, kind, "i32", "fp32")
+            sizes = {"NORM": norms is not None, "Q": heads, "H": key_heads, "D": size, "HEADS": padded,
+                     "DP": 128}
+            CASES.append((capability, "rotate_and_store", rotate, sizes, {"num_warps": 8}))
+            for lines, slots in forms:
+                rows = WIDE if lines == 64 else None
+                looked = (kind, kind, kind, "*u8", rows, WIDE, WIDE, kind, "fp32", "i32", "i32", "i32")
+                sizes = {"EVERYONE": rows is None, "H": key_heads, "G": heads // key_heads, "D": size,
+                         "DP": 128, "M": lines, "N": slots}
+                CASES.append((capability, "attend", looked, sizes, {"num_warps": 4, "num_stages": 2}))
+for capability, name, kinds, constants, options in CASES:
+    kernel = getattr(fused_kernels, name)
+    signature = dict(zip(kernel.arg_names, ["constexpr" if kind is None else kind for kind in kinds]))
+    constants = {**constants, **{name: None for name, kind in zip(kernel.arg_names, kinds) if kind is None}}
+    signature.update({name: "constexpr" for name in constants})
+    whole = [i for i, kind in enumerate(kinds) if kind not in (None, WIDE) and "*" in kind]
+    aligned = {(i,): [["tt.divisibility", 16]] for i in whole}
+    source = ASTSource(kernel, {name: signature[name] for name in kernel.arg_names}, constants, aligned)
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    print(name, made.metadata.shared, len(made.asm["cubin"]))
+"""
+
+
+def test_they_compile_for_gpus_that_are_not_here(tmp_path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    root = Path(__file__).resolve().parents[2]
+    environment.update(TRITON_CACHE_DIR=str(tmp_path), PYTHONPATH=str(root))
+    run = subprocess.run([sys.executable, "-c", _COMPILE], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    lines = [line.split() for line in run.stdout.splitlines()]
+    assert len(lines) == 32 and all(int(shared) < 100_000 for _, shared, _ in lines)

@@ -1,0 +1,318 @@
+"""The prefix search by a GPU kernel: the same as by tensors. Without a GPU, Triton's interpreter runs it.
+Knows: search, fusions, tiny language models. Must not know: trained models.
+"""
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from icefall_fusion.fusion import AtEnd, DelayedFusion, FixedInterval, LookAhead, NgramFusion, ShallowFusion
+from icefall_fusion.fusion import ShortestHypothesis as Shortest
+from icefall_fusion.ngram.piece_ngram import NOTHING
+from icefall_fusion.search import (
+    PrefixSearchOptions,
+    ctc_prefix,
+    ctc_prefix_search,
+)
+from icefall_fusion.search.engines import choice as engines
+from icefall_fusion.search.engines import gpu as device_search
+from icefall_fusion.search.engines import gpu_check as kernel_check
+from icefall_fusion.search.fusion_set import JointFusion
+from icefall_fusion.search.stop_rule import Pace
+from tests.fusion.test_fusion import assert_same as assert_same_scores
+from tests.fusion.test_fusion import emissions, llm, nlm, tokens  # noqa: F401 (fixtures)
+from tests.ngram.test_ngram import ngram  # noqa: F401 (a fixture)
+from tests.search_tools import TOKENS, WordLengths, assert_same, listing
+from tests.search_tools import emissions as small
+
+pytest.importorskip("triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def decode(engine, log_probs, lens, tokens=None, fusions=(), beam=4, **options):  # noqa: F811
+    chosen = PrefixSearchOptions(beam=beam, engine=engine, **options)
+    return ctc_prefix_search(log_probs.to(DEVICE), lens.to(DEVICE), chosen, tokens, fusions)
+
+
+@pytest.mark.parametrize(
+    ("beam", "options"),
+    [
+        (1, {}), (4, {}), (10, {}), (33, {}), (1, {"blank_skip": 0.8}), (10, {"blank_skip": 0.8}),
+        (4, {"score_beam": 2.0}), (10, {"score_beam": 2.0}), (4, {"top_pieces": 3}),
+    ], ids=str,
+)  # fmt: skip
+def test_equals_the_search_by_tensors(beam, options):
+    log_probs = small(beam, 3, 14, 18, 2.5, 3.0)
+    never = torch.rand(log_probs.shape, generator=torch.Generator().manual_seed(beam)) < 0.2
+    never[..., 0] = False
+    log_probs = log_probs.masked_fill(never, -math.inf)
+    lens = torch.tensor([14, 9, 0])
+    found = [decode(engine, log_probs, lens, beam=beam, **options) for engine in ("triton", "torch")]
+    for kernel, tensors in zip(*found):
+        kernel, tensors = listing(kernel), listing(tensors)
+        most = max(1, min(len(kernel), len(tensors)) - 1)  # the last may tie with one that is not there
+        scores = [[score for _, score in rows][:most] for rows in (kernel, tensors)]
+        assert scores[0] == pytest.approx(scores[1], abs=1e-3)
+        assert abs(len(kernel) - len(tensors)) <= 1 and kernel[0][0] == tensors[0][0]
+
+
+def test_more_than_62_columns():
+    log_probs = small(3, 1, 7, 120, 0.3)
+    lens, fusions = torch.tensor([7]), [WordLengths(0.0)]
+    tokens = type(TOKENS).from_pieces(["<blk>", *(f"▁{i}" for i in range(119))], 0)  # noqa: F811
+    ranked = [WordLengths(0.1, 0.0, 2)]
+    for one in (fusions, ranked):
+        kernel, tensors = (decode(e, log_probs, lens, tokens, one, beam=40) for e in ("triton", "torch"))
+        best = [[h.total for h in nbest[0]][:39] for nbest in (kernel, tensors)]
+        assert best[0] == pytest.approx(best[1], abs=1e-3)
+
+
+def test_many_frames_do_not_run_out_of_numbers():
+    log_probs = small(7, 1, 150, 6, 1.0)
+    lens = torch.tensor([150])
+    kernel, tensors = (decode(engine, log_probs, lens, beam=2) for engine in ("triton", "torch"))
+    assert_same(listing(kernel[0]), listing(tensors[0]), 1e-3)
+
+
+@pytest.mark.parametrize(("every", "late"), [(None, 0), (1, 0), (3, 0), (1, 2)])
+@pytest.mark.parametrize("trigger", [AtEnd(), FixedInterval(3), Shortest(), Shortest("pieces", 2)], ids=repr)
+def test_delayed_fusion_equals_that_by_tensors(llm, ngram, tokens, trigger, every, late):  # noqa: F811
+    log_probs, lens = emissions(batch=2, frames=14, seed=3, peak=2.0)
+    found = []
+    for engine in ("triton", "torch"):
+        look = None if every is None else LookAhead(ngram, 0.6, every)
+        fusion = DelayedFusion(llm, 0.4, 0.5, trigger, look_ahead=look, late=late)
+        found.append(decode(engine, log_probs, lens, tokens, [fusion]))
+    assert_same_scores(*found, 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("weight", "bonus", "delayed"),
+    [(0.4, 0.3, None), (0.4, 0.3, 0.4), (0.0, 0.0, 0.4), (0.0, 0.0, 0.0), (3.0, -1.0, 0.4)],
+)
+def test_an_ngram_joins_as_by_tensors(llm, ngram, tokens, weight, bonus, delayed):  # noqa: F811
+    log_probs, lens = emissions(batch=2, frames=9, seed=4, peak=2.0)
+    found = []
+    for engine in ("triton", "torch"):
+        fusions = [NgramFusion(ngram, weight, bonus)]
+        if delayed is not None:
+            fusions.append(DelayedFusion(llm, delayed, 0.5 * (delayed > 0), Shortest()))
+        found.append(decode(engine, log_probs, lens, tokens, fusions))
+    assert_same_scores(*found, 1e-3)
+
+
+def test_fusions_without_a_pace_and_weights_of_zero(llm, tokens):  # noqa: F811
+    log_probs, lens = small(5, 2, 12, 6, blank_bias=2.0), torch.tensor([12, 7])
+    kernel, tensors = (
+        decode(engine, log_probs, lens, TOKENS, [WordLengths(0.3, 0.2, 3)]) for engine in ("triton", "torch")
+    )
+    assert_same_scores(kernel, tensors, 1e-3)
+    log_probs, lens = emissions(batch=2, frames=12, seed=1)
+    bare = decode("triton", log_probs, lens, tokens)
+    fused = decode("triton", log_probs, lens, tokens, [DelayedFusion(llm, 0.0, 0.0, FixedInterval(4))])
+    for one, other in zip(bare, fused):
+        assert [(h.tokens, h.scores["ctc"], h.total, h.times) for h in one] == [
+            (h.tokens, h.scores["ctc"], h.total, h.times) for h in other
+        ]
+
+
+def test_the_table_of_an_ngram_has_all_of_it(ngram):  # noqa: F811
+    table = device_search.NgramTable(ngram, torch.device("cpu"))
+    kernel, _ = device_search.load_kernel()
+    assert NOTHING == -1 and kernel.MOST_COLUMNS.value == device_search.MOST_COLUMNS
+    where = {int(key): place for place, key in enumerate(table.keys.tolist()) if key >= 0}
+    assert len(where) == sum(len(order.keys) for order in ngram.orders)
+    for order in ngram.orders:
+        for key, log_prob, backoff in zip(*(x.tolist() for x in order.tensors()[:3])):
+            place = where[key * 16 + order.length]
+            first = int(table._places(torch.tensor([key * 16 + order.length])))
+            assert (place - first) & table.mask < table.probes
+            assert table.scores[place] == pytest.approx(log_prob)
+            assert table.backoffs[place] == pytest.approx(backoff)
+
+
+def test_where_it_does_not_serve_is_said(llm, nlm, ngram, tokens, monkeypatch):  # noqa: F811
+    log_probs, lens = emissions(batch=1, frames=5)
+    for why, options, fusions in (
+        ("its beam is at most 62, here 63", {"beam": 63}, []),
+        ("it cannot recover mass", {"recover_mass": True}, []),
+        (r"it has no shallow fusion but that of one n-gram .* \(nlm\)", {}, [ShallowFusion(nlm, 0.3)]),
+        (
+            "it has one n-gram, for shallow fusion or for look-ahead",
+            {},
+            [NgramFusion(ngram, 0.3), DelayedFusion(llm, 0.4, look_ahead=LookAhead(ngram))],
+        ),
+    ):
+        with pytest.raises(ValueError, match=f"PrefixSearchOptions.engine must be auto or torch: {why}"):
+            decode("triton", log_probs, lens, tokens, fusions, **options)
+    if DEVICE == "cpu":
+        monkeypatch.delenv("TRITON_INTERPRET")
+        with pytest.raises(ValueError, match="it is for a GPU, the log-probs are on cpu"):
+            decode("triton", log_probs, lens)
+
+
+@pytest.mark.parametrize("kind", ["alone", "ranked", "ngram"])
+def test_a_device_is_tried_before_it_is_relied_on(kind):
+    device = torch.device(DEVICE)
+    assert kernel_check.kernel_fails(device, kind, engines._run) == ""
+
+    def wrong(engine, given, beam, joint):
+        engines._run("torch", given, beam, joint)
+        if engine == "triton":
+            beam.log_total.add_(1.0)
+
+    assert "are 1 nats off" in kernel_check.kernel_fails(device, kind, wrong)
+
+    def broken(engine, given, beam, joint):
+        raise RuntimeError("no such architecture")
+
+    assert "RuntimeError: no such architecture" in kernel_check.kernel_fails(device, kind, broken)
+
+
+def test_what_a_search_needs_of_the_kernel(llm, ngram):  # noqa: F811
+    for fusions, kind in (
+        ([], "alone"),
+        ([DelayedFusion(llm, 0.0)], "alone"),
+        ([DelayedFusion(llm, 0.3)], "ranked"),
+        ([NgramFusion(ngram, 0.0)], "ngram"),
+    ):
+        joint = JointFusion(fusions, TOKENS)
+        joint.shallow = [fusion for fusion in fusions if isinstance(fusion, NgramFusion)]  # known once begun
+        assert kernel_check.kind_of(joint) == kind
+
+
+def test_a_kernel_that_cannot_be_made_leaves_the_search_to_tensors(monkeypatch, caplog):
+    log_probs, lens = small(1, 2, 8, 9), torch.tensor([8, 5])
+    usual = decode("torch", log_probs, lens)
+
+    def broken(self):
+        raise RuntimeError("out of resource: shared memory")
+
+    monkeypatch.setattr(device_search.DeviceSearch, "compile", broken)
+    monkeypatch.setattr(ctc_prefix, "choose_engine", lambda *given: "triton")
+    engines._tell.cache_clear()
+    found = decode("auto", log_probs, lens)
+    assert [listing(nbest) for nbest in found] == [listing(nbest) for nbest in usual]
+    assert "out of resource" in caplog.text
+    with pytest.raises(RuntimeError, match="out of resource"):
+        decode("triton", log_probs, lens)
+
+
+def test_a_batch_without_words_and_with_an_ngram():
+    log_probs, lens = small(4, 2, 8, 40), torch.tensor([8, 5])
+
+    def trials():
+        bigram = kernel_check._random_bigram().to(torch.device(DEVICE))
+        return [kernel_check._Trial("ngram", Pace(0), bigram), kernel_check._Trial("other", Pace(3))]
+
+    found = [decode(engine, log_probs, lens, None, trials()) for engine in ("triton", "torch")]
+    for kernel, tensors in zip(*found):
+        assert [h.total for h in kernel] == pytest.approx([h.total for h in tensors], abs=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device")
+@pytest.mark.parametrize("beam", [10, 33])
+def test_a_gpu_finds_what_tensors_and_a_cpu_find(llm, ngram, tokens, beam):  # noqa: F811
+    """The kernels that a decode needs, compiled for the GPU at hand: few, as each takes seconds."""
+    log_probs, lens = emissions(batch=8, frames=120, seed=5, peak=2.0)
+
+    def scored(weight, look=None):
+        return DelayedFusion(llm, weight, 0.5, Shortest(), look_ahead=look)
+
+    for fusions in (
+        lambda: [],
+        lambda: [scored(0.4)],
+        lambda: [scored(0.4, LookAhead(ngram, 0.6))],
+        lambda: [NgramFusion(ngram, 0.3, 0.2), scored(0.3)],
+    ):
+        found = [decode(name, log_probs, lens, tokens, fusions(), beam) for name in ("triton", "torch")]
+        chosen = PrefixSearchOptions(beam=beam)
+        found.append(ctc_prefix_search(log_probs, lens, chosen, tokens, fusions()))
+        for kernel, *others in zip(*found):
+            for other in others:
+                totals = [[h.total for h in nbest][: beam // 2] for nbest in (kernel, other)]
+                assert totals[0] == pytest.approx(totals[1], abs=1e-2)
+                assert kernel[0].tokens == other[0].tokens
+
+
+_COMPILE = """
+import sys
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from icefall_fusion.search.engines import candidates
+from icefall_fusion.search.engines import gpu as device_search
+from icefall_fusion.search import fusion_set as joint
+from icefall_fusion.search import beam, search_input
+from icefall_fusion.ngram.piece_ngram import NgramOrder, PieceNgram
+from icefall_fusion.search.stop_rule import Ahead, Pace
+
+TYPES = {torch.float32: "*fp32", torch.float64: "*fp64", torch.int64: "*i64", torch.int32: "*i32",
+         torch.bool: "*i1"}
+ngram = PieceNgram(40, [NgramOrder(n, torch.arange(42) * 42 ** (n - 1) + (n > 1), torch.zeros(42),
+                                   torch.zeros(42)) for n in (1, 2, 3)], "some")
+
+
+class Scores:
+    word_bonus = 0.5
+
+    def __init__(self, weight, pace, ngram=None):
+        self.weight, self.kept, self.piece_ngram = weight, pace, ngram
+        self.source = "llm" if ngram is None else "ngram"
+
+    def pace(self):
+        return self.kept
+
+    def begin(self, *others):
+        pass
+
+    def extension_scores(self, *others):
+        return self.piece_ngram
+
+
+def compiled(slots, fusions, capability):
+    log_probs = torch.randn(2, 20, 40).log_softmax(-1)
+    given = search_input.check_input(log_probs, torch.tensor([20, 9]), 0, None, None)
+    together = joint.JointFusion(fusions, type("Words", (), {"starts_word": [True] * 40}))
+    beams = beam.Beam.at_root(given, slots, torch.ones(40, dtype=torch.bool), len(fusions))
+    together.begin(beams, given.ids)
+    plan = candidates.plan_frames(given, None, leave_out=False)
+    search = device_search.DeviceSearch(beams, plan, given.live, together, 39, None)
+    kernel, constants = search.kernel.search_utterances, dict(search.constants)
+    options = {"num_warps": constants.pop("num_warps")}
+    signature = {name: "constexpr" for name in constants}
+    for name, value in zip(kernel.arg_names, search.arguments(20)):
+        if value is None:
+            signature[name], constants[name] = "constexpr", None
+        else:
+            kinds = {int: "i32", float: "fp32"}
+            signature[name] = TYPES[value.dtype] if isinstance(value, torch.Tensor) else kinds[type(value)]
+    source = ASTSource(kernel, {name: signature[name] for name in kernel.arg_names}, constants)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+ranked = Scores(0.5, Pace(16))
+ahead = Scores(0.5, Pace(1, "words", Ahead(ngram, 0.3, 0.5, 1)))
+for capability, slots, fusions in ((80, 10, []), (90, 10, []), (90, 50, [ranked]), (90, 10, [ranked]),
+                                   (90, 20, [ahead]),
+                                   (90, 10, [ranked, Scores(0.3, Pace(0), ngram)])):
+    made = compiled(slots, fusions, capability)
+    print(capability, slots, len(fusions), len(made.asm["cubin"]))
+"""
+
+
+def test_it_compiles_for_gpus_that_are_not_here(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    root = Path(__file__).resolve().parents[2]
+    environment.update(TRITON_CACHE_DIR=str(tmp_path), PYTHONPATH=str(root))
+    run = subprocess.run([sys.executable, "-c", _COMPILE], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert len(run.stdout.splitlines()) == 6

@@ -1,0 +1,224 @@
+"""Job ``train``: learns, goes on after a stop with the same result, exports a loadable average.
+Knows: the job, cuts. Must not know: search, fusion.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+import soundfile
+import tiny
+import torch
+import yaml
+
+from icefall_fusion.acoustic.models import DecoderOptions, EncoderOptions, ModelOptions, load
+from icefall_fusion.data.datamodule import DataOptions
+from icefall_fusion.data.manifests import cut_of, cuts_path, write_cuts
+from icefall_fusion.train.acoustic_model import TrainOptions, feature_statistics, make_trainer, run
+from icefall_fusion.train.checkpoints import list_checkpoints, newest_checkpoint
+from icefall_fusion.train.loop import STOPPED, TrainerOptions
+
+TONES = {"low": 300.0, "mid": 900.0, "high": 2500.0}  # a word sounds as its tone
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    random = np.random.default_rng(0)
+    for split, count in (("train", 12), ("dev", 4)):
+        cuts = []
+        for number in range(count):
+            words = random.choice(list(TONES), size=4).tolist()
+            time = np.arange(8000) / 16000
+            sound = np.concatenate([0.3 * np.sin(2 * np.pi * TONES[word] * time) for word in words])
+            path = folder / f"{split}-{number}.wav"
+            soundfile.write(path, sound + 0.01 * random.standard_normal(len(sound)), 16000)
+            utterance = {"id": path.stem, "text": " ".join(words)}
+            cuts.append(cut_of(utterance, path, len(sound), {"voice": "tone"}))
+        write_cuts(cuts, cuts_path(folder / "fbank", split))
+    tiny.write_bpe(folder / "lang_bpe_500", [" ".join(TONES)] * 20, 20)
+    return folder
+
+
+def options_for(data_dir: Path, exp: Path, **trainer) -> TrainOptions:
+    bpe = sentencepiece.SentencePieceProcessor(str(data_dir / "lang_bpe_500" / "bpe.model"))
+    small = {"size": 16, "heads": 2, "feedforward": 16}
+    return TrainOptions(
+        data_dir=str(data_dir),
+        exp=str(exp),
+        avg=2,
+        threads=1,
+        stats_seconds=5.0,
+        easy_batches=3,
+        easy_seconds=8.0,
+        device="cpu",
+        data=DataOptions(max_duration=8.0, max_seconds=8.0, num_buckets=2, workers=0, time_warp=0),
+        model=ModelOptions(
+            vocab_size=bpe.get_piece_size(),
+            encoder=EncoderOptions(layers=(1, 1, 1), kernel=5, **small),
+            decoder=DecoderOptions(layers=1, heads=2, feedforward=16),
+        ),
+        trainer=TrainerOptions(
+            **{
+                "lr": 5e-3,
+                "warmup_steps": 2,
+                "max_steps": 8,
+                "save_every_steps": 4,
+                "save_every_minutes": 0,
+                "valid_every_steps": 4,
+                "tensorboard": False,
+                **trainer,
+            }
+        ),
+    )
+
+
+def test_a_training_begins_from_a_model_folder(data_dir: Path, tmp_path: Path) -> None:
+    first = options_for(data_dir, tmp_path / "first", max_steps=4)
+    assert run(first) == 0
+    folder = tmp_path / "first" / "export"
+    second = dataclasses.replace(first, exp=str(tmp_path / "second"), init=str(folder))
+    given, made = load(folder), make_trainer(second, torch.device("cpu")).model
+    assert all(torch.equal(value, made.state_dict()[name]) for name, value in given.state_dict().items())
+    assert run(second) == 0  # and goes on from its own checkpoints afterwards, whatever `init` holds
+    newest = torch.load(tmp_path / "second" / "checkpoint-4.pt", weights_only=True)["model"]
+    again = make_trainer(dataclasses.replace(second, init=str(tmp_path)), torch.device("cpu")).model
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in newest.items())
+    other = dataclasses.replace(second.model, decoder=DecoderOptions(layers=2, heads=2, feedforward=16))
+    with pytest.raises(ValueError, match="TrainOptions.init .*: decoder must be .*layers=2"):
+        run(dataclasses.replace(second, exp=str(tmp_path / "third"), model=other))
+    with pytest.raises(FileNotFoundError, match="config.json is missing"):
+        run(dataclasses.replace(second, exp=str(tmp_path / "third"), init=str(tmp_path)))
+
+
+def test_training_resumes_to_the_same_model_and_exports_an_average(data_dir: Path, tmp_path: Path) -> None:
+    def with_dropout(exp: str) -> TrainOptions:  # its masks go on too, in the middle of an epoch
+        options = options_for(data_dir, tmp_path / exp)
+        encoder = dataclasses.replace(options.model.encoder, dropout=0.3)
+        return dataclasses.replace(options, model=dataclasses.replace(options.model, encoder=encoder))
+
+    whole = with_dropout("whole")
+    assert run(whole) == 0
+    lines = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "valid_loss" in line] == [4, 8]
+    assert lines[-1]["valid_loss"] < lines[0]["valid_loss"] and "valid_greedy_wer" in lines[-1]
+
+    parted = with_dropout("parted")
+    stopped = dataclasses.replace(parted, trainer=dataclasses.replace(parted.trainer, max_minutes=1e-9))
+    assert run(stopped) == STOPPED == 4  # no script may take it for finished
+    assert not (tmp_path / "parted" / "checkpoint-8.pt").exists()
+    assert run(parted) == 0
+    (tmp_path / "killed").mkdir()
+    shutil.copy(tmp_path / "whole" / "checkpoint-4.pt", tmp_path / "killed")  # what a kill after it leaves
+    assert run(with_dropout("killed")) == 0
+    first, *others = (
+        torch.load(tmp_path / name / "checkpoint-8.pt", weights_only=True)["model"]
+        for name in ("whole", "parted", "killed")
+    )
+    assert all(torch.equal(first[name], second[name]) for second in others for name in first)
+
+    exported = load(tmp_path / "whole" / "export")
+    assert exported.tokens.size == whole.model.vocab_size
+    torch.testing.assert_close(exported.encoder.mean, first["encoder.mean"])
+    assert run(dataclasses.replace(whole, export_to=str(tmp_path / "out"))) == 0
+    assert torch.equal(load(tmp_path / "out").ctc.linear.weight, exported.ctc.linear.weight)
+
+
+@pytest.mark.parametrize("ctc_weight, middle_weight", [(0.4, 0.3), (1.0, 0.0)])
+def test_two_processes_under_torchrun_equal_one_that_accumulates(
+    data_dir: Path, tmp_path: Path, ctc_weight: float, middle_weight: float
+) -> None:
+    """The same batches, two at a time; also where parts of the model are not trained at all."""
+    whole = options_for(data_dir, tmp_path / "one", accumulate=2, max_steps=3, precision="float32")
+    shares = {"ctc_weight": ctc_weight, "middle_weight": middle_weight}
+    model = dataclasses.replace(whole.model, **shares)
+    # six batches an epoch: three steps of two
+    data = dataclasses.replace(whole.data, max_duration=4.2, max_seconds=4.0, spec_augment=False)
+    whole = dataclasses.replace(whole, model=model, data=data, easy_batches=0, stats_seconds=1000.0)
+    assert run(whole) == 0
+    trainer = dataclasses.replace(whole.trainer, accumulate=1)
+    two = dataclasses.replace(whole, exp=str(tmp_path / "two"), trainer=trainer)
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(two)))))
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "icefall_fusion"]
+    subprocess.run(
+        [sys.executable, *command, "train", "--config", str(tmp_path / "two.yaml")], check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
+        timeout=300,
+    )  # fmt: skip
+    curves = [
+        [json.loads(line)["valid_loss"] for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    ]
+    assert len(curves[0]) == 1 and curves[1] == pytest.approx(curves[0], rel=1e-4)
+
+
+def test_a_signal_to_the_whole_process_group_ends_with_a_checkpoint(data_dir: Path, tmp_path: Path) -> None:
+    """As Ctrl-C, or a scheduler that stops a job: the data loader's workers get the signal too."""
+    endless = options_for(data_dir, tmp_path / "exp", max_steps=10**6, save_every_steps=2)
+    endless = dataclasses.replace(endless, data=dataclasses.replace(endless.data, workers=1))
+    plain = json.loads(json.dumps(dataclasses.asdict(endless)))
+    (tmp_path / "options.yaml").write_text(yaml.safe_dump(plain))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        training = subprocess.Popen(
+            [sys.executable, "-m", "icefall_fusion", "train", "--config", str(tmp_path / "options.yaml")],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
+            start_new_session=True, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        begun = len(list_checkpoints(tmp_path / "exp"))
+        last = newest_checkpoint(tmp_path / "exp")
+        while newest_checkpoint(tmp_path / "exp") == last:  # it trains
+            assert training.poll() is None, training.stderr.read()
+            time.sleep(0.1)
+        os.killpg(training.pid, number)
+        _, said = training.communicate(timeout=120)
+        assert training.returncode == STOPPED, said
+        assert "'reason': 'signal'" in said and len(list_checkpoints(tmp_path / "exp")) >= max(1, begun)
+
+
+def test_an_error_in_a_worker_ends_the_training(data_dir: Path, tmp_path: Path) -> None:
+    """Whatever workers do with signals, they must be gone when the trainer is."""
+    code = """
+import sys, pickle
+from icefall_fusion.__main__ import _run
+from icefall_fusion.data import datamodule
+
+class Broken:
+    def __getitem__(self, place):
+        raise RuntimeError("a worker that fails")
+
+loader = datamodule._loader(Broken(), [0, 1, 2], datamodule.DataOptions(workers=1))
+sys.exit(_run(lambda options: list(loader), None))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60,
+                          cwd=Path(__file__).parents[2])  # fmt: skip
+    assert done.returncode == 1 and "a worker that fails" in done.stderr
+
+
+def test_export_without_checkpoints_says_so(data_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
+        run(dataclasses.replace(options_for(data_dir, tmp_path), export_to=str(tmp_path / "out")))
+
+
+def test_avg_is_limited_by_what_is_kept(data_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"TrainOptions.avg must be in 1..3 .* but is 4"):
+        dataclasses.replace(options_for(data_dir, tmp_path), avg=4)
+
+
+def test_feature_statistics_pass_over_padding() -> None:
+    features = torch.tensor([[[1.0], [3.0]], [[5.0], [float("nan")]]])
+    batch = {"features": features, "lens": torch.tensor([2, 1])}
+    mean, deviation = feature_statistics([batch], 1.0)
+    assert mean.tolist() == [3.0] and deviation.item() == pytest.approx((8 / 3) ** 0.5)
+    with pytest.raises(ValueError, match="at least one feature frame"):
+        feature_statistics([], 1.0)
