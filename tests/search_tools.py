@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from icefall_fusion.common.native_build import load_native
-from icefall_fusion.search import PrefixSearchOptions, ctc_prefix_search
+from icefall_fusion.search import Fusion, PrefixSearchOptions, ctc_prefix_search
 from icefall_fusion.text.tokens import AcousticTokens
 
 NEVER = -math.inf
@@ -30,8 +30,7 @@ ENGINE = {"engine": "auto"}  # of searches that name none; see `each_engine`
 def each_engine(request):
     """Run a module's tests by compiled code (where it serves: for few shallow fusions), and by tensors."""
     if request.param == "native":
-        library, why = load_native()
-        assert library is not None, why
+        load_native()
     ENGINE["engine"] = "auto" if request.param == "native" else "torch"
     yield request.param
     ENGINE["engine"] = "auto"
@@ -54,16 +53,13 @@ def assert_same(found, expected, tolerance=1e-4):
         assert score == pytest.approx(wanted, abs=tolerance)
 
 
-class Spy:
+class Spy(Fusion):
     """A fusion of weight 0 that watches the beam."""
 
-    source, weight, word_bonus, index = "spy", 0.0, 0.0, 0
+    source, weight = "spy", 0.0
 
     def begin(self, beam, index, tokens, ids):
         self.index, self.reborn, self.born = index, 0, set()
-
-    def extension_scores(self, beam, pieces, active):
-        return None
 
     def advance(self, beam, source, grew):
         for node, new in zip(beam.node.flatten().tolist(), grew.flatten().tolist()):
@@ -71,15 +67,6 @@ class Spy:
                 name = (node % beam.arena.row_size // beam.arena.beam, tuple(beam.arena.pieces(node)))
                 self.reborn += name in self.born
                 self.born.add(name)
-
-    def fuse(self, beam, frame, active):
-        return None
-
-    def finish(self, beam):
-        return None
-
-    def stats(self):
-        return {}
 
 
 def bigram_table(pieces=6):
@@ -91,7 +78,7 @@ def bigram_table(pieces=6):
 class Bigram(Spy):
     """Shallow fusion with a bigram model over pieces; its state is the last piece."""
 
-    source = "bigram"
+    source, scores_extensions = "bigram", True
 
     def __init__(self, weight, word_bonus=0.0, eos=False):
         self.weight, self.word_bonus, self.eos, self.table = weight, word_bonus, eos, bigram_table()
@@ -138,8 +125,10 @@ class WordLengths(Spy):
                 beam.lm[b, k, self.index], beam.words[b, k, self.index] = score, len(words)
 
     def fuse(self, beam, frame, active):
-        if self.every and frame % self.every == 0:
+        due = bool(self.every) and frame % self.every == 0
+        if due:
             self._score(beam, beam.boundary, active)
+        return due
 
     def finish(self, beam):
         self._score(beam, beam.node, torch.ones(beam.lens.shape, dtype=torch.bool))

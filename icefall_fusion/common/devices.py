@@ -4,15 +4,15 @@ Knows: torch. Must not know: models, data, jobs.
 from __future__ import annotations
 
 import atexit
-import functools
 import importlib
 import os
-from typing import Any, Optional
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from icefall_fusion.common.checks import check
+from icefall_fusion.common.unavailable import Unavailable, asked_once
 
 
 def check_device(device: str, option: str) -> None:
@@ -31,13 +31,18 @@ def check_device(device: str, option: str) -> None:
         check((wanted.index or 0) < count, option, f"be one of the {count} GPUs that PyTorch sees", device)
 
 
-@functools.lru_cache(maxsize=None)
-def load_kernels(module: str) -> tuple[Optional[Any], str]:
-    """Return a module of Triton kernels by its name and "", or None and why there is none."""
+@asked_once
+def load_kernels(module: str) -> Any:
+    """Return a module of Triton kernels by its name.
+
+    Raises:
+        Unavailable: Triton is not there, or too old for the kernels.
+    """
     try:
-        return importlib.import_module(module), ""
-    except Exception as error:  # Triton is not there, or too old for the kernels
-        return None, f"Triton cannot be had ({type(error).__name__}: {error})"
+        return importlib.import_module(module)
+    except Exception as error:  # of Triton: any
+        reason = f"Triton cannot be had ({type(error).__name__}: {error})"
+        raise Unavailable(reason, unusual=True) from error
 
 
 def kernels_run_on(device: torch.device) -> bool:

@@ -7,81 +7,114 @@ One library of the prefix search, of the token tree's growth and of closed words
 from __future__ import annotations
 
 import ctypes
-import functools
 import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
+
+from icefall_fusion.common.unavailable import Unavailable, asked_once
 
 _PACKAGE = Path(__file__).parents[1]
 _SOURCES = [
     _PACKAGE / name
     for name in ("search/engines/prefix_search.cpp", "lm/token_tree.cpp", "fusion/closed_words.cpp")
 ]
-_READ = [*_SOURCES, _PACKAGE / "lm/token_tree.h"]
+_READ = [*_SOURCES, _PACKAGE / "lm/token_tree.h", _PACKAGE / "common/guarded.h"]
+_OUT_OF_MEMORY = -9  # as in guarded.h
 # without -fno-math-errno every exponential is a call that the compiler may not move
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-std=c++17", "-shared", "-fPIC")
 _NUMBER, _POINTER = ctypes.c_int64, ctypes.c_void_p
 
 
-def compiler() -> Optional[str]:
-    """Return the C++ compiler: ``$CXX``, or the first of c++, g++ and clang++; None: there is none."""
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
-    return next((path for path in map(shutil.which, names) if path), None)
+def compiler() -> Optional[list[str]]:
+    """Return the C++ compiler's command: ``$CXX`` (options allowed), or c++, g++ or clang++; None: none."""
+    wanted = os.environ.get("CXX")
+    commands = [shlex.split(wanted)] if wanted else [["c++"], ["g++"], ["clang++"]]
+    return next(([path, *more] for name, *more in commands if (path := shutil.which(name))), None)
 
 
-@functools.lru_cache(maxsize=1)
-def load_native() -> tuple[Optional[ctypes.CDLL], str]:
-    """Return the library and "", or None and why there is none; builds it if needed."""
-    with_what = compiler()
-    if with_what is None:
-        return None, "there is no C++ compiler (set CXX, or install g++ or clang++)"
+@asked_once
+def load_native() -> ctypes.CDLL:
+    """Return the library, which is built if needed.
+
+    Raises:
+        Unavailable: there is no compiler, or it fails; the message says why.
+    """
+    command = compiler()
+    if command is None:
+        raise Unavailable("there is no C++ compiler (set CXX, or install g++ or clang++)", unusual=True)
     try:
-        return _declare(str(_build(with_what))), ""
-    except (OSError, subprocess.CalledProcessError) as error:
+        return _declare(str(_build(command)))
+    except (OSError, AttributeError, subprocess.CalledProcessError) as error:
         said = (getattr(error, "stderr", None) or "").strip()[-500:]
-        return None, f"{with_what} could not build the compiled part: {error} {said}".strip()
+        reason = f"{' '.join(command)} could not build the compiled part: {error} {said}".strip()
+        raise Unavailable(reason, unusual=True) from error
 
 
 def cache_folder() -> Path:
     """Return where built libraries are kept: ``$ICEFALL_FUSION_CACHE``, or the user's cache."""
-    given = os.environ.get("ICEFALL_FUSION_CACHE")
+    folder = os.environ.get("ICEFALL_FUSION_CACHE")
     home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(given or os.path.join(home, "icefall_fusion"))
+    return Path(folder or os.path.join(home, "icefall_fusion"))
 
 
-def _build(with_what: str) -> Path:
-    """Build the library unless that of this source, compiler and processor is there; return its path."""
-    version = subprocess.run([with_what, "--version"], capture_output=True, text=True, check=True).stdout
+def _build(command: list[str]) -> Path:
+    """Build the library unless that of this source, compiler and processor is there; return its path.
+
+    The name holds a hash of what it is made of, and one of its content: what was cut short, or put there by
+    somebody else under this name, is not loaded but built again.
+    """
+    version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True).stdout
     sources = (path.read_text(encoding="utf-8") for path in _READ)
-    made_of = "\n".join([*sources, version, *_FLAGS, _processor()])
-    folder = cache_folder()
-    library = folder / f"icefall_fusion-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.so"
-    if library.is_file():
-        return library
-    logging.info("building the compiled part (%s) into %s", with_what, library)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        writable = os.access(folder, os.W_OK)
-    except OSError:
-        writable = False
-    if not writable:  # a home that may not be written: built for this process alone
-        folder = Path(tempfile.mkdtemp(prefix="icefall_fusion-"))
-        library = folder / library.name
+    made_of = "\n".join([*sources, version, *command[1:], *_FLAGS, _processor()])
+    name = f"icefall_fusion-{_hash(made_of.encode())}"
+    folder = _usable_folder()
+    for library in folder.glob(f"{name}-*.so"):
+        if _only_ours(library) and library.stem == f"{name}-{_hash(library.read_bytes())}":
+            return library
+    logging.info("building the compiled part (%s) into %s", " ".join(command), folder)
     handle, temporary = tempfile.mkstemp(dir=folder, suffix=".so")
     os.close(handle)
     try:
-        command = [with_what, *_FLAGS, "-o", temporary, *map(str, _SOURCES)]
-        subprocess.run(command, capture_output=True, text=True, check=True)
+        build = [*command, *_FLAGS, "-o", temporary, *map(str, _SOURCES)]
+        subprocess.run(build, capture_output=True, text=True, check=True)
+        os.chmod(temporary, 0o644)  # other users may load it from a shared cache, not change it
+        library = folder / f"{name}-{_hash(Path(temporary).read_bytes())}.so"
         os.replace(temporary, library)  # whole or not at all: other processes may build it too
     finally:
         Path(temporary).unlink(missing_ok=True)
     return library
+
+
+def _usable_folder() -> Path:
+    """Return the cache folder, or one for this process alone where that is not ours to write or not safe."""
+    folder = cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o755)
+        if _only_ours(folder) and os.access(folder, os.W_OK):
+            return folder
+        if not _only_ours(folder):
+            logging.warning("%s is not used: other users can write there, and code is loaded from it", folder)
+    except OSError:
+        pass  # a home that may not be written
+    return Path(tempfile.mkdtemp(prefix="icefall_fusion-"))
+
+
+def _only_ours(path: Path) -> bool:
+    """Return whether nobody but this user (and root) can write a file or folder."""
+    status = path.stat()
+    owners = (0, os.geteuid()) if hasattr(os, "geteuid") else (status.st_uid,)
+    return status.st_uid in owners and not status.st_mode & 0o022
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _processor() -> str:
@@ -98,11 +131,11 @@ _INT, _DOUBLE = ctypes.c_int, ctypes.c_double
 _PAIR = [_POINTER, _NUMBER]  # an array and its stride or length
 _FUNCTIONS = {  # what each returns and takes
     "prefix_search_open": (_POINTER, [
-        *[_NUMBER] * 5, _INT, _INT, _DOUBLE, _POINTER, _DOUBLE, _DOUBLE,
+        *[_NUMBER] * 3, _DOUBLE, *[_NUMBER] * 5, _INT, _INT, _DOUBLE, _POINTER, _DOUBLE, _DOUBLE,
         _NUMBER, _INT, _POINTER, _DOUBLE, _DOUBLE, _NUMBER,
     ]),
     "prefix_search_close": (None, [_POINTER]),
-    "prefix_search_run": (None, [
+    "prefix_search_run": (_INT, [
         _POINTER, _POINTER, _NUMBER, _NUMBER, *[_POINTER] * 3, _NUMBER, _NUMBER, _INT,
         _NUMBER, _NUMBER, *[_POINTER] * 12,
     ]),
@@ -113,22 +146,30 @@ _FUNCTIONS = {  # what each returns and takes
     "ngram_close": (None, [_POINTER]),
     "token_tree_open": (_POINTER, [_NUMBER]),
     "token_tree_close": (None, [_POINTER]),
-    "token_tree_bind": (None, [_POINTER, _NUMBER, *[_POINTER] * 6]),
+    "token_tree_bind": (_INT, [_POINTER, _NUMBER, *[_POINTER] * 6]),
     "token_tree_size": (_NUMBER, [_POINTER]),
-    "token_tree_first": (_NUMBER, [_POINTER, _NUMBER, _NUMBER]),
-    "token_tree_insert": (_NUMBER, [_POINTER, _NUMBER, *_PAIR]),
+    "token_tree_first": (_INT, [_POINTER, _NUMBER, _NUMBER, _POINTER]),
+    "token_tree_insert": (_INT, [_POINTER, _POINTER, *_PAIR]),
     "token_tree_children": (_INT, [_POINTER, _POINTER, *_PAIR, _POINTER]),
     "token_tree_climb": (_NUMBER, [_POINTER, *_PAIR, _INT, _POINTER]),
     "token_tree_set_scores": (None, [_POINTER, *_PAIR, _POINTER]),
     "sayings_open": (_POINTER, []),
     "sayings_close": (None, [_POINTER]),
-    "sayings_learn": (None, [_POINTER, *_PAIR, _INT, _INT, *_PAIR, _NUMBER]),
+    "sayings_learn": (_INT, [_POINTER, *_PAIR, _INT, _INT, *_PAIR, _NUMBER, _NUMBER]),
     "histories_open": (_POINTER, [_NUMBER, _POINTER, _POINTER]),
     "histories_close": (None, [_POINTER]),
     "histories_count": (_NUMBER, [_POINTER]),
     "histories_place": (_INT, [*[_POINTER] * 3, *_PAIR, *[_POINTER] * 7, _NUMBER, _POINTER]),
-    "histories_keep": (None, [_POINTER, *_PAIR, _POINTER]),
+    "histories_keep": (_INT, [_POINTER, *_PAIR, _POINTER]),
 }  # fmt: skip
+
+
+def _memory_was_there(result: Any, function: Any, arguments: tuple[Any, ...]) -> Any:
+    """Return what compiled code has returned, unless that says that memory ran out."""
+    failed = result is None if function.restype is _POINTER else result == _OUT_OF_MEMORY
+    if failed and function.restype is not None:
+        raise MemoryError("the compiled part ran out of memory")
+    return result
 
 
 def _declare(path: str) -> ctypes.CDLL:
@@ -136,6 +177,6 @@ def _declare(path: str) -> ctypes.CDLL:
     for name, (returned, taken) in _FUNCTIONS.items():
         # searches run beside each other; tables that threads may share are used under Python's lock
         function = getattr(library if name.startswith("prefix_search") else locked, name)
-        function.restype, function.argtypes = returned, taken
+        function.restype, function.argtypes, function.errcheck = returned, taken, _memory_was_there
         setattr(library, name, function)
     return library

@@ -40,8 +40,8 @@ from icefall_fusion.search import (
     PrefixSearchOptions,
     ctc_greedy_search,
     ctc_prefix_search,
-    prepare_ngram,
 )
+from icefall_fusion.search.engines.native import prepare_ngram
 
 #: The methods of the comparison, in the order of the table.
 METHODS = (
@@ -290,7 +290,7 @@ class Method:
         by_ngram = any(part.look_ahead or part.source == "ngram" for part in self._fused)
         neural = any(part.kind == "shallow" and part.source != "ngram" for part in self._fused)
         if by_ngram and not neural:  # now, so that its memory is part of what is there before the first batch
-            prepare_ngram(lms.ngram(), search.engine)
+            prepare_ngram(lms.ngram())
 
     def _make_fusion(self, part: Part) -> Any:
         weight = self.weights[part.source]

@@ -1,14 +1,15 @@
 """What shallow and delayed fusion share: settings, the tree of a batch, writing scores into the beam.
-Knows: the Fusion protocol, token trees. Must not know: which LM it is, words, when to score.
+Knows: the Fusion base class, token trees. Must not know: which LM it is, words, when to score.
 """
 from __future__ import annotations
 
-import math
-from typing import TYPE_CHECKING, Any, Optional, Sequence, Union
+from typing import TYPE_CHECKING, Optional, Sequence, Union
 
 import torch
 
 from icefall_fusion.common.checks import check
+from icefall_fusion.search.fusion import Fusion
+from icefall_fusion.search.fusion_set import check_fusion
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,16 +17,13 @@ if TYPE_CHECKING:
     from icefall_fusion.lm import CausalLm, TreeScorer
     from icefall_fusion.ngram.piece_ngram import PieceNgram
     from icefall_fusion.search.beam import Beam
-    from icefall_fusion.search.stop_rule import Pace
 
-#: Names that an N-best list has of its own.
-RESERVED_SOURCES = ("ctc", "words", "total")
 #: Stands for log 0: a sum of scores stays a number, so that a weight of 0 stays without effect.
 LOG_ZERO = -1e30
 
 
-class LmFusion:
-    """A language model that takes part in the search (the parts of ``Fusion`` common to all).
+class LmFusion(Fusion):
+    """A language model that takes part in the search (what all of them share).
 
     Args:
         lm: the language model.
@@ -42,28 +40,14 @@ class LmFusion:
     def __init__(
         self, lm: Union[CausalLm, PieceNgram], weight: float, word_bonus: float, eos: bool, source: str
     ) -> None:
-        name = type(self).__name__
-        check(math.isfinite(weight) and weight >= 0, f"{name}.weight", "be finite and at least 0", weight)
-        check(math.isfinite(word_bonus), f"{name}.word_bonus", "be finite", word_bonus)
-        good = bool(source) and source not in RESERVED_SOURCES
-        check(good, f"{name}.source", f"be a name, none of {list(RESERVED_SOURCES)}", source)
-        check(not eos or lm.eos_id is not None, f"{name}.eos", "be False for an LM without an end token", eos)
+        rule = "be False for an LM without an end token"
+        check(not eos or lm.eos_id is not None, f"{type(self).__name__}.eos", rule, eos)
         self.lm, self.eos, self.source = lm, bool(eos), source
-        self.weight, self.word_bonus = float(weight), float(word_bonus)
-        self.index = -1
+        self.weight, self.word_bonus = weight, word_bonus
+        check_fusion(self)
         self._tree: Optional[TreeScorer] = None
         self._ids: Sequence[str] = ()
         self._stats: dict[str, float] = {}
-
-    def __init_subclass__(cls, **more: Any) -> None:
-        """Forget the pace of a class that fuses, or follows frames, in another way now."""
-        super().__init_subclass__(**more)
-        if {"fuse", "advance"} & vars(cls).keys() and "pace" not in vars(cls):
-            cls.pace = LmFusion.pace
-
-    def pace(self) -> Optional[Pace]:
-        """Return None: the fusion is to be asked after every frame (see ``Fusion``)."""
-        return None
 
     def _open(
         self, beam: Beam, index: int, ids: Sequence[str], prompts: Optional[list[list[int]]],
@@ -72,16 +56,6 @@ class LmFusion:
         self.index, self._ids = index, ids
         self._tree = self.lm.open_tree(beam.arena.batch, prompts, aside=aside)
         beam.state[..., index] = self._tree.roots().to(beam.state.device)[:, None]
-
-    def extension_scores(self, beam: Beam, pieces: Tensor, active: Tensor) -> Optional[Tensor]:
-        """Score nothing in extensions."""
-        return None
-
-    def advance(self, beam: Beam, source: Tensor, grew: Tensor) -> None:
-        """Leave states as the search has re-ordered them."""
-
-    def fuse(self, beam: Beam, frame: int, active: Tensor) -> None:
-        """Leave scores as they are."""
 
     def stats(self) -> dict[str, float]:
         """Return the counters since ``begin``: the tree's, and what a fusion counts itself."""

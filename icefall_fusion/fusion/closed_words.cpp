@@ -2,12 +2,16 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <unordered_map>
 #include <utility>
 #include <vector>
 
+#include "../common/guarded.h"
 #include "../lm/token_tree.h"
+
+using icefall::guarded;
 
 namespace {
 
@@ -40,24 +44,33 @@ struct Histories {
 
 extern "C" {
 
-void *sayings_open() { return new SayingTable(); }
+void *sayings_open() {
+  return icefall::guarded_pointer([]() -> void * { return new SayingTable(); });
+}
 
 void sayings_close(void *table) { delete static_cast<SayingTable *>(table); }
 
-void sayings_learn(void *table, const int64_t *pieces, int64_t count, int begins, int prompted, const int64_t *ids,
-                   int64_t tokens, int64_t words) {
+// What is known is forgotten when it is more than `most`: it is asked for again then.
+int sayings_learn(void *table, const int64_t *pieces, int64_t count, int begins, int prompted, const int64_t *ids,
+                  int64_t tokens, int64_t words, int64_t most) {
   auto &sayings = static_cast<SayingTable *>(table)->sayings;
-  sayings[SayingTable::key(pieces, size_t(count), begins, prompted)] = {{ids, ids + tokens}, words};
+  return guarded([&] {
+    if (int64_t(sayings.size()) >= most) sayings.clear();
+    sayings[SayingTable::key(pieces, size_t(count), begins, prompted)] = {{ids, ids + tokens}, words};
+    return 0;
+  });
 }
 
 // The roots of a batch, in the arena and in the tree.
 void *histories_open(int64_t batch, const int64_t *places, const int64_t *nodes) {
-  auto *histories = new Histories();
-  for (int64_t b = 0; b < batch; ++b) {
-    histories->roots.push_back(places[b]);
-    histories->known[places[b]] = {nodes[b], 0, b};
-  }
-  return histories;
+  return icefall::guarded_pointer([&]() -> void * {
+    auto histories = std::make_unique<Histories>();
+    for (int64_t b = 0; b < batch; ++b) {
+      histories->roots.push_back(places[b]);
+      histories->known[places[b]] = {nodes[b], 0, b};
+    }
+    return histories.release();
+  });
 }
 
 void histories_close(void *histories) { delete static_cast<Histories *>(histories); }
@@ -79,51 +92,56 @@ int histories_place(void *handle, const void *table, void *tree_, const int64_t 
   auto &own = *static_cast<Histories *>(handle);
   const auto &sayings = static_cast<const SayingTable *>(table)->sayings;
   auto &tree = *static_cast<icefall::TokenTree *>(tree_);
-  for (int64_t i = 0; i < count; ++i) {
-    own.chain.clear();
-    int64_t place = places[i];
-    auto found = own.known.find(place);
-    for (; found == own.known.end(); found = own.known.find(place)) {
-      own.chain.push_back(place);
-      place = boundaries[place];
-    }
-    History history = found->second;
-    for (; !own.chain.empty(); own.chain.pop_back()) {
-      const int64_t after = own.chain.back(), before = boundaries[after];
-      own.pieces.clear();
-      for (int64_t at = after; at != before; at = parents[at]) own.pieces.push_back(piece_of[at]);
-      std::reverse(own.pieces.begin(), own.pieces.end());
-      const bool begins = history.words == 0, goes_on = prompted[history.utterance] != 0;
-      const auto saying = sayings.find(SayingTable::key(own.pieces.data(), own.pieces.size(), begins, goes_on));
-      if (saying == sayings.end()) {
-        if (int64_t(own.pieces.size()) > room) return 3;
-        missing[0] = int64_t(own.pieces.size()), missing[1] = begins, missing[2] = history.utterance;
-        std::copy(own.pieces.begin(), own.pieces.end(), missing + 3);
-        return 1;
+  return guarded([&] {
+    for (int64_t i = 0; i < count; ++i) {
+      own.chain.clear();
+      int64_t place = places[i];
+      auto found = own.known.find(place);
+      for (; found == own.known.end(); found = own.known.find(place)) {
+        own.chain.push_back(place);
+        place = boundaries[place];
       }
-      int64_t node = history.node;
-      for (const int64_t id : saying->second.ids)
-        if ((node = tree.child(node, id)) < 0) return 2;
-      *asked += saying->second.words;
-      history = {node, history.words + saying->second.words, history.utterance};
-      own.known.emplace(after, history);
+      History history = found->second;
+      for (; !own.chain.empty(); own.chain.pop_back()) {
+        const int64_t after = own.chain.back(), before = boundaries[after];
+        own.pieces.clear();
+        for (int64_t at = after; at != before; at = parents[at]) own.pieces.push_back(piece_of[at]);
+        std::reverse(own.pieces.begin(), own.pieces.end());
+        const bool begins = history.words == 0, goes_on = prompted[history.utterance] != 0;
+        const auto saying = sayings.find(SayingTable::key(own.pieces.data(), own.pieces.size(), begins, goes_on));
+        if (saying == sayings.end()) {
+          if (int64_t(own.pieces.size()) > room) return 3;
+          missing[0] = int64_t(own.pieces.size()), missing[1] = begins, missing[2] = history.utterance;
+          std::copy(own.pieces.begin(), own.pieces.end(), missing + 3);
+          return 1;
+        }
+        int64_t node = history.node;
+        for (const int64_t id : saying->second.ids)
+          if ((node = tree.child(node, id)) < 0) return 2;
+        *asked += saying->second.words;
+        history = {node, history.words + saying->second.words, history.utterance};
+        own.known.emplace(after, history);
+      }
+      nodes[i] = history.node, words[i] = history.words;
     }
-    nodes[i] = history.node, words[i] = history.words;
-  }
-  return 0;
+    return 0;
+  });
 }
 
 // Forget all but the roots, `places` (known) and what they go back to.
-void histories_keep(void *handle, const int64_t *places, int64_t count, const int64_t *boundaries) {
+int histories_keep(void *handle, const int64_t *places, int64_t count, const int64_t *boundaries) {
   auto &own = *static_cast<Histories *>(handle);
-  std::unordered_map<int64_t, History> kept;
-  for (const int64_t root : own.roots) kept.emplace(root, own.known.at(root));
-  for (int64_t i = 0; i < count; ++i)
-    for (int64_t place = places[i]; !kept.count(place); place = boundaries[place]) {
-      const auto found = own.known.find(place);
-      if (found != own.known.end()) kept.insert(*found);
-    }
-  own.known.swap(kept);
+  return guarded([&] {
+    std::unordered_map<int64_t, History> kept;
+    for (const int64_t root : own.roots) kept.emplace(root, own.known.at(root));
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t place = places[i]; !kept.count(place); place = boundaries[place]) {
+        const auto found = own.known.find(place);
+        if (found != own.known.end()) kept.insert(*found);
+      }
+    own.known.swap(kept);
+    return 0;
+  });
 }
 
 }  // extern "C"

@@ -18,7 +18,7 @@ from icefall_fusion.fusion.look_ahead import LookAhead, LookAheadRun
 from icefall_fusion.fusion.retokenize import prompt_tokens, tokenizer_for
 from icefall_fusion.fusion.triggers import ShortestHypothesis, Trigger
 from icefall_fusion.fusion.word_nodes import WordPlacer, open_placer
-from icefall_fusion.search.stop_rule import Ahead, Pace
+from icefall_fusion.search.stop_rule import AheadTerms, StopRule
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -106,19 +106,21 @@ class DelayedFusion(LmFusion):
         self._placer = WordPlacer(*self._placing) if self.late else open_placer(*self._placing)
         self._run = self.trigger.start(beam, tokens)
         self._ahead: Optional[LookAheadRun] = None
-        self._look: Optional[Ahead] = None
+        self._look: Optional[AheadTerms] = None
         if self.look_ahead is not None and self.weight > 0:
             self.look_ahead.ngram.check_size(tokens.size)
             weight = self.weight * self.look_ahead.scale
-            self._look = Ahead(self.look_ahead.ngram, weight, self.word_bonus, self.look_ahead.every)
+            self._look = AheadTerms(self.look_ahead.ngram, weight, self.word_bonus, self.look_ahead.every)
         self._events, self._cleaned_at = 0, len(self._tree.tree)
         self._scored = np.zeros(0, np.bool_)  # tree nodes at which a text was scored
         self._cache_before = (self._tokenizer.hits, self._tokenizer.misses)
 
-    def pace(self) -> Optional[Pace]:
-        """Return when to call ``fuse_now`` (see ``Fusion``); None: scores come late, or the trigger asks."""
-        pace = None if self.late else self.trigger.pace()
-        return None if pace is None else pace._replace(ahead=self._look)
+    def stop_rule(self) -> Optional[StopRule]:
+        """Return when to call `fuse_now`; None: there is more than a rule to follow."""
+        own = (DelayedFusion.fuse, DelayedFusion.advance)
+        if self.late or self._run.rule is None or (type(self).fuse, type(self).advance) != own:
+            return None
+        return self._run.rule._replace(ahead=self._look)
 
     def fuse_now(self, beam: Beam, fires: Tensor) -> None:
         """Score the closed words of every live hypothesis of the utterances [B] bool that have stopped."""
@@ -132,7 +134,7 @@ class DelayedFusion(LmFusion):
         if self._ahead is not None:
             self._ahead.advance(beam, grew)
 
-    def fuse(self, beam: Beam, frame: int, active: Tensor) -> None:
+    def fuse(self, beam: Beam, frame: int, active: Tensor) -> bool:
         """Score the closed words of every live hypothesis of the utterances that fuse now."""
         fires = self._run.fires(beam, frame, active)
         scored, until = fires, None
@@ -142,7 +144,8 @@ class DelayedFusion(LmFusion):
             self._score_closed(beam, fires, frame)
         if self._ahead is not None:
             until = beam.boundary if scored is not None and until is None else until
-            self._ahead.fuse(beam, frame, active, scored, until)
+            return self._ahead.fuse(beam, frame, active, scored, until)
+        return scored is not None
 
     def _score_closed(self, beam: Beam, fires: Tensor, frame: int) -> None:
         slots = live_slots(beam, fires)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from icefall_fusion.search.beam import Beam, PrefixArena
-    from icefall_fusion.search.stop_rule import Ahead
+    from icefall_fusion.search.stop_rule import AheadTerms
 
 
 SCALE = 0.7  # of the MiniBooks models a good one; weights matter more
@@ -51,7 +51,7 @@ class LookAhead:
 
 
 class LookAheadRun:
-    """Look-ahead over one batch: what each prefix was given for pieces that the LLM has not scored.
+    """Look-ahead over one batch: what was added to each prefix for pieces that the LLM has not scored.
 
     Every node of the arena has the sum of its estimates since the root; the estimate of its unscored part is
     the difference to its boundary's, so nothing has to be traced back.
@@ -61,7 +61,7 @@ class LookAheadRun:
         beam: before anything was estimated.
     """
 
-    def __init__(self, ahead: Ahead, beam: Beam) -> None:
+    def __init__(self, ahead: AheadTerms, beam: Beam) -> None:
         device = beam.node.device
         self._every, self._ngram = ahead.every, ahead.ngram.to(device)
         self._weight, self._bonus = ahead.weight, ahead.bonus
@@ -69,25 +69,27 @@ class LookAheadRun:
         # Of each node: all estimates since the root; those until the boundary that was scored last; and how
         # much of the difference ``beam.fused`` holds.
         roots = beam.arena.row_size
-        self._total, self._scored, self._given = (torch.zeros(roots, device=device) for _ in range(3))
+        self._total, self._scored, self._added = (
+            torch.zeros(roots, dtype=torch.float32, device=device) for _ in range(3)
+        )
 
     def advance(self, beam: Beam, grew: Tensor) -> None:
         """Estimate the pieces that hypotheses [B, K] bool have just grown by."""
         arena, node = beam.arena, beam.node
         size = arena.rows * arena.row_size
         if len(self._total) < size:
-            self._total, self._scored, self._given = (
-                _longer(x, 2 * size) for x in (self._total, self._scored, self._given)
+            self._total, self._scored, self._added = (
+                _longer(x, 2 * size) for x in (self._total, self._scored, self._added)
             )
         before = torch.where(grew, arena.parent(node), node)
         gain = self._estimate(arena, before, beam.last)
         self._total[node] = self._total[before] + torch.where(grew, gain, torch.zeros_like(gain))
-        self._scored[node], self._given[node] = self._scored[before], self._given[before]
+        self._scored[node], self._added[node] = self._scored[before], self._added[before]
 
     def fuse(
         self, beam: Beam, frame: int, active: Tensor, scored: Optional[Tensor], until: Optional[Tensor]
-    ) -> None:
-        """Bring ``beam.fused`` up to date.
+    ) -> bool:
+        """Bring ``beam.fused`` up to date; return whether it was changed.
 
         Args:
             beam: after the LLM's scores have come in.
@@ -98,21 +100,22 @@ class LookAheadRun:
         """
         due = (frame + 1) % self._every == 0
         if scored is None and not due:
-            return
+            return False
         node = beam.node
-        before, given = self._scored[node], self._given[node]
+        before, added = self._scored[node], self._added[node]
         if scored is not None:
             before = torch.where(scored.unsqueeze(1), self._total[until], before)
             self._scored[node] = before
         # what others in the batch do must not matter
         now = active if due else active & scored
-        ahead = torch.where(now.unsqueeze(1), self._total[node] - before, given)
-        beam.fused += ahead - given
-        self._given[node] = ahead
+        ahead = torch.where(now.unsqueeze(1), self._total[node] - before, added)
+        beam.fused += ahead - added
+        self._added[node] = ahead
+        return True
 
     def finish(self, beam: Beam) -> None:
-        """Take back all that was given."""
-        beam.fused -= self._given[beam.node]
+        """Take back all that was added."""
+        beam.fused -= self._added[beam.node]
 
     def _estimate(self, arena: PrefixArena, before: Tensor, piece: Tensor) -> Tensor:
         """Return what prefixes ``before`` get for growing by ``piece``, both [B, K]."""

@@ -3,14 +3,14 @@ Knows: beams, prefixes, a piece n-gram. Must not know: LLMs, trees, words, the f
 """
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Optional, Sequence
+from typing import TYPE_CHECKING, Any, Sequence
 
 import torch
 
 from icefall_fusion.common.checks import check
 from icefall_fusion.fusion.base import LmFusion, asked_slots, live_slots
 from icefall_fusion.ngram.piece_ngram import NOTHING, PieceNgram
-from icefall_fusion.search.stop_rule import Pace
+from icefall_fusion.search.stop_rule import StopRule
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,19 +32,17 @@ class NgramFusion(LmFusion):
         ValueError: a bad weight, bonus or source (see `LmFusion`).
     """
 
+    scores_extensions = True
+
     def __init__(
         self, lm: PieceNgram, weight: float, word_bonus: float = 0.0, eos: bool = True, source: str = "ngram"
     ) -> None:
         super().__init__(lm, weight, word_bonus, eos, source)
+        self.piece_ngram = lm
 
-    @property
-    def piece_ngram(self) -> PieceNgram:
-        """The n-gram, for searches that read its tables themselves."""
-        return self.lm
-
-    def pace(self) -> Pace:
+    def stop_rule(self) -> StopRule:
         """Return that no utterance has to stop for an n-gram."""
-        return Pace(0)
+        return StopRule(0)
 
     def begin(self, beam: Beam, index: int, tokens: Any, ids: Sequence[str]) -> None:
         """Start a batch (see ``Fusion.begin``).
@@ -57,7 +55,7 @@ class NgramFusion(LmFusion):
         self._ngram = self.lm.to(beam.node.device)
         self.index, self._ids = index, ids
 
-    def extension_scores(self, beam: Beam, pieces: Tensor, active: Tensor) -> Optional[Tensor]:
+    def extension_scores(self, beam: Beam, pieces: Tensor, active: Tensor) -> Tensor:
         """Return log P(piece | pieces before) [B, K, C] (see ``Fusion.extension_scores``)."""
         batch, beams = beam.node.shape
         scores = beam.lm.new_zeros(batch, beams, pieces.shape[1])

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from icefall_fusion.text.tokens import AcousticTokens
 
 _MAX_CROSSING = 300
+_CONTEXTS = 8  # words after which a text is tried that follows a prompt
+#: Words whose ids are remembered; when there are more, all are forgotten and found again.
+MOST_WORDS = 200_000
 _MADE: MutableMapping[Any, dict[str, WordTokenizer]] = weakref.WeakKeyDictionary()
 
 
@@ -77,6 +80,8 @@ class WordTokenizer:
         if found is None:
             return None
         self._refuse_unknown(word, found)
+        if len(self._ids_of) >= MOST_WORDS:
+            self._ids_of.clear()
         ids = self._ids_of[key] = tuple(found)
         return ids
 
@@ -107,14 +112,22 @@ class WordTokenizer:
         text = adapt(words, self.style)
         ids = self._tokenize(text)
         if prompted:
-            joined = self._tokenize(f"{self._context} {text}")
-            known = len(self._context_ids)
-            ids = joined[known:] if joined[:known] == self._context_ids else ids
+            ids = self._after_a_word(text)
         for index, word in enumerate(words):
             if word not in self._spelled:
                 self._refuse_unknown(word, self._tokenize(adapt_word(word, index, self.style)))
+                if len(self._spelled) >= MOST_WORDS:
+                    self._spelled.clear()
                 self._spelled.add(word)
         return ids
+
+    def _after_a_word(self, text: str) -> list[int]:
+        """Return the ids of a text that follows another one, with its space: as after some common word."""
+        for word in (self._context, *COMMON_WORDS[:_CONTEXTS]):
+            before, joined = self._tokenize(word), self._tokenize(f"{word} {text}")
+            if before and joined[: len(before)] == before:
+                return joined[len(before) :]
+        return self._tokenize(f" {text}")
 
     def stats(self, hits: int = 0, misses: int = 0) -> dict[str, float]:
         """Return ``retokenize_words`` (asked for), ``retokenize_hits`` and ``retokenize_hit_rate`` (0 to 1).

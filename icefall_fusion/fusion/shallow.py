@@ -1,9 +1,9 @@
 """Shallow fusion: a language model over the acoustic pieces scores every extension of every hypothesis.
-Knows: the Fusion protocol, token trees. Must not know: which LM it is, words, the frame step.
+Knows: the Fusion base class, token trees. Must not know: which LM it is, words, the frame step.
 """
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Optional, Sequence
+from typing import TYPE_CHECKING, Any, Sequence
 
 import torch
 
@@ -37,6 +37,8 @@ class ShallowFusion(LmFusion):
         ValueError: a bad weight, bonus or source (see `LmFusion`).
     """
 
+    scores_extensions = True
+
     def __init__(
         self, lm: CausalLm, weight: float, word_bonus: float = 0.0, eos: bool = True, source: str = "nlm"
     ) -> None:
@@ -55,7 +57,7 @@ class ShallowFusion(LmFusion):
         self._open(beam, index, ids, None)
         self._frames = 0
 
-    def extension_scores(self, beam: Beam, pieces: Tensor, active: Tensor) -> Optional[Tensor]:
+    def extension_scores(self, beam: Beam, pieces: Tensor, active: Tensor) -> Tensor:
         """Return log P(piece | pieces so far) [B, K, C] (see ``Fusion.extension_scores``)."""
         batch, beams = beam.node.shape
         scores = beam.lm.new_zeros(batch, beams, pieces.shape[1])

@@ -11,7 +11,9 @@ import numpy as np
 from numpy import ndarray
 
 from icefall_fusion.common.native_build import load_native
+from icefall_fusion.fusion.retokenize import MOST_WORDS
 from icefall_fusion.fusion.words import ClosedWords, History
+from icefall_fusion.lm.native_tree import NativeTokenTree
 
 if TYPE_CHECKING:
     from icefall_fusion.fusion.retokenize import WordTokenizer
@@ -193,7 +195,7 @@ class NativePlacer:
         self._tree.check_tokens(tokens)
         self._library.sayings_learn(
             self._table.handle, pieces.ctypes.data, count, begins, int(prompted), tokens.ctypes.data,
-            len(tokens), len(words),
+            len(tokens), len(words), MOST_WORDS,
         )  # fmt: skip
         return True
 
@@ -221,8 +223,7 @@ def _sayings(library: ctypes.CDLL, tokenizer: WordTokenizer, tokens: Any) -> _Sa
 def open_placer(scorer: TreeScorer, arena: PrefixArena, tokens: Any, tokenizer: WordTokenizer,
                 prompted: Sequence[bool], ids: Sequence[str]) -> NativePlacer | WordPlacer:
     """Return the placer of a batch: the compiled one where it serves."""
-    library, _ = load_native()
-    given = (scorer, arena, tokens, tokenizer, prompted, ids)
-    if library is None or not tokenizer.word_by_word or not hasattr(scorer.tree, "handle"):
-        return WordPlacer(*given)
-    return NativePlacer(library, *given)
+    arguments = (scorer, arena, tokens, tokenizer, prompted, ids)
+    if tokenizer.word_by_word and isinstance(scorer.tree, NativeTokenTree):
+        return NativePlacer(load_native(), *arguments)
+    return WordPlacer(*arguments)

@@ -18,15 +18,16 @@ from icefall_fusion.common.checks import check, check_choice
 from icefall_fusion.lattice.export import export_paths
 from icefall_fusion.lattice.value import Lattices
 from icefall_fusion.nbest import NBest
-from icefall_fusion.search.beam import Beam, Fusion, PrefixArena
-from icefall_fusion.search.fusion_set import JointFusion
+from icefall_fusion.search.beam import Beam, PrefixArena
+from icefall_fusion.search.fusion import Fusion
+from icefall_fusion.search.fusion_set import FusionSet
+from icefall_fusion.search.shared_numbers import HASH_FACTOR
 
 if TYPE_CHECKING:
     from icefall_fusion.text.tokens import AcousticTokens
 
 _NEVER = float("-inf")
 _KEYS: MutableMapping[Any, tuple[Tensor, Tensor]] = weakref.WeakKeyDictionary()  # made once a vocabulary
-_FACTOR = 0x2545F4914F6CDD1D  # odd, so that multiplying by it loses nothing modulo 2^64
 
 
 @dataclass(frozen=True)
@@ -157,9 +158,9 @@ class _LatticeSearch:
         self.factor, self.addend = (keys.to(device) for keys in _history_keys(labels))
         self.steps: list[tuple[Tensor, Tensor]] = []
         self._show_masses()
-        self.joint = JointFusion(fusions, labels)
-        self.joint.begin(self.beam, lattices.ids)
-        shallow = [fusion.source for fusion in self.joint.shallow]
+        self.fusions = FusionSet(fusions, labels)
+        self.fusions.begin(self.beam, lattices.ids)
+        shallow = [fusion.source for fusion in self.fusions.shallow]
         check(not shallow, "fusions along a lattice", "be delayed, none that score extensions", shallow)
 
     def _index_states(self) -> None:
@@ -184,8 +185,8 @@ class _LatticeSearch:
             self.beam.frame = frame
             going = (frame <= lens) & (lens > 0)
             self._step(going)
-            self.joint.fuse(self.beam, frame, frame < lens)
-        self.joint.finish(self.beam)
+            self.fusions.fuse(self.beam, frame, frame < lens)
+        self.fusions.finish(self.beam)
 
     def final(self) -> Final:
         """Return what the search has found."""
@@ -232,7 +233,7 @@ class _LatticeSearch:
     def _merge(self, found: _Candidates) -> _Groups:
         """Merge candidates of the same words in the same state."""
         count = len(found.slot)
-        key = (found.history * _FACTOR) ^ (self.target[found.arc] * -0x61C8864680B583EB)
+        key = (found.history * HASH_FACTOR) ^ (self.target[found.arc] * -0x61C8864680B583EB)
         _, group = torch.unique(key, return_inverse=True)
         groups = int(group.max()) + 1 if count else 0
         nothing = torch.full((groups,), _NEVER, dtype=torch.float64, device=self.device)
@@ -278,7 +279,9 @@ class _LatticeSearch:
         beam.node.copy_(torch.where(grew, born, node))
         beam.last.copy_(torch.where(grew, saying, last))
         self._show_masses()
-        self.joint.follow(beam, None, None, source, grew, source)
+        beam.fused = beam.fused.gather(1, source)
+        self.fusions.carry(beam, source, [], None)
+        self.fusions.advance(beam, source, grew)
 
     def _show_masses(self) -> None:
         best = self.mass.amax(1)
@@ -306,7 +309,7 @@ def _history_keys(labels: Any) -> tuple[Tensor, Tensor]:
     for place in range(max(map(len, sayings))):
         longer = torch.tensor([i for i, saying in enumerate(sayings) if len(saying) > place])
         words = torch.tensor([sayings[i][place] for i in longer.tolist()])
-        factors[longer] *= _FACTOR
-        addends[longer] = addends[longer] * _FACTOR + keys[words]
+        factors[longer] *= HASH_FACTOR
+        addends[longer] = addends[longer] * HASH_FACTOR + keys[words]
     _KEYS[labels] = factors, addends
     return factors, addends

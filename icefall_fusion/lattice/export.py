@@ -16,7 +16,7 @@ from icefall_fusion.search.export import word_times
 
 if TYPE_CHECKING:
     from icefall_fusion.lattice.beam import Final
-    from icefall_fusion.search.beam import Fusion
+    from icefall_fusion.search.fusion import Fusion
     from icefall_fusion.text.tokens import AcousticTokens
 
 _NEVER = float("-inf")

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 from importlib.util import find_spec
-from typing import Any, Optional, Sequence, Union
+from typing import TYPE_CHECKING, Any, Optional, Sequence, Union
 
 import torch
 from safetensors import SafetensorError
@@ -13,12 +13,15 @@ from torch import Tensor
 
 from icefall_fusion.common.checks import check, check_choice
 from icefall_fusion.common.files import PathLike
+from icefall_fusion.common.unavailable import Unavailable
 from icefall_fusion.lm import packed_attention
-from icefall_fusion.lm.fused import FusedModel, why_not_fused
 from icefall_fusion.lm.self_check import check_tree
 from icefall_fusion.lm.tree_cache import TreeCache
 from icefall_fusion.lm.tree_scorer import TreeOptions, TreeScorer
 from icefall_fusion.lm.vocabulary import Vocabulary, check_folder
+
+if TYPE_CHECKING:
+    from icefall_fusion.lm.fused import FusedModel
 
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 QUANTIZATIONS = (None, "8bit", "4bit", "int8")
@@ -70,14 +73,15 @@ class CausalLm:
 
     def _use_fused_kernels(self) -> None:
         """Run the layers by fused kernels where the model allows it and they score as plain forwards do."""
-        why = why_not_fused(self.model)
-        if why:
-            logging.info("%s runs as transformers runs it: %s", self.name, why)
-            return
+        from icefall_fusion.lm.fused import FusedModel, check_fusible
+
         try:
+            check_fusible(self.model)
             self.fused = FusedModel(self.model)
             self.fused.try_kernels()
             check_tree(self)
+        except Unavailable as reason:
+            logging.info("%s runs as transformers runs it: %s", self.name, reason)
         except Exception:  # of a compiler or a driver: any
             self.fused = None
             told = "%s runs as transformers runs it, which takes the host longer: fused kernels fail"

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from icefall_fusion.common.devices import kernels_run_on, load_kernels
+from icefall_fusion.common.unavailable import Unavailable
 
 if TYPE_CHECKING:
     from icefall_fusion.lm.tree_cache import TreeCache
@@ -26,45 +27,49 @@ _BLOCK = 1024  # of the gates
 _LEAST = 16  # sides of a block of matrix units
 
 
-def why_not_fused(model: Any) -> str:
-    """Return why a model of transformers cannot run by these kernels, "" if it can."""
+def check_fusible(model: Any) -> None:
+    """Refuse a model of transformers that cannot run by these kernels.
+
+    Raises:
+        Unavailable: with the reason.
+    """
     name = type(model).__name__
     if name not in FAMILY or not type(model).__module__.startswith("transformers."):
-        return f"{name} is none of {', '.join(FAMILY)}"
+        raise Unavailable(f"{name} is none of {', '.join(FAMILY)}")
     config = model.config
     if config.hidden_act != "silu":
-        return f"its activation is {config.hidden_act}"
+        raise Unavailable(f"its activation is {config.hidden_act}")
     if config.hidden_size > _MOST:
-        return f"its hidden size is above {_MOST}"
+        raise Unavailable(f"its hidden size is above {_MOST}")
     devices = {parameter.device for parameter in model.parameters()}
     kinds = {parameter.dtype for parameter in model.parameters()}
     if len(devices) > 1 or len(kinds) > 1 or kinds - {torch.float32, torch.float16, torch.bfloat16}:
-        return "its weights lie on several devices, or have several or other types"
+        raise Unavailable("its weights lie on several devices, or have several or other types")
     if not kernels_run_on(next(iter(devices))):
-        return "it is not on a GPU"
+        raise Unavailable("it is not on a GPU")
     for layer in model.model.layers:
         mlp, attention = layer.mlp, layer.self_attn
         parts = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj, mlp.gate_proj,
                  mlp.up_proj, mlp.down_proj)  # fmt: skip
         for part in parts:
             if type(part) is not nn.Linear or type(part.weight) is not nn.Parameter:
-                return f"its layers are quantized or have adapters ({type(part).__name__})"
+                raise Unavailable(f"its layers are quantized or have adapters ({type(part).__name__})")
         size, rows = attention.head_dim, (config.num_attention_heads, *2 * [config.num_key_value_heads])
         shapes = [tuple(part.weight.shape) for part in parts[:3]]
         if size % 2 or shapes != [(count * size, config.hidden_size) for count in rows]:
-            return f"its heads have {size} entries and weights of {shapes}"
+            raise Unavailable(f"its heads have {size} entries and weights of {shapes}")
     if 2 * model.model.rotary_emb.inv_freq.numel() != model.model.layers[0].self_attn.head_dim:
-        return "a part of each head alone has rotary positions"
-    return load_kernels(_KERNELS)[1]
+        raise Unavailable("a part of each head alone has rotary positions")
+    load_kernels(_KERNELS)
 
 
 def _on_its_device(method: Callable[..., Any]) -> Callable[..., Any]:
     """Run a method of a fused model with the model's GPU as the current one, where Triton launches."""
 
     @functools.wraps(method)
-    def run(self: FusedModel, *given: Any) -> Any:
+    def run(self: FusedModel, *arguments: Any) -> Any:
         with torch.cuda.device_of(self._model.model.embed_tokens.weight):
-            return method(self, *given)
+            return method(self, *arguments)
 
     return run
 
@@ -76,11 +81,11 @@ class FusedModel:
     views of them, so that nothing is held twice and the model itself still runs.
 
     Args:
-        model: one that `why_not_fused` has nothing against.
+        model: one that `check_fusible` has nothing against.
     """
 
     def __init__(self, model: Any) -> None:
-        self._kernels, _ = load_kernels(_KERNELS)
+        self._kernels = load_kernels(_KERNELS)
         self._model = model
         config = model.config
         first = model.model.layers[0].self_attn

@@ -11,15 +11,16 @@ import numpy as np
 from numpy import ndarray
 
 from icefall_fusion.common.native_build import load_native
+from icefall_fusion.common.unavailable import Unavailable
 from icefall_fusion.lm.token_tree import TokenTree
 
 
 def make_tree(vocab_size: int, utterances: int) -> TokenTree:
     """Return an empty tree, the compiled one where it can be had."""
-    library, _ = load_native()
-    if library is None:
+    try:
+        return NativeTokenTree(load_native(), vocab_size, utterances)
+    except Unavailable:
         return TokenTree(vocab_size, utterances)
-    return NativeTokenTree(library, vocab_size, utterances)
 
 
 class NativeTokenTree(TokenTree):
@@ -54,13 +55,11 @@ class NativeTokenTree(TokenTree):
         """Walk or make the path ``tokens`` below ``node`` and return its last node."""
         ids = np.ascontiguousarray(tokens, np.int64)
         self.check_tokens(ids)
-        found = -1
-        while found < 0:
-            found = self._library.token_tree_insert(self.handle, node, ids.ctypes.data, len(ids))
-            if found < 0:
-                self.make_room()
+        last = ctypes.c_int64(node)
+        while not self._library.token_tree_insert(self.handle, ctypes.byref(last), ids.ctypes.data, len(ids)):
+            self.make_room()
         self.grown()
-        return found
+        return last.value
 
     def children(self, nodes: ndarray, tokens: ndarray) -> tuple[ndarray, int]:
         """Return the children [n] of ``nodes`` [n] by ``tokens`` [n], and how many had to be made."""
@@ -99,9 +98,10 @@ class NativeTokenTree(TokenTree):
 
     def _append_first(self, utterance: int, token: int) -> int:
         self._ensure(self._size + 1)
-        node = self._library.token_tree_first(self.handle, utterance, token)
+        node = ctypes.c_int64()
+        self._library.token_tree_first(self.handle, utterance, token, ctypes.byref(node))
         self.grown()
-        return node
+        return node.value
 
     def _flush(self) -> None:
         """Do nothing: nodes are in the arrays as soon as they are made."""

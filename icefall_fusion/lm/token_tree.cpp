@@ -2,45 +2,63 @@
 
 #include "token_tree.h"
 
+#include "../common/guarded.h"
+
 #include <algorithm>
 #include <cmath>
 
+using icefall::guarded;
 using icefall::TokenTree;
 
 extern "C" {
 
-void *token_tree_open(int64_t vocab) { return new TokenTree(vocab); }
+void *token_tree_open(int64_t vocab) {
+  return icefall::guarded_pointer([&]() -> void * { return new TokenTree(vocab); });
+}
 
 void token_tree_close(void *tree) { delete static_cast<TokenTree *>(tree); }
 
 // Arrays of `capacity` nodes; those before hold what these are to hold.
-void token_tree_bind(void *handle, int64_t capacity, int64_t *parent, int64_t *token, int64_t *depth,
+int token_tree_bind(void *handle, int64_t capacity, int64_t *parent, int64_t *token, int64_t *depth,
                      int64_t *utterance, double *score, const int64_t *slot) {
   auto &tree = *static_cast<TokenTree *>(handle);
   tree.capacity = capacity, tree.parent = parent, tree.token = token, tree.depth = depth;
   tree.utterance = utterance, tree.score = score, tree.slot = slot;
-  tree.marked.resize(capacity);
+  return guarded([&] {
+    tree.marked.resize(capacity);
+    return 0;
+  });
 }
 
 int64_t token_tree_size(const void *tree) { return static_cast<const TokenTree *>(tree)->size; }
 
-int64_t token_tree_first(void *tree, int64_t utterance, int64_t token) {
-  return static_cast<TokenTree *>(tree)->first(utterance, token);
+// Nodes go to `node`. These three return whether there was room (else they are to be called again with more).
+int token_tree_first(void *tree, int64_t utterance, int64_t token, int64_t *node) {
+  return guarded([&] {
+    *node = static_cast<TokenTree *>(tree)->first(utterance, token);
+    return int(*node >= 0);
+  });
 }
 
-// Walk or make a path; return its last node, or -1 if there is no room (to be tried again with more).
-int64_t token_tree_insert(void *handle, int64_t node, const int64_t *tokens, int64_t count) {
+// Walk or make a path from `node`, which becomes its last node.
+int token_tree_insert(void *handle, int64_t *node, const int64_t *tokens, int64_t count) {
   auto &tree = *static_cast<TokenTree *>(handle);
-  for (int64_t i = 0; i < count && node >= 0; ++i) node = tree.child(node, tokens[i]);
-  return node;
+  return guarded([&] {
+    int64_t last = *node;
+    for (int64_t i = 0; i < count && last >= 0; ++i) last = tree.child(last, tokens[i]);
+    if (last >= 0) *node = last;
+    return int(last >= 0);
+  });
 }
 
-// Find or make the children of `nodes` by `tokens`; return whether there was room.
+// Find or make the children of `nodes` by `tokens`.
 int token_tree_children(void *handle, const int64_t *nodes, const int64_t *tokens, int64_t count, int64_t *children) {
   auto &tree = *static_cast<TokenTree *>(handle);
-  for (int64_t i = 0; i < count; ++i)
-    if ((children[i] = tree.child(nodes[i], tokens[i])) < 0) return 0;
-  return 1;
+  return guarded([&] {
+    for (int64_t i = 0; i < count; ++i)
+      if ((children[i] = tree.child(nodes[i], tokens[i])) < 0) return 0;
+    return 1;
+  });
 }
 
 // Write the nodes at or above `nodes` up to the first that has a score, or, if `slots`, the nodes themselves and those

@@ -251,7 +251,8 @@ class TreeScorer:
                 self.counters.oom_backoffs += 1
                 continue
             self.counters.lm_forwards += 1
-            yield todo[start:end][wanted[start:end]], log_probs
+            if len(log_probs):  # of a long prompt a whole chunk only fills the cache
+                yield todo[start:end][wanted[start:end]], log_probs
             start = end
 
     def _keep_distributions(self, nodes: ndarray, log_probs: Tensor) -> None:

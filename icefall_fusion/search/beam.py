@@ -1,5 +1,5 @@
-"""What a batched prefix beam search carries from frame to frame, and how language models join it.
-Knows: tensors, prefixes, the Fusion protocol. Must not know: language models, tokenizers, the frame step.
+"""What a batched prefix beam search carries from frame to frame.
+Knows: tensors, prefixes. Must not know: language models, tokenizers, the frame step.
 
 Legend of dimensions (used all over the package):
     B utterances   K beam slots   T frames   V pieces (blank included)   C candidate pieces of a frame
@@ -7,19 +7,18 @@ Legend of dimensions (used all over the package):
 """
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Optional, Protocol, Sequence, runtime_checkable
+from typing import TYPE_CHECKING, Optional
 
 import torch
 from torch import Tensor
 
 from icefall_fusion.search.arena import PrefixArena
+from icefall_fusion.search.shared_numbers import DEAD_HASH, HASH_FACTOR, NO_PARENT_HASH, ROOT_HASH
 
 if TYPE_CHECKING:
     from icefall_fusion.search.search_input import SearchInput
 
 _NODE, _LAST, _HASH, _PARENT_HASH, _REPEATS = range(5)  # rows of Beam's integers
-_DEAD_HASH, _ROOT_HASH, _NO_PARENT_HASH = 0, 1, 2  # no slot has the last one: nothing is linked to it
-_HASH_FACTOR = 0x2545F4914F6CDD1D  # odd, so that multiplying by it loses nothing modulo 2^64
 
 
 class Beam:
@@ -37,14 +36,14 @@ class Beam:
         log_blank, log_nonblank: [B, K] float32, natural-log mass of the alignments that end in blank / not.
         log_total: [B, K] float32, their log-sum. These three are relative to ``offset`` of the utterance.
         offset: [B] float64; after the last frame ``log_total + offset`` is the absolute log-probability.
-        lm: [B, K, S] float32, RAW (unweighted) natural-log score that fusion s has given.
+        lm: [B, K, S] float32, RAW (unweighted) natural-log score that fusion s has inputs.
         words: [B, K, S] int64, words whose bonus fusion s has paid.
         state: [B, K, S] int64, one integer of the fusion's own (its tree node).
         fused: [B, K] float32, ``sum_s weight_s * lm_s + word_bonus_s * words_s``. Whoever changes lm or words
             changes fused too. Look-ahead adds to it for a while; after ``finish`` it is this sum.
         lens: [B] int64, frames of each utterance; a row is frozen from its own end on.
         asked: [B, K] bool, while ``extension_scores`` is called: slots of which an extension could survive.
-        frame: the frame just searched (-1 before the first; of no meaning in ``fuse_now``).
+        frame: the frame just searched (-1 before the first; of no meaning in ``Fusion.fuse_now``).
         blank: id of blank.
     """
 
@@ -55,24 +54,24 @@ class Beam:
         self._ints = torch.zeros(batch, 5, beam, dtype=torch.int64, device=device)
         self._ints[:, _NODE] = arena.first_ids[:, :1]
         self._ints[:, _LAST] = blank
-        self._ints[:, _HASH, 0] = _ROOT_HASH
-        self._ints[:, _PARENT_HASH] = _NO_PARENT_HASH
+        self._ints[:, _HASH, 0] = ROOT_HASH
+        self._ints[:, _PARENT_HASH] = NO_PARENT_HASH
         # [never, log_total of each slot | never, log_blank of each slot]: one gather finds the mass that an
         # extension of slot i carries over, at i + 1 or, if it repeats the last piece, K + 1 further; at 0:
         # none
-        self._carried = torch.full((batch, 2 * (beam + 1)), -torch.inf, device=device)
+        self._carried = torch.full((batch, 2 * (beam + 1)), -torch.inf, dtype=torch.float32, device=device)
         self._carried[:, 1] = self._carried[:, beam + 2] = 0.0
-        self.log_nonblank = torch.full((batch, beam), -torch.inf, device=device)
+        self.log_nonblank = torch.full((batch, beam), -torch.inf, dtype=torch.float32, device=device)
         self.offset = torch.zeros(batch, dtype=torch.float64, device=device)
         self.asked = self.alive
-        self.lm = torch.zeros(batch, beam, fusions, device=device)
+        self.lm = torch.zeros(batch, beam, fusions, dtype=torch.float32, device=device)
         self.words = torch.zeros(batch, beam, fusions, dtype=torch.int64, device=device)
         self.state = torch.zeros(batch, beam, fusions, dtype=torch.int64, device=device)
-        self.fused = torch.zeros(batch, beam, device=device)
+        self.fused = torch.zeros(batch, beam, dtype=torch.float32, device=device)
 
     @classmethod
     def at_root(
-        cls, given: SearchInput, beam: int, starts_word: Optional[Tensor] = None, fusions: int = 0
+        cls, inputs: SearchInput, beam: int, starts_word: Optional[Tensor] = None, fusions: int = 0
     ) -> Beam:
         """Return the beam of K = ``beam`` slots before the first frame of a batch, with an arena for all.
 
@@ -80,9 +79,9 @@ class Beam:
             starts_word: [V] bool, where words are closed; see PrefixArena.
             fusions: S.
         """
-        batch, frames, _ = given.log_probs.shape
-        arena = PrefixArena(batch, beam, given.log_probs.device, starts_word, rows=frames + 1)
-        return cls(arena, given.lens, given.blank, fusions)
+        batch, frames, _ = inputs.log_probs.shape
+        arena = PrefixArena(batch, beam, inputs.log_probs.device, starts_word, rows=frames + 1)
+        return cls(arena, inputs.lens, inputs.blank, fusions)
 
     @property
     def node(self) -> Tensor:
@@ -163,7 +162,7 @@ class Beam:
         after[:, _NODE] = self.arena.add_row(node, piece)
         after[:, _LAST] = piece
         # multiply, then exclusive-or: no polynomial identity makes two different prefixes collide
-        torch.bitwise_xor(content * _HASH_FACTOR, keys[piece], out=after[:, _HASH])
+        torch.bitwise_xor(content * HASH_FACTOR, keys[piece], out=after[:, _HASH])
         after[:, _PARENT_HASH] = content
         torch.mul(last == piece, self.arena.beam + 1, out=after[:, _REPEATS])
         self._ints = torch.where(grew.unsqueeze(1), after, before)
@@ -182,8 +181,8 @@ class Beam:
 
     def bury(self, dead: Tensor) -> None:
         """Make dead slots [B, K] bool nobody's parent and nobody's child."""
-        self.hash.masked_fill_(dead, _DEAD_HASH)
-        self.parent_hash.masked_fill_(dead, _NO_PARENT_HASH)
+        self.hash.masked_fill_(dead, DEAD_HASH)
+        self.parent_hash.masked_fill_(dead, NO_PARENT_HASH)
 
     def permute(self, source: Tensor) -> None:
         """Re-order prefixes, masses and ``fused``: slot k becomes what slot ``source[b, k]`` was.
@@ -200,66 +199,3 @@ class Beam:
         """Re-order lm, words and state."""
         wide = source.unsqueeze(2).expand_as(self.lm)
         self.lm, self.words, self.state = (x.gather(1, wide) for x in (self.lm, self.words, self.state))
-
-
-@runtime_checkable
-class Fusion(Protocol):
-    """A language model that takes part in the search. Per frame the driver does extend, merge, prune, fuse.
-
-    Attributes:
-        source: name of its score in N-best lists, e.g. ``"llm"``; unique among the fusions of a search.
-        weight: factor of its log-score, >= 0.
-        word_bonus: added for each word.
-        index: s, its column in ``beam.lm / words / state``; ``begin`` sets it.
-
-    An implementation may also have ``ceiling: float`` (default 0.0): the largest raw score that
-    ``extension_scores`` can give. The search leaves out candidate pieces that cannot survive even so. One
-    whose extension scores are those of a back-off n-gram over the pieces may have it as ``piece_ngram``:
-    compiled search then reads its tables instead of asking.
-
-    One whose condition to fuse is each utterance's own may have ``pace() -> Optional[Pace]``, asked after
-    ``begin``. A search that keeps the paces of all its fusions (at most one that ever stops) calls neither
-    ``advance`` nor ``fuse``, but lets each utterance run on to its own next stop, and then
-    ``fuse_now(beam, fires)`` with those [B] bool that have stopped, whatever their frames.
-    """
-
-    source: str
-    weight: float
-    word_bonus: float
-    index: int
-
-    def begin(self, beam: Beam, index: int, tokens: Any, ids: Sequence[str]) -> None:
-        """Start a batch: keep ``index``, set ``beam.state[..., index]`` to the root nodes, reset counters.
-
-        Called once per search, before the first frame. ``tokens`` is the AcousticTokens (or None), ``ids``
-        are the utterance names.
-        """
-
-    def extension_scores(self, beam: Beam, pieces: Tensor, active: Tensor) -> Optional[Tensor]:
-        """Return raw log-probs [B, K, C] of extending each slot by ``pieces`` [B, C]; None adds nothing.
-
-        Asked only on frames where an extension can survive; ``active`` [B] bool tells for which utterances.
-        The values of other rows, and of slots that are not ``beam.asked``, are not read. At the start of a
-        batch it is called once with one piece, to learn who answers: a fusion that answers None (delayed
-        fusion) is not asked again.
-        """
-
-    def advance(self, beam: Beam, source: Tensor, grew: Tensor) -> None:
-        """Move states after prune and re-order; called after each frame in which a slot moved or grew.
-
-        ``source`` [B, K] is the slot each slot came from, ``grew`` [B, K] bool tells which were extended by
-        ``beam.last``. ``beam.state`` is already re-ordered (a grown slot has its parent's state); lm, words
-        and fused of grown slots already hold the extension's score and word.
-        """
-
-    def fuse(self, beam: Beam, frame: int, active: Tensor) -> None:
-        """Change ``beam.lm / words / fused / state`` in place after frame ``frame``, if a condition holds.
-
-        ``active`` [B] bool: utterances that have this frame; other rows must not change.
-        """
-
-    def finish(self, beam: Beam) -> None:
-        """Score what is left (last words, end of sentence) of every live hypothesis, once, at the end."""
-
-    def stats(self) -> dict[str, float]:
-        """Return the counters since ``begin``: lm_forwards, lm_tokens_forwarded, lm_tokens_scored, ..."""

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from icefall_fusion.nbest import NBest
-from icefall_fusion.search.beam import Beam, Fusion
-from icefall_fusion.search.engines.choice import choose_engine, open_search
+from icefall_fusion.search.beam import Beam
+from icefall_fusion.search.engines.choice import open_search
 from icefall_fusion.search.export import export_nbests
-from icefall_fusion.search.fusion_set import JointFusion
+from icefall_fusion.search.fusion import Fusion
+from icefall_fusion.search.fusion_set import FusionSet
 from icefall_fusion.search.options import PrefixSearchOptions
 from icefall_fusion.search.search_input import check_input
 
@@ -41,7 +42,7 @@ def ctc_prefix_search(
         lens: [B] frames of each utterance, 0..T.
         options: see PrefixSearchOptions; none: the defaults.
         tokens: the vocabulary; none: hypotheses have no text, word times and word bonus.
-        fusions: language models, see beam.Fusion.
+        fusions: language models, see Fusion.
         ids: utterance names; none: "0", "1", ...
         blank_id: id of blank; none: that of ``tokens``, or 0.
 
@@ -62,19 +63,18 @@ def ctc_prefix_search(
 def _search(log_probs: Tensor, lens: Tensor, options: PrefixSearchOptions, tokens: Optional[AcousticTokens],
             fusions: Sequence[Fusion], ids: Optional[Sequence[str]], blank_id: Optional[int]) -> list[NBest]:
     blank = blank_id if blank_id is not None else tokens.blank_id if tokens is not None else 0
-    given = check_input(log_probs, lens, blank, tokens, ids)
-    joint = JointFusion(fusions, tokens)
-    if not given.ids:
+    inputs = check_input(log_probs, lens, blank, tokens, ids)
+    together = FusionSet(fusions, tokens)
+    if not inputs.ids:
         return []
     starts_word = None
-    if tokens is not None and joint.fusions:
-        starts_word = torch.tensor(tokens.starts_word, device=given.log_probs.device)
-    beam = Beam.at_root(given, options.beam, starts_word, len(joint.fusions))
-    joint.begin(beam, given.ids)
-    engine = choose_engine(options, joint, given.log_probs.device)
-    search, plan = open_search(engine, given, beam, options, joint)
+    if tokens is not None and fusions:
+        starts_word = torch.tensor(tokens.starts_word, device=inputs.log_probs.device)
+    beam = Beam.at_root(inputs, options.beam, starts_word, len(fusions))
+    together.begin(beam, inputs.ids)
+    search, plan = open_search(inputs, beam, options, together)
     search.run()
-    beam.offset += (given.best.double() * given.live).sum(1)
-    joint.finish(beam)
-    return export_nbests(beam, given, plan.map, options.nbest or options.beam,
+    beam.offset += (inputs.best.double() * inputs.live).sum(1)
+    together.finish(beam)
+    return export_nbests(beam, inputs, plan.map, options.nbest or options.beam,
                          options.frame_shift if options.word_times else None, tokens, fusions)

@@ -11,14 +11,15 @@ from torch import Tensor
 
 from icefall_fusion.common.checks import check
 from icefall_fusion.nbest import Hypothesis, NBest, WordTime
-from icefall_fusion.search.beam import Beam, Fusion
+from icefall_fusion.search.beam import Beam
+from icefall_fusion.search.fusion import Fusion
 from icefall_fusion.search.search_input import SearchInput
 
 if TYPE_CHECKING:
     from icefall_fusion.text.tokens import AcousticTokens
 
 
-def export_nbests(beam: Beam, given: SearchInput, frame_map: Optional[Tensor], nbest: int,
+def export_nbests(beam: Beam, inputs: SearchInput, frame_map: Optional[Tensor], nbest: int,
                   frame_shift: Optional[float], tokens: Optional[AcousticTokens],
                   fusions: Sequence[Fusion]) -> list[NBest]:
     """Return one N-best list per utterance, best first (ties: by pieces).
@@ -38,7 +39,7 @@ def export_nbests(beam: Beam, given: SearchInput, frame_map: Optional[Tensor], n
         births = frame_map.cpu()[rows, births.clamp(min=0)]
     peaks = None
     if frame_shift is not None and tokens is not None:
-        peaks = piece_peaks(given, pieces, births, lengths, beam.arena.beam).tolist()
+        peaks = piece_peaks(inputs, pieces, births, lengths, beam.arena.beam).tolist()
     masses = (beam.log_total.double() + beam.offset.unsqueeze(1)).tolist()
     lm_scores = beam.lm.tolist()
     spelled, counts, alive = pieces.tolist(), lengths.tolist(), beam.alive.tolist()
@@ -46,7 +47,7 @@ def export_nbests(beam: Beam, given: SearchInput, frame_map: Optional[Tensor], n
     if tokens is not None:
         weights["words"] = float(sum(f.word_bonus for f in fusions))
     lists = []
-    for b, name in enumerate(given.ids):
+    for b, name in enumerate(inputs.ids):
         found = []
         for k in range(beam.arena.beam):
             if not alive[b][k]:
@@ -102,7 +103,7 @@ def word_times(ids: Sequence[int], words: Sequence[str], peaks: Sequence[int], t
     return times
 
 
-def piece_peaks(given: SearchInput, pieces: Tensor, births: Tensor, lengths: Tensor, beam: int) -> Tensor:
+def piece_peaks(inputs: SearchInput, pieces: Tensor, births: Tensor, lengths: Tensor, beam: int) -> Tensor:
     """Return the frame in which each piece of each hypothesis is most probable, from its birth to the next's.
 
     A prefix can be born frames before its last piece peaks, on a small probability that just made the beam.
@@ -114,10 +115,10 @@ def piece_peaks(given: SearchInput, pieces: Tensor, births: Tensor, lengths: Ten
     Returns:
         [B * K, longest] int64 on the CPU.
     """
-    frames = given.log_probs.shape[1]
+    frames = inputs.log_probs.shape[1]
     if not pieces.numel() or not frames:
         return torch.zeros_like(pieces)
-    device = given.log_probs.device
+    device = inputs.log_probs.device
     pieces, births, lengths = (x.to(device) for x in (pieces, births, lengths))
     real = torch.arange(pieces.shape[1], device=device) < lengths.unsqueeze(1)
     starts = torch.where(real, births, torch.full_like(births, frames))
@@ -125,11 +126,11 @@ def piece_peaks(given: SearchInput, pieces: Tensor, births: Tensor, lengths: Ten
     owner = torch.searchsorted(starts.contiguous(), time, right=True) - 1  # piece that frame t belongs to
     rows = torch.arange(pieces.shape[0], device=device).unsqueeze(1)
     heard = pieces.gather(1, owner.clamp(min=0)).clamp_(min=0)
-    values = given.log_probs[torch.div(rows, beam, rounding_mode="floor"), time, heard]
-    inside = (owner >= 0) & given.live.repeat_interleave(beam, dim=0)
+    values = inputs.log_probs[torch.div(rows, beam, rounding_mode="floor"), time, heard]
+    inside = (owner >= 0) & inputs.live.repeat_interleave(beam, dim=0)
     values = values.masked_fill(~inside, -torch.inf)
     owner = owner.clamp(min=0)
-    best = torch.full(pieces.shape, -torch.inf, device=device)
+    best = torch.full(pieces.shape, -torch.inf, dtype=values.dtype, device=device)
     best = best.scatter_reduce(1, owner, values, "amax")
     at_best = torch.where(inside & (values == best.gather(1, owner)), time, torch.full_like(time, frames))
     peaks = torch.full_like(pieces, frames).scatter_reduce(1, owner, at_best, "amin")

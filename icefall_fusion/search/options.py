@@ -56,6 +56,10 @@ class PrefixSearchOptions:
         check(self.frame_shift > 0, name + "frame_shift", "be above 0 seconds", self.frame_shift)
         check_choice(self.engine, ENGINES, name + "engine")
 
+    def most_columns(self, pieces: int) -> int:
+        """Return how many of V = ``pieces`` may extend a prefix in a frame, blank left out."""
+        return pieces - 1 if self.top_pieces is None else min(self.top_pieces, pieces - 1)
+
 
 def _counts(value: object) -> bool:
     return isinstance(value, Integral) and value >= 1

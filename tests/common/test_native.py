@@ -15,6 +15,9 @@ from hypothesis import strategies as st
 from search_tools import TOKENS, Bigram, WordLengths, assert_same, emissions, listing, search
 
 from icefall_fusion.common import native_build
+from icefall_fusion.common.unavailable import Unavailable
+from icefall_fusion.fusion import NgramFusion
+from icefall_fusion.ngram.piece_ngram import NgramOrder, PieceNgram
 
 
 @pytest.fixture(autouse=True)
@@ -146,29 +149,94 @@ def test_a_compiler_that_fails_is_told_with_what_it_said(monkeypatch, tmp_path):
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
     monkeypatch.setenv("ICEFALL_FUSION_CACHE", str(tmp_path / "cache"))
-    library, why = native_build.load_native()
-    assert library is None and "out of luck" in why
+    with pytest.raises(Unavailable, match="out of luck"):
+        native_build.load_native()
     assert not list((tmp_path / "cache").glob("*"))
 
 
 def test_it_is_built_once_in_a_folder_that_can_be_written(monkeypatch, tmp_path):
     monkeypatch.setenv("ICEFALL_FUSION_CACHE", str(tmp_path))
-    library, why = native_build.load_native()
-    assert library is not None, why
+    native_build.load_native()
     [built] = tmp_path.glob("icefall_fusion-*.so")
     before = built.stat().st_mtime_ns
+    assert built.stat().st_mode & 0o777 == 0o644
     native_build.load_native.cache_clear()
-    assert native_build.load_native()[0] is not None
+    native_build.load_native()
     assert built.stat().st_mtime_ns == before
     monkeypatch.setenv("ICEFALL_FUSION_CACHE", "/proc/no-such-folder")  # not even root can write there
     native_build.load_native.cache_clear()
-    library, why = native_build.load_native()
-    assert library is not None, why
+    native_build.load_native()
+
+
+@pytest.mark.parametrize("kept", [0, 1000])
+def test_a_library_that_was_cut_short_is_built_again(monkeypatch, tmp_path, kept):
+    monkeypatch.setenv("ICEFALL_FUSION_CACHE", str(tmp_path))
+    whole = native_build._build(native_build.compiler())
+    content = whole.read_bytes()
+    whole.write_bytes(content[:kept])
+    native_build.load_native()
+    assert whole.read_bytes() == content
+
+
+def test_code_that_others_can_write_is_not_loaded(monkeypatch, tmp_path, caplog):
+    monkeypatch.setenv("ICEFALL_FUSION_CACHE", str(tmp_path))
+    built = native_build._build(native_build.compiler())
+    built.chmod(0o666)
+    again = native_build._build(native_build.compiler())
+    assert again == built and again.stat().st_mode & 0o777 == 0o644  # another file under the same name
+    tmp_path.chmod(0o777)
+    elsewhere = native_build._build(native_build.compiler())
+    assert elsewhere.parent != tmp_path and "other users can write there" in caplog.text
+
+
+def test_a_compiler_may_have_options(monkeypatch, tmp_path):
+    monkeypatch.setenv("ICEFALL_FUSION_CACHE", str(tmp_path))
+    name = native_build.compiler()[0]
+    monkeypatch.setenv("CXX", f"{name} -O1")
+    assert native_build.compiler() == [name, "-O1"]
+    native_build.load_native()
+
+
+def test_no_exception_leaves_compiled_code():
+    library = native_build.load_native()
+    numbers = [1, 1, 2, 1e-3, 2**60, 10, 6, 0, 5, 0, 0, -1.0, None, 0.0, 0.0, 0, 0, None, 0.0, 0.0, 1]
+    with pytest.raises(MemoryError, match="compiled part"):
+        library.prefix_search_open(*numbers)
+    tree = library.token_tree_open(5)
+    with pytest.raises(MemoryError, match="compiled part"):
+        library.token_tree_bind(tree, 2**60, *[None] * 6)
+    library.token_tree_close(tree)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_does_not_matter(dtype):
+    log_probs = emissions(3, 2, 40, 6, blank_bias=2.0)
+    fusions = lambda: [WordLengths(0.3, 0.2, 3)]  # noqa: E731
+    options = [{}, {"recover_mass": True}, {"score_beam": 6.0}]
+    usual = [both(log_probs, None, TOKENS, fusions, beam=5, **more) for more in options]
+    torch.set_default_dtype(dtype)
+    try:
+        other = [both(log_probs, None, TOKENS, fusions, beam=5, **more) for more in options]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for one, another in zip(usual, other):
+        for nbests, changed in zip(one, another):
+            assert [listing(nbest) for nbest in nbests] == [listing(nbest) for nbest in changed]
+
+
+def test_masses_below_the_least_number_are_kept():
+    """A word bonus may keep a prefix whose mass is 2^-1082 of what the best piece had."""
+    ngram = PieceNgram(3, [NgramOrder(1, torch.arange(5), torch.full((5,), -1.0), torch.zeros(5))], "flat")
+    tokens = type(TOKENS).from_pieces(["<blk>", "▁a", "b"], 0)
+    log_probs = torch.tensor([[[0.0, -720.0, -780.0], [0.0, -5.0, -5.0]]])
+    native, tensors = both(log_probs, None, tokens, lambda: [NgramFusion(ngram, 0.1, 2000.0)], beam=1)
+    assert native[0][0].scores["ctc"] == pytest.approx(tensors[0][0].scores["ctc"], abs=1e-2)
+    assert native[0][0].tokens == tensors[0][0].tokens == [1]
 
 
 def test_processes_may_build_it_at_the_same_time(tmp_path):
     code = (
-        "from icefall_fusion.common.native_build import load_native as f; print(f()[0] is not None)"
+        "from icefall_fusion.common.native_build import load_native as f; print(f() is not None)"
     )
     environment = {"ICEFALL_FUSION_CACHE": str(tmp_path), "PATH": "/usr/bin:/bin", "PYTHONPATH": "."}
     command = [sys.executable, "-c", code]

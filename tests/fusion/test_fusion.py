@@ -608,10 +608,11 @@ def test_bad_arguments_are_named(llm, change, message):
 
 
 def test_bad_triggers_are_named(nlm):
-    with pytest.raises(ValueError, match="FixedInterval.frames must be at least 1, but is 0"):
-        FixedInterval(0)
-    with pytest.raises(ValueError, match="ShortestHypothesis.every must be at least 1, but is 0"):
-        ShortestHypothesis(every=0)
+    for bad in (0, 2.5, True):
+        with pytest.raises(ValueError, match=f"FixedInterval.frames must be an integer, .* but is {bad}"):
+            FixedInterval(bad)
+        with pytest.raises(ValueError, match=f"ShortestHypothesis.every must be an integer, .* but is {bad}"):
+            ShortestHypothesis(every=bad)
     with pytest.raises(ValueError, match="ShortestHypothesis.unit must be one of .* did you mean 'words'"):
         ShortestHypothesis("word")
     with pytest.raises(ValueError, match="ShallowFusion.weight must be finite and at least 0"):

@@ -283,6 +283,14 @@ def test_bounds_on_memory_split_calls_but_not_scores(lm: CausalLm) -> None:
     torch.testing.assert_close(kept, whole.next_log_probs([whole.insert(whole.root(0), path[:5])]))
 
 
+@pytest.mark.parametrize("length", [6, 7, 8, 14, 30])
+def test_a_prompt_may_be_longer_than_a_call(lm: CausalLm, length: int) -> None:
+    prompt, path = [3 + i % 40 for i in range(length)], [5, 9, 5]
+    scorer = lm.open_tree(1, [prompt], TreeOptions(7, 4 * VOCAB * 10))
+    score = scorer.score([scorer.insert(scorer.root(0), path)]).item()
+    assert score == pytest.approx(sum(lm.token_log_probs([path], prompt)[0]), abs=1e-4)
+
+
 def test_out_of_memory_halves_the_call_and_is_counted() -> None:
     lm = wrap("llama")
 
@@ -296,7 +304,10 @@ def test_out_of_memory_halves_the_call_and_is_counted() -> None:
     scorer = lm.open_tree(1)
     assert scorer.score([scorer.insert(scorer.root(0), path)]).item() == pytest.approx(expected, abs=1e-4)
     assert scorer.stats()["oom_backoffs"] == 2
+    prompted = lm.open_tree(1, [path])
+    score = prompted.score([prompted.insert(prompted.root(0), path[:3])]).item()
     handle.remove()
+    assert score == pytest.approx(sum(lm.token_log_probs([path[:3]], path)[0]), abs=1e-4)
 
 
 def test_rows_and_packed_layouts_agree() -> None:

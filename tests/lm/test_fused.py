@@ -6,6 +6,7 @@ Without a GPU the kernels run in Triton's interpreter (see conftest.py).
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +16,9 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("triton")
+from icefall_fusion.common.unavailable import Unavailable  # noqa: E402
 from icefall_fusion.lm import CausalLm  # noqa: E402
-from icefall_fusion.lm.fused import FusedModel, why_not_fused  # noqa: E402
+from icefall_fusion.lm.fused import FusedModel, check_fusible  # noqa: E402
 from icefall_fusion.lm.self_check import check_tree  # noqa: E402
 from icefall_fusion.lm.vocabulary import Vocabulary  # noqa: E402
 from tests.lm.test_causal_lm import SIZES, WINDOW, random_model  # noqa: E402
@@ -71,7 +73,7 @@ def test_scores_are_those_of_transformers_layers(name: str) -> None:
     lm.fused = None
     plain = {key: value.clone() for key, value in lm.model.state_dict().items()}
     want = scores_of(lm)
-    assert not why_not_fused(lm.model)
+    check_fusible(lm.model)
     lm.fused = FusedModel(lm.model)
     lm.fused.try_kernels()
     for found, wanted in zip(scores_of(lm), want):
@@ -120,21 +122,26 @@ def test_half_precision_on_a_gpu_is_near_single_precision(dtype) -> None:
 
 
 def test_what_the_kernels_cannot_do_is_said(monkeypatch) -> None:
-    assert "Olmo2ForCausalLM is none of" in why_not_fused(random_model("olmo2"))
+    def refused(model, why):
+        with pytest.raises(Unavailable, match=re.escape(why)):
+            check_fusible(model)
+
+    refused(random_model("olmo2"), "Olmo2ForCausalLM is none of")
     model = random_model("llama")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert DEVICE == "cuda" or why_not_fused(model) == "it is not on a GPU"
+    if DEVICE == "cpu":
+        refused(model, "it is not on a GPU")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert why_not_fused(model) == ""
+    check_fusible(model)
     model.model.rotary_emb.inv_freq = model.model.rotary_emb.inv_freq[:1]
-    assert why_not_fused(model) == "a part of each head alone has rotary positions"
+    refused(model, "a part of each head alone has rotary positions")
     model.model.layers[0].self_attn.q_proj = torch.nn.Linear(SIZES["hidden_size"], 8)  # a shard of it
-    assert "its heads have 8 entries and weights of [(8, 32), " in why_not_fused(model)
+    refused(model, "its heads have 8 entries and weights of [(8, 32), ")
     model.model.layers[1].mlp.down_proj = torch.nn.Bilinear(2, 2, 2)
     model.model.layers[0].self_attn.q_proj = torch.nn.Linear(SIZES["hidden_size"], 32)
-    assert why_not_fused(model) == "its layers are quantized or have adapters (Bilinear)"
+    refused(model, "its layers are quantized or have adapters (Bilinear)")
     model.model.layers[0].mlp.down_proj.to(torch.bfloat16)
-    assert "several" in why_not_fused(model)
+    refused(model, "several")
 
 
 def test_what_fails_on_a_gpu_is_told_and_transformers_runs(monkeypatch, caplog) -> None:

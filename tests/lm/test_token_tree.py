@@ -24,9 +24,7 @@ steps = st.lists(
 
 
 def native_tree(vocab_size: int, utterances: int) -> TokenTree:
-    library, why = load_native()
-    assert library is not None, why
-    return NativeTokenTree(library, vocab_size, utterances)
+    return NativeTokenTree(load_native(), vocab_size, utterances)
 
 
 each_tree = pytest.mark.parametrize("new_tree", [TokenTree, native_tree], ids=["python", "native"])

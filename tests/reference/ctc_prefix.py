@@ -85,8 +85,8 @@ def dictionary_search(
                 mass = ended if prefix[-1:] == (piece,) else log_add(ended, open_)
                 child_ended, child_open = before.get(piece, (NEVER, NEVER))
                 new = (log_add(child_ended, child_open) + row[blank], log_add(child_open, mass) + row[piece])
-                after[piece] = new
                 child = (*prefix, piece)
+                after[piece] = kept[child] if child in beams else new  # a live child is what it is
                 if child not in beams:
                     kept[child] = new if children_of else (NEVER, new[1])
                     gain = extension_score(prefix, piece) if extension_score else 0.0

@@ -12,19 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from icefall_fusion.common.unavailable import Unavailable
 from icefall_fusion.fusion import AtEnd, DelayedFusion, FixedInterval, LookAhead, NgramFusion, ShallowFusion
 from icefall_fusion.fusion import ShortestHypothesis as Shortest
 from icefall_fusion.ngram.piece_ngram import NOTHING
-from icefall_fusion.search import (
-    PrefixSearchOptions,
-    ctc_prefix,
-    ctc_prefix_search,
-)
-from icefall_fusion.search.engines import choice as engines
-from icefall_fusion.search.engines import gpu as device_search
-from icefall_fusion.search.engines import gpu_check as kernel_check
-from icefall_fusion.search.fusion_set import JointFusion
-from icefall_fusion.search.stop_rule import Pace
+from icefall_fusion.search import PrefixSearchOptions, ctc_prefix_search
+from icefall_fusion.search.engines import choice, gpu, gpu_check, gpu_kernel, native
+from icefall_fusion.search.fusion_set import FusionSet
+from icefall_fusion.search.stop_rule import StopRule
 from tests.fusion.test_fusion import assert_same as assert_same_scores
 from tests.fusion.test_fusion import emissions, llm, nlm, tokens  # noqa: F401 (fixtures)
 from tests.ngram.test_ngram import ngram  # noqa: F401 (a fixture)
@@ -123,9 +118,8 @@ def test_fusions_without_a_pace_and_weights_of_zero(llm, tokens):  # noqa: F811
 
 
 def test_the_table_of_an_ngram_has_all_of_it(ngram):  # noqa: F811
-    table = device_search.NgramTable(ngram, torch.device("cpu"))
-    kernel, _ = device_search.load_kernel()
-    assert NOTHING == -1 and kernel.MOST_COLUMNS.value == device_search.MOST_COLUMNS
+    table = gpu.NgramTable(ngram, torch.device("cpu"))
+    assert NOTHING == -1 and gpu_kernel.MOST_COLUMNS.value == gpu.MOST_COLUMNS
     where = {int(key): place for place, key in enumerate(table.keys.tolist()) if key >= 0}
     assert len(where) == sum(len(order.keys) for order in ngram.orders)
     for order in ngram.orders:
@@ -153,54 +147,57 @@ def test_where_it_does_not_serve_is_said(llm, nlm, ngram, tokens, monkeypatch): 
             decode("triton", log_probs, lens, tokens, fusions, **options)
     if DEVICE == "cpu":
         monkeypatch.delenv("TRITON_INTERPRET")
-        with pytest.raises(ValueError, match="it is for a GPU, the log-probs are on cpu"):
+        with pytest.raises(ValueError, match="it is for cuda, the log-probs are on cpu"):
             decode("triton", log_probs, lens)
 
 
-@pytest.mark.parametrize("kind", ["alone", "ranked", "ngram"])
-def test_a_device_is_tried_before_it_is_relied_on(kind):
+@pytest.mark.parametrize("form", ["alone", "ranked", "ngram"])
+def test_a_device_is_tried_before_it_is_relied_on(form, monkeypatch):
     device = torch.device(DEVICE)
-    assert kernel_check.kernel_fails(device, kind, engines._run) == ""
+    gpu_check.check_kernel.cache_clear()
+    gpu_check.check_kernel(device, form)
 
-    def wrong(engine, given, beam, joint):
-        engines._run("torch", given, beam, joint)
-        if engine == "triton":
-            beam.log_total.add_(1.0)
+    class Wrong(gpu.GpuSearch):
+        def run(self):
+            super().run()
+            self.beam.log_total.add_(1.0)
 
-    assert "are 1 nats off" in kernel_check.kernel_fails(device, kind, wrong)
-
-    def broken(engine, given, beam, joint):
+    def broken(*arguments, **more):
         raise RuntimeError("no such architecture")
 
-    assert "RuntimeError: no such architecture" in kernel_check.kernel_fails(device, kind, broken)
+    for engine, why in ((Wrong, "are 1 nats off"), (broken, "RuntimeError: no such architecture")):
+        gpu_check.check_kernel.cache_clear()
+        monkeypatch.setattr(gpu_check, "GpuSearch", engine)
+        with pytest.raises(Unavailable, match=why):
+            gpu_check.check_kernel(device, form)
+    gpu_check.check_kernel.cache_clear()
 
 
 def test_what_a_search_needs_of_the_kernel(llm, ngram):  # noqa: F811
-    for fusions, kind in (
+    for fusions, form in (
         ([], "alone"),
         ([DelayedFusion(llm, 0.0)], "alone"),
         ([DelayedFusion(llm, 0.3)], "ranked"),
         ([NgramFusion(ngram, 0.0)], "ngram"),
     ):
-        joint = JointFusion(fusions, TOKENS)
-        joint.shallow = [fusion for fusion in fusions if isinstance(fusion, NgramFusion)]  # known once begun
-        assert kernel_check.kind_of(joint) == kind
+        assert gpu_check.form_of(FusionSet(fusions, TOKENS)) == form
 
 
 def test_a_kernel_that_cannot_be_made_leaves_the_search_to_tensors(monkeypatch, caplog):
     log_probs, lens = small(1, 2, 8, 9), torch.tensor([8, 5])
     usual = decode("torch", log_probs, lens)
 
-    def broken(self):
+    def broken(self, until):
         raise RuntimeError("out of resource: shared memory")
 
-    monkeypatch.setattr(device_search.DeviceSearch, "compile", broken)
-    monkeypatch.setattr(ctc_prefix, "choose_engine", lambda *given: "triton")
-    engines._tell.cache_clear()
+    monkeypatch.setattr(gpu.GpuSearch, "_launch", broken)
+    monkeypatch.setitem(choice.ENGINES, "native", choice.ENGINES["triton"])
+    monkeypatch.setattr(native, "NativeSearch", gpu.GpuSearch)  # what auto takes on a CPU
+    choice._tell.cache_clear()
     found = decode("auto", log_probs, lens)
     assert [listing(nbest) for nbest in found] == [listing(nbest) for nbest in usual]
     assert "out of resource" in caplog.text
-    with pytest.raises(RuntimeError, match="out of resource"):
+    with pytest.raises(ValueError, match="be auto or torch: .*out of resource"):
         decode("triton", log_probs, lens)
 
 
@@ -208,8 +205,8 @@ def test_a_batch_without_words_and_with_an_ngram():
     log_probs, lens = small(4, 2, 8, 40), torch.tensor([8, 5])
 
     def trials():
-        bigram = kernel_check._random_bigram().to(torch.device(DEVICE))
-        return [kernel_check._Trial("ngram", Pace(0), bigram), kernel_check._Trial("other", Pace(3))]
+        bigram = gpu_check._random_bigram().to(torch.device(DEVICE))
+        return [gpu_check._Trial("ngram", StopRule(0), bigram), gpu_check._Trial("other", StopRule(3))]
 
     found = [decode(engine, log_probs, lens, None, trials()) for engine in ("triton", "torch")]
     for kernel, tensors in zip(*found):
@@ -249,11 +246,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from icefall_fusion.search.engines import candidates
-from icefall_fusion.search.engines import gpu as device_search
-from icefall_fusion.search import fusion_set as joint
-from icefall_fusion.search import beam, search_input
+from icefall_fusion.search.engines import gpu
+from icefall_fusion.search import beam, fusion, fusion_set, options, search_input
 from icefall_fusion.ngram.piece_ngram import NgramOrder, PieceNgram
-from icefall_fusion.search.stop_rule import Ahead, Pace
+from icefall_fusion.search.stop_rule import AheadTerms, StopRule
 
 TYPES = {torch.float32: "*fp32", torch.float64: "*fp64", torch.int64: "*i64", torch.int32: "*i32",
          torch.bool: "*i1"}
@@ -261,33 +257,27 @@ ngram = PieceNgram(40, [NgramOrder(n, torch.arange(42) * 42 ** (n - 1) + (n > 1)
                                    torch.zeros(42)) for n in (1, 2, 3)], "some")
 
 
-class Scores:
+class Scores(fusion.Fusion):
     word_bonus = 0.5
 
-    def __init__(self, weight, pace, ngram=None):
-        self.weight, self.kept, self.piece_ngram = weight, pace, ngram
-        self.source = "llm" if ngram is None else "ngram"
+    def __init__(self, weight, rule, ngram=None):
+        self.weight, self.rule, self.piece_ngram = weight, rule, ngram
+        self.source, self.scores_extensions = ("llm", False) if ngram is None else ("ngram", True)
 
-    def pace(self):
-        return self.kept
-
-    def begin(self, *others):
-        pass
-
-    def extension_scores(self, *others):
-        return self.piece_ngram
+    def stop_rule(self):
+        return self.rule
 
 
 def compiled(slots, fusions, capability):
     log_probs = torch.randn(2, 20, 40).log_softmax(-1)
     given = search_input.check_input(log_probs, torch.tensor([20, 9]), 0, None, None)
-    together = joint.JointFusion(fusions, type("Words", (), {"starts_word": [True] * 40}))
+    together = fusion_set.FusionSet(fusions, type("Words", (), {"starts_word": [True] * 40}))
     beams = beam.Beam.at_root(given, slots, torch.ones(40, dtype=torch.bool), len(fusions))
     together.begin(beams, given.ids)
     plan = candidates.plan_frames(given, None, leave_out=False)
-    search = device_search.DeviceSearch(beams, plan, given.live, together, 39, None)
+    search = gpu.GpuSearch(given, plan, beams, options.PrefixSearchOptions(slots), together)
     kernel, constants = search.kernel.search_utterances, dict(search.constants)
-    options = {"num_warps": constants.pop("num_warps")}
+    warps = {"num_warps": constants.pop("num_warps")}
     signature = {name: "constexpr" for name in constants}
     for name, value in zip(kernel.arg_names, search.arguments(20)):
         if value is None:
@@ -296,14 +286,14 @@ def compiled(slots, fusions, capability):
             kinds = {int: "i32", float: "fp32"}
             signature[name] = TYPES[value.dtype] if isinstance(value, torch.Tensor) else kinds[type(value)]
     source = ASTSource(kernel, {name: signature[name] for name in kernel.arg_names}, constants)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=warps)
 
 
-ranked = Scores(0.5, Pace(16))
-ahead = Scores(0.5, Pace(1, "words", Ahead(ngram, 0.3, 0.5, 1)))
+ranked = Scores(0.5, StopRule(16))
+ahead = Scores(0.5, StopRule(1, "words", AheadTerms(ngram, 0.3, 0.5, 1)))
 for capability, slots, fusions in ((80, 10, []), (90, 10, []), (90, 50, [ranked]), (90, 10, [ranked]),
                                    (90, 20, [ahead]),
-                                   (90, 10, [ranked, Scores(0.3, Pace(0), ngram)])):
+                                   (90, 10, [ranked, Scores(0.3, StopRule(0), ngram)])):
     made = compiled(slots, fusions, capability)
     print(capability, slots, len(fusions), len(made.asm["cubin"]))
 """

@@ -25,8 +25,7 @@ from search_tools import (
 )
 
 from icefall_fusion.search import PrefixSearchOptions, ctc_greedy_search, ctc_prefix_search
-from icefall_fusion.search.engines.candidates import best_pieces
-from icefall_fusion.search.engines.children import columns_kept
+from icefall_fusion.search.engines.candidates import best_pieces, columns_kept
 from icefall_fusion.text.tokens import AcousticTokens
 
 # -- exactness
@@ -307,7 +306,7 @@ def test_bad_arguments_are_named():
         search(log_probs[0], torch.tensor([10]))
     with pytest.raises(ValueError, match="ids must name 2"):
         search(log_probs, ids=["a"])
-    with pytest.raises(ValueError, match="weight must be at least 0"):
+    with pytest.raises(ValueError, match="weight must be finite and at least 0"):
         search(log_probs, fusions=[Bigram(-0.5)])
     with pytest.raises(ValueError, match="sources that differ"):
         search(log_probs, fusions=[Bigram(0.5), Bigram(0.5)])

@@ -22,12 +22,6 @@ from search_tools import (
     search,
 )
 
-from icefall_fusion.search import Fusion
-
-
-def test_test_fusions_fulfil_the_protocol():
-    assert isinstance(Bigram(0.5), Fusion) and isinstance(WordLengths(0.5), Fusion)
-
 
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 10**6), beam=st.integers(1, 9), weight=st.sampled_from([0.1, 0.6, 2.0]),

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from icefall_fusion.fusion import DelayedFusion, FixedInterval, LookAhead, NgramFusion, ShortestHypothesis
 from icefall_fusion.search import PrefixSearchOptions, ctc_prefix_search
+from icefall_fusion.search.stop_rule import StopRuleRun
 from tests.fusion.test_fusion import TRIGGERS, assert_same, emissions, llm, names, tokens  # noqa: F401 (fixtures)
 from tests.ngram.test_ngram import OPTIONS, ngram  # noqa: F401 (a fixture)
 
@@ -30,7 +31,7 @@ def decode(engine, log_probs, lens, tokens, fusions, beam=4, **options):  # noqa
     shallow=st.booleans(),
     options=st.sampled_from(OPTIONS),
 )
-def test_at_their_own_pace_is_all_in_step(llm, ngram, tokens, seed, trigger, beam, ahead, shallow, options):  # noqa: F811
+def test_own_stops_are_all_in_step(llm, ngram, tokens, seed, trigger, beam, ahead, shallow, options):  # noqa: F811
     log_probs, lens = emissions(batch=5, frames=30, seed=seed, peak=2.0)
     lens[3] = 0
     found = []
@@ -85,15 +86,17 @@ def test_threads_change_nothing(llm, ngram, tokens):  # noqa: F811
 
 @dataclass(frozen=True)
 class _EverySecondFrame(FixedInterval):
-    """A condition of somebody else's, of which no pace is known."""
+    """A condition of somebody else's, of which no rule is known."""
 
     frames: int = 2
 
-    def pace(self):
-        return None
+    def start(self, beam, tokens):  # noqa: F811
+        run = super().start(beam, tokens)
+        run.rule = None
+        return run
 
 
-def test_fusions_of_which_no_common_pace_is_known_go_in_step(llm, tokens):  # noqa: F811
+def test_fusions_without_a_common_rule_go_in_step(llm, tokens):  # noqa: F811
     log_probs, lens = emissions(batch=4, seed=6)
 
     def two(engine):
@@ -109,12 +112,18 @@ def test_fusions_of_which_no_common_pace_is_known_go_in_step(llm, tokens):  # no
     assert_same(own, usual, 1e-4)
 
 
-def test_another_condition_is_asked_not_the_pace_of_its_parent(llm, tokens):  # noqa: F811
+def test_another_condition_is_asked_not_the_rule_of_its_parent(llm, tokens):  # noqa: F811
     """Classes that only say *when* in another way, or follow frames, must not go by what they inherit."""
 
-    class FewFrames(FixedInterval):
+    class StepsOfItsOwn(StopRuleRun):
         def fires(self, beam, frame, active):
             return active if frame in (5, 11) else None
+
+    class FewFrames(FixedInterval):
+        def start(self, beam, tokens):
+            run = StepsOfItsOwn(self.rule(), beam, tokens)
+            run.rule = None
+            return run
 
     class Follows(DelayedFusion):
         calls = 0
@@ -123,7 +132,6 @@ def test_another_condition_is_asked_not_the_pace_of_its_parent(llm, tokens):  # 
             Follows.calls += 1
             super().advance(beam, source, grew)
 
-    assert FewFrames(3).pace() is None and FixedInterval(3).pace() == (3, None, None)
     log_probs, lens = emissions(batch=2, frames=20, seed=2)
     events = []
     for engine in ("native", "torch"):

@@ -25,41 +25,24 @@ from synthetic_emissions import synthetic_emissions  # noqa: E402
 
 from icefall_fusion.search import PrefixSearchOptions, ctc_prefix_search  # noqa: E402
 from icefall_fusion.search.beam import Beam  # noqa: E402
-from icefall_fusion.search.engines.choice import choose_engine, open_search  # noqa: E402
-from icefall_fusion.search.fusion_set import JointFusion  # noqa: E402
+from icefall_fusion.search.engines.choice import open_search  # noqa: E402
+from icefall_fusion.search.fusion import Fusion  # noqa: E402
+from icefall_fusion.search.fusion_set import FusionSet  # noqa: E402
 from icefall_fusion.search.search_input import check_input  # noqa: E402
-from icefall_fusion.search.stop_rule import Pace  # noqa: E402
+from icefall_fusion.search.stop_rule import StopRule  # noqa: E402
 
 
-class Stops:
+class Stops(Fusion):
     """A delayed fusion at a fixed interval whose scores are all 0."""
 
-    source, weight, word_bonus, index = "stops", 1.0, 0.0, 0
+    source, weight = "stops", 1.0
 
     def __init__(self, every: int) -> None:
         self.every = every
 
-    def begin(self, *_: Any) -> None:
-        """Need nothing."""
-
-    def extension_scores(self, *_: Any) -> None:
-        """Score nothing in extensions."""
-
-    def pace(self) -> Pace:
+    def stop_rule(self) -> StopRule:
         """Return the interval."""
-        return Pace(self.every)
-
-    def fuse_now(self, *_: Any) -> None:
-        """Add nothing."""
-
-    def advance(self, *_: Any) -> None:
-        """Follow nothing."""
-
-    def fuse(self, *_: Any) -> None:
-        """Add nothing."""
-
-    def finish(self, *_: Any) -> None:
-        """Add nothing."""
+        return StopRule(self.every)
 
 
 def measure(args: argparse.Namespace, engine: str, batch: int, beam: int, every: int) -> dict[str, Any]:
@@ -70,24 +53,18 @@ def measure(args: argparse.Namespace, engine: str, batch: int, beam: int, every:
     given = check_input(log_probs, lens, 0, None, None)
     fusions = [Stops(every)] if every else []
     row = {"engine": engine, "batch": batch, "beam": beam, "every": every}
-    try:
-        choose_engine(options, JointFusion(fusions, None), given.log_probs.device)
-    except ValueError as error:
-        return {**row, "missing": str(error)}
     ready: list[Any] = []
 
     def prepare() -> None:
         state = Beam.at_root(given, beam, None, len(fusions))
-        joint = JointFusion(fusions, None)
-        joint.begin(state, given.ids)
-        ready.append(open_search(engine, given, state, options, joint)[0])
+        together = FusionSet(fusions, None)
+        together.begin(state, given.ids)
+        ready.append(open_search(given, state, options, together)[0])
 
     try:
         prepare()
-    except Exception as error:  # of a compiler
-        if engine != "triton":
-            raise
-        return {**row, "missing": f"{type(error).__name__}: {error}"}
+    except ValueError as error:  # the engine does not serve, or cannot be had
+        return {**row, "missing": str(error)}
     ready.clear()
     row["prepare_us"] = figures.least_seconds(prepare, args.rounds, args.device)
     for _ in range(2):

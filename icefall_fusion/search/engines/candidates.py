@@ -60,6 +60,11 @@ def columns_needed(beam: int, pieces: int, slack: int) -> int:
     return min(beam + slack + 1, pieces - 1)
 
 
+def columns_kept(beam: int, pieces: int) -> int:
+    """Return C, the candidate pieces of a frame when mass is recovered."""
+    return min(pieces, max(beam + 2, 12))
+
+
 def best_pieces(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Return the ``count`` largest values of the last axis and their ids, sorted; the same as topk, faster.
 
@@ -99,18 +104,18 @@ class FramePlan(NamedTuple):
     rescale: dict[int, Tensor]
 
 
-def plan_frames(given: SearchInput, blank_skip: Optional[float], leave_out: bool) -> FramePlan:
+def plan_frames(inputs: SearchInput, blank_skip: Optional[float], leave_out: bool) -> FramePlan:
     """Decide which frames are skipped, and leave them out altogether if nothing needs to keep step with time.
 
     Args:
         blank_skip: skip frames whose blank probability exceeds this; None: none.
         leave_out: pack the frames that are left (else skipped ones stay, marked as not searched).
     """
-    log_probs, best, searched = given.log_probs, given.best, given.live
+    log_probs, best, searched = inputs.log_probs, inputs.best, inputs.live
     frame_map: Optional[Tensor] = None
     restarts: Optional[Sequence[Tensor]] = None
     if blank_skip is not None:
-        searched = searched & ~(log_probs[..., given.blank].exp() > blank_skip)
+        searched = searched & ~(log_probs[..., inputs.blank].exp() > blank_skip)
         if leave_out and searched.numel():
             kept = int(searched.sum(1).max())
             # searched frames first, in order of time

@@ -20,11 +20,6 @@ from icefall_fusion.search.engines.frame_step import Candidates, Frame
 _TINY = 1e-30  # of the best slot's mass; less is nothing (and would be slow: denormal numbers)
 
 
-def columns_kept(beam: int, pieces: int) -> int:
-    """Return C, the candidate pieces of a frame when mass is recovered."""
-    return min(pieces, max(beam + 2, 12))
-
-
 class Children:
     """Masses of the children of every slot.
 
@@ -35,8 +30,8 @@ class Children:
     def __init__(self, beam: Beam, pieces: int, columns: int) -> None:
         batch, slots, device = beam.arena.batch, beam.arena.beam, beam.lens.device
         self.beam = beam
-        self.total = torch.zeros(batch, slots, pieces, device=device)
-        self.emitted = torch.zeros(batch, slots, columns, device=device)
+        self.total = torch.zeros(batch, slots, pieces, dtype=torch.float32, device=device)
+        self.emitted = torch.zeros(batch, slots, columns, dtype=torch.float32, device=device)
         self.piece = torch.zeros(batch, columns, dtype=torch.int64, device=device)
         self.slots = torch.arange(slots, device=device)
 
@@ -58,11 +53,24 @@ class Children:
         self._blank = frame.blank.exp().unsqueeze(2)  # [B, 1, 1]
         self._ended = self.total.gather(2, self._place).mul_(self._blank)
         total = self._ended + emitted
+        self._remember_live(out, parent_slots, piece, emitted, total)
         self.emitted, self.piece = torch.threshold_(emitted, _TINY, 0.0), frame.piece
         self._candidates = torch.threshold_(total, _TINY, 0.0)
         torch.add(total.log().flatten(1), self._best, out=out.new_total)
         # in a frame that is not searched nobody is born again, whatever stands in the padding
         out.new_total.masked_fill_(frame.shift == -torch.inf, -torch.inf)
+
+    def _remember_live(self, out: Candidates, parent_slots: Tensor, piece: Tensor, emitted: Tensor,
+                       total: Tensor) -> None:
+        """Let a child that is live itself be remembered as what it is in the beam, for when it dies."""
+        linked = parent_slots.unsqueeze(1) == self.slots.unsqueeze(1) + 1  # [B, parent, child]
+        linked = linked.to(total.dtype)
+        same = (piece == self.beam.last.unsqueeze(2)).to(total.dtype)  # [B, child, C]
+        live = _exact_bmm(linked, same) > 0
+        for values, log_mass in ((emitted, out.stay_nonblank), (total, out.stay_total)):
+            mass = (log_mass - self._best).exp().unsqueeze(2)
+            values.copy_(torch.where(live, _exact_bmm(linked, same * mass), values))
+        self._ended = torch.where(live, total - emitted, self._ended)
 
     def _take_live(self, parent_slots: Tensor, whole: Tensor) -> None:
         """Put live children's totals in their parents' rows; slots without a live parent write scratch."""

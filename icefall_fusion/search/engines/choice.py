@@ -5,118 +5,120 @@ from __future__ import annotations
 
 import functools
 import logging
-from typing import TYPE_CHECKING, Union
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
 import torch
 
 from icefall_fusion.common.checks import check
-from icefall_fusion.common.native_build import load_native
+from icefall_fusion.common.devices import kernels_run_on
+from icefall_fusion.common.unavailable import Unavailable
 from icefall_fusion.search.beam import Beam
-from icefall_fusion.search.engines.base import lacks
-from icefall_fusion.search.engines.candidates import FramePlan, columns_needed, plan_frames
-from icefall_fusion.search.engines.children import columns_kept
-from icefall_fusion.search.engines.gpu import DeviceSearch, load_kernel, why_not
-from icefall_fusion.search.engines.gpu_check import kernel_fails, kind_of
-from icefall_fusion.search.engines.native import NativeSearch, native_tables
-from icefall_fusion.search.engines.tensors import TensorSearch
-from icefall_fusion.search.fusion_set import JointFusion
+from icefall_fusion.search.engines.candidates import FramePlan, plan_frames
+from icefall_fusion.search.fusion_set import FusionSet
 from icefall_fusion.search.options import PrefixSearchOptions
 
 if TYPE_CHECKING:
-    from icefall_fusion.ngram.piece_ngram import PieceNgram
     from icefall_fusion.search.search_input import SearchInput
 
-Search = Union[NativeSearch, DeviceSearch, TensorSearch]
+
+class Serves(NamedTuple):
+    """What searches an engine serves.
+
+    device: type of device, None: every one; shallow: whether any fusion may score extensions, not only that
+    of one n-gram over pieces; ngrams: how many n-grams, shallow fusion and look-ahead together; recover_mass:
+    see PrefixSearchOptions; beam: the largest, None: no limit.
+    """
+
+    device: Optional[str]
+    shallow: bool
+    ngrams: int
+    recover_mass: bool
+    beam: Optional[int]
 
 
-def choose_engine(options: PrefixSearchOptions, joint: JointFusion, device: torch.device) -> str:
-    """Return the engine to take, none of them ``auto``.
+#: Who serves what. All engines find the same; tensors serve every search.
+ENGINES = {
+    "native": Serves(device="cpu", shallow=False, ngrams=2, recover_mass=True, beam=None),
+    "triton": Serves(device="cuda", shallow=False, ngrams=1, recover_mass=False, beam=62),
+    "torch": Serves(device=None, shallow=True, ngrams=2, recover_mass=True, beam=None),
+}
+
+
+def open_search(inputs: SearchInput, beam: Beam, options: PrefixSearchOptions,
+                fusions: FusionSet) -> tuple[Any, FramePlan]:
+    """Return a search that is ready to ``run`` over a batch, and its frames.
+
+    Args:
+        inputs: of the search.
+        beam: at the root; the search leaves it after the last frame.
+        options: ``engine`` names one, or ``auto``.
+        fusions: begun.
 
     Raises:
-        ValueError: one is asked for by name where it does not serve.
+        ValueError: an engine is asked for by name where it does not serve.
     """
+    device = inputs.log_probs.device
     wanted = options.engine
     if wanted == "auto":
         wanted = "triton" if device.type == "cuda" else "native"
-    if wanted == "torch":
-        return wanted
-    unusual = False  # worth telling, for it costs time and can be mended
-    if wanted == "triton":
-        why = load_kernel()[1]
-        unusual = bool(why)
-        why = why or why_not(options.beam, options.recover_mass, joint, device)
-        if not why and device.type == "cuda":
-            why = kernel_fails(device, kind_of(joint), _run)
-            unusual = bool(why)
-    else:
-        why = "" if device.type == "cpu" else f"it is for the CPU, the log-probs are on {device}"
-        why = lacks(joint) or why
-        if not why:
-            _, why = load_native()
-            unusual = bool(why)
-    check(not why or options.engine == "auto", "PrefixSearchOptions.engine", f"be auto or torch: {why}",
-          options.engine)
-    if unusual:
-        _tell(why)
-    return "torch" if why else wanted
+    try:
+        check_serves(wanted, options, fusions, device)
+        return _open(wanted, inputs, beam, options, fusions)
+    except Unavailable as reason:
+        good, rule = options.engine == "auto", f"be auto or torch: {reason}"
+        check(good, "PrefixSearchOptions.engine", rule, options.engine)
+        if reason.unusual:
+            _tell(str(reason))
+    return _open("torch", inputs, beam, options, fusions)
 
 
-def prepare_ngram(ngram: PieceNgram, engine: str) -> None:
-    """Lay an n-gram out as the search by compiled code wants it, which the first search would do otherwise.
+def check_serves(engine: str, options: PrefixSearchOptions, fusions: FusionSet, device: torch.device) -> None:
+    """Refuse a search that an engine does not serve, by the table.
 
-    Args:
-        ngram: on the device where the search runs.
-        engine: see PrefixSearchOptions.
+    Raises:
+        Unavailable: with the reason.
     """
-    if engine in ("auto", "native") and ngram.device.type == "cpu":
-        library, _ = load_native()
-        if library is not None:
-            native_tables(library, ngram)
+    serves = ENGINES[engine]
+    runs_here = serves.device in (None, device.type) or (serves.device == "cuda" and kernels_run_on(device))
+    _require(runs_here, f"it is for {serves.device}, the log-probs are on {device}")
+    names = ", ".join(fusion.source for fusion in fusions.shallow)
+    only_ngram = not fusions.shallow or fusions.shallow_ngram() is not None
+    _require(serves.shallow or only_ngram,
+             f"it has no shallow fusion but that of one n-gram over pieces ({names})")
+    _require(serves.recover_mass or not options.recover_mass, "it cannot recover mass")
+    _require(serves.beam is None or options.beam <= serves.beam,
+             f"its beam is at most {serves.beam}, here {options.beam}")
+    _require(len(ngrams_of(fusions)) <= serves.ngrams,
+             "it has one n-gram, for shallow fusion or for look-ahead")
+
+
+def ngrams_of(fusions: FusionSet) -> list[Any]:
+    """Return the n-grams that a search itself reads: of shallow fusion and of look-ahead."""
+    rule = fusions.stop_rule()
+    ahead = rule.ahead.ngram if rule is not None and rule.ahead is not None else None
+    return [ngram for ngram in (fusions.shallow_ngram(), ahead) if ngram is not None]
+
+
+def _require(good: bool, reason: str) -> None:
+    if not good:
+        raise Unavailable(reason)
+
+
+def _open(engine: str, inputs: SearchInput, beam: Beam, options: PrefixSearchOptions,
+          fusions: FusionSet) -> tuple[Any, FramePlan]:
+    """Open an engine that serves; each is loaded when it is first needed."""
+    # the others pass over skipped frames in no time; tensors are better off without them
+    leave_out = engine == "torch" and not fusions.members
+    plan = plan_frames(inputs, options.blank_skip, leave_out)
+    if engine == "native":
+        from icefall_fusion.search.engines.native import NativeSearch as Search
+    elif engine == "triton":
+        from icefall_fusion.search.engines.gpu import GpuSearch as Search
+    else:
+        from icefall_fusion.search.engines.tensors import TensorSearch as Search
+    return Search(inputs, plan, beam, options, fusions), plan
 
 
 @functools.lru_cache(maxsize=1)
 def _tell(why: str) -> None:
     logging.warning("the prefix search runs on tensors, several times slower: %s", why)
-
-
-def open_search(engine: str, given: SearchInput, beam: Beam, options: PrefixSearchOptions,
-                joint: JointFusion) -> tuple[Search, FramePlan]:
-    """Return a search that is ready to ``run`` over a batch, and its frames.
-
-    Args:
-        engine: one that serves, see `choose_engine`.
-        beam: at the root; the search leaves it after the last frame.
-        joint: the fusions, begun.
-    """
-    pieces = given.log_probs.shape[2]
-    limit = pieces - 1 if options.top_pieces is None else min(options.top_pieces, pieces - 1)
-    # the others pass over skipped frames in no time; tensors are better off without them
-    plan = plan_frames(given, options.blank_skip, leave_out=engine == "torch" and not joint.fusions)
-    if engine == "triton":
-        search = DeviceSearch(beam, plan, given.live, joint, limit, options.score_beam)
-        try:
-            search.compile()
-        except Exception as error:  # of a compiler or a driver: any
-            if options.engine != "auto":
-                raise
-            _tell(f"the kernel cannot be had for this search: {type(error).__name__}: {str(error)[-400:]}")
-            return open_search("torch", given, beam, options, joint)
-        return search, plan
-    if engine == "torch":
-        return TensorSearch(given, plan, beam, options, limit, joint), plan
-    columns = min(limit, columns_needed(options.beam, pieces, options.beam - 1 if joint.ranks else 0))
-    if any(fusion.weight != 0 or fusion.word_bonus != 0 for fusion in joint.shallow):
-        columns = limit  # those that could survive are found in each frame
-    if options.recover_mass:
-        columns = columns_kept(options.beam, limit)
-    library, _ = load_native()
-    search = NativeSearch(
-        library, beam, plan, given.live, joint, columns, options.recover_mass, options.score_beam
-    )
-    return search, plan
-
-
-def _run(engine: str, given: SearchInput, beam: Beam, joint: JointFusion) -> None:
-    """Search a batch by an engine."""
-    options = PrefixSearchOptions(beam=beam.arena.beam, engine=engine)
-    open_search(engine, given, beam, options, joint)[0].run()

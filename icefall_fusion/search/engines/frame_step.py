@@ -48,7 +48,8 @@ class Candidates:
 
     def __init__(self, batch: int, pairs: Pairs, beam: int, device: torch.device) -> None:
         self.pairs, self.beam = pairs, beam
-        self.masses = torch.full((batch, 3, beam + pairs.slot.numel() + 1), _NEVER, device=device)
+        size = (batch, 3, beam + pairs.slot.numel() + 1)
+        self.masses = torch.full(size, _NEVER, dtype=torch.float32, device=device)
         self.total, self.blank, self.nonblank = self.masses.unbind(1)
         self.stay_total, self.stay_blank, self.stay_nonblank = (x[:, :beam] for x in self.masses.unbind(1))
         self.new_total, self.new_blank, self.new_nonblank = (x[:, beam:-1] for x in self.masses.unbind(1))
@@ -71,7 +72,7 @@ class FrameStep:
         self.beam, self.score_beam = beam, score_beam
         device = beam.lens.device
         self.keys = hash_keys(pieces, device)
-        self.one_to_beam = torch.arange(1.0, beam.arena.beam + 1, device=device)
+        self.one_to_beam = torch.arange(1, beam.arena.beam + 1, dtype=torch.float32, device=device)
         self._columns = torch.zeros(beam.arena.batch, pieces, dtype=torch.int64, device=device)
 
     def stay(self, frame: Frame, out: Candidates) -> tuple[Tensor, Tensor]:

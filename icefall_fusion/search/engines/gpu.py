@@ -4,53 +4,30 @@ Knows: the kernel, beams, frames to search, an n-gram as a table. Must not know:
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING, Any, MutableMapping, Optional
+from typing import TYPE_CHECKING, Any, MutableMapping
 
 import torch
 from torch import Tensor
 
-from icefall_fusion.common.devices import kernels_run_on, load_kernels
-from icefall_fusion.search.engines.base import EngineSearch, lacks, ngram_of
+from icefall_fusion.common.devices import load_kernels
+from icefall_fusion.common.unavailable import Unavailable
+from icefall_fusion.search.engines.base import CompiledSearch
 from icefall_fusion.search.engines.candidates import columns_needed, frame_columns, make_pairs
 from icefall_fusion.search.engines.frame_step import hash_keys
-from icefall_fusion.search.stop_rule import UNITS
+from icefall_fusion.search.shared_numbers import HASH_FACTOR
 
 if TYPE_CHECKING:
     from icefall_fusion.ngram.piece_ngram import PieceNgram
     from icefall_fusion.search.beam import Beam
     from icefall_fusion.search.engines.candidates import FramePlan
-    from icefall_fusion.search.fusion_set import JointFusion
+    from icefall_fusion.search.fusion_set import FusionSet
+    from icefall_fusion.search.options import PrefixSearchOptions
+    from icefall_fusion.search.search_input import SearchInput
 
-MOST_SLOTS = 62  # with language models; a bit for each of twice as many columns fits two integers
 MOST_COLUMNS = 1024  # with an n-gram, as in the kernel
 _LEAST = 16  # entries of a block
 _NEVER_STOPS = 2**30  # frames
 _BLOCK = 64  # frames prepared at once
-
-
-def load_kernel() -> tuple[Optional[Any], str]:
-    """Return the module of the kernel and "", or None and why there is none."""
-    return load_kernels("icefall_fusion.search.engines.gpu_kernel")
-
-
-def why_not(beam: int, recover: bool, joint: JointFusion, device: torch.device) -> str:
-    """Return why the kernel does not serve a search, "" if it does."""
-    if not kernels_run_on(device):
-        return f"it is for a GPU, the log-probs are on {device}"
-    if lacks(joint):
-        return lacks(joint)
-    if recover:
-        return "it cannot recover mass"
-    if beam > MOST_SLOTS:
-        return f"its beam is at most {MOST_SLOTS}, here {beam}"
-    pace = joint.pace()
-    ngrams = [ngram_of(fusion) for fusion in joint.shallow]
-    ngrams += [pace.ahead.ngram] if pace is not None and pace.ahead is not None else []
-    if len(ngrams) > 1:
-        return "it has one n-gram, for shallow fusion or for look-ahead"
-    if any(not NgramTable.fits(ngram) for ngram in ngrams):
-        return f"its n-gram has at most {MOST_COLUMNS} pieces and keys of 63 bits"
-    return ""
 
 
 class NgramTable:
@@ -81,7 +58,7 @@ class NgramTable:
         self.scores, self.backoffs = scores, backoffs
 
     def _places(self, keys: Tensor) -> Tensor:
-        place = keys * 0x2545F4914F6CDD1D
+        place = keys * HASH_FACTOR
         return (place ^ (place >> 29)) & self.mask
 
     @staticmethod
@@ -101,23 +78,32 @@ def _table(ngram: PieceNgram, device: torch.device) -> NgramTable:
     return tables[str(device)]
 
 
-class DeviceSearch(EngineSearch):
+class GpuSearch(CompiledSearch):
     """One search over one batch, on a GPU.
 
     Args:
-        beam, live, joint: see EngineSearch.
+        inputs: of the search.
         plan: frames, none left out.
-        limit: best pieces of a frame that may extend a prefix, at most.
-        score_beam: see PrefixSearchOptions.score_beam.
+        beam: at the root.
+        options: of the search.
+        fusions: begun; see CompiledSearch.
+        trusted: leave out the trial of the kernel on this device.
+
+    Raises:
+        Unavailable: there is no Triton, the n-gram does not fit, or the kernel fails here.
     """
 
-    def __init__(self, beam: Beam, plan: FramePlan, live: Tensor, joint: JointFusion, limit: int,
-                 score_beam: Optional[float]) -> None:
-        super().__init__(beam, live, joint)
-        self.kernel, _ = load_kernel()
-        kernel, arena, device = self.kernel, beam.arena, beam.lens.device
+    def __init__(self, inputs: SearchInput, plan: FramePlan, beam: Beam, options: PrefixSearchOptions,
+                 fusions: FusionSet, trusted: bool = False) -> None:
+        super().__init__(beam, inputs.live, fusions)
+        self.kernel = kernel = load_kernels("icefall_fusion.search.engines.gpu_kernel")
+        arena, device = beam.arena, beam.lens.device
+        if device.type == "cuda" and not trusted:
+            from icefall_fusion.search.engines.gpu_check import check_kernel, form_of
+
+            check_kernel(device, form_of(fusions))
         batch, slots = beam.node.shape
-        slack = slots - 1 if joint.ranks else 0
+        limit, slack = options.most_columns(plan.log_probs.shape[2]), fusions.slack(slots)
         columns = min(limit, columns_needed(slots, plan.log_probs.shape[2], slack))
         # an n-gram of shallow fusion ranks (2) or is but recorded (1); else it is that of the look-ahead (0)
         ngram, weights, shallow = self.ahead.ngram, (self.ahead.weight, self.ahead.bonus), 0
@@ -135,13 +121,15 @@ class DeviceSearch(EngineSearch):
         if shallow == 2:
             columns = limit  # those that could survive are found in each frame
         self.prepared = _prepare(self.log_probs, plan, beam.blank, columns)
-        self.lens, self.score_beam = beam.lens.contiguous(), score_beam
+        self.lens, self.score_beam = beam.lens.contiguous(), options.score_beam
         self.keys = hash_keys(self.log_probs.shape[2], device)
         self.integers = torch.zeros(batch, kernel.INTEGERS, wide, dtype=torch.int64, device=device)
-        self.numbers = torch.zeros(batch, kernel.NUMBERS, wide, device=device)
+        self.numbers = torch.zeros(batch, kernel.NUMBERS, wide, dtype=torch.float32, device=device)
         self.counts = torch.zeros(batch, kernel.COUNTS, dtype=torch.int64, device=device)
         self.tables, order, base = [None] * 3 + [0, 0, *weights], 0, 1
         if ngram is not None:
+            if not NgramTable.fits(ngram):
+                raise Unavailable(f"its n-gram has at most {MOST_COLUMNS} pieces and keys of 63 bits")
             table, order, base = _table(ngram, device), ngram.order, ngram.base
             self.tables = [table.keys, table.scores, table.backoffs, table.mask, table.probes, *weights]
             self.integers[:, kernel.CONTEXT] = ngram.start_id + 1 if order > 1 else 0
@@ -149,13 +137,14 @@ class DeviceSearch(EngineSearch):
         self.constants = {
             "K": slots, "KP": wide, "C": columns, "NP": width, "WIDE": columns > 62,
             "CP": _LEAST if shallow == 2 else _block(columns),
-            "ROOT": beam.blank, "RANKS": joint.ranks, "PACED": self.pace is not None,
-            "UNIT": UNITS.index(self.stops.unit), "BOUNDARIES": arena.has_boundaries,
-            "SCORE_BEAM": score_beam is not None, "ORDER": order, "BASE": base,
+            "ROOT": beam.blank, "RANKS": fusions.ranks, "PACED": self.rule is not None,
+            "UNIT": self.stops.code, "BOUNDARIES": arena.has_boundaries,
+            "SCORE_BEAM": options.score_beam is not None, "ORDER": order, "BASE": base,
             "SHALLOW": shallow, "AHEAD_EVERY": 0 if self.ahead.ngram is None else self.ahead.every,
             "I": kernel.INTEGERS, "F": kernel.NUMBERS, "W": kernel.COUNTS,
             "num_warps": _warps(width, wide, shallow == 2),
         }  # fmt: skip
+        self._compile()
 
     def _begin(self, beam: Beam) -> None:
         """Let all stand at the root."""
@@ -168,8 +157,7 @@ class DeviceSearch(EngineSearch):
         for name in ("TOTAL", "BLANK", "OPEN"):
             numbers[:, getattr(kernel, name)] = -torch.inf
         numbers[:, kernel.TOTAL, 0] = numbers[:, kernel.BLANK, 0] = 0.0
-        # with one word begun none is closed; a piece is closed at once
-        self.counts[:, kernel.LONGEST] = 1 if self.stops.unit == "words" else 0
+        self.counts[:, kernel.LONGEST] = self.stops.first_length
 
     def arguments(self, until: int) -> tuple[Any, ...]:
         """Return what the kernel is called with, beside ``constants``."""
@@ -185,9 +173,13 @@ class DeviceSearch(EngineSearch):
             *self.tables,
         )  # fmt: skip
 
-    def compile(self) -> None:
+    def _compile(self) -> None:
         """Make the kernel that this search needs, by a call that searches no frame."""
-        self._launch(0)
+        try:
+            self._launch(0)
+        except Exception as error:  # of a compiler or a driver: any
+            reason = f"the kernel cannot be had for this search: {type(error).__name__}: {str(error)[-400:]}"
+            raise Unavailable(reason, unusual=True) from error
 
     def _launch(self, until: int) -> None:
         grid = (self.beam.arena.batch,)
@@ -196,17 +188,17 @@ class DeviceSearch(EngineSearch):
 
     def _search(self, until: int) -> None:
         beam, kernel, slots = self.beam, self.kernel, self.beam.node.shape[1]
-        if self.joint.ranks:
+        if self.fusions.ranks:
             self.numbers[:, kernel.FUSED, :slots] = beam.fused
         self._launch(until)
         beam.node.copy_(self.integers[:, kernel.NODE, :slots])
         beam.last.copy_(self.integers[:, kernel.LAST, :slots])
         beam.log_total.copy_(self.numbers[:, kernel.TOTAL, :slots])
         beam.log_blank.copy_(self.numbers[:, kernel.BLANK, :slots])
-        if self.joint.ranks:
+        if self.fusions.ranks:
             beam.fused = self.numbers[:, kernel.FUSED, :slots].clone()
-            self.given = self.numbers[:, kernel.GIVEN, :slots]
-        if self.pace is not None:  # the one wait for the device
+            self.estimate = self.numbers[:, kernel.GIVEN, :slots]
+        if self.rule is not None:  # the one wait for the device
             at, fired = self.counts[:, : kernel.FIRED + 1].cpu().unbind(1)
             self.at, self.fired = at, fired > 0
 

@@ -3,102 +3,103 @@ Knows: small random searches. Must not know: language models, real data.
 """
 from __future__ import annotations
 
-import functools
-from typing import TYPE_CHECKING, Any, Callable, Optional
+from typing import Any, Callable, Optional
 
 import torch
 from torch import Tensor
 
+from icefall_fusion.common.unavailable import Unavailable, asked_once
 from icefall_fusion.ngram.piece_ngram import NOTHING, NgramOrder, PieceNgram
 from icefall_fusion.search.beam import Beam
-from icefall_fusion.search.fusion_set import JointFusion
+from icefall_fusion.search.engines.candidates import plan_frames
+from icefall_fusion.search.engines.gpu import GpuSearch
+from icefall_fusion.search.engines.tensors import TensorSearch
+from icefall_fusion.search.fusion import Fusion
+from icefall_fusion.search.fusion_set import FusionSet
+from icefall_fusion.search.options import PrefixSearchOptions
 from icefall_fusion.search.search_input import check_input
-from icefall_fusion.search.stop_rule import Pace
-
-if TYPE_CHECKING:
-    from icefall_fusion.search.beam import Fusion
+from icefall_fusion.search.stop_rule import StopRule
 
 _PIECES, _BEAM, _FRAMES = 40, 8, 30
 _WORST = 1e-2  # nats between two ways to add up the same
 
 
-class _Trial:
+class _Trial(Fusion):
     """A fusion that ranks by the last piece every seven frames, and by an n-gram if it has one."""
 
-    word_bonus, index = 0.0, 0
+    weight = 0.4
 
-    def __init__(self, source: str, pace: Pace, ngram: Optional[PieceNgram] = None) -> None:
-        self.source, self.weight, self._pace, self.piece_ngram = source, 0.4, pace, ngram
+    def __init__(self, source: str, rule: StopRule, ngram: Optional[PieceNgram] = None) -> None:
+        self.source, self._rule, self.piece_ngram = source, rule, ngram
+        self.scores_extensions = ngram is not None
 
-    def begin(self, beam: Beam, index: int, tokens: Any, ids: Any) -> None:
-        self.index = index
+    def stop_rule(self) -> StopRule:
+        return self._rule
 
-    def pace(self) -> Pace:
-        return self._pace
-
-    def extension_scores(self, beam: Beam, pieces: Tensor, active: Tensor) -> Optional[Tensor]:
-        if self.piece_ngram is None:
-            return None
+    def extension_scores(self, beam: Beam, pieces: Tensor, active: Tensor) -> Tensor:
         before = torch.where(beam.last == beam.blank, self.piece_ngram.start_id, beam.last)
         contexts = [before.unsqueeze(2).expand(-1, -1, pieces.shape[1])]
         contexts += [torch.full_like(contexts[0], NOTHING)] * (self.piece_ngram.order - 2)
         return self.piece_ngram.score(contexts, pieces.unsqueeze(1).expand_as(contexts[0]))
 
-    def advance(self, beam: Beam, source: Tensor, grew: Tensor) -> None:
-        return None
-
-    def fuse(self, beam: Beam, frame: int, active: Tensor) -> None:
-        if self._pace.every and (frame + 1) % self._pace.every == 0:
+    def fuse(self, beam: Beam, frame: int, active: Tensor) -> bool:
+        due = bool(self._rule.every) and (frame + 1) % self._rule.every == 0
+        if due:
             self.fuse_now(beam, active)
+        return due
 
     def fuse_now(self, beam: Beam, fires: Tensor) -> None:
         beam.fused += 0.7 * (beam.last % 3) * fires.unsqueeze(1)
 
-    def finish(self, beam: Beam) -> None:
-        return None
 
-    def stats(self) -> dict[str, float]:
-        return {}
-
-
-def kind_of(joint: JointFusion) -> str:
+def form_of(fusions: FusionSet) -> str:
     """Return which of the kernel's main forms a search needs: ``alone``, ``ranked`` or ``ngram``."""
-    return "ngram" if joint.shallow else "ranked" if joint.ranks else "alone"
+    return "ngram" if fusions.shallow else "ranked" if fusions.ranks else "alone"
 
 
-@functools.lru_cache(maxsize=None)
-def kernel_fails(device: torch.device, kind: str, run: Callable[..., None]) -> str:
-    """Return "" if the kernel finds on a device what tensors find there, else what happens; tried once.
+@asked_once
+def check_kernel(device: torch.device, form: str) -> None:
+    """Hold the kernel to the search by tensors on a device; tried once for each form.
 
     Args:
         device: a GPU.
-        kind: see `kind_of`.
-        run: runs an engine by name: ``run(engine, given, beam, joint)``.
+        form: see `form_of`.
+
+    Raises:
+        Unavailable: the kernel does not run there, or finds something else.
     """
+    found = [_masses(engine, device, form) for engine in (TensorSearch, _trusted)]
+    worst = float((found[0] - found[1]).nan_to_num(0.0).abs().max())
+    if not worst < _WORST:
+        raise Unavailable(f"on {device} the kernel's scores are {worst:.3g} nats off those of tensors", True)
+
+
+def _trusted(*arguments: Any) -> GpuSearch:
+    return GpuSearch(*arguments, trusted=True)
+
+
+def _masses(engine: Callable[..., Any], device: torch.device, form: str) -> Tensor:
+    """Return the sorted log-masses [B, K] that an engine finds for a small random batch."""
     generator = torch.Generator().manual_seed(1)
     log_probs = (3 * torch.randn(3, _FRAMES, _PIECES, generator=generator)).log_softmax(-1).to(device)
-    given = check_input(log_probs, torch.tensor([_FRAMES, 21, 0]), 0, None, None)
-    found = []
-    for engine in ("torch", "triton"):
-        joint = JointFusion(_trials(kind, device), None)
-        beam = Beam.at_root(given, _BEAM, None, len(joint.fusions))
-        try:
-            joint.begin(beam, given.ids)
-            run(engine, given, beam, joint)
-            found.append((beam.log_total.double() + beam.offset.unsqueeze(1)).sort(1).values.cpu())
-        except Exception as error:  # of a compiler or a driver: any
-            return f"{engine} does not run on {device}: {type(error).__name__}: {str(error)[-400:]}"
-    worst = float((found[0] - found[1]).nan_to_num(0.0).abs().max())
-    told = f"on {device} the kernel's scores are {worst:.3g} nats off those of tensors"
-    return "" if worst < _WORST else told
+    inputs = check_input(log_probs, torch.tensor([_FRAMES, 21, 0]), 0, None, None)
+    fusions = FusionSet(_trials(form, device), None)
+    beam = Beam.at_root(inputs, _BEAM, None, len(fusions.members))
+    try:
+        fusions.begin(beam, inputs.ids)
+        engine(inputs, plan_frames(inputs, None, False), beam, PrefixSearchOptions(_BEAM), fusions).run()
+        return (beam.log_total.double() + beam.offset.unsqueeze(1)).sort(1).values.cpu()
+    except Exception as error:  # of a compiler or a driver: any
+        reason = f"on {device}: {type(error).__name__}: {str(error)[-400:]}"
+        raise Unavailable(reason, unusual=True) from error
 
 
-def _trials(kind: str, device: torch.device) -> list[Fusion]:
-    if kind == "alone":
+def _trials(form: str, device: torch.device) -> list[Fusion]:
+    if form == "alone":
         return []
-    ranked: list[Any] = [_Trial("trial", Pace(7))]
-    if kind == "ngram":
-        ranked.append(_Trial("ngram", Pace(0), _random_bigram().to(device)))
+    ranked: list[Fusion] = [_Trial("trial", StopRule(7))]
+    if form == "ngram":
+        ranked.append(_Trial("ngram", StopRule(0), _random_bigram().to(device)))
     return ranked
 
 

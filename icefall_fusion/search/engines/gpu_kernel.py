@@ -12,9 +12,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from icefall_fusion.search.shared_numbers import DEAD_HASH, HASH_FACTOR, NO_PARENT_HASH, ROUNDING
+
 NEVER = tl.constexpr(float("-inf"))
-DEAD, ORPHAN = tl.constexpr(0), tl.constexpr(2)  # hash of a dead slot; hash that nobody has
-FACTOR = tl.constexpr(0x2545F4914F6CDD1D)  # as in beam.py
+DEAD, ORPHAN = tl.constexpr(DEAD_HASH), tl.constexpr(NO_PARENT_HASH)
+SLACK = tl.constexpr(ROUNDING)
+FACTOR = tl.constexpr(HASH_FACTOR)
 RESCALE = tl.constexpr(64)  # frames
 LAST_PLACE = tl.constexpr(0x7FFFFFFF)
 MOST_COLUMNS = tl.constexpr(1024)  # of a search with an n-gram
@@ -114,7 +117,7 @@ def _best_with_ngram(
     history = tl.gather(context, from_slot, 0)
     links = tl.where(parent >= 0, parent.to(tl.int64) * BASE + last, -1)  # live extensions of live slots
     kept = tl.sort(_keys(tl.where(stay_total == NEVER, NEVER, stay_total + fused), slot), descending=True)
-    most = tl.max(tl.where(total == NEVER, NEVER, total + fused), 0) + tl.maximum(bonus, 0.0) + 1e-3
+    most = tl.max(tl.where(total == NEVER, NEVER, total + fused), 0) + tl.maximum(bonus, 0.0) + SLACK
     first = place * 0
     score = tl.load(column_scores + place * C)
     floor = tl.max(tl.where(slot == K - 1, _of_keys(kept)[1], NEVER), 0)

@@ -7,20 +7,24 @@ joins inside; other shallow fusion, which scores extensions, is left to the tens
 """
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from typing import MutableMapping, Optional
 
 import torch
-from torch import Tensor
 
+from icefall_fusion.common.native_build import load_native
+from icefall_fusion.common.unavailable import Unavailable
 from icefall_fusion.ngram.piece_ngram import PieceNgram
 from icefall_fusion.search.beam import Beam
-from icefall_fusion.search.engines.base import EngineSearch
-from icefall_fusion.search.engines.candidates import FramePlan
-from icefall_fusion.search.fusion_set import JointFusion
-from icefall_fusion.search.stop_rule import UNITS
+from icefall_fusion.search.engines.base import CompiledSearch
+from icefall_fusion.search.engines.candidates import FramePlan, columns_kept, columns_needed
+from icefall_fusion.search.fusion_set import FusionSet
+from icefall_fusion.search.options import PrefixSearchOptions
+from icefall_fusion.search.search_input import SearchInput
+from icefall_fusion.search.shared_numbers import HASH_FACTOR, NO_PARENT_HASH, ROOT_HASH, ROUNDING
 
 
 class _NativeNgram:
@@ -41,22 +45,24 @@ class _NativeNgram:
 _TABLES: MutableMapping[PieceNgram, _NativeNgram] = weakref.WeakKeyDictionary()  # made once an n-gram
 
 
-class NativeSearch(EngineSearch):
+class NativeSearch(CompiledSearch):
     """One search over one batch, on the CPU.
 
     Args:
-        library: of native_build.load_native.
-        beam, live, joint: see EngineSearch.
+        inputs: of the search.
         plan: frames, none left out.
-        columns: best pieces of a frame that may extend a prefix.
-        recover: see PrefixSearchOptions.recover_mass.
-        score_beam: see PrefixSearchOptions.score_beam.
+        beam: at the root.
+        options: of the search.
+        fusions: begun; see CompiledSearch.
+
+    Raises:
+        Unavailable: there is no compiled code.
     """
 
-    def __init__(self, library: ctypes.CDLL, beam: Beam, plan: FramePlan, live: Tensor, joint: JointFusion,
-                 columns: int, recover: bool, score_beam: Optional[float]) -> None:
-        super().__init__(beam, live, joint)
-        self.library = library
+    def __init__(self, inputs: SearchInput, plan: FramePlan, beam: Beam, options: PrefixSearchOptions,
+                 fusions: FusionSet) -> None:
+        super().__init__(beam, inputs.live, fusions)
+        self.library = library = load_native()
         log_probs = plan.log_probs
         self.log_probs = log_probs if log_probs.stride(2) == 1 else log_probs.contiguous()
         self.best, self.searched = plan.best.contiguous(), plan.searched.contiguous()
@@ -65,17 +71,28 @@ class NativeSearch(EngineSearch):
         handles = [None if tables is None else tables.handle for tables in self.tables]
         batch, slots = beam.node.shape
         self.settings = (
-            batch, slots, log_probs.shape[2], beam.blank, columns, int(recover), int(joint.ranks),
-            -1.0 if score_beam is None else score_beam, handles[0], *self.weights,
-            self.stops.every, UNITS.index(self.stops.unit), handles[1], *self.ahead[1:],
+            ctypes.c_int64(HASH_FACTOR), ROOT_HASH, NO_PARENT_HASH, ROUNDING,
+            batch, slots, log_probs.shape[2], beam.blank, self._columns(options, log_probs.shape[2]),
+            int(options.recover_mass), int(fusions.ranks),
+            -1.0 if options.score_beam is None else options.score_beam, handles[0], *self.weights,
+            self.stops.every, self.stops.code, handles[1], *self.ahead[1:],
         )  # fmt: skip
         # the compiled code lets go of Python's lock; within a frame there is too little to share
-        threads = 1 if self.pace is None else max(1, min(torch.get_num_threads(), batch))
+        threads = 1 if self.rule is None else max(1, min(torch.get_num_threads(), batch))
         ends = [batch * part // threads for part in range(threads + 1)]
         self.parts = list(zip(ends, ends[1:]))
 
+    def _columns(self, options: PrefixSearchOptions, pieces: int) -> int:
+        """Return how many best pieces of a frame may extend a prefix."""
+        limit = options.most_columns(pieces)
+        if options.recover_mass:
+            return columns_kept(options.beam, limit)
+        if any(self.weights):
+            return limit  # those that could survive are found in each frame
+        return min(limit, columns_needed(options.beam, pieces, self.fusions.slack(options.beam)))
+
     def run(self) -> None:
-        """Search all frames; the fusions act at their pace, or after each."""
+        """Search all frames; the fusions act where their rule stops utterances, or after each."""
         self.state = self.library.prefix_search_open(*self.settings)
         try:
             with ThreadPoolExecutor(len(self.parts)) as self.pool:
@@ -99,10 +116,10 @@ class NativeSearch(EngineSearch):
         row_stride, frame_stride, _ = self.log_probs.stride()
         self.library.prefix_search_run(
             self.state, self.log_probs.data_ptr(), row_stride, frame_stride, self.best.data_ptr(),
-            self.searched.data_ptr(), self.lens.data_ptr(), self.frames, until, int(self.pace is not None),
+            self.searched.data_ptr(), self.lens.data_ptr(), self.frames, until, int(self.rule is not None),
             first, last, arena.fields[0].data_ptr(), arena.fields[1].data_ptr(), boundaries, starts,
             self.beam.fused.data_ptr(), self.moved_from.data_ptr(), self.grew.data_ptr(),
-            self.opened.data_ptr(), self.gain.data_ptr(), self.given.data_ptr(), self.at.data_ptr(),
+            self.opened.data_ptr(), self.gain.data_ptr(), self.estimate.data_ptr(), self.at.data_ptr(),
             self.fired.data_ptr(),
         )  # fmt: skip
 
@@ -114,6 +131,13 @@ class NativeSearch(EngineSearch):
             beam.last.stride(0), beam.log_total.data_ptr(), beam.log_blank.data_ptr(),
             beam.log_total.stride(0), beam.offset.data_ptr(),
         )  # fmt: skip
+
+
+def prepare_ngram(ngram: PieceNgram) -> None:
+    """Lay an n-gram out as compiled code wants it, which the first search would do otherwise."""
+    if ngram.device.type == "cpu":
+        with contextlib.suppress(Unavailable):
+            native_tables(load_native(), ngram)
 
 
 def native_tables(library: ctypes.CDLL, ngram: Optional[PieceNgram]) -> Optional[_NativeNgram]:

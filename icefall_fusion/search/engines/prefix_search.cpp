@@ -16,13 +16,12 @@
 #include <immintrin.h>
 #endif
 
+#include "../../common/guarded.h"
+
 namespace {
 
-constexpr uint64_t kFactor = 0x2545F4914F6CDD1DULL;  // odd: multiplying by it loses nothing modulo 2^64
-constexpr uint64_t kRootHash = 2, kNoParent = 1;     // nobody has the second one
 constexpr double kTiny = 1e-30;                      // of the best mass: children with less are forgotten
 constexpr double kLost = 0x1p-900, kScaleBelow = 0x1p-100, kLeastDecay = 1e-200;
-constexpr double kRounding = 1e-4;  // nats
 constexpr double kImpossible = 230.0;  // nats: n-grams write 0 as 10^-99
 constexpr double kWide = 300.0;  // nats of language models apart, from which on logarithms rank, not products
 constexpr float kFarBelow = 200.0f;  // nats below a frame's best; what lies further down is found without a floor
@@ -155,8 +154,8 @@ class Ngram {
   }
 };
 
-// What other language models have search/stop_rule.py say: when an utterance stops for them, and how it is ranked meanwhile.
-struct Pace {
+// What other language models have search/stop_rule.py say: when an utterance stops for them, how it is ranked meanwhile.
+struct StopRule {
   int64_t every;     // frames between two looks; 0: never
   int unit;          // a look stops always (0), or if the shortest hypothesis has more words (1) or pieces (2)
   const Ngram *ahead;  // ranks what they have not scored yet; null: nothing does
@@ -164,14 +163,21 @@ struct Pace {
   int64_t ahead_every;
 };
 
+// As in search/shared_numbers.py.
+struct Numbers {
+  uint64_t hash_factor, root_hash, no_parent_hash;
+  double rounding;  // nats
+};
+
 struct Settings {
+  Numbers numbers;
   int64_t batch;
   int beam, pieces, blank, columns;
   bool recover, ranks;  // ranks: language models take part in the ranking
   double score_beam;  // below 0: none
   const Ngram *ngram;  // joins at every extension; null: there is none
   double weight, bonus;
-  Pace pace;
+  StopRule rule;
   std::vector<uint64_t> keys;
 };
 
@@ -186,13 +192,13 @@ struct Slot {  // a live prefix
   // of language models
   bool grew;               // since the last stop
   int32_t origin, opened;  // slot at the last stop, words begun since then
-  int32_t length;          // words or pieces begun, of which the pace asks
+  int32_t length;          // words or pieces begun, of which the rule asks
   float fused;             // what they add to the ranking
   double gain;             // raw score of the n-gram since the last stop
   // of the look-ahead: state; estimates since the root: all, those of closed words, those of what is scored; how much
   // of the rest `fused` holds
   int32_t ahead_context;
-  float ahead, ahead_closed, ahead_scored, ahead_given;
+  float ahead, ahead_closed, ahead_scored, ahead_estimate;
 };
 
 struct Way {  // a way on: a stay (below K) or K + slot * columns + column
@@ -319,20 +325,20 @@ class Utterance {
 
   void begin(const Settings &set, int64_t number) {
     Slot root{};
-    root.blank = root.total = 1.0, root.hash = kRootHash, root.parent_hash = kNoParent;
+    root.blank = root.total = 1.0, root.hash = set.numbers.root_hash, root.parent_hash = set.numbers.no_parent_hash;
     root.node = number * set.beam, root.last = set.blank;
     if (set.ngram) root.context = set.ngram->start();
-    if (set.pace.ahead) root.ahead_context = set.pace.ahead->start();
+    if (set.rule.ahead) root.ahead_context = set.rule.ahead->start();
     slots = {root};
     slots.reserve(set.beam);
-    longest_ = set.pace.unit == 1 ? 1 : 0;  // with one word begun none is closed; a piece is closed at once
+    longest_ = set.rule.unit == 1 ? 1 : 0;  // with one word begun none is closed; a piece is closed at once
     if (!set.recover) return;
     width_ = set.columns + 1;
     child_.assign(size_t(set.beam) * set.pieces, 0.0);
     open_.assign(size_t(set.beam) * width_, 0.0);
   }
 
-  // Go on, from where it stands, before frame `until` or to where the pace stops it; `fused` is what language models add.
+  // Go on, from where it stands, before frame `until` or to where the rule stops it; `fused` is what language models add.
   void run(const Settings &set, Work &work, const Frames &frames, int64_t until, bool paced, const float *fused,
            const Tree &tree) {
     for (size_t k = 0; k < slots.size(); ++k) {
@@ -351,7 +357,7 @@ class Utterance {
         hear_blank();
       if (!paced) continue;
       fired = stops(set);
-      if (!fired && set.pace.ahead && at % set.pace.ahead_every == 0) look_ahead(set);
+      if (!fired && set.rule.ahead && at % set.rule.ahead_every == 0) look_ahead(set);
     }
   }
 
@@ -396,9 +402,9 @@ class Utterance {
 
   // Whether language models score after the frame before `at`.
   bool stops(const Settings &set) {
-    const Pace &pace = set.pace;
-    if (pace.every == 0 || at % pace.every != 0) return false;
-    if (pace.unit == 0) return true;
+    const StopRule &rule = set.rule;
+    if (rule.every == 0 || at % rule.every != 0) return false;
+    if (rule.unit == 0) return true;
     if (slots.empty()) return false;
     int shortest = std::numeric_limits<int>::max();
     for (const Slot &slot : slots) shortest = std::min(shortest, slot.length);
@@ -409,11 +415,11 @@ class Utterance {
 
   // Let `fused` hold the estimates of all that is not scored.
   void look_ahead(const Settings &set) {
-    if (!set.pace.ahead) return;
+    if (!set.rule.ahead) return;
     for (Slot &slot : slots) {
       const float ahead = slot.ahead - slot.ahead_scored;
-      slot.fused += ahead - slot.ahead_given;
-      slot.ahead_given = ahead;
+      slot.fused += ahead - slot.ahead_estimate;
+      slot.ahead_estimate = ahead;
     }
   }
 
@@ -472,7 +478,7 @@ class Utterance {
     for (size_t k = 0; k < slots.size(); ++k) most = std::max(most, key(slots[k].total, work.factor[k]));
     const double floor = floor_key(set, work);
     const double needed = wide_ ? floor - most : std::log(std::max(floor, 0.0) / most);
-    return float(needed - std::max(0.0, set.bonus) + best - kRounding);
+    return float(needed - std::max(0.0, set.bonus) + best - set.numbers.rounding);
   }
 
   bool weighs(const Settings &set) const { return set.weight != 0 || set.bonus != 0; }
@@ -546,6 +552,17 @@ class Utterance {
           if (total[j] * factor > least && !struck[j]) work.ways.push_back({total[j] * factor, first + j});
       }
     }
+    if (set.recover) remember_live(work, columns);
+  }
+
+  // A child that is live itself is remembered as what it is in the beam, for when it dies.
+  void remember_live(Work &work, int columns) {
+    for (size_t k = 0; k < slots.size(); ++k) {
+      const int place = work.parent[k] < 0 ? -1 : work.column_of[slots[k].last];
+      if (place < 0) continue;
+      work.total[size_t(work.parent[k]) * columns + place] = work.stay_total[k];
+      work.open[size_t(work.parent[k]) * columns + place] = work.stay_open[k];
+    }
   }
 
   double mass(const Settings &set, const Work &work, const Way &way) const {
@@ -590,7 +607,7 @@ class Utterance {
       }
       const int piece = work.columns[place % columns];
       slot.total = work.total[place], slot.open = work.open[place], slot.blank = std::max(0.0, slot.total - slot.open);
-      slot.hash = (old.hash * kFactor) ^ set.keys[piece], slot.parent_hash = old.hash;
+      slot.hash = (old.hash * set.numbers.hash_factor) ^ set.keys[piece], slot.parent_hash = old.hash;
       slot.node = first_id + k, slot.last = piece, slot.row = -1, slot.repeats = piece == old.last;
       tree.parents[slot.node] = old.node, tree.pieces[slot.node] = piece;
       if (tree.boundaries) tree.boundaries[slot.node] = tree.starts[piece] ? old.node : tree.boundaries[old.node];
@@ -602,7 +619,7 @@ class Utterance {
   void tell_models(const Settings &set, const Tree &tree, const Slot &old, int piece, Slot &slot) const {
     slot.grew = true;
     const bool opened = opens(tree, old, piece, set);
-    slot.length += set.pace.unit == 1 ? opened : 1;
+    slot.length += set.rule.unit == 1 ? opened : 1;
     if (set.ngram) {
       const float gain = set.ngram->score(old.context, piece);
       slot.context = set.ngram->next(old.context, piece);
@@ -610,9 +627,9 @@ class Utterance {
       if (set.weight != 0) slot.fused += float(set.weight) * gain;
       if (set.bonus != 0) slot.fused += float(set.bonus) * opened;
     }
-    if (!set.pace.ahead) return;
-    slot.ahead += set.pace.weight * set.pace.ahead->score(old.ahead_context, piece) + set.pace.bonus * opened;
-    slot.ahead_context = set.pace.ahead->next(old.ahead_context, piece);
+    if (!set.rule.ahead) return;
+    slot.ahead += set.rule.weight * set.rule.ahead->score(old.ahead_context, piece) + set.rule.bonus * opened;
+    slot.ahead_context = set.rule.ahead->next(old.ahead_context, piece);
     if (tree.starts[piece]) slot.ahead_closed = old.ahead;
   }
 
@@ -652,15 +669,17 @@ class Utterance {
 
   // Bring masses back to around 1; relative to a frame's best piece they can grow, too.
   void rescale() {
-    double most = 0.0;
-    for (const Slot &slot : slots) most = std::max(most, slot.total);
-    if (!(most > 0) || (most >= kScaleBelow && most <= 1 / kScaleBelow)) return;
-    const int power = -std::ilogb(most);
-    const double by = std::ldexp(1.0, power);
-    for (Slot &slot : slots) slot.blank *= by, slot.open *= by, slot.total *= by;
-    for (double &mass : open_) mass *= by;
-    decay_ *= by;
-    offset -= power * kLn2;
+    for (;;) {
+      double most = 0.0;
+      for (const Slot &slot : slots) most = std::max(most, slot.total);
+      if (!(most > 0) || (most >= kScaleBelow && most <= 1 / kScaleBelow)) return;
+      const int power = std::min(1000, -std::ilogb(most));  // 2^1074, of the least number, is none
+      const double by = std::ldexp(1.0, power);
+      for (Slot &slot : slots) slot.blank *= by, slot.open *= by, slot.total *= by;
+      for (double &mass : open_) mass *= by;
+      decay_ *= by;
+      offset -= power * kLn2;
+    }
   }
 
 };
@@ -677,66 +696,74 @@ extern "C" {
 
 void *ngram_open(int64_t base, int64_t start, int orders, const int64_t *counts, const int64_t *const *keys,
                  const float *const *scores, const float *const *backoffs) {
-  return new Ngram(base, start, orders, counts, keys, scores, backoffs);
+  return icefall::guarded_pointer([&]() -> void * {
+    return new Ngram(base, start, orders, counts, keys, scores, backoffs);
+  });
 }
 
 void ngram_close(void *ngram) { delete static_cast<Ngram *>(ngram); }
 
 // ngram (or null) must live as long as the search; its score counts `weight`, a word that begins `bonus`. So must
-// `ahead` (or null), the n-gram of the look-ahead. For what begins with pace, see Pace.
-void *prefix_search_open(int64_t batch, int64_t beam, int64_t pieces, int64_t blank, int64_t columns, int recover,
+// `ahead` (or null), the n-gram of the look-ahead. For what begins with rule, see StopRule.
+void *prefix_search_open(int64_t hash_factor, int64_t root_hash, int64_t no_parent_hash, double rounding, int64_t batch, int64_t beam, int64_t pieces, int64_t blank, int64_t columns, int recover,
                          int ranks, double score_beam, const void *ngram, double weight, double bonus,
-                         int64_t pace_every, int pace_unit, const void *ahead, double ahead_weight,
+                         int64_t rule_every, int rule_unit, const void *ahead, double ahead_weight,
                          double ahead_bonus, int64_t ahead_every) {
-  auto *search = new Search();
-  const Pace pace{pace_every, pace_unit, static_cast<const Ngram *>(ahead), float(ahead_weight), float(ahead_bonus),
-                  ahead_every};
-  search->set = {batch, int(beam), int(pieces), int(blank), int(columns), recover != 0, ranks != 0, score_beam,
-                 static_cast<const Ngram *>(ngram), weight, bonus, pace, {}};
-  for (int64_t v = 0; v < pieces; ++v) search->set.keys.push_back(mix(uint64_t(v) + 20250109));
-  search->utterances.resize(batch);
-  for (int64_t b = 0; b < batch; ++b) search->utterances[b].begin(search->set, b);
-  return search;
+  return icefall::guarded_pointer([&]() -> void * {
+    auto search = std::make_unique<Search>();
+    const StopRule rule{rule_every, rule_unit, static_cast<const Ngram *>(ahead), float(ahead_weight), float(ahead_bonus),
+                    ahead_every};
+    const Numbers numbers{uint64_t(hash_factor), uint64_t(root_hash), uint64_t(no_parent_hash), rounding};
+    search->set = {numbers, batch, int(beam), int(pieces), int(blank), int(columns), recover != 0, ranks != 0, score_beam,
+                   static_cast<const Ngram *>(ngram), weight, bonus, rule, {}};
+    for (int64_t v = 0; v < pieces; ++v) search->set.keys.push_back(mix(uint64_t(v) + 20250109));
+    search->utterances.resize(batch);
+    for (int64_t b = 0; b < batch; ++b) search->utterances[b].begin(search->set, b);
+    return search.release();
+  });
 }
 
 void prefix_search_close(void *handle) { delete static_cast<Search *>(handle); }
 
 // Let the utterances first..last go on from where they stand: before frame `until` or their end, if `paced` no further
-// than to where the pace stops them.
+// than to where the rule stops them.
 //
 // log_probs: float [B, T, V] by strides; best: float [B, T]; searched: bool [B, T]; lens: int64 [B]; parents,
 // pieces, boundaries (or null): int64 [rows, B, K]; starts (or null): bool [V]. Of the slots, [B, K]: fused: float, in
 // and out; source: int64, the slots they come from; grew: bool; opened: int64, words begun; gain: float, raw score of
-// the n-gram; given: float, the look-ahead's part of fused. Of the utterances, [B]: at: int64, frames searched; fired:
-// bool, whether the pace has stopped them.
-void prefix_search_run(void *handle, const float *log_probs, int64_t row_stride, int64_t frame_stride,
+// the n-gram; estimate: float, the look-ahead's part of fused. Of the utterances, [B]: at: int64, frames searched; fired:
+// bool, whether the rule has stopped them. Returns 0.
+int prefix_search_run(void *handle, const float *log_probs, int64_t row_stride, int64_t frame_stride,
                        const float *best, const uint8_t *searched, const int64_t *lens, int64_t frames, int64_t until,
                        int paced, int64_t first, int64_t last, int64_t *parents, int64_t *pieces, int64_t *boundaries,
                        const uint8_t *starts, float *fused, int64_t *source, uint8_t *grew, int64_t *opened,
-                       float *gain, float *given, int64_t *at, uint8_t *fired) {
-  auto &search = *static_cast<Search *>(handle);
-  const Settings &set = search.set;
-  const Tree tree{parents, pieces, boundaries, starts};
-  std::unique_ptr<Work> own;  // several threads may each search some of the utterances
-  auto &work = last - first == set.batch ? search.work : own;
-  if (!work) work = std::make_unique<Work>(set);
-  for (int64_t b = first; b < last; ++b) {
-    auto &utterance = search.utterances[b];
-    const int64_t row = b * set.beam;
-    const Frames of{log_probs + b * row_stride, frame_stride, best + b * frames, searched + b * frames,
-                    row + set.batch * set.beam, set.batch * set.beam};
-    utterance.run(set, *work, of, std::min(until, lens[b]), paced != 0, fused + row, tree);
-    at[b] = utterance.at, fired[b] = utterance.fired;
-    for (int64_t k = 0; k < set.beam; ++k) {
-      const bool alive = k < int64_t(utterance.slots.size());
-      source[row + k] = k, grew[row + k] = false, opened[row + k] = 0, gain[row + k] = given[row + k] = 0.0f;
-      if (!alive) continue;
-      const Slot &slot = utterance.slots[k];
-      source[row + k] = slot.origin, grew[row + k] = slot.grew, opened[row + k] = slot.opened;
-      gain[row + k] = float(slot.gain), given[row + k] = slot.ahead_given;
-      if (set.ranks) fused[row + k] = slot.fused;
+                       float *gain, float *estimate, int64_t *at, uint8_t *fired) {
+  return icefall::guarded([&] {
+    auto &search = *static_cast<Search *>(handle);
+    const Settings &set = search.set;
+    const Tree tree{parents, pieces, boundaries, starts};
+    std::unique_ptr<Work> own;  // several threads may each search some of the utterances
+    auto &work = last - first == set.batch ? search.work : own;
+    if (!work) work = std::make_unique<Work>(set);
+    for (int64_t b = first; b < last; ++b) {
+      auto &utterance = search.utterances[b];
+      const int64_t row = b * set.beam;
+      const Frames of{log_probs + b * row_stride, frame_stride, best + b * frames, searched + b * frames,
+                      row + set.batch * set.beam, set.batch * set.beam};
+      utterance.run(set, *work, of, std::min(until, lens[b]), paced != 0, fused + row, tree);
+      at[b] = utterance.at, fired[b] = utterance.fired;
+      for (int64_t k = 0; k < set.beam; ++k) {
+        const bool alive = k < int64_t(utterance.slots.size());
+        source[row + k] = k, grew[row + k] = false, opened[row + k] = 0, gain[row + k] = estimate[row + k] = 0.0f;
+        if (!alive) continue;
+        const Slot &slot = utterance.slots[k];
+        source[row + k] = slot.origin, grew[row + k] = slot.grew, opened[row + k] = slot.opened;
+        gain[row + k] = float(slot.gain), estimate[row + k] = slot.ahead_estimate;
+        if (set.ranks) fused[row + k] = slot.fused;
+      }
     }
-  }
+    return 0;
+  });
 }
 
 // Write the live slots' nodes and last pieces, int64 [B, K]; log masses, float [B, K], -inf for dead slots; offsets,

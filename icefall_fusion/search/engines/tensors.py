@@ -12,13 +12,16 @@ from icefall_fusion.search.beam import Beam
 from icefall_fusion.search.engines.candidates import (
     FramePlan,
     best_pieces,
+    columns_kept,
     columns_needed,
     make_pairs,
     prepare_frames,
 )
-from icefall_fusion.search.engines.children import Children, columns_kept
+from icefall_fusion.search.engines.children import Children
+from icefall_fusion.search.engines.extension_scores import ExtensionScores
 from icefall_fusion.search.engines.frame_step import Candidates, Frame, FrameStep
-from icefall_fusion.search.fusion_set import ROUNDING, JointFusion
+from icefall_fusion.search.fusion_set import FusionSet
+from icefall_fusion.search.shared_numbers import ROUNDING
 
 if TYPE_CHECKING:
     from icefall_fusion.search.options import PrefixSearchOptions
@@ -34,18 +37,20 @@ class TensorSearch:
     candidates.py leaves; with it, all pieces that could survive if the language model were certain of them.
     """
 
-    def __init__(self, given: SearchInput, plan: FramePlan, beam: Beam, options: PrefixSearchOptions,
-                 limit: int, joint: JointFusion) -> None:
-        self.joint, self.blank, self.beam, self.limit = joint, given.blank, beam, limit
+    def __init__(self, inputs: SearchInput, plan: FramePlan, beam: Beam, options: PrefixSearchOptions,
+                 fusions: FusionSet) -> None:
+        self.fusions, self.blank, self.beam = fusions, inputs.blank, beam
         self.log_probs, self.best, self.searched = plan.log_probs, plan.best, plan.searched
         self.restarts, self.rescale = plan.restarts, plan.rescale
-        self.live = given.live
+        self.live = inputs.live
         batch, _, pieces = self.log_probs.shape
         device = self.log_probs.device
+        self.limit = options.most_columns(pieces)
         self.step = FrameStep(beam, pieces, options.score_beam)
-        self.widens = joint.extends and joint.ranks
+        self.extensions = ExtensionScores(fusions, beam)
+        self.widens = bool(fusions.shallow) and fusions.ranks
         self.wide: dict[int, Candidates] = {}
-        slack: Optional[int] = options.beam - 1 if joint.ranks else 0
+        slack: Optional[int] = fusions.slack(options.beam)
         self.children: Optional[Children] = None
         if options.recover_mass:
             self.widens = False
@@ -67,7 +72,7 @@ class TensorSearch:
                 self._search_frame(frame, Frame(self.log_probs[:, frame], *scores))
 
     def _search_frame(self, number: int, frame: Frame) -> None:
-        beam, step, joint = self.beam, self.step, self.joint
+        beam, step, fusions = self.beam, self.step, self.fusions
         beam.frame = number
         if number in self.rescale:
             beam.rescale(self.rescale[number])
@@ -76,13 +81,13 @@ class TensorSearch:
             if self.children is not None:
                 self.children.restart(self.restarts[number])
         order = None
-        if joint.disordered and not self.widens and self.children is None:
+        if fusions.disordered and not self.widens and self.children is None:
             order = beam.ranks()
             beam.permute(order)
         out = self.out
         last_score, parent_slots = step.stay(frame, out)
         active = None
-        if joint.extends:
+        if fusions.shallow:
             active = self.searched[:, number]
             if self.widens:
                 frame, out, active = self._widen(frame, active)
@@ -91,14 +96,14 @@ class TensorSearch:
             step.strike_out(frame, out, parent_slots)
         else:
             step.extend(frame, out, last_score, parent_slots)
-        scores = joint.score(beam, out, frame.piece, active)
+        scores = self.extensions.rank(out, frame.piece, active)
         chosen, source, grew = step.prune(frame, out, scores, self.children)
         if self.children is not None:
             self.children.follow(source, chosen >= out.beam)
-        if joint.fusions:
+        if fusions.members:
             moved_from = source if order is None else order.gather(1, source)
-            joint.follow(beam, out, chosen, source, grew, moved_from)
-            joint.fuse(beam, number, self.live[:, number])
+            self.extensions.follow(out, chosen, source, grew, moved_from)
+            fusions.fuse(beam, number, self.live[:, number])
 
     def _widen(self, frame: Frame, active: Tensor) -> tuple[Frame, Candidates, Tensor]:
         """Choose the pieces that could enter the beam if shallow fusion were certain of them (exact)."""
@@ -108,7 +113,7 @@ class TensorSearch:
         stay_scores = stays.stay_total + beam.fused
         worst = stay_scores.masked_fill(stays.stay_total == -torch.inf, -torch.inf).amin(1)
         best = beam.score.masked_fill(~beam.alive, -torch.inf).amax(1)
-        needed = worst - best - self.joint.ceiling - ROUNDING
+        needed = worst - best - self.extensions.ceiling - ROUNDING
         counts = ((scores >= needed.unsqueeze(1)) & (scores > -torch.inf)).sum(1)
         active = active & (counts > 0)
         count = int((counts * active).max())  # the one wait for the device
