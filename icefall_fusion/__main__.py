@@ -227,7 +227,9 @@ def _make_parser(options_class: type, program: str, positional: str) -> Any:
 
 def _field_texts(options_class: type, prefix: str = "") -> Iterable[tuple[str, str]]:
     """Yield option name and description, read from the "Args:" sections of the (nested) dataclasses."""
-    described = _args_section(options_class)
+    described: dict[str, str] = {}
+    for base in reversed(options_class.__mro__):
+        described |= _args_section(base) if dataclasses.is_dataclass(base) else {}
     for name, nested in _fields(options_class):
         yield prefix + name, described.get(name, "")
         if nested is not None:

@@ -10,10 +10,9 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Iterable, Iterator, Mapping, Sequence, Union
+from typing import Any, Iterable, Iterator, Mapping, Sequence
 
-from icefall_fusion.common.files import PathLike, atomic_path, name_full_disk
+from icefall_fusion.common.files import PathLike, atomic_path
 
 TOTAL = "total"
 WORDS = "words"
@@ -142,32 +141,23 @@ class NBest:
                 total += float(weight) * hypothesis.scores[source]
         return total
 
-    def to_json(self) -> str:
-        """Return the list as one line of JSON (-inf is written as ``-Infinity``, which Python reads back)."""
-        return json.dumps(
-            {
-                "utterance": self.utterance,
-                "weights": self.weights,
-                "hypotheses": [_hypothesis_to_dict(h) for h in self.hypotheses],
-            },
-            ensure_ascii=False,
-            separators=(",", ":"),
-        )
+    def as_plain(self) -> dict[str, Any]:
+        """Return the list as plain values for JSON."""
+        hypotheses = [_hypothesis_to_dict(h) for h in self.hypotheses]
+        return {"utterance": self.utterance, "weights": self.weights, "hypotheses": hypotheses}
 
     @classmethod
-    def from_json(cls, line: str) -> NBest:
-        """Read what :meth:`to_json` wrote; floats come back exactly.
+    def from_plain(cls, value: Any) -> NBest:
+        """Read what `as_plain` gave; floats come back exactly.
 
         Raises:
-            ValueError: the line is no JSON or lacks a field.
+            ValueError: a field is missing.
         """
         try:
-            value = json.loads(line)
             hypotheses = [_hypothesis_from_dict(h) for h in value["hypotheses"]]
             return cls(value["utterance"], hypotheses, dict(value["weights"]))
-        except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
-            message = f"line must be an N-best list in JSON, but is {line[:80]!r} ({error!r})"
-            raise ValueError(message) from error
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"must be an N-best list, but is {str(value)[:80]!r} ({error!r})") from error
 
 
 def _best_first(hypothesis: Hypothesis) -> float:
@@ -189,140 +179,36 @@ def _hypothesis_from_dict(value: Mapping[str, Any]) -> Hypothesis:
     return Hypothesis(list(value["tokens"]), value["text"], dict(value["scores"]), times)
 
 
+# --- files ----------------------------------------------------------------------------------------------
+
+
+def to_json(value: Mapping[str, Any]) -> str:
+    """Return plain values as one line of JSON (-inf is written as ``-Infinity``, which Python reads back)."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
 def write_nbests(path: PathLike, nbests: Iterable[NBest]) -> None:
-    """Write N-best lists as JSON lines, whole or not at all."""
+    """Write N-best lists as JSON lines, one a line, whole or not at all."""
     with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         for nbest in nbests:
-            file.write(nbest.to_json() + "\n")
+            file.write(to_json(nbest.as_plain()) + "\n")
 
 
 def read_nbests(path: PathLike) -> list[NBest]:
-    """Read a file of JSON lines.
+    """Read a file of JSON lines: of one list each, or of batches as a decode writes them (``lists``).
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: a line is not an N-best list; the message names file and line.
     """
-    return [nbest for nbest, _ in _lines(path)]
-
-
-def _lines(path: PathLike) -> Iterator[tuple[NBest, int]]:
-    """Yield the lists of a file, and how many bytes come before the line of each."""
-    begin = 0
-    with open(path, "rb") as file:
+    nbests: list[NBest] = []
+    with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    yield NBest.from_json(line.decode()), begin
-                except ValueError as error:
-                    raise ValueError(f"{path} line {number}: {error}") from error
-            begin += len(line)
-
-
-class StoredLists(Mapping[str, NBest]):
-    """The N-best lists of a file by utterance, read when asked for: those of many hours would fill memory.
-
-    Args:
-        path: JSON lines, maybe not there yet; who writes more of them calls `add`.
-
-    Raises:
-        ValueError: a line is not an N-best list; the message names file and line.
-    """
-
-    def __init__(self, path: PathLike) -> None:
-        self._path, self._end = Path(path), 0
-        self._places: dict[str, int] = {}  # bytes before the line of an utterance
-        if self._path.exists():
-            self._places = {nbest.utterance: begin for nbest, begin in _lines(self._path)}
-            self._end = self._path.stat().st_size
-
-    def add(self, utterance: str, size: int) -> None:
-        """Take note of a line of ``size`` bytes at the end of the file."""
-        self._places[utterance] = self._end
-        self._end += size
-
-    def __getitem__(self, utterance: str) -> NBest:
-        place = self._places[utterance]
-        with open(self._path, "rb") as file:
-            file.seek(place)
-            return NBest.from_json(file.readline().decode())
-
-    def __contains__(self, utterance: object) -> bool:
-        return utterance in self._places
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-
-class NBestLog:
-    """N-best lists written as JSON lines and flushed one by one, so that a killed run can go on.
-
-    On opening, lists already there are read and a last line that a kill cut short is dropped.
-
-    Args:
-        path: the file; its folder is made.
-
-    Attributes:
-        done: the lists in the file, by utterance.
-    """
-
-    def __init__(self, path: Union[str, Path]) -> None:
-        self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._drop_partial_line()
-        self.done = StoredLists(self.path)
-        self._file = open(self.path, "ab")
-
-    def _drop_partial_line(self) -> None:
-        if not self.path.exists():
-            return
-        data = self.path.read_bytes()
-        whole = data.rfind(b"\n") + 1
-        if whole < len(data):
-            with open(self.path, "r+b") as file:
-                file.truncate(whole)
-
-    def append(self, nbests: Iterable[NBest]) -> None:
-        """Write lists and flush them to the operating system."""
-        with name_full_disk(self.path):
-            for nbest in nbests:
-                line = (nbest.to_json() + "\n").encode()
-                self._file.write(line)
-                self.done.add(nbest.utterance, len(line))
-            self._file.flush()
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-
-    def __enter__(self) -> NBestLog:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-
-def oracle(nbest: NBest, reference: str) -> Hypothesis:
-    """Return the hypothesis with the fewest word errors against ``reference`` (the first of equals).
-
-    Raises:
-        ValueError: the list is empty.
-    """
-    if not nbest.hypotheses:
-        raise ValueError(f"nbest must hold a hypothesis, but {nbest.utterance} has none")
-    words = reference.split()
-    return min(nbest.hypotheses, key=lambda h: word_edits(words, h.words()))
-
-
-def word_edits(reference: Sequence[str], hypothesis: Sequence[str]) -> int:
-    """Return the Levenshtein distance of two word lists (unit costs), without any package."""
-    previous = list(range(len(hypothesis) + 1))
-    for row, word in enumerate(reference, 1):
-        current = [row]
-        for column, other in enumerate(hypothesis, 1):
-            current.append(min(previous[column] + 1, current[-1] + 1, previous[column - 1] + (word != other)))
-        previous = current
-    return previous[-1]
+            try:
+                value = json.loads(line) if line.strip() else {"lists": []}
+                if not (isinstance(value, dict) and "options" in value):  # the first line of a decode's file
+                    is_batch = isinstance(value, dict) and "lists" in value
+                    nbests += map(NBest.from_plain, value["lists"] if is_batch else [value])
+            except ValueError as error:
+                raise ValueError(f"{path} line {number}: {error}") from error
+    return nbests

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,54 @@ from torch import Tensor
 from icefall_fusion.common.checks import check
 from icefall_fusion.common.devices import check_device, join_processes
 
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The data parallel processes of a job, as torchrun starts them.
+
+    Args:
+        rank: number of this one.
+        world: how many there are.
+        local_rank: number of this one on its machine, that of its GPU.
+    """
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+
+    @classmethod
+    def join(cls, backend: str, **options: Any) -> Processes:
+        """Return what torchrun's environment says; several processes find each other.
+
+        Args:
+            backend: gloo or nccl.
+            options: of torch.distributed.init_process_group.
+        """
+        made = cls.of_environment()
+        if made.world > 1:
+            join_processes(backend, **options)
+        return made
+
+    @classmethod
+    def of_environment(cls) -> Processes:
+        """Return what torchrun's environment says."""
+        names = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+        return cls(*(int(os.environ.get(name, default)) for name, default in names))
+
+    def device(self, name: str) -> str:
+        """Return the device of this process: ``cuda`` without a number becomes that of its own GPU."""
+        return f"cuda:{self.local_rank}" if name == "cuda" and self.world > 1 else name
+
+    def share(self, items: Sequence[Item]) -> list[Item]:
+        """Return every ``world``-th item."""
+        return list(items[self.rank :: self.world])
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return the values of all processes, by rank; it waits for all."""
+        return gather_over_processes(value) if self.world > 1 else [value]
+
 
 def init_distributed(device: str = "auto") -> tuple[int, int, torch.device]:
     """Return (rank, world size, device); joins the process group when torchrun has set WORLD_SIZE > 1.
@@ -22,18 +71,16 @@ def init_distributed(device: str = "auto") -> tuple[int, int, torch.device]:
     Args:
         device: "auto" (CUDA when there is one), "cpu", "cuda" or "cuda:N".
     """
-    world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     check_device(device, "device")
     chosen = torch.device(device)
     if chosen.type == "cuda" and chosen.index is None:
-        chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        chosen = torch.device("cuda", Processes.of_environment().local_rank)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    if world > 1:
-        join_processes("nccl" if chosen.type == "cuda" else "gloo")
-    return rank, world, chosen
+    processes = Processes.join("nccl" if chosen.type == "cuda" else "gloo")
+    return processes.rank, processes.world, chosen
 
 
 def check_compiler(device: torch.device, option: str) -> None:

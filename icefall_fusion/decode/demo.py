@@ -15,9 +15,10 @@ from icefall_fusion.common.checks import check
 from icefall_fusion.common.files import write_text
 from icefall_fusion.data import synthesis
 from icefall_fusion.data.manifests import cuts_path
-from icefall_fusion.decode.job import SKIPPED_SOME, DecodeOptions, Decoder
+from icefall_fusion.decode.job import SKIPPED_SOME, DecodeRun
 from icefall_fusion.decode.language_models import LmOptions
-from icefall_fusion.decode.methods import parse_methods
+from icefall_fusion.decode.method_names import parse_methods
+from icefall_fusion.decode.options import DecodeOptions
 from icefall_fusion.decode.pretrained import FOLDER, with_pretrained
 from icefall_fusion.scoring.table import table, write_report
 from icefall_fusion.search import PrefixSearchOptions
@@ -94,8 +95,9 @@ def run(options: DemoOptions) -> int:
 def _decode_options(options: DemoOptions, out: Path, name: str, manifest: str) -> DecodeOptions:
     lm = LmOptions(dtype=options.lm_dtype)
     decode = DecodeOptions(
-        str(out / "decode" / name), {name: manifest}, methods=options.methods, search=options.search,
-        nlm=lm, llm=lm, matched_llm=lm, batch_size=options.batch_size, threads=options.threads, restart=True,
+        out=str(out / "decode" / name), test_sets={name: manifest}, methods=options.methods,
+        search=options.search, nlm=lm, llm=lm, matched_llm=lm, batch_size=options.batch_size,
+        threads=options.threads, restart=True,
     )  # fmt: skip
     return with_pretrained(decode, options.pretrained, "name a folder that has one (--pretrained)")
 
@@ -107,10 +109,8 @@ def decode_one(job: tuple[int, DecodeOptions]) -> tuple[list[dict[str, Any]], in
         job: the line of its progress bar, and what to decode.
     """
     line, options = job
-    decoder = Decoder(options, bar_line=line)
-    rows = [row for name, path in options.test_sets.items() for row in decoder.decode_set(name, path)]
-    decoder.write_run("done")
-    return rows, len(decoder.skipped)
+    decode = DecodeRun(options, bar_line=line)
+    return decode.decode_all(), len(decode.skipped)
 
 
 def read_sentences(path: str) -> list[tuple[str, str]]:

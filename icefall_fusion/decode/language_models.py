@@ -4,12 +4,13 @@ Knows: causal language models. Must not know: searches, fusions, files of a run.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Container, Iterable, Mapping, Optional, Union
+from typing import Any, Container, Iterable, Mapping, Optional
 
 import torch
 
 from icefall_fusion.common.checks import check, check_choice
 from icefall_fusion.common.devices import check_device, weight_bytes
+from icefall_fusion.fusion.delayed import Prompt
 from icefall_fusion.fusion.look_ahead import SCALE, LookAhead
 from icefall_fusion.lm import QUANTIZATIONS, CausalLm
 from icefall_fusion.ngram.piece_ngram import PieceNgram
@@ -18,7 +19,6 @@ from icefall_fusion.text.tokens import AcousticTokens
 
 #: LM of a score: (source) -> field of the options.
 LM_SOURCES = ("nlm", "llm", "matched_llm")
-TOKENS_A_WORD = 1.4  # of English, in an LLM's tokens
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class LmOptions:
         context: a custom field of the cuts, e.g. pre_text: the earlier text of each utterance, as its prompt.
         carry: of audio that is decoded in parts, take what was recognized in the earlier ones as earlier
             text; the parts of an utterance are then decoded one after the other.
-        context_words: so many words of the earlier text, the last ones.
+        context_words: number of trailing words of the earlier text to keep.
         eos: score the end of the utterance too.
     """
 
@@ -85,7 +85,7 @@ class NgramOptions:
         check(self.every >= 1, "NgramOptions.every", "be at least 1", self.every)
 
 
-class Lms:
+class LanguageModels:
     """The language models of a run, each loaded when a method first asks for it.
 
     Args:
@@ -106,7 +106,6 @@ class Lms:
         self._ngram_options, self._tokens = ngram, tokens
         self._ngram: Optional[PieceNgram] = None
         self._loaded: dict[str, CausalLm] = {}
-        self._contexts: dict[str, dict[str, str]] = {source: {} for source in self.options}
 
     def get(self, source: str) -> CausalLm:
         """Return the LM of a source.
@@ -142,50 +141,43 @@ class Lms:
         """Return the look-ahead of delayed fusion, by the n-gram."""
         return LookAhead(self.ngram(), self._ngram_options.scale, self._ngram_options.every)
 
-    def prompt(self, source: str) -> Union[None, str, Mapping[str, str]]:
-        """Return the prompt of a source's LM: one for all, or a mapping that `tell` keeps up to date."""
-        options = self.options[source]
-        return self._contexts[source] if options.tracks_context else options.prompt
-
     def carry(self, sources: Container[str]) -> bool:
         """Return whether an LM of ``sources`` wants the words of the earlier parts of long audio."""
         return any(options.carry for source, options in self.options.items() if source in sources)
 
-    def prompt_tokens(self, source: str) -> float:
-        """Return how many tokens the prompts of a source's LM have at most, about."""
-        options = self.options[source]
-        if options.tracks_context:
-            return options.context_words * TOKENS_A_WORD
-        return len(self.get(source).encode(options.prompt)) if options.prompt else 0
-
-    def tell(
+    def prompts(
         self,
         customs: Mapping[str, Optional[Mapping[str, Any]]],
         recognized: Optional[Mapping[str, str]] = None,
-    ) -> None:
-        """Say which utterances come next, so that each LM with a context has their earlier texts.
+    ) -> dict[str, Prompt]:
+        """Return the earlier text of each source's LM: one for all, by utterance, or None.
 
         Args:
-            customs: fields of each utterance by its id; None for a part that is not the first of one.
-            recognized: text of the parts before such a part, by its id.
+            customs: fields of each utterance by its id; None for a segment that is not the first of one.
+            recognized: text of the segments before such a segment, by its id.
 
         Raises:
             ValueError: an utterance has no text in the field that an LM wants.
         """
-        for source, options in self.options.items():
-            if not options.tracks_context:
-                continue
-            texts = self._contexts[source]
-            texts.clear()
-            for name, custom in customs.items():
-                text = ""
-                if custom is not None and options.context:
-                    text = custom.get(options.context)
-                    rule = f"name a custom field of every cut that has text ({name} has none)"
-                    check(isinstance(text, str), f"{source}.context", rule, options.context)
-                elif custom is None and options.carry:
-                    text = adapt((recognized or {}).get(name, "").split(), options.text)
-                texts[name] = " ".join(text.split()[-options.context_words :])
+        return {
+            source: self._contexts(source, customs, recognized or {}) if own.tracks_context else own.prompt
+            for source, own in self.options.items()
+        }
+
+    def _contexts(
+        self, source: str, customs: Mapping[str, Optional[Mapping[str, Any]]], recognized: Mapping[str, str]
+    ) -> dict[str, str]:
+        options, texts = self.options[source], {}
+        for name, custom in customs.items():
+            text = ""
+            if custom is not None and options.context:
+                text = custom.get(options.context)
+                rule = f"name a custom field of every cut that has text ({name} has none)"
+                check(isinstance(text, str), f"{source}.context", rule, options.context)
+            elif custom is None and options.carry:
+                text = adapt(recognized.get(name, "").split(), options.text)
+            texts[name] = " ".join(text.split()[-options.context_words :])
+        return texts
 
     def loaded(self) -> dict[str, CausalLm]:
         """Return the LMs that were asked for, by source."""

@@ -5,27 +5,29 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 from icefall_fusion.acoustic.sources import EmissionOptions
 from icefall_fusion.common.files import PathLike
-from icefall_fusion.decode.job import DecodeOptions
 from icefall_fusion.decode.language_models import LmOptions
+from icefall_fusion.decode.recognizer import RecognizerOptions
 
 RECIPE = Path(__file__).resolve().parents[2] / "egs" / "minibooks" / "ASR"
 FOLDER = RECIPE / "pretrained"
 WEIGHTS = "weights.yaml"
 NGRAM = "ngram.arpa.gz"
+Options = TypeVar("Options", bound=RecognizerOptions)
 
 
 def with_pretrained(
-    options: DecodeOptions, folder: PathLike = FOLDER, remedy: str = "name one (--emissions.model)"
-) -> DecodeOptions:
+    options: Options, folder: PathLike = FOLDER, remedy: str = "name one (--emissions.model)"
+) -> Options:
     """Return options in which every model that is not named is the shipped one.
 
     Weights come from the folder's ``weights.yaml`` when none are given and the acoustic model is shipped.
 
     Args:
-        options: of a decoding job.
+        options: of a recognizer.
         folder: has ``ctc_aed``, ``nlm``, ``llm``, ``matched_llm``, ``ngram.arpa.gz`` and ``weights.yaml``.
         remedy: for the message, what else can be done than to train a model.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Mapping, Sequence
 
 from icefall_fusion.common.files import PathLike
-from icefall_fusion.decode.run_files import MethodLog
+from icefall_fusion.decode.run_files import RunFile
 from icefall_fusion.scoring.wer import oracle_errors, write_wer_files
 
 _COUNTERS = ("lm_forwards", "lm_tokens_forwarded", "lm_tokens_scored", "kv_bytes_peak")
@@ -18,7 +18,7 @@ _TREE_COUNTERS = ("eager_tokens", "path_kv_tokens", "full_text_tokens", "histori
 
 
 def make_row(
-    folder: PathLike, test_set: str, log: MethodLog, references: Mapping[str, str | None],
+    folder: PathLike, test_set: str, log: RunFile, references: Mapping[str, str | None],
     seconds: Mapping[str, float], options: Mapping[str, Any], printed: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Write the WER files of a finished method and return its row.
@@ -32,7 +32,7 @@ def make_row(
         options: what the method received; ``method`` is its name.
         printed: count words with case and punctuation too (``wer_printed``).
     """
-    audio = sum(seconds[utterance] for utterance in log.done)
+    audio = sum(seconds[utterance] for utterance in log)
     totals = {**dict.fromkeys(_COUNTERS, 0), **log.totals()}
     work = sum(totals.get(stage, 0.0) for stage in ("features", "encoder", "search", "lm"))
     return {
@@ -81,23 +81,23 @@ def join_rows(earlier: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]])
 
 
 def _scores(
-    folder: PathLike, test_set: str, method: str, log: MethodLog, references: Mapping[str, str | None],
+    folder: PathLike, test_set: str, method: str, log: RunFile, references: Mapping[str, str | None],
     printed: bool,
 ) -> dict[str, Any]:  # fmt: skip
     """Return WER and oracle WER in percent and the number of words, of utterances that have a reference.
 
     Without words in the references both rates are None.
     """
-    texts = {utterance: text for utterance in log.done if (text := references[utterance]) is not None}
+    texts = {utterance: text for utterance in log if (text := references[utterance]) is not None}
     if not texts:
         return {"wer": None, "words": 0, "oracle_wer": None}
     hypotheses = {}
-    for nbest in map(log.done.__getitem__, texts):
+    for nbest in map(log.__getitem__, texts):
         hypotheses[nbest.utterance] = nbest[0].text if len(nbest) else ""
     errors = write_wer_files(folder, test_set, method, texts, hypotheses)
     if errors.words == 0:  # JSON has no word for infinity
         return {"wer": None, "words": 0, "oracle_wer": None}
-    best = oracle_errors(texts, map(log.done.__getitem__, texts))
+    best = oracle_errors(texts, map(log.__getitem__, texts))
     scores = {"wer": errors.wer, "words": errors.words, "oracle_wer": best.wer}
     if printed:
         scores["wer_printed"] = write_wer_files(folder, test_set, method, texts, hypotheses, "printed").wer

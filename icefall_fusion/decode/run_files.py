@@ -1,30 +1,35 @@
-"""What a decoding run leaves as it goes: N-best lists and the cost of each batch; a kill loses one batch.
-Knows: JSON lines, N-best lists, options as plain values. Must not know: methods, models, searches.
+"""The files that a decode leaves as it goes, one a method and test set; a kill loses one batch.
+Knows: JSON lines, N-best lists, options as plain values, processes. Must not know: methods, models, searches.
 """
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
-from typing import Any, Mapping, Sequence
+from typing import Any, Iterable, Iterator, Mapping, Sequence
 
 from icefall_fusion.common.counters import add_counters
-from icefall_fusion.common.files import PathLike, atomic_path, name_full_disk
-from icefall_fusion.nbest import NBest, NBestLog, write_nbests
+from icefall_fusion.common.files import PathLike, name_full_disk
+from icefall_fusion.common.processes import Processes
+from icefall_fusion.nbest import NBest, to_json
 
 
-class MethodLog:
-    """The N-best lists of one method on one test set and, batch by batch, what they cost.
+class RunFile(Mapping[str, NBest]):
+    """The N-best lists of one method on one test set and what they cost, by utterance.
 
-    ``nbest-<test set>-<method>.jsonl`` has a line an utterance; ``work-...jsonl`` first the options, then a
-    line a batch, written after the batch's lists. On opening, lists of a batch without its line are dropped:
-    such a batch was cut short and is decoded again.
+    ``nbest-<test set>-<method>.jsonl``: the first line has the options, each other one a batch,
+    ``{"lists": [...], "cost": {...}}``, written whole. A line that a kill cut short is dropped on opening.
+    Lists stay in the file (those of many hours would fill memory) and are read when asked for.
 
     Args:
         folder: of the run.
-        test_set: part of the file names.
-        method: part of the file names.
+        test_set: part of the file's name.
+        method: part of the file's name.
         options: what the method received; a run goes on only under the same.
         restart: drop what is there.
+
+    Attributes:
+        costs: ids and cost of each batch.
 
     Raises:
         ValueError: what is there was made with other options (the first that differs is named).
@@ -33,82 +38,181 @@ class MethodLog:
     def __init__(
         self, folder: PathLike, test_set: str, method: str, options: Mapping[str, Any], restart: bool = False
     ) -> None:
-        self.nbest_path = Path(folder) / f"nbest-{test_set}-{method}.jsonl"
-        self.work_path = Path(folder) / f"work-{test_set}-{method}.jsonl"
+        self.path = Path(folder) / f"nbest-{test_set}-{method}.jsonl"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.costs: list[tuple[list[str], dict[str, float]]] = []
+        self._places: dict[str, tuple[int, int]] = {}  # where its line begins, its number in the line
+        self._line: tuple[int, list[Any]] = (-1, [])  # the line that was read last
+        self._end = 0
         options = json.loads(json.dumps(options))  # as they will be read back
-        if restart:
-            self.work_path.unlink(missing_ok=True)
-        self.work = self._read_work(options, method)
-        whole = {utterance for line in self.work for utterance in line["ids"]}
-        if restart:
-            self.nbest_path.unlink(missing_ok=True)
-        log = NBestLog(self.nbest_path)
-        kept = [utterance for utterance in log.done if utterance in whole]
-        if len(kept) < len(log.done):
-            log.close()
-            write_nbests(self.nbest_path, map(log.done.__getitem__, kept))
-            log = NBestLog(self.nbest_path)
-        self._log = log
-        self._file = open(self.work_path, "a", encoding="utf-8")
+        if restart or not self._read(options, method):
+            self.path.write_text(to_json({"options": options}) + "\n", encoding="utf-8")
+            self._end = self.path.stat().st_size
+        self._file = open(self.path, "r+b")
+        if self.path.stat().st_size > self._end:
+            self._file.truncate(self._end)
 
-    def _read_work(self, options: Mapping[str, Any], method: str) -> list[dict[str, Any]]:
-        lines = _whole_lines(self.work_path)
-        if len(lines) <= 1:  # nothing was decoded yet, so other options can do no harm
-            self.work_path.parent.mkdir(parents=True, exist_ok=True)
-            _write_lines(self.work_path, [{"options": options}])
-            return []
-        for name in sorted({*options, *lines[0]["options"]}):
-            then, now = lines[0]["options"].get(name), options.get(name)
+    def _read(self, options: Mapping[str, Any], method: str) -> bool:
+        """Take in what is there; return whether there is a batch (without one other options do no harm)."""
+        if not self.path.exists():
+            return False
+        before: Any = None
+        with open(self.path, "rb") as file:
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                value = json.loads(line)
+                if "options" in value:
+                    before = value["options"]
+                else:
+                    self._note([entry["utterance"] for entry in value["lists"]], value["cost"])
+                self._end += len(line)
+        if not self.costs:
+            self._end = 0
+            return False
+        for name in sorted({*options, *before}):
+            then, now = before.get(name), options.get(name)
             if then != now:
                 raise ValueError(
-                    f"out must be a new folder (or --restart true), for {self.work_path.parent} holds a run "
+                    f"out must be a new folder (or --restart true), for {self.path.parent} holds a run "
                     f"of {method} with {name} = {then!r}, which is now {now!r}"
                 )
-        _write_lines(self.work_path, lines)
-        return lines[1:]
+        return True
 
-    @property
-    def done(self) -> Mapping[str, NBest]:
-        """Finished lists by utterance, which lie in the file."""
-        return self._log.done
+    def _note(self, ids: list[str], cost: Mapping[str, float]) -> None:
+        self.costs.append((ids, dict(cost)))
+        self._places.update({name: (self._end, number) for number, name in enumerate(ids)})
 
-    def append(self, nbests: Sequence[NBest], work: Mapping[str, Any]) -> None:
-        """Write the lists of a batch, then its line of work."""
-        self._log.append(nbests)
-        line = {"ids": [nbest.utterance for nbest in nbests], **work}
-        with name_full_disk(self.work_path):
-            self._file.write(json.dumps(line) + "\n")
+    def append(self, nbests: Sequence[NBest], cost: Mapping[str, float]) -> None:
+        """Write the lists of a batch and what they cost."""
+        line = to_json({"lists": [nbest.as_plain() for nbest in nbests], "cost": cost}).encode() + b"\n"
+        with name_full_disk(self.path):
+            self._file.seek(self._end)
+            self._file.write(line)
             self._file.flush()
-        self.work.append(line)
+        self._note([nbest.utterance for nbest in nbests], cost)
+        self._end += len(line)
+
+    def __getitem__(self, utterance: str) -> NBest:
+        begin, number = self._places[utterance]
+        if self._line[0] != begin:
+            with open(self.path, "rb") as file:
+                file.seek(begin)
+                self._line = begin, json.loads(file.readline())["lists"]
+        return NBest.from_plain(self._line[1][number])
+
+    def __contains__(self, utterance: object) -> bool:
+        return utterance in self._places
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
 
     def totals(self) -> dict[str, float]:
-        """Return all numbers in the lines of work, added up as `add_counters` does."""
+        """Return all costs, added up as `add_counters` does."""
         totals: dict[str, float] = {}
-        for line in self.work:
-            add_counters(totals, {name: value for name, value in line.items() if name != "ids"})
+        for _, cost in self.costs:
+            add_counters(totals, cost)
         return totals
 
     def close(self) -> None:
-        """Close both files."""
-        self._log.close()
+        """Close the file."""
         self._file.close()
 
     def remove(self) -> None:
-        """Close both files and delete them, the work first: lists without their work count for nothing."""
+        """Close the file and delete it."""
         self.close()
-        self.work_path.unlink()
-        self.nbest_path.unlink()
+        self.path.unlink()
 
 
-def _whole_lines(path: Path) -> list[dict[str, Any]]:
-    """Read JSON lines; a last line that a kill cut short is left out."""
-    if not path.exists():
-        return []
-    text = path.read_text(encoding="utf-8")
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+class SharedRunFile:
+    """The file of one method on one test set, written by several processes.
 
+    Each process writes a file of its own in ``rank-N/`` of the folder. The first one takes what is there into
+    the folder's own file, at the start (what a killed run has left, by any number of processes) and at the
+    end; so a run can go on with more or fewer processes than it began with.
 
-def _write_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
-    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        for line in lines:
-            file.write(json.dumps(line) + "\n")
+    Args:
+        processes: all of them make this object, with the same arguments.
+        folder: of the run.
+        test_set: its name.
+        method: its name.
+        options: what the method received.
+        restart: drop what is there.
+
+    Attributes:
+        done: ids of the utterances that were finished before.
+        whole: the folder's own file, in the first process.
+
+    Raises:
+        ValueError: what is there was made with other options, or holds an utterance twice.
+    """
+
+    def __init__(
+        self, processes: Processes, folder: PathLike, test_set: str, method: str,
+        options: Mapping[str, Any], restart: bool = False,
+    ) -> None:  # fmt: skip
+        self._processes, self._folder = processes, Path(folder)
+        self._names = (test_set, method, options)
+        if processes.rank == 0:
+            for part in self._parts() if restart else ():
+                RunFile(part, *self._names, restart=True).remove()
+            self.whole = RunFile(folder, *self._names, restart)
+            self._absorb()
+        ids = frozenset(self.whole) if processes.rank == 0 else None
+        self.done: frozenset[str] = processes.gather(ids)[0]
+        if processes.world == 1:
+            self._mine = self.whole
+        else:
+            self._mine = RunFile(self._folder / f"rank-{processes.rank}", *self._names)
+
+    def append(self, nbests: Sequence[NBest], cost: Mapping[str, float]) -> None:
+        """Write the lists of a batch and what they cost."""
+        self._mine.append(nbests, cost)
+
+    def finish(self, wanted: Iterable[str]) -> None:
+        """Wait for all processes; in the first one, ``whole`` then holds everything.
+
+        Args:
+            wanted: ids of all utterances but those that could not be read by any process.
+
+        Raises:
+            RuntimeError: an utterance is missing.
+        """
+        if self._processes.world == 1:
+            return
+        self._mine.close()
+        self._processes.gather(None)
+        if self._processes.rank == 0:
+            self._absorb()
+            missing = sorted(set(wanted) - self.whole.keys())
+            if missing:
+                raise RuntimeError(
+                    f"{self._folder}: {len(missing)} utterances of {self._names[0]} are missing after all "
+                    f"processes have finished, e.g. {missing[:3]}"
+                )
+
+    def _parts(self) -> list[Path]:
+        test_set, method, _ = self._names
+        return sorted(path.parent for path in self._folder.glob(f"rank-*/nbest-{test_set}-{method}.jsonl"))
+
+    def _absorb(self) -> None:
+        """Take all processes' batches into the whole, then remove theirs; a kill between is harmless."""
+        known = {tuple(ids) for ids, _ in self.whole.costs}
+        for folder in self._parts():
+            part = RunFile(folder, *self._names)
+            for ids, cost in part.costs:
+                if tuple(ids) in known:  # a kill came between taking and removing
+                    continue
+                doubled = sorted(set(ids) & self.whole.keys())
+                if doubled:
+                    raise ValueError(
+                        f"{folder} must hold each utterance once, but {len(doubled)} are decoded already, "
+                        f"e.g. {doubled[:3]}"
+                    )
+                self.whole.append([part[utterance] for utterance in ids], cost)
+            part.remove()
+            with contextlib.suppress(OSError):  # files of other methods are there
+                folder.rmdir()

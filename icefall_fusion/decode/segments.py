@@ -1,4 +1,4 @@
-"""Utterances in stretches: what is decoded at once, and the lists of all stretches joined again.
+"""Utterances in segments: what is decoded at once, and the lists of all segments joined again.
 Knows: utterances, N-best lists. Must not know: models, searches, files of a run.
 
 Of a long utterance no more is held than what is looked at: where to cut it, then its parts.
@@ -21,8 +21,8 @@ _SMOOTHED = 20  # frames: a cut is put where so many together are quietest
 
 
 @dataclass
-class Stretch:
-    """One of ``count`` stretches of an utterance (mostly all of it): its first second, and what reads it."""
+class Segment:
+    """One of ``count`` segments of an utterance (mostly all of it): its first second, and what reads it."""
 
     utterance: Utterance
     number: int
@@ -35,10 +35,10 @@ class Stretch:
         return self.utterance.id if self.number == 0 else f"{self.utterance.id}#{self.number}"
 
 
-def stretches(utterance: Utterance, longest: float) -> list[Stretch]:
-    """Return an utterance as stretches of at most ``longest`` seconds, cut at quiet places.
+def segments_of(utterance: Utterance, longest: float) -> list[Segment]:
+    """Return an utterance as segments of at most ``longest`` seconds, cut at quiet places.
 
-    A short one is read here and now; a long one in windows, and its stretches when they are asked for.
+    A short one is read here and now; a long one in windows, and its segments when they are asked for.
 
     Raises:
         InputError: it cannot be read.
@@ -57,7 +57,7 @@ def stretches(utterance: Utterance, longest: float) -> list[Stretch]:
         ranges = list(split_long(read, rate, longest))
         loads = [lambda a=a, b=b: read(a, b) for a, b in ranges]
     return [
-        Stretch(utterance, number, len(ranges), first / rate, load)
+        Segment(utterance, number, len(ranges), first / rate, load)
         for number, ((first, _), load) in enumerate(zip(ranges, loads))
     ]
 
@@ -101,37 +101,40 @@ def _power(samples: Tensor, hop: int) -> Tensor:
     return samples[: len(samples) // hop * hop].view(-1, hop).square().mean(1)
 
 
-class Found:
-    """The N-best lists of the parts that one method has decoded of a batch, and what they cost."""
+class Recognized:
+    """The N-best lists of the segments that one method has decoded of a batch, and what they cost."""
 
     def __init__(self) -> None:
-        self.parts: list[tuple[Stretch, NBest]] = []
-        self.line: dict[str, float] = {}
+        self.segments: list[tuple[Segment, NBest]] = []
+        self.cost: dict[str, float] = {}
 
-    def add(self, parts: Sequence[Stretch], nbests: Sequence[NBest], line: Mapping[str, float]) -> None:
-        self.parts += zip(parts, nbests)
-        add_counters(self.line, line)
+    def add(self, segments: Sequence[Segment], nbests: Sequence[NBest], cost: Mapping[str, float]) -> None:
+        """Take in lists and their cost."""
+        self.segments += zip(segments, nbests)
+        add_counters(self.cost, cost)
 
-    def earlier_texts(self, parts: Sequence[Stretch]) -> dict[str, str]:
-        """Return the best text found so far of the utterances of ``parts``, by the id of the part."""
-        texts: dict[str, list[str]] = {part.utterance.id: [] for part in parts if part.number}
-        for part, nbest in self.parts:
-            if part.utterance.id in texts:
-                texts[part.utterance.id].append(nbest[0].text)
-        return {part.id: " ".join(texts[part.utterance.id]) for part in parts if part.number}
+    def earlier_texts(self, segments: Sequence[Segment]) -> dict[str, str]:
+        """Return the best text so far of the utterances of ``segments``, by the id of the segment."""
+        texts: dict[str, list[str]] = {segment.utterance.id: [] for segment in segments if segment.number}
+        for segment, nbest in self.segments:
+            if segment.utterance.id in texts:
+                texts[segment.utterance.id].append(nbest[0].text)
+        return {s.id: " ".join(texts[s.utterance.id]) for s in segments if s.number}
 
     def drop(self, utterances: Container[str]) -> None:
-        """Forget what was found of utterances: a part of them could not be read."""
-        self.parts = [(part, nbest) for part, nbest in self.parts if part.utterance.id not in utterances]
+        """Forget what was found of utterances: a segment of them could not be read."""
+        self.segments = [
+            (segment, nbest) for segment, nbest in self.segments if segment.utterance.id not in utterances
+        ]
 
     def join(self) -> list[NBest]:
         """Return one list an utterance."""
-        lists: dict[str, list[tuple[Stretch, NBest]]] = {}
-        for part, nbest in self.parts:
-            lists.setdefault(part.utterance.id, []).append((part, nbest))
+        lists: dict[str, list[tuple[Segment, NBest]]] = {}
+        for segment, nbest in self.segments:
+            lists.setdefault(segment.utterance.id, []).append((segment, nbest))
         return [
-            found[0][1] if len(found) == 1 else join_parts(
-                utterance, [nbest for _, nbest in found], [part.start for part, _ in found]
-            )
-            for utterance, found in lists.items()
-        ]  # fmt: skip
+            whole[0][1]
+            if len(whole) == 1
+            else join_parts(utterance, [nbest for _, nbest in whole], [segment.start for segment, _ in whole])
+            for utterance, whole in lists.items()
+        ]

@@ -14,15 +14,16 @@ import numpy as np
 import yaml
 from tqdm import tqdm
 
-from icefall_fusion.acoustic.emissions import Emissions
 from icefall_fusion.common.checks import check
 from icefall_fusion.common.files import write_text
 from icefall_fusion.data.manifests import spread
-from icefall_fusion.decode.job import SKIPPED_SOME, DecodeOptions, Decoder
+from icefall_fusion.decode.job import SKIPPED_SOME
 from icefall_fusion.decode.language_models import LM_SOURCES
-from icefall_fusion.decode.methods import choose_methods, parse_method, parse_methods, weights_of
-from icefall_fusion.decode.segments import Found, Stretch
-from icefall_fusion.decode.utterances import batches, read_cuts
+from icefall_fusion.decode.method_names import choose_methods, parse_method, parse_methods, weights_of
+from icefall_fusion.decode.options import DecodeOptions
+from icefall_fusion.decode.recognizer import Batch, Recognizer
+from icefall_fusion.decode.segments import Recognized
+from icefall_fusion.decode.utterances import read_cuts
 from icefall_fusion.nbest import NBest, read_nbests
 from icefall_fusion.scoring.wer import count_errors, read_texts, word_errors
 
@@ -78,7 +79,7 @@ def run(options: TuneOptions) -> int:
     weights: dict[str, dict[str, float]] = {}
     wer: dict[str, float] = {}
     for method in choose_methods(options.methods, _available(options, lists)):
-        sources = [part.source for part in parse_method(method)]
+        sources = parse_method(method).sources
         if not sources:
             continue
         scores = ScoreTable.make(lists, references, sources)
@@ -89,7 +90,7 @@ def run(options: TuneOptions) -> int:
     if options.confirm is not None:
         confirmed = _Confirmation(options)
         for method in weights:
-            if any(part.in_search for part in parse_method(method)):
+            if parse_method(method).fusions:
                 simpler = [found for found in weights.values() if set(found) < set(weights[method])]
                 weights[method], wer[method] = confirmed.improve(method, weights[method], simpler)
                 _write(options.out, weights, wer)  # hours with a large LM: a kill loses one method at most
@@ -111,8 +112,8 @@ def _available(options: TuneOptions, lists: Sequence[NBest]) -> set[str]:
 def _write(path: str, weights: Mapping[str, Mapping[str, float]], wer: Mapping[str, float]) -> str:
     """Write the YAML file and return its text."""
     rounded = {
-        method: {source: round(float(weight), 4) for source, weight in given.items() if source != "ctc"}
-        for method, given in weights.items()
+        method: {source: round(float(weight), 4) for source, weight in values.items() if source != "ctc"}
+        for method, values in weights.items()
     }
     content = {"weights": rounded, "dev_wer": {method: round(value, 3) for method, value in wer.items()}}
     head = "# Found on dev by: python -m icefall_fusion tune. \"words\" is the bonus a word, in nats.\n"
@@ -249,22 +250,19 @@ class _Confirmation:
         decode = options.confirm
         assert decode is not None
         self.options = options
-        self.decoder = Decoder(replace(decode, methods="ctc-prefix", weights={}))
-        sources = {part.source for name in parse_methods(options.methods) for part in parse_method(name)}
-        self.decoder.carries = self.decoder.lms.carry(sources)
-        wants = self.decoder.source.wants
+        self.recognizer = recognizer = Recognizer(replace(decode, weights={}), "ctc-prefix")
+        sources = {source for name in parse_methods(options.methods) for source in parse_method(name).sources}
+        recognizer.carries = recognizer.models.carry(sources)
+        wants = recognizer.source.wants
         utterances = [u for path in decode.test_sets.values() for u in read_cuts(path, wants)]
         utterances = spread(utterances, decode.limit)
-        self.emissions: list[tuple[list[Stretch], Emissions]] = []
+        self.batches: list[Batch] = []
         self.found: dict[tuple[str, ...], list[dict[str, float]]] = {}  # by sources, best of earlier methods
-        for batch in tqdm(
-            list(batches(utterances, decode.batch_size, decode.batch_seconds, decode.longest)),
-            desc="emissions of dev", unit="batch",
-        ):  # fmt: skip
-            self.emissions += [made[:2] for made in self.decoder.emit_parts("dev", batch)]
-        self.skipped = {entry["id"] for entry in self.decoder.skipped}
+        for batch in tqdm(list(recognizer.batches(utterances)), desc="log-probs of dev", unit="batch"):
+            self.batches += recognizer.emit(batch)
+        self.skipped = {utterance.id for utterance, _ in recognizer.unreadable}
         self.references = {u.id: u.text or "" for u in utterances if u.id not in self.skipped}
-        check(len(self.emissions) > 0, "TuneOptions.confirm.test_sets", "have audio that can be read", 0)
+        check(len(self.batches) > 0, "TuneOptions.confirm.test_sets", "have audio that can be read", 0)
 
     def improve(
         self, method: str, weights: Mapping[str, float], simpler: Sequence[Mapping[str, float]] = ()
@@ -293,9 +291,8 @@ class _Confirmation:
 
         names = tuple(weights)
         usual = {**weights, "words": FIRST_PASS_BONUS}
-        for part in parse_method(method):
-            if part.in_search:
-                usual[part.source] = FIRST_PASS_WEIGHT
+        for fusion in parse_method(method).fusions:
+            usual[fusion.source] = FIRST_PASS_WEIGHT
         fewer = [{**usual, **found} for found in simpler]
         best = min([dict(weights), usual, *fewer, *self.found.get(names, [])], key=wer)
         for fineness in range(self.options.confirm_rounds):
@@ -317,12 +314,10 @@ class _Confirmation:
         return {**weights, source: (value or 0.1) * self.options.confirm_step**share}
 
     def _wer(self, method: str, weights: Mapping[str, float]) -> float:
-        decoder = self.decoder
         chosen = {name: value for name, value in weights.items() if name != "ctc"}
-        ready = decoder.make_method(method, weights_of(method, {method: chosen}))
-        found = Found()
-        for parts, emissions in self.emissions:
-            decoder.tell(parts, found)
-            found.add(parts, ready.decode(emissions, decoder.source.model)[0], {})
-        found.drop(self.skipped)
-        return word_errors(self.references, {nbest.utterance: nbest[0].text for nbest in found.join()}).wer
+        ready = self.recognizer.make_method(method, weights_of(method, {method: chosen}))
+        result = Recognized()
+        for batch in self.batches:
+            self.recognizer.decode(ready, batch, range(len(batch.segments)), result)
+        result.drop(self.skipped)
+        return word_errors(self.references, {nbest.utterance: nbest[0].text for nbest in result.join()}).wer

@@ -20,7 +20,7 @@ from icefall_fusion.common.checks import check
 from icefall_fusion.common.files import PathLike, atomic_path
 from icefall_fusion.lattice.graph import WordTokens
 from icefall_fusion.lattice.value import Lattices, join
-from icefall_fusion.nbest import NBest
+from icefall_fusion.nbest import NBest, to_json
 from icefall_fusion.text.tokens import AcousticTokens
 
 
@@ -51,7 +51,10 @@ def save_lattices(
         "seconds": dict(seconds), "counters": dict(counters), "sayings": texts,
     }  # fmt: skip
     arrays = {name: _small(values.cpu().numpy()) for name, values in lattices.arcs().items()}
-    lines = {f"list_{kind}": _bytes("\n".join(n.to_json() for n in found)) for kind, found in lists.items()}
+    lines = {
+        f"list_{kind}": _bytes("\n".join(to_json(nbest.as_plain()) for nbest in nbests))
+        for kind, nbests in lists.items()
+    }
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         head = {"meta": _bytes(json.dumps(meta, ensure_ascii=False))}
         head.update(lens=lattices.lens.numpy(), bounds=lattices.bounds.numpy())
@@ -101,27 +104,26 @@ class SavedLattices:
                 check(name not in self._files, f"{path}", "hold other utterances than the others", name)
                 self._files[name] = (path, row)
         self.labels: Any = tokens if sayings is None else _labels_of(sayings)
-        self.counters: dict[str, float] = {"lattice_arcs": 0, "lattice_frames": 0}
+        self.counters: dict[str, float] = {"lattice_arcs": 0, "lattice_frames": 0, "lattice_seconds": 0.0}
 
     @classmethod
     def read_meta(cls, folder: PathLike) -> dict[str, Any]:
         """Return what the first file says of itself."""
         return _load(_files_of(folder)[0])["meta"]
 
-    def lattices(self, emissions: Emissions) -> tuple[Lattices, float]:
-        lattices, seconds = [], 0.0
+    def lattices(self, emissions: Emissions) -> Lattices:
+        lattices = []
         for name in emissions.ids:
             archive, row = self._find(name)
             lattices.append(archive["lattices"].select([row]))
             frames = int(emissions.lens[len(lattices) - 1])
             rule = f"be of the same log-probs ({frames} frames); make them again"
             check(int(lattices[-1].lens) == frames, f"the lattice of {name}", rule, int(lattices[-1].lens))
-            seconds += archive["meta"]["seconds"]["lattices"] / len(archive["meta"]["ids"])
-            self._count(archive["lattices"], row)
-        return join(lattices).to(self.device), seconds
+            self._count(archive, row)
+        return join(lattices).to(self.device)
 
-    def lists(self, emissions: Emissions, kind: str) -> tuple[list[NBest], float]:
-        lists, seconds = [], 0.0
+    def lists(self, emissions: Emissions, kind: str) -> list[NBest]:
+        lists = []
         for name in emissions.ids:
             archive, row = self._find(name)
             has = archive["meta"]["lists"]
@@ -132,14 +134,15 @@ class SavedLattices:
                 has,
             )
             lists.append(archive[kind][row])
-            self._count(archive["lattices"], row)
-            took = archive["meta"]["seconds"]
-            seconds += (took["lattices"] + took[kind]) / len(archive["meta"]["ids"])
-        return lists, seconds
+            self._count(archive, row, kind)
+        return lists
 
-    def _count(self, lattices: Lattices, row: int) -> None:
+    def _count(self, archive: Mapping[str, Any], row: int, *lists: str) -> None:
+        lattices, meta = archive["lattices"], archive["meta"]
         self.counters["lattice_arcs"] += int(lattices.counts[row])
         self.counters["lattice_frames"] += int(lattices.lens[row])
+        seconds = sum(meta["seconds"][name] for name in ("lattices", *lists))
+        self.counters["lattice_seconds"] += seconds / len(meta["ids"])
 
     def _find(self, name: str) -> tuple[dict[str, Any], int]:
         if name not in self._files:
@@ -173,7 +176,7 @@ def _load(path: Path) -> dict[str, Any]:
         found: dict[str, Any] = {"meta": meta}
         for kind in meta["lists"]:
             text = arrays.pop(f"list_{kind}").tobytes().decode("utf-8")
-            found[kind] = [NBest.from_json(line) for line in text.split("\n")]
+            found[kind] = [NBest.from_plain(json.loads(line)) for line in text.split("\n")]
         tensors = {name: torch.from_numpy(values) for name, values in arrays.items()}
         found["lattices"] = Lattices(meta["ids"], **{
             name: values.long() if values.dtype == torch.int32 else values for name, values in tensors.items()

@@ -10,7 +10,8 @@ from icefall_fusion.acoustic.emissions import Emissions
 from icefall_fusion.common.checks import check
 from icefall_fusion.lattice.beam import lattice_beam_search
 from icefall_fusion.lattice.source import K2Options, LatticeSource, best_lists, no_words
-from icefall_fusion.nbest import NBest, oracle
+from icefall_fusion.nbest import NBest
+from icefall_fusion.scoring.wer import oracle
 
 #: What a name begins with -> (how lattices are read, sources of that, the further parts by name).
 K2_PARTS: dict[str, tuple[str, str, tuple[str, ...]]] = {
@@ -59,8 +60,8 @@ def read_lattices(
     weights: Mapping[str, float],
     fusions: Sequence[Any],
     references: Optional[Mapping[str, Optional[str]]],
-) -> tuple[list[NBest], float]:
-    """Decode a batch; return one list an utterance, and the seconds that lattices took elsewhere.
+) -> list[NBest]:
+    """Decode a batch; return one list an utterance.
 
     Args:
         reading: a key of `K2_PARTS`' values, or ``beam``.
@@ -75,9 +76,9 @@ def read_lattices(
         ValueError: an oracle has no reference.
     """
     if reading in ("1best", "beam"):
-        lattices, seconds = source.lattices(emissions)
+        lattices = source.lattices(emissions)
         if reading == "1best":
-            return best_lists(lattices, emissions, source.labels, weights), seconds
+            return best_lists(lattices, emissions, source.labels, weights)
         nbests = lattice_beam_search(
             lattices,
             weights["hlg"],
@@ -89,12 +90,12 @@ def read_lattices(
         )
         return [
             nbest if len(nbest) else _nothing(emissions, row, nbest) for row, nbest in enumerate(nbests)
-        ], seconds
-    nbests, seconds = source.lists(emissions, "whole" if reading == "whole" else "nbest")
+        ]
+    nbests = source.lists(emissions, "whole" if reading == "whole" else "nbest")
     nbests = [nbest.reweight({**_known(weights, nbest)}) for nbest in nbests]
     if reading == "oracle":
         nbests = [_oracle_first(nbest, references) for nbest in nbests]
-    return nbests, seconds
+    return nbests
 
 
 def _known(weights: Mapping[str, float], nbest: NBest) -> dict[str, float]:

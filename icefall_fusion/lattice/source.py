@@ -59,18 +59,19 @@ class K2Options:
 class LatticeSource(Protocol):
     """Makes lattices of a batch, and N-best lists of their paths.
 
-    ``labels`` is the vocabulary of what arcs say; ``counters`` are of all calls.
+    ``labels`` is the vocabulary of what arcs say; ``counters`` are of all calls, ``lattice_seconds`` among
+    them: what lattices that come from files took where they were made.
     """
 
     labels: Union[AcousticTokens, WordTokens]
     counters: dict[str, float]
 
-    def lattices(self, emissions: Emissions) -> tuple[Lattices, float]:
-        """Return lattices, and seconds that they took elsewhere."""
+    def lattices(self, emissions: Emissions) -> Lattices:
+        """Return lattices."""
         ...
 
-    def lists(self, emissions: Emissions, kind: str) -> tuple[list[NBest], float]:
-        """Return lists of paths, and seconds that they took elsewhere.
+    def lists(self, emissions: Emissions, kind: str) -> list[NBest]:
+        """Return lists of paths.
 
         Args:
             kind: ``nbest`` (random paths of lattices, with an ``ngram`` score where there is an n-gram) or
@@ -130,11 +131,11 @@ class K2Lattices:
         self.counters["lattice_frames"] += int(emissions.lens.sum())
         return fsas, plain
 
-    def lattices(self, emissions: Emissions) -> tuple[Lattices, float]:
-        return self.make(emissions)[1], 0.0
+    def lattices(self, emissions: Emissions) -> Lattices:
+        return self.make(emissions)[1]
 
-    def lists(self, emissions: Emissions, kind: str) -> tuple[list[NBest], float]:
-        return self.lists_of(*self.make(emissions), emissions, kind), 0.0
+    def lists(self, emissions: Emissions, kind: str) -> list[NBest]:
+        return self.lists_of(*self.make(emissions), emissions, kind)
 
     def lists_of(self, fsas: Any, plain: Lattices, emissions: Emissions, kind: str) -> list[NBest]:
         """Return lists of lattices that `make` gave."""

@@ -18,7 +18,7 @@ import kaldialign
 
 from icefall_fusion.common.checks import check, check_choice
 from icefall_fusion.common.files import PathLike, atomic_path, opener
-from icefall_fusion.nbest import NBest
+from icefall_fusion.nbest import Hypothesis, NBest
 from icefall_fusion.text.normalizer import normalize
 
 EPS = "*"
@@ -121,6 +121,16 @@ def oracle_errors(
     for errors in best.values():
         total += errors
     return total
+
+
+def oracle(nbest: NBest, reference: str) -> Hypothesis:
+    """Return the hypothesis with the fewest word errors against ``reference`` (the first of equals).
+
+    Raises:
+        ValueError: the list is empty.
+    """
+    check(len(nbest) > 0, f"the list of {nbest.utterance}", "hold a hypothesis", 0)
+    return min(nbest, key=lambda hypothesis: count_errors(reference, hypothesis.text).errors)
 
 
 def _check_same_utterances(references: Mapping[str, object], hypotheses: Mapping[str, object]) -> None:
@@ -287,13 +297,14 @@ def read_texts(path: PathLike, nbests: bool = False) -> dict:
         if not line.strip():
             continue
         try:
-            utterance, text = _parse_json(line) if is_json else _parse_line(line)
+            entries = _parse_json(line) if is_json else [_parse_line(line)]
         except (KeyError, ValueError, IndexError, AttributeError, TypeError) as error:
             message = f"{path} line {number} must hold an id and a text, but is {line[:60]!r}"
             raise ValueError(message) from error
-        if utterance in texts:
-            raise ValueError(f"{path} line {number}: ids must be unique, but {utterance!r} comes twice")
-        texts[utterance] = text if nbests or not isinstance(text, NBest) else text[0].text
+        for utterance, text in entries:
+            if utterance in texts:
+                raise ValueError(f"{path} line {number}: ids must be unique, but {utterance!r} comes twice")
+            texts[utterance] = text if nbests or not isinstance(text, NBest) else text[0].text
     return texts
 
 
@@ -312,11 +323,13 @@ def _parse_line(line: str) -> tuple[str, str]:
     return utterance, text
 
 
-def _parse_json(line: str) -> tuple[str, str | NBest]:
+def _parse_json(line: str) -> list[tuple[str, str | NBest]]:
     value = json.loads(line)
-    if "hypotheses" in value:
-        nbest = NBest.from_json(line)
-        return nbest.utterance, nbest
+    if "options" in value:  # the first line of a decode's file
+        return []
+    if "hypotheses" in value or "lists" in value:
+        nbests = map(NBest.from_plain, value.get("lists", [value]))
+        return [(nbest.utterance, nbest) for nbest in nbests]
     if "supervisions" in value:
-        return value["id"], " ".join(s["text"] for s in value["supervisions"])
-    return value["id"], value["text"]
+        return [(value["id"], " ".join(s["text"] for s in value["supervisions"]))]
+    return [(value["id"], value["text"])]

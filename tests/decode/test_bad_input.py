@@ -16,8 +16,8 @@ from icefall_fusion.__main__ import main
 from icefall_fusion.acoustic.sources import CheckpointSource, EmissionOptions, open_source
 from icefall_fusion.data.audio import AudioError, load_audio
 from icefall_fusion.data.manifests import cut_of, write_cuts
-from icefall_fusion.decode.options import read_weights
 from icefall_fusion.decode.utterances import InputError, read_cuts
+from icefall_fusion.decode.weights import read_weights
 from icefall_fusion.nbest import NBest, read_nbests
 
 

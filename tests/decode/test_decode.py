@@ -27,10 +27,18 @@ from icefall_fusion.__main__ import main, parse_options
 from icefall_fusion.acoustic.emissions import SavedSource
 from icefall_fusion.data.fbank import extractor
 from icefall_fusion.data.manifests import cut_of, write_cuts
-from icefall_fusion.decode.job import DecodeOptions, Decoder
-from icefall_fusion.decode.methods import METHODS, choose_methods, parse_method, parse_methods, weights_of
-from icefall_fusion.decode.run_files import MethodLog
-from icefall_fusion.decode.segments import rate_of, split_long, stretches
+from icefall_fusion.decode.job import DecodeRun
+from icefall_fusion.decode.method_names import (
+    METHODS,
+    choose_methods,
+    parse_method,
+    parse_methods,
+    weights_of,
+)
+from icefall_fusion.decode.options import DecodeOptions
+from icefall_fusion.decode.recognizer import Recognizer
+from icefall_fusion.decode.run_files import RunFile
+from icefall_fusion.decode.segments import rate_of, segments_of, split_long
 from icefall_fusion.decode.utterances import (
     InputError,
     Utterance,
@@ -90,7 +98,7 @@ def test_every_method_leaves_its_files_and_a_row(whole) -> None:
         assert math.isfinite(row["wer"]) and row["search_seconds"] > 0 and row["peak_memory_bytes"] > 0
         for kind in ("recogs", "errs", "wer-summary"):
             assert (whole / f"{kind}-noise-{row['method']}.txt").exists()
-        needs_lm = any(part.source not in ("attention", "ngram") for part in parse_method(row["method"]))
+        needs_lm = bool(set(parse_method(row["method"]).sources) - {"attention", "ngram"})
         assert (row["lm_forwards"] > 0) == needs_lm and (row["lm_tokens_scored"] > 0) == needs_lm
     record = json.loads((whole / "run.json").read_text())
     assert record["status"] == "done" and record["skipped"] == [] and "torch" in record["versions"]
@@ -120,7 +128,7 @@ def test_results_do_not_depend_on_the_batch(whole, made, tmp_path) -> None:
 def test_a_killed_run_goes_on(whole, made, tmp_path) -> None:
     methods = "ctc-prefix,nlm-shallow+llm-delayed-shortest"
     command = arguments(made, tmp_path, "--batch_size", "1", "--methods", methods)
-    work = tmp_path / "work-noise-nlm-shallow+llm-delayed-shortest.jsonl"
+    work = tmp_path / "nbest-noise-nlm-shallow+llm-delayed-shortest.jsonl"
     process = subprocess.Popen([sys.executable, "-m", "icefall_fusion", *command], stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
@@ -136,8 +144,9 @@ def test_a_killed_run_goes_on(whole, made, tmp_path) -> None:
     assert nbest.read_text().startswith(before.splitlines()[0])
     for method in methods.split(","):
         assert_same(lists(tmp_path, method), lists(whole, method))
-        lines = (tmp_path / f"work-noise-{method}.jsonl").read_text().splitlines()[1:]
-        assert sorted(u for line in lines for u in json.loads(line)["ids"]) == sorted(lists(whole, method))
+        lines = (tmp_path / f"nbest-noise-{method}.jsonl").read_text().splitlines()[1:]
+        names = [entry["utterance"] for line in lines for entry in json.loads(line)["lists"]]
+        assert sorted(names) == sorted(lists(whole, method))
     stamp = nbest.stat().st_mtime_ns
     assert main(command) == 0 and nbest.stat().st_mtime_ns == stamp  # nothing was left to do
 
@@ -271,20 +280,21 @@ def test_parts_carry_what_was_recognized_to_the_llm(made, tmp_path, capsys) -> N
     options = arguments(named, tmp_path / "out", "--methods", ",".join(methods), "--longest", "1")[1:]
     options += ["--llm.carry", "true", "--llm.context_words", "5", "--llm.text", "sentence"]
     assert main(["decode", *options]) == 0
-    decoder = Decoder(parse_options(DecodeOptions, [*options, "--out", str(tmp_path / "twin")], "decode"))
-    lm, thirds = decoder.lms.get("llm"), 0
+    parsed = parse_options(DecodeOptions, options, "decode")
+    recognizer = Recognizer(parsed, parsed.methods)
+    lm, thirds = recognizer.models.get("llm"), 0
     for method in (methods[0], methods[2]):
-        [fused] = parse_method(method)
+        [fused] = parse_method(method).fusions
         found = lists(tmp_path / "out", method)
-        for utterance in read_cuts(named["cuts"], decoder.source.wants):
+        for utterance in read_cuts(named["cuts"], recognizer.source.wants):
             words: list[str] = []
             score = 0.0
-            for parts, emissions, _ in decoder.emit_parts("noise", [utterance]):
+            for parts, emissions, _ in recognizer.emit([utterance]):
                 [part] = parts
                 prompt = " ".join(adapt(words, "sentence").split()[-5:])
                 thirds += part.number == 2 and bool(prompt)
                 fusion = DelayedFusion(lm, 0.4, 0.5, fused.trigger, "sentence", prompt or None)
-                search = (emissions.log_probs, emissions.lens, decoder.options.search, emissions.tokens)
+                search = (emissions.log_probs, emissions.lens, parsed.search, emissions.tokens)
                 [nbest] = ctc_prefix_search(*search, [fusion], emissions.ids)
                 words += nbest[0].words()
                 score += nbest[0].scores["llm"]
@@ -377,13 +387,15 @@ def test_a_second_call_keeps_the_rows_of_the_first(made, tmp_path, capsys) -> No
 
 def test_names_of_methods() -> None:
     assert parse_methods("all") == list(METHODS) and len(METHODS) == 17
-    assert parse_method("ctc-prefix") == ()
-    assert parse_method("llm-delayed-interval-7")[0].trigger.frames == 7
-    assert [part.source for part in parse_method("nlm-shallow+llm-delayed-every-frame")] == ["nlm", "llm"]
-    ahead = parse_method("ngram-shallow+llm-delayed-interval-7-ahead")
-    assert [(part.source, part.look_ahead) for part in ahead] == [("ngram", False), ("llm", True)]
-    late = parse_method("llm-delayed-shortest-late-8-ahead")[0]
-    assert late == replace(parse_method("llm-delayed-shortest")[0], late=8, look_ahead=True)
+    assert parse_method("ctc-prefix").sources == [] and parse_method("ctc-greedy").search == "greedy"
+    assert parse_method("llm-delayed-interval-7").fusions[0].trigger.frames == 7
+    assert parse_method("nlm-shallow+llm-delayed-every-frame").sources == ["nlm", "llm"]
+    both = parse_method("attention-rescoring+llm-delayed-shortest")
+    assert [spec.source for spec in both.fusions] == ["llm"] and both.needs == {"llm", "attention"}
+    ahead = parse_method("ngram-shallow+llm-delayed-interval-7-ahead").fusions
+    assert [(spec.source, spec.look_ahead) for spec in ahead] == [("ngram", False), ("llm", True)]
+    [late] = parse_method("llm-delayed-shortest-late-8-ahead").fusions
+    assert late == replace(parse_method("llm-delayed-shortest").fusions[0], late=8, look_ahead=True)
     given = {"llm-delayed-shortest-ahead": {"llm": 0.7, "words": 0.2}}
     assert weights_of("llm-delayed-shortest-late-8-ahead", given) == {"ctc": 1.0, "llm": 0.7, "words": 0.2}
     wrong_names = ["nlm-shallow-ahead", "llm-delayed-ahead", "llm-delayed-shortest-ahead-ahead"]
@@ -393,7 +405,7 @@ def test_names_of_methods() -> None:
             parse_method(wrong)
     with pytest.raises(ValueError, match="use each source of scores once"):
         parse_method("llm-delayed-shortest+llm-nbest-rescoring")
-    with pytest.raises(ValueError, match="FixedInterval.frames must be at least 1"):
+    with pytest.raises(ValueError, match="FixedInterval.frames must be an integer, at least 1"):
         parse_method("llm-delayed-interval-0")
     assert weights_of("ctc-prefix", {"ctc-prefix": {}}) == {"ctc": 1.0}
     with pytest.raises(ValueError, match="did you mean 'llm'"):
@@ -496,7 +508,7 @@ def test_parts_of_long_cuts_are_those_of_the_whole(tmp_path, wants, kind) -> Non
     write_cuts([long_cut(tmp_path, kind)], tmp_path / "cuts.jsonl.gz")
     [utterance] = read_cuts(tmp_path / "cuts.jsonl.gz", wants)
     whole = utterance.load()
-    values = [part.load() for part in stretches(utterance, 2.0)]
+    values = [part.load() for part in segments_of(utterance, 2.0)]
     assert len(values) >= 4 and all(0 < len(part) <= 2 * rate_of(whole) for part in values)
     assert torch.cat(values).shape == whole.shape and (torch.cat(values) - whole).abs().max() < 1e-3
 
@@ -514,7 +526,7 @@ def test_long_files_are_read_part_by_part(tmp_path, wants, rate) -> None:
         most = max(most, seconds)
         return utterance.load(start, seconds)
 
-    parts = stretches(replace(utterance, load=load), 2.0)
+    parts = segments_of(replace(utterance, load=load), 2.0)
     values = [part.load() for part in parts]
     assert len(parts) >= 5 and most <= 2.4
     assert [(part.start, part.number, part.count) for part in parts] == [
@@ -530,9 +542,9 @@ def test_a_part_that_cannot_be_read_takes_its_utterance_along(made, tmp_path, mo
     options = ["--methods", "llm-delayed-shortest", "--longest", "1", "--batch_seconds", "2"]
     options += ["--save_emissions", str(tmp_path / "kept"), "--llm.carry", str(carry).lower()]
     options = arguments({**made, "cuts": str(cuts)}, tmp_path / "out", *options)[1:]
-    decoder = Decoder(parse_options(DecodeOptions, options, "decode"))
-    *good, bad = read_cuts(cuts, decoder.source.wants)
-    starts = [part.start for part in stretches(bad, 1.0)]
+    decode = DecodeRun(parse_options(DecodeOptions, options, "decode"))
+    *good, bad = read_cuts(cuts, decode.recognizer.source.wants)
+    starts = [part.start for part in segments_of(bad, 1.0)]
     seen: list[float] = []
 
     def load(start: float, seconds: float) -> torch.Tensor:
@@ -543,12 +555,12 @@ def test_a_part_that_cannot_be_read_takes_its_utterance_along(made, tmp_path, mo
 
     seen += starts[2:3]
     monkeypatch.setattr("icefall_fusion.decode.job.read_cuts", lambda *_: [*good, replace(bad, load=load)])
-    [row] = decoder.decode_set("noise", str(cuts))
-    assert [(entry["id"], entry["error"]) for entry in decoder.skipped] == [(bad.id, "the disk is gone")]
+    [row] = decode.decode_set("noise", str(cuts))
+    assert [(entry["id"], entry["error"]) for entry in decode.skipped] == [(bad.id, "the disk is gone")]
     assert sorted(lists(tmp_path / "out", "llm-delayed-shortest")) == sorted(u.id for u in good)
-    [work] = (tmp_path / "out").glob("work-*")
-    assert all(json.loads(line)["ids"] for line in work.read_text().splitlines()[1:])
-    saved = SavedSource(tmp_path / "kept" / "noise", decoder.source.tokens)
+    [work] = (tmp_path / "out").glob("nbest-*")
+    assert all(json.loads(line)["lists"] for line in work.read_text().splitlines()[1:])
+    saved = SavedSource(tmp_path / "kept" / "noise", decode.recognizer.source.tokens)
     assert sorted(saved.ids) == sorted(u.id for u in good)
     assert row["audio_seconds"] == pytest.approx(sum(u.seconds for u in good))
 
@@ -565,26 +577,28 @@ def test_parts_are_joined() -> None:
     assert joined[0].times[1] == WordTime("c", 10.1, 10.2)
 
 
-def test_log_drops_the_lists_of_an_unfinished_batch(tmp_path) -> None:
+def test_a_run_file_drops_a_batch_that_was_cut_short(tmp_path) -> None:
     def nbest(name: str) -> NBest:
         return NBest(name, [Hypothesis([], "x", {"total": 0.0})])
 
-    log = MethodLog(tmp_path, "s", "m", {"beam": 1})
+    log = RunFile(tmp_path, "s", "m", {"beam": 1})
     rates = ({"retokenize_words": n, "retokenize_hits": 4, "retokenize_hit_rate": 4 / n} for n in (4, 12))
     log.append([nbest("a"), nbest("b")], {"search": 1.0, "kv_bytes_peak": 5, **next(rates)})
     log.append([nbest("c")], {"search": 2.0, "kv_bytes_peak": 3, **next(rates)})
     log.close()
-    with open(log.nbest_path, "a") as file:
-        file.write(nbest("d").to_json() + "\n")  # its line of work never came
-    log = MethodLog(tmp_path, "s", "m", {"beam": 1})
-    assert sorted(log.done) == ["a", "b", "c"]
+    with open(log.path, "a") as file:
+        file.write('{"lists": [{"utterance": "d"')  # killed here
+    log = RunFile(tmp_path, "s", "m", {"beam": 1})
+    assert sorted(log) == ["a", "b", "c"] and log["b"] == nbest("b")
+    assert '"utterance": "d"' not in log.path.read_text()
     assert log.totals() == {
         "search": 3.0, "kv_bytes_peak": 5, "retokenize_words": 16, "retokenize_hits": 8,
         "retokenize_hit_rate": 0.5,
     }  # fmt: skip
     log.close()
     with pytest.raises(ValueError, match="run of m with beam = 1, which is now 2"):
-        MethodLog(tmp_path, "s", "m", {"beam": 2})
+        RunFile(tmp_path, "s", "m", {"beam": 2})
+    assert [found.utterance for found in read_nbests(log.path)] == ["a", "b", "c"]
 
 
 @pytest.mark.gpu

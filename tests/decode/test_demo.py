@@ -42,11 +42,11 @@ def test_demo_leaves_results_and_plot(workers, tmp_path, capsys) -> None:
 
 
 def test_without_models_the_demo_says_so(tmp_path, capsys) -> None:
-    from icefall_fusion.decode.job import DecodeOptions
+    from icefall_fusion.decode.options import DecodeOptions
 
     stories = tmp_path / "stories.txt"
     stories.write_text("A sentence.\n")
     arguments = ["--stories", str(stories), "--pretrained", str(tmp_path), "--out", str(tmp_path / "demo")]
     assert main(["demo", *arguments]) == 2 and not (tmp_path / "demo").exists()
     with pytest.raises(FileNotFoundError, match="no pretrained model"):
-        with_pretrained(DecodeOptions("out", {"dev": "x"}), tmp_path)
+        with_pretrained(DecodeOptions(out="out", test_sets={"dev": "x"}), tmp_path)

@@ -16,13 +16,14 @@ import tiny
 import torch
 
 from icefall_fusion.__main__ import main
-from icefall_fusion.acoustic.sources import EmissionOptions
-from icefall_fusion.decode.job import Decoder
+from icefall_fusion.acoustic.sources import CheckpointSource, EmissionOptions
+from icefall_fusion.common.processes import Processes
+from icefall_fusion.decode.job import DecodeRun
 from icefall_fusion.decode.language_models import LmOptions
 from icefall_fusion.decode.options import DecodeOptions
-from icefall_fusion.decode.run_files import MethodLog
-from icefall_fusion.decode.shards import Processes, ShardedLog
-from icefall_fusion.nbest import Hypothesis, NBest
+from icefall_fusion.decode.recognizer import Recognizer
+from icefall_fusion.decode.run_files import RunFile, SharedRunFile
+from icefall_fusion.nbest import Hypothesis, NBest, read_nbests
 
 METHODS = "ctc-prefix,llm-delayed-shortest"
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,7 +58,7 @@ def test_two_processes_leave_what_one_leaves_also_after_a_kill(made, tmp_path) -
     process = two_processes(arguments(made, two))
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
-        if sum(path.read_text().count("\n") for path in two.glob("rank-*/work-*")) >= 7:  # 4 have options
+        if sum(path.read_text().count("\n") for path in two.glob("rank-*/nbest-*")) >= 7:  # 4 have options
             os.killpg(process.pid, signal.SIGKILL)
         time.sleep(0.002)
     process.wait()
@@ -67,7 +68,7 @@ def test_two_processes_leave_what_one_leaves_also_after_a_kill(made, tmp_path) -
     assert json.loads((two / "run.json").read_text())["processes"] == 2
     for method in METHODS.split(","):
         name = f"nbest-noise-{method}.jsonl"
-        lists = [sorted((out / name).read_text().splitlines()) for out in (two, tmp_path / "one")]
+        lists = [{n.utterance: n for n in read_nbests(out / name)} for out in (two, tmp_path / "one")]
         assert lists[0] == lists[1]
     before = (two / "results.json").stat().st_mtime_ns
     assert main(arguments(made, two)) == 0  # one process finds nothing left to do
@@ -79,13 +80,13 @@ def nbest(utterance: str) -> NBest:
     return NBest(utterance, [Hypothesis(tokens=[3], text="a", scores=scores)], {"ctc": 1.0})
 
 
-def open_log(folder: Path) -> ShardedLog:
-    return ShardedLog(Processes(), folder, "set", "m", {"x": 1})
+def open_log(folder: Path) -> SharedRunFile:
+    return SharedRunFile(Processes(), folder, "set", "m", {"x": 1})
 
 
 def test_what_processes_left_is_taken_in_once(tmp_path) -> None:
     for rank, names in enumerate((("a", "b"), ("c",))):
-        part = MethodLog(tmp_path / f"rank-{rank}", "set", "m", {"x": 1})
+        part = RunFile(tmp_path / f"rank-{rank}", "set", "m", {"x": 1})
         part.append([nbest(name) for name in names], {"search": 1.0})
         part.close()
     kept = {path: path.read_bytes() for path in tmp_path.glob("rank-*/*")}
@@ -100,7 +101,7 @@ def test_what_processes_left_is_taken_in_once(tmp_path) -> None:
     assert not list(tmp_path.glob("rank-*"))
     log.whole.close()
 
-    part = MethodLog(tmp_path / "rank-5", "set", "m", {"x": 1})
+    part = RunFile(tmp_path / "rank-5", "set", "m", {"x": 1})
     part.append([nbest("c"), nbest("d")], {"search": 1.0})
     part.close()
     with pytest.raises(ValueError, match=r"must hold each utterance once, but 1 .* \['c'\]"):
@@ -108,10 +109,10 @@ def test_what_processes_left_is_taken_in_once(tmp_path) -> None:
 
 
 def test_missing_utterances_are_refused(tmp_path) -> None:
-    log = ShardedLog(Processes(), tmp_path, "set", "m", {"x": 1})
+    log = SharedRunFile(Processes(), tmp_path, "set", "m", {"x": 1})
     log.append([nbest("a")], {"search": 1.0})
     log._processes = Processes(world=2)  # as the first of two whose other one has decoded nothing
-    log._mine = MethodLog(tmp_path / "rank-0", "set", "m", {"x": 1})
+    log._mine = RunFile(tmp_path / "rank-0", "set", "m", {"x": 1})
     log._processes.__class__.gather, real = (lambda self, value: [value] * self.world), Processes.gather
     try:
         with pytest.raises(RuntimeError, match=r"1 utterances of set are missing .* \['b'\]"):
@@ -121,37 +122,36 @@ def test_missing_utterances_are_refused(tmp_path) -> None:
 
 
 def test_out_of_memory_halves_the_batch_and_changes_no_result(made, tmp_path, monkeypatch) -> None:
-    def decode(out: str) -> Decoder:
-        decoder = Decoder(DecodeOptions(
-            str(tmp_path / out), {"noise": made["cuts"]}, EmissionOptions(made["model"]), METHODS,
-            llm=LmOptions(made["llm"]), batch_size=5,
+    def decode(out: str) -> DecodeRun:
+        decode = DecodeRun(DecodeOptions(
+            out=str(tmp_path / out), test_sets={"noise": made["cuts"]}, methods=METHODS,
+            emissions=EmissionOptions(made["model"]), llm=LmOptions(made["llm"]), batch_size=5,
         ))  # fmt: skip
-        decoder.decode_set("noise", made["cuts"])
-        decoder.write_run("done")
-        return decoder
+        decode.decode_all()
+        return decode
 
     decode("enough")
-    search, emit = Decoder._search_once, Decoder._emit
+    search, emit = Recognizer._search, CheckpointSource.emit
 
-    def small_search(self, method, emissions):
+    def small_search(self, method, emissions, *context):
         if len(emissions.ids) > 1 and method.name != "ctc-prefix":
             raise torch.OutOfMemoryError("no room")
-        return search(self, method, emissions)
+        return search(self, method, emissions, *context)
 
-    def small_emit(self, name, parts, values):
-        if len(parts) > 4:
+    def small_emit(self, ids, values):
+        if len(ids) > 4:
             raise torch.OutOfMemoryError("no room")
-        return emit(self, name, parts, values)
+        return emit(self, ids, values)
 
-    monkeypatch.setattr(Decoder, "_search_once", small_search)
-    monkeypatch.setattr(Decoder, "_emit", small_emit)
-    decoder = decode("little")
+    monkeypatch.setattr(Recognizer, "_search", small_search)
+    monkeypatch.setattr(CheckpointSource, "emit", small_emit)
+    recognizer = decode("little").recognizer
     assert json.loads((tmp_path / "little" / "run.json").read_text())["oom_backoffs"] == 2
-    assert decoder.oom_backoffs == 2 and wers(tmp_path / "little") == wers(tmp_path / "enough")
+    assert recognizer.oom_backoffs == 2 and wers(tmp_path / "little") == wers(tmp_path / "enough")
 
-    def no_room(self, method, emissions):
+    def no_room(self, method, emissions, *context):
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr(Decoder, "_search_once", no_room)
+    monkeypatch.setattr(Recognizer, "_search", no_room)
     with pytest.raises(torch.OutOfMemoryError):
         decode("none")

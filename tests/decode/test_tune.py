@@ -12,9 +12,9 @@ import tiny
 import yaml
 
 from icefall_fusion.__main__ import main
-from icefall_fusion.decode.methods import weights_of
-from icefall_fusion.decode.options import read_weights
+from icefall_fusion.decode.method_names import weights_of
 from icefall_fusion.decode.tune import ScoreTable, coordinate_search
+from icefall_fusion.decode.weights import read_weights
 from icefall_fusion.nbest import Hypothesis, NBest, write_nbests
 from icefall_fusion.scoring.wer import word_errors
 

@@ -16,7 +16,7 @@ from icefall_fusion.acoustic.emissions import SavedSource
 from icefall_fusion.acoustic.sources import EmissionOptions
 from icefall_fusion.decode.job import run
 from icefall_fusion.decode.language_models import LmOptions
-from icefall_fusion.decode.methods import K2_METHODS, needs, parse_method, parse_methods, weights_of
+from icefall_fusion.decode.method_names import K2_METHODS, parse_method, parse_methods, weights_of
 from icefall_fusion.decode.options import DecodeOptions
 from icefall_fusion.fusion.rescoring import rescore_with_ngram
 from icefall_fusion.lattice.beam import LatticeBeamOptions
@@ -39,8 +39,8 @@ def models(tmp_path_factory):
     made = tiny.everything(folder)
     made["cuts"] = str(tiny.manifest(folder / "some", COUNT))
     options = DecodeOptions(
-        str(folder / "first"), {"test": made["cuts"]}, EmissionOptions(made["model"]), "ctc-greedy",
-        save_emissions=str(folder / "emissions"),
+        out=str(folder / "first"), test_sets={"test": made["cuts"]}, methods="ctc-greedy",
+        emissions=EmissionOptions(made["model"]), save_emissions=str(folder / "emissions"),
     )  # fmt: skip
     assert run(options) == 0
     tokens = AcousticTokens.load(made["model"])
@@ -60,8 +60,8 @@ def models(tmp_path_factory):
 
 def options(models, out, methods="k2-all", **more):
     return DecodeOptions(
-        str(out), {"test": models["cuts"]}, EmissionOptions(models["model"]), methods,
-        llm=LmOptions(models["llm"]), weights=WEIGHTS,
+        out=str(out), test_sets={"test": models["cuts"]}, methods=methods,
+        emissions=EmissionOptions(models["model"]), llm=LmOptions(models["llm"]), weights=WEIGHTS,
         k2=K2Options(saved=models["lattices"], beam=LatticeBeamOptions(beam=8)), **more,
     )  # fmt: skip
 
@@ -153,10 +153,10 @@ def test_tune_takes_lists_of_lattices_as_any_others(models, decoded, tmp_path, c
 
 def test_names_say_what_methods_need() -> None:
     assert parse_methods("k2-all") == list(K2_METHODS)
-    assert needs("k2-1best") == {"graph"}
-    assert needs("k2-whole-lattice-ngram-rescoring") == {"graph", "word_ngram"}
-    assert needs("k2-attention-rescoring") == {"graph", "attention"}
-    assert needs("k2-llm-delayed-interval-16") == {"graph", "llm"}
+    assert parse_method("k2-1best").needs == {"graph"}
+    assert parse_method("k2-whole-lattice-ngram-rescoring").needs == {"graph", "word_ngram"}
+    assert parse_method("k2-attention-rescoring").needs == {"graph", "attention"}
+    assert parse_method("k2-llm-delayed-interval-16").needs == {"graph", "llm"}
     assert set(weights_of("k2-llm-delayed-shortest", {})) == {"ctc", "hlg", "llm", "words"}
     with pytest.raises(ValueError, match="must have no shallow fusion"):
         parse_method("k2-nbest+nlm-shallow")
@@ -165,8 +165,8 @@ def test_names_say_what_methods_need() -> None:
 
 
 def test_methods_without_lattices_are_refused_or_left_out(models, tmp_path, caplog) -> None:
-    plain = DecodeOptions(str(tmp_path / "out"), {"test": models["cuts"]}, EmissionOptions(models["model"]),
-                          "k2-1best")  # fmt: skip
+    plain = DecodeOptions(out=str(tmp_path / "out"), test_sets={"test": models["cuts"]}, methods="k2-1best",
+                          emissions=EmissionOptions(models["model"]))  # fmt: skip
     with pytest.raises(ValueError, match="k2.graph must name a decoding graph .* for the method 'k2-1best'"):
         run(plain)
     object.__setattr__(plain, "methods", "ctc-greedy,k2-all")

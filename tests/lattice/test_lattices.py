@@ -56,7 +56,7 @@ def read(reading, source, options, emissions, fusions=()):
     weights = {**WEIGHTS, "ngram": WEIGHTS["ngram"] if reading in ("nbest-ngram", "whole") else 0.0}
     weights = {"hlg": 0.0, **weights} if reading == "whole" else weights
     references = dict.fromkeys(emissions.ids, "a cd")
-    return read_lattices(reading, source, options, emissions, weights, fusions, references)[0]
+    return read_lattices(reading, source, options, emissions, weights, fusions, references)
 
 
 @needs_k2
@@ -75,9 +75,10 @@ def test_saved_lattices_give_what_k2_gives(options, tmp_path, reading) -> None:
         assert [h.text for h in one] == [h.text for h in other]
         assert [h.total for h in one] == pytest.approx([h.total for h in other], abs=1e-4)
         assert one[0].times == other[0].times
+    before = saved.counters["lattice_seconds"]
     some = saved.lattices(Emissions(["u2"], emissions.log_probs[2:, :4], emissions.lens[2:], TOKENS, 0.04))
-    assert torch.equal(some[0].label, plain.select([2]).label)
-    assert some[1] == pytest.approx(1.0)  # a third of the batch's seconds
+    assert torch.equal(some.label, plain.select([2]).label)
+    assert saved.counters["lattice_seconds"] - before == pytest.approx(1.0)  # a third of the batch's
     assert K2Options(saved=str(tmp_path)).sources() == {"graph", "word_ngram"}
 
 
@@ -104,7 +105,7 @@ def test_every_list_has_scores_by_source_that_make_its_total(options, reading) -
 @needs_k2
 def test_ctc_scores_of_lists_are_those_of_the_prefix_search(options) -> None:
     emissions, source = batch(3), open_lattices(options, TOKENS, "cpu")
-    nbests, _ = source.lists(emissions, "nbest")
+    nbests = source.lists(emissions, "nbest")
     prefixes = ctc_prefix_search(emissions.log_probs, emissions.lens, PrefixSearchOptions(beam=600), TOKENS)
     for nbest, prefix in zip(nbests, prefixes):
         known = {tuple(h.tokens): h.scores["ctc"] for h in prefix}
@@ -166,8 +167,8 @@ def test_the_jobs_make_graphs_and_lattices(tmp_path, capsys) -> None:
     job += ["--batch_size", "2"]
     assert main([*job, "--out", str(tmp_path / "out")]) == 0
     saved = SavedLattices(tmp_path / "out", tokens, CPU)
-    lists, seconds = saved.lists(Emissions(["z", "x"], values[[2, 0]], lens[[2, 0]], tokens, 0.04), "whole")
-    assert [nbest.utterance for nbest in lists] == ["z", "x"] and seconds > 0
+    lists = saved.lists(Emissions(["z", "x"], values[[2, 0]], lens[[2, 0]], tokens, 0.04), "whole")
+    assert [nbest.utterance for nbest in lists] == ["z", "x"] and saved.counters["lattice_seconds"] > 0
     assert main([*job, "--out", str(tmp_path / "out")]) == 0  # nothing is left to do
     capsys.readouterr()
     assert main([*job, "--out", str(tmp_path / "out"), "--k2.lattice.paths", "3"]) == 2

@@ -10,7 +10,7 @@ import random
 import pytest
 
 from icefall_fusion.__main__ import main
-from icefall_fusion.nbest import Hypothesis, NBest, word_edits, write_nbests
+from icefall_fusion.nbest import Hypothesis, NBest, write_nbests
 from icefall_fusion.scoring.wer import (
     ScoreOptions,
     count_errors,
@@ -19,6 +19,7 @@ from icefall_fusion.scoring.wer import (
     word_errors,
     write_wer_files,
 )
+from tests.reference.word_edits import word_edits
 
 
 def nbest(utterance: str, *texts: str) -> NBest:

@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 
 from icefall_fusion.common.files import write_json, write_text
 from icefall_fusion.data.manifests import cuts_path
-from icefall_fusion.nbest import Hypothesis, NBest, write_nbests
+from icefall_fusion.decode.run_files import RunFile
+from icefall_fusion.nbest import Hypothesis, NBest
 from icefall_fusion.train.checkpoints import save_checkpoint
 from tests.decode.test_faults import corpus, cut, fbank
 
@@ -110,7 +111,10 @@ def decoding_of(
 ) -> Path:
     out = folder / "decode"
     hypothesis = Hypothesis(tokens=[3], text=text, scores={"ctc": score, "words": 1.0, "total": score})
-    write_nbests(out / "nbest-dev-m.jsonl", [NBest("u", [hypothesis], {"ctc": 1.0})] * again)
+    file = RunFile(out, "dev", "m", {})
+    for _ in range(again):
+        file.append([NBest("u", [hypothesis], {"ctc": 1.0})], {"search": 1.0})
+    file.close()
     write_text(out / "recogs-dev-m.txt", text)
     row = {"test_set": "dev", "method": "m", "wer": wer, "oracle_wer": 1, "words": 2}
     write_json(out / "results.json", [row])
@@ -122,7 +126,7 @@ def decoding_of(
 def test_differences_of_decodings_are_found(tmp_path: Path) -> None:
     one = decoding_of(tmp_path / "one")
     assert compare.decoding(one, decoding_of(tmp_path / "same", score=-1.0 + 1e-5)) == []
-    assert compare.decoding_progress(one) == "1 lists"
+    assert compare.decoding_progress(one) == "1 batches"
     for name, change in {
         "text": {"text": "a c"}, "score": {"score": -1.1}, "wer": {"wer": 5.1}, "twice": {"again": 2},
     }.items():  # fmt: skip

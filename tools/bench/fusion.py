@@ -29,8 +29,9 @@ import figures  # noqa: E402
 import speech  # noqa: E402
 from shapes import SHAPES, of_shape  # noqa: E402
 
-from icefall_fusion.decode.job import Decoder  # noqa: E402
-from icefall_fusion.decode.methods import parse_method  # noqa: E402
+from icefall_fusion.common.devices import weight_bytes  # noqa: E402
+from icefall_fusion.decode.job import DecodeRun  # noqa: E402
+from icefall_fusion.decode.method_names import parse_method  # noqa: E402
 from icefall_fusion.search import PrefixSearchOptions  # noqa: E402
 
 METHODS = (
@@ -63,20 +64,17 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
                     change["quantization"] = quantization
                 llm, matched = (replace(lm, **change) for lm in (options.llm, options.matched_llm))
                 with of_shape(args.shape):
-                    decoder = Decoder(replace(options, llm=llm, matched_llm=matched))
+                    run = DecodeRun(replace(options, llm=llm, matched_llm=matched))
                 for _ in range(2 if figures.on_gpu(args.device) else 1):  # first kernels are compiled there
-                    found = [row for name, path in sets.items() for row in decoder.decode_set(name, path)]
+                    found = [row for name, path in sets.items() for row in run.decode_set(name, path)]
                 new = compare(found, args.methods, beam, batch, base)
-                plans = decoder.memory.sets
-                weights = max(plan["llm"]["weights"] if "llm" in plan else 0 for plan in plans.values())
-                fused = {name: lm.fused is not None for name, lm in decoder.lms.loaded().items()}
-                del decoder  # its models, before the next ones come
+                loaded = run.recognizer.models.loaded()
+                weights = weight_bytes(loaded["llm"].model) if "llm" in loaded else 0
+                fused = {name: lm.fused is not None for name, lm in loaded.items()}
+                del run, loaded  # its models, before the next ones come
                 more = {"quantization": quantization, "llm_weights": weights, "fused": fused}
                 new = [{**row, **more} for row in new]
                 rows += new
-                for name, memory in plans.items():
-                    planned, peak = memory["total"] / 2**20, memory["peak"] / 2**20
-                    print(f"memory of {name}: planned {planned:,.0f} MB, peak {peak:,.0f} MB")
                 figures.save(args, rows)  # a time limit takes nothing back
                 base = base or reference(new)
                 show(rows[-len(args.methods) :])
@@ -85,7 +83,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def faint(method: str) -> dict[str, float]:
     """Return weights with which a method does all its work and finds what the acoustic model finds."""
-    return {"words": 0.0, **{part.source: _FAINT for part in parse_method(method)}}
+    return {"words": 0.0, **dict.fromkeys(parse_method(method).sources, _FAINT)}
 
 
 def reference(rows: list[dict[str, Any]]) -> dict[str, Any]:

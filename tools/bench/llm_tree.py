@@ -38,7 +38,7 @@ import figures  # noqa: E402
 import speech  # noqa: E402
 from shapes import SHAPES, make_model  # noqa: E402
 
-from icefall_fusion.decode.job import Decoder  # noqa: E402
+from icefall_fusion.decode.job import DecodeRun  # noqa: E402
 from icefall_fusion.lm import CausalLm  # noqa: E402
 from icefall_fusion.lm.tree_cache import ForwardPlan, TreeCache  # noqa: E402
 from icefall_fusion.lm.tree_scorer import TreeOptions, TreeScorer  # noqa: E402
@@ -75,8 +75,8 @@ def record(args: argparse.Namespace) -> tuple[list[tuple[int, list[Event]]], flo
         args, f"{args.speech}/decode", sets, methods=[f"llm-delayed-interval-{args.interval}"],
         search=PrefixSearchOptions(beam=args.beam), batch_size=args.batch,
     )  # fmt: skip
-    decoder = Decoder(options)
-    lm, batches = decoder.lms.get("llm"), []
+    decode = DecodeRun(options)
+    lm, batches = decode.recognizer.models.get("llm"), []
 
     def open_tree(batch: int, *unused: Any, **also: Any) -> TreeScorer:
         scorer = RecordingScorer(lm, [[lm.bos_id]] * batch, TreeOptions())
@@ -85,7 +85,7 @@ def record(args: argparse.Namespace) -> tuple[list[tuple[int, list[Event]]], flo
         return scorer
 
     lm.open_tree = open_tree
-    rows = [row for name, path in options.test_sets.items() for row in decoder.decode_set(name, path)]
+    rows = decode.decode_all()
     return batches, sum(row["audio_seconds"] for row in rows)
 
 

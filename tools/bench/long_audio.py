@@ -31,7 +31,7 @@ import speech  # noqa: E402
 
 from icefall_fusion.data.audio import SAMPLE_RATE  # noqa: E402
 from icefall_fusion.data.manifests import cut_of, write_cuts  # noqa: E402
-from icefall_fusion.decode.job import Decoder  # noqa: E402
+from icefall_fusion.decode.job import DecodeRun  # noqa: E402
 from icefall_fusion.decode.utterances import Utterance, read_cuts  # noqa: E402
 
 PAUSE = 0.5  # seconds between two utterances
@@ -60,7 +60,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     sets = speech.manifests(args)
     utterances = [utterance for path in sets.values() for utterance in read_cuts(path, "audio")]
     rows = []
-    titles = f"{'WER %':>8}{'words':>8}{'RTF':>9}{'all s':>8}{'before MB':>11}{'peak MB':>9}{'KV MB':>8}"
+    titles = f"{'WER %':>8}{'words':>8}{'RTF':>9}{'all s':>8}{'peak MB':>9}{'KV MB':>8}"
     print(f"{'minutes':>8} {'longest':>8} {'carry':>6} {'method':32}{titles}")
     for minutes in args.minutes:
         manifest, repeated = join(utterances, minutes, Path(args.speech) / "long")
@@ -83,14 +83,14 @@ def decode(
         threads=args.threads,
     )  # fmt: skip
     llm = replace(options.llm, carry=carry, context_words=args.context_words)
-    decoder = Decoder(replace(options, llm=llm))
+    run = DecodeRun(replace(options, llm=llm))
     for _ in range(2 if figures.on_gpu(args.device) else 1):  # first kernels are compiled there
         begun = time.perf_counter()
-        [row] = decoder.decode_set("long", manifest)
-    wall, memory = time.perf_counter() - begun, decoder.memory.sets["long"]
+        [row] = run.decode_set("long", manifest)
+    wall = time.perf_counter() - begun
     kept = ("method", "wer", "words", "search_seconds", "lm_seconds", "audio_seconds", "kv_bytes_peak")
     found = {name: row.get(name, 0) for name in kept}
-    found.update(wall_seconds=wall, before_bytes=memory["held"], peak_bytes=memory["peak"])
+    found.update(wall_seconds=wall, peak_bytes=row["peak_memory_bytes"])
     return found
 
 
@@ -98,7 +98,7 @@ def show(row: dict[str, Any]) -> None:
     """Print a row."""
     rtf = (row["search_seconds"] + row["lm_seconds"]) / row["audio_seconds"]
     print(f"{row['minutes']:8g} {row['longest']:8g} {row['carry']!s:>6} {row['method']:32}{row['wer']:8.2f}"
-          f"{row['words']:8,}{rtf:9.5f}{row['wall_seconds']:8.1f}{row['before_bytes'] / 2**20:11,.0f}"
+          f"{row['words']:8,}{rtf:9.5f}{row['wall_seconds']:8.1f}"
           f"{row['peak_bytes'] / 2**20:9,.0f}{row['kv_bytes_peak'] / 2**20:8.1f}", flush=True)  # fmt: skip
 
 

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from icefall_fusion.acoustic.sources import EmissionOptions
 from icefall_fusion.decode.demo import SETS, DemoOptions, read_sentences, speak
-from icefall_fusion.decode.job import DecodeOptions
+from icefall_fusion.decode.options import DecodeOptions
 from icefall_fusion.decode.pretrained import with_pretrained
 
 
@@ -41,7 +41,8 @@ def manifests(args: argparse.Namespace) -> dict[str, str]:
 
 def decode_options(args: argparse.Namespace, out: str, sets: dict[str, str], **more: Any) -> DecodeOptions:
     """Return options of a decode with the shipped models, or with those that ``args`` names."""
-    options = DecodeOptions(out, sets, emissions=EmissionOptions(device=args.device), restart=True, **more)
+    emissions = EmissionOptions(device=args.device)
+    options = DecodeOptions(out=out, test_sets=sets, emissions=emissions, restart=True, **more)
     options = with_pretrained(options)
     if args.emissions_model:
         options = replace(options, emissions=replace(options.emissions, model=args.emissions_model))

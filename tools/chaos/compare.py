@@ -162,8 +162,8 @@ def training_progress(exp: Path) -> str:
 
 def decoding_progress(exp: Path) -> str:
     """Return how much is decoded."""
-    lists = sum(path.read_bytes().count(b"\n") for path in exp.glob("**/nbest-*.jsonl"))
-    return ", ".join([f"{lists} lists", *_marks(exp)])
+    batches = sum(path.read_bytes().count(b'"cost":') for path in exp.glob("**/nbest-*.jsonl"))
+    return ", ".join([f"{batches} batches", *_marks(exp)])
 
 
 def _marks(folder: Path) -> list[str]:

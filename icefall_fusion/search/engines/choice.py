@@ -116,7 +116,10 @@ def _open(engine: str, inputs: SearchInput, beam: Beam, options: PrefixSearchOpt
         from icefall_fusion.search.engines.gpu import GpuSearch as Search
     else:
         from icefall_fusion.search.engines.tensors import TensorSearch as Search
-    return Search(inputs, plan, beam, options, fusions), plan
+    search = Search(inputs, plan, beam, options, fusions)
+    if engine == "triton":
+        search.compile()
+    return search, plan
 
 
 @functools.lru_cache(maxsize=1)

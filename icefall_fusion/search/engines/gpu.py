@@ -144,7 +144,6 @@ class GpuSearch(CompiledSearch):
             "I": kernel.INTEGERS, "F": kernel.NUMBERS, "W": kernel.COUNTS,
             "num_warps": _warps(width, wide, shallow == 2),
         }  # fmt: skip
-        self._compile()
 
     def _begin(self, beam: Beam) -> None:
         """Let all stand at the root."""
@@ -173,8 +172,12 @@ class GpuSearch(CompiledSearch):
             *self.tables,
         )  # fmt: skip
 
-    def _compile(self) -> None:
-        """Make the kernel that this search needs, by a call that searches no frame."""
+    def compile(self) -> None:
+        """Make the kernel that this search needs, by a call that searches no frame.
+
+        Raises:
+            Unavailable: it cannot be made.
+        """
         try:
             self._launch(0)
         except Exception as error:  # of a compiler or a driver: any

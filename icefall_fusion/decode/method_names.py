@@ -1,0 +1,253 @@
+"""The table of decoding methods: a name such as ``nlm-shallow+llm-delayed-shortest`` and what it stands for.
+Knows: names, triggers, which models a method needs, weights. Must not know: models, searches, files.
+
+A name joins parts by "+". A part is a fusion that takes part in the search, or a second pass over the N-best.
+Names k2-* begin with a way to read lattices instead of the prefix search. A new part is an entry of `_PARTS`.
+"""
+from __future__ import annotations
+
+import logging
+import math
+import re
+from dataclasses import dataclass, replace
+from typing import Container, Mapping, Optional, Sequence, Union
+
+from icefall_fusion.common.checks import check, check_choice, nearest
+from icefall_fusion.fusion import AtEnd, EveryFrame, FixedInterval, ShortestHypothesis
+from icefall_fusion.fusion.triggers import Trigger
+from icefall_fusion.lattice.readings import K2_METHODS, needs_of, split_name
+
+#: The methods of the comparison, in the order of the table.
+METHODS = (
+    "ctc-greedy",
+    "ctc-prefix",
+    "attention-rescoring",
+    "nlm-shallow",
+    "llm-shallow",
+    "llm-nbest-rescoring",
+    "llm-delayed-shortest",
+    "llm-delayed-interval-16",
+    "llm-delayed-interval-32",
+    "llm-delayed-interval-64",
+    "nlm-shallow+llm-delayed-shortest",
+    "nlm-shallow+llm-delayed-interval-16",
+    "ngram-shallow",
+    "llm-delayed-shortest-ahead",
+    "llm-delayed-interval-16-ahead",
+    "llm-delayed-interval-64-ahead",
+    "ngram-shallow+llm-delayed-shortest",
+)
+#: Used for a method that the weights file does not name.
+DEFAULT_WEIGHTS = {
+    "attention": 1.0, "nlm": 0.3, "ngram": 0.3, "llm": 0.4, "matched_llm": 0.4, "hlg": 0.5, "words": 0.5,
+}  # fmt: skip
+_TABLES = {"all": METHODS, "k2-all": K2_METHODS}
+_GRAPHS = {
+    "graph": "k2.graph must name a decoding graph of the job make-graph, or k2.saved lattices,",
+    "word_ngram": "k2.ngram must name a graph G of the job make-graph (or k2.saved lattices made with one)",
+}
+NO_DECODER = (
+    "{} must have an acoustic model with an attention decoder (EmissionOptions.model), but this one has none"
+)
+
+
+@dataclass(frozen=True)
+class FusionSpec:
+    """A fusion that takes part in the search.
+
+    Args:
+        source: of its score, and of the model.
+        trigger: when delayed fusion scores; None: shallow fusion.
+        look_ahead: whether an n-gram ranks what delayed fusion has not scored yet.
+        late: frames by which the scores of delayed fusion come late.
+    """
+
+    source: str
+    trigger: Optional[Trigger] = None
+    look_ahead: bool = False
+    late: int = 0
+
+
+@dataclass(frozen=True)
+class RescoringSpec:
+    """A second pass: the source of its score, and of the model."""
+
+    source: str
+
+
+@dataclass(frozen=True)
+class MethodSpec:
+    """What a name stands for.
+
+    Args:
+        name: of the method.
+        search: ``greedy``, ``prefix``, or a way to read lattices (see `lattice.readings.K2_PARTS`).
+        fusions: that take part in the search.
+        rescorers: second passes, in their order.
+        stored: sources of scores that paths of lattices come with.
+    """
+
+    name: str
+    search: str = "prefix"
+    fusions: tuple[FusionSpec, ...] = ()
+    rescorers: tuple[RescoringSpec, ...] = ()
+    stored: tuple[str, ...] = ()
+
+    @property
+    def of_lattices(self) -> bool:
+        return self.search not in ("greedy", "prefix")
+
+    @property
+    def sources(self) -> list[str]:
+        """All sources of scores beside ``ctc`` and ``words``."""
+        return [*self.stored, *(part.source for part in (*self.fusions, *self.rescorers))]
+
+    @property
+    def needs(self) -> set[str]:
+        """Models it needs: sources, ``ngram`` for look-ahead, ``graph`` and ``word_ngram`` for lattices."""
+        models = {part.source for part in (*self.fusions, *self.rescorers)}
+        models |= {"ngram"} if any(fusion.look_ahead for fusion in self.fusions) else set()
+        return models | (needs_of(self.search) if self.of_lattices else set())
+
+
+_PARTS: dict[str, Union[FusionSpec, RescoringSpec]] = {
+    "ngram-shallow": FusionSpec("ngram"),
+    "nlm-shallow": FusionSpec("nlm"),
+    "llm-shallow": FusionSpec("matched_llm"),
+    "attention-rescoring": RescoringSpec("attention"),
+    "ngram-nbest-rescoring": RescoringSpec("ngram"),
+    "nlm-nbest-rescoring": RescoringSpec("nlm"),
+    "llm-nbest-rescoring": RescoringSpec("llm"),
+    "matched-nbest-rescoring": RescoringSpec("matched_llm"),
+    # every=4: the utterances of a batch fuse in the same frames, in a quarter of the calls
+    "llm-delayed-shortest": FusionSpec("llm", ShortestHypothesis(every=4)),
+    "llm-delayed-every-frame": FusionSpec("llm", EveryFrame()),
+    "llm-delayed-at-end": FusionSpec("llm", AtEnd()),
+}
+# delayed fusion: asynchronous, at most so many frames late; with look-ahead by the n-gram
+_DELAYED = re.compile(r"(?P<plain>llm-delayed-.+?)(-late-(?P<late>\d+))?(?P<ahead>-ahead)?")
+_INTERVAL = re.compile(r"llm-delayed-interval-(\d+)")
+
+
+def parse_method(name: str) -> MethodSpec:
+    """Return what a method's name stands for.
+
+    Raises:
+        ValueError: a part is unknown (the message gives the nearest), or a source comes twice.
+    """
+    if name in ("ctc-greedy", "ctc-prefix"):
+        return MethodSpec(name, name.removeprefix("ctc-"))
+    search, stored, texts = "prefix", (), name.removeprefix("ctc-prefix+").split("+")
+    of_lattices = split_name(name)
+    if of_lattices is not None:
+        search, source, texts = of_lattices
+        stored = (source, "ngram") if search == "nbest-ngram" else (source,)
+    parts = [_parse_part(text, name) for text in texts]
+    fusions = tuple(part for part in parts if isinstance(part, FusionSpec))
+    rescorers = tuple(part for part in parts if isinstance(part, RescoringSpec))
+    spec = MethodSpec(name, search, fusions, rescorers, stored)
+    sources = spec.sources
+    check(len(set(sources)) == len(sources), f"method {name!r}", "use each source of scores once", sources)
+    shallow = [fusion.source for fusion in fusions if fusion.trigger is None]
+    rule = "have no shallow fusion: hypotheses on a lattice are not extended by pieces"
+    check(of_lattices is None or not shallow, f"method {name!r}", rule, shallow)
+    return spec
+
+
+def _parse_part(text: str, name: str) -> Union[FusionSpec, RescoringSpec]:
+    plain, late, ahead = text, 0, False
+    delayed = _DELAYED.fullmatch(text)
+    if delayed:
+        plain, late, ahead = delayed["plain"], int(delayed["late"] or 0), delayed["ahead"] is not None
+    interval = _INTERVAL.fullmatch(plain)
+    if not interval and plain not in _PARTS:
+        known = [*METHODS, *_PARTS, *K2_METHODS, "llm-delayed-interval-N", "llm-delayed-...-late-N"]
+        raise ValueError(
+            f"method must be built of known parts, but {text!r} of {name!r} is none{nearest(text, known)} "
+            f"(known: {known})"
+        )
+    part = FusionSpec("llm", FixedInterval(int(interval.group(1)))) if interval else _PARTS[plain]
+    return replace(part, look_ahead=ahead, late=late) if delayed else part
+
+
+def choose_methods(names: Union[str, Sequence[str]], available: Container[str]) -> list[str]:
+    """Return the methods as `parse_methods` does; of ``all`` those that the available models allow.
+
+    Args:
+        names: as for `parse_methods`. Methods of ``all`` that lack a model are logged and left out.
+        available: models, see `MethodSpec.needs`.
+
+    Raises:
+        ValueError: a method that is named lacks a model.
+    """
+    named = set(_split_names(names))
+    chosen, left_out = [], {}
+    for name in parse_methods(names):
+        lacking = sorted(source for source in parse_method(name).needs if source not in available)
+        if lacking and name in named:
+            if lacking[0] == "attention":
+                raise ValueError(NO_DECODER.format(name))
+            if lacking[0] in _GRAPHS:
+                raise ValueError(f"{_GRAPHS[lacking[0]]} for the method {name!r}")
+            raise ValueError(f"{lacking[0]}.path must name a model for the method {name!r}, but is ''")
+        if lacking:
+            left_out[name] = lacking
+        else:
+            chosen.append(name)
+    for name, lacking in left_out.items():
+        logging.warning("%s is left out of the comparison: there is no %s", name, ", ".join(lacking))
+    return chosen
+
+
+def parse_methods(names: Union[str, Sequence[str]]) -> list[str]:
+    """Return the methods of a list or a comma-separated text.
+
+    ``all`` is the whole comparison, ``k2-all`` that of lattices.
+    """
+    chosen = [method for name in _split_names(names) for method in _TABLES.get(name, (name,))]
+    check(len(chosen) > 0, "methods", "name at least one method", names)
+    for name in chosen:
+        parse_method(name)
+    return list(dict.fromkeys(chosen))
+
+
+def _split_names(names: Union[str, Sequence[str]]) -> list[str]:
+    names = names.split(",") if isinstance(names, str) else names
+    return [name.strip() for name in names if name.strip()]
+
+
+# --- weights --------------------------------------------------------------------------------------------
+
+
+def is_tuned(name: str, weights: Container[str]) -> bool:
+    """Return whether there are weights for a method (see `weights_of`)."""
+    return name in weights or _not_late(name) in weights
+
+
+def _not_late(name: str) -> str:
+    return re.sub(r"-late-\d+", "", name)
+
+
+def weights_of(name: str, tuned: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Return the weight of every source of a method, and of ``words`` (its word bonus).
+
+    Args:
+        name: the method.
+        tuned: weights by method, as in the YAML file that ``tune`` writes. A method ``...-late-N`` that is
+            not named there has those of the same method without it.
+
+    Raises:
+        ValueError: a weight is negative, not a number, or of a source that the method has not.
+    """
+    sources = parse_method(name).sources
+    if not sources:
+        return {"ctc": 1.0}
+    wanted = [*sources, "words"]
+    weights = dict(tuned.get(name, tuned.get(_not_late(name), {})))
+    weights.pop("ctc", None)
+    for source, weight in weights.items():
+        check_choice(source, wanted, f"weights of {name}: the source")
+        number = isinstance(weight, (int, float)) and math.isfinite(weight)
+        check(number, f"weights.{name}.{source}", "be a number", weight)
+        check(weight >= 0 or source == "words", f"weights.{name}.{source}", "be at least 0", weight)
+    return {"ctc": 1.0, **{source: float(weights.get(source, DEFAULT_WEIGHTS[source])) for source in wanted}}
