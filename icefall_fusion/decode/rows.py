@@ -12,9 +12,6 @@ from icefall_fusion.decode.run_files import RunFile
 from icefall_fusion.scoring.wer import oracle_errors, write_wer_files
 
 _COUNTERS = ("lm_forwards", "lm_tokens_forwarded", "lm_tokens_scored", "kv_bytes_peak")
-# What other ways would have forwarded: every scored token at once, a cache a hypothesis, whole texts; and the
-# distinct word histories that were scored. Of methods with a token tree only.
-_TREE_COUNTERS = ("eager_tokens", "path_kv_tokens", "full_text_tokens", "histories_scored")
 
 
 def make_row(
@@ -43,7 +40,7 @@ def make_row(
         "search_seconds": totals.get("search", 0.0),
         "lm_seconds": totals.get("lm", 0.0),
         **{counter: int(totals[counter]) for counter in _COUNTERS},
-        **{counter: int(totals[counter]) for counter in _TREE_COUNTERS if counter in totals},
+        **({"histories_scored": int(totals["histories_scored"])} if "histories_scored" in totals else {}),
         **_density(totals),
         "peak_memory_bytes": int(totals.get("peak_memory_bytes", 0)),
         "options": dict(options),

@@ -153,8 +153,7 @@ class DelayedFusion(LmFusion):
             return
         self._events += 1
         nodes, counts = self._place(beam.boundary.reshape(-1)[slots])
-        state = beam.state[..., self.index]
-        wait = self._tree.launch(nodes, state.reshape(-1)[slots].cpu())
+        wait = self._tree.launch(nodes)
         if self.late:
             self._flying.append(_Event(fires.cpu(), frame + self.late, wait))
         else:
@@ -219,8 +218,7 @@ class DelayedFusion(LmFusion):
 
     def _finish(self, beam: Beam, slots: Tensor) -> None:
         nodes, counts = self._place(beam.node.reshape(-1)[slots], complete=True)
-        previous = beam.state[..., self.index].reshape(-1)[slots].cpu()
-        scores = self._tree.score(nodes, previous, eos=self.eos)
+        scores = self._tree.score(nodes, eos=self.eos)
         self._write(beam, slots, scores, counts.to(slots.device))
         self._move(beam, slots, nodes)
 

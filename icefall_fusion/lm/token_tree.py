@@ -107,15 +107,6 @@ class TokenTree:
         missing = self._climb(above[above != NONE], lambda level: self.slots.of_node[level] < 0)
         return np.union1d(nodes, missing)
 
-    def unscored_lengths(self, nodes: ndarray) -> ndarray:
-        """Return how many tokens of each path [n] are not scored yet; duplicates are counted each."""
-        top = nodes.copy()
-        moving = np.flatnonzero(np.isnan(self.score[top]))
-        while len(moving):
-            top[moving] = self.parent[top[moving]]
-            moving = moving[np.isnan(self.score[top[moving]])]
-        return self.depth[nodes] - self.depth[top]
-
     # --- writing -----------------------------------------------------------------------------------------
 
     def set_scores(self, nodes: ndarray, log_probs: ndarray) -> None:

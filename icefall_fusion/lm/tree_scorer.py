@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import time
 from dataclasses import dataclass
-from typing import Callable, Iterator, Optional, Sequence, Union
+from typing import Callable, Iterator, Sequence, Union
 
 import numpy as np
 import torch
@@ -14,7 +14,6 @@ from numpy import ndarray
 from torch import Tensor
 
 from icefall_fusion.common.checks import check
-from icefall_fusion.lm.counters import TreeCounters
 from icefall_fusion.lm.native_tree import make_tree
 from icefall_fusion.lm.token_tree import NONE
 from icefall_fusion.lm.tree_cache import DistributionStore, TreeCache
@@ -44,6 +43,27 @@ class TreeOptions:
     def tokens_a_call(self, vocab_size: int) -> int:
         """Return how many tokens one model call takes, so that their distributions fit, too."""
         return max(1, min(self.max_forward_tokens, self.max_distribution_bytes // (4 * vocab_size)))
+
+
+@dataclass
+class TreeCounters:
+    """Counts since the tree was opened.
+
+    Args:
+        lm_forwards: model calls.
+        lm_tokens_forwarded: tokens in them, recomputed ones included, padding excluded.
+        lm_tokens_recomputed: tokens that had been forwarded before (their slot or distribution was freed).
+        lm_tokens_scored: distinct tokens (nodes) that got a log-prob.
+        lm_seconds: time in `score`, `next_log_probs`, `eos_scores` and `keep`.
+        oom_backoffs: times that a model call was split because memory ran out.
+    """
+
+    lm_forwards: int = 0
+    lm_tokens_forwarded: int = 0
+    lm_tokens_recomputed: int = 0
+    lm_tokens_scored: int = 0
+    lm_seconds: float = 0.0
+    oom_backoffs: int = 0
 
 
 class TreeScorer:
@@ -97,7 +117,6 @@ class TreeScorer:
         above = self._nodes(nodes)
         found, made = self.tree.children(above, _integers(tokens))
         self.counters.lm_tokens_scored += made
-        self.counters.eager_tokens += made
         return torch.from_numpy(found).to(nodes.device)
 
     def keep(self, live: Union[Nodes, Sequence[Sequence[int]]]) -> None:
@@ -112,21 +131,16 @@ class TreeScorer:
 
     # --- scores ------------------------------------------------------------------------------------------
 
-    def score(self, nodes: Nodes, previous: Optional[Nodes] = None, eos: bool = False) -> Tensor:
+    def score(self, nodes: Nodes, eos: bool = False) -> Tensor:
         """Return log P(path from root | prompt) [n] float32; one lazy forward for all that is missing.
 
         Args:
-            nodes: one node for each hypothesis of the event, duplicates included (the counterfactual counters
-                `path_kv_tokens` and `full_text_tokens` count each; the work is done once).
-            previous: the node [n] that each of these hypotheses had at its last event; makes `path_kv_tokens`
-                exact. Without it the new tokens of a hypothesis are those that nobody has scored before.
+            nodes: one node for each hypothesis of the event; duplicates cost nothing.
             eos: add log P(eos | path), in the same forward.
         """
-        return self.launch(nodes, previous, eos)()
+        return self.launch(nodes, eos)()
 
-    def launch(
-        self, nodes: Nodes, previous: Optional[Nodes] = None, eos: bool = False
-    ) -> Callable[[], Tensor]:
+    def launch(self, nodes: Nodes, eos: bool = False) -> Callable[[], Tensor]:
         """Start to score as `score` does; return what waits for the scores and returns them.
 
         On a GPU the model runs until then, beside the caller's own work where the tree was opened ``aside``.
@@ -135,7 +149,6 @@ class TreeScorer:
         with self._timed(wait=False):
             wanted = self._nodes(nodes)
             tree = self.tree
-            self.counters.count_event(tree, wanted, None if previous is None else self._nodes(previous))
             new = tree.unscored(wanted)
             at, tokens = tree.parent[new], tree.token[new]
             ends = np.unique(wanted) if eos else wanted[:0]
@@ -143,7 +156,6 @@ class TreeScorer:
                 np.concatenate([at, ends]), np.concatenate([tokens, self._eos(len(ends))])
             )
             self.counters.lm_tokens_scored += len(new)
-            self.counters.eager_tokens += len(new)
 
         def finish() -> Tensor:
             with self._timed(wait=False):
@@ -174,7 +186,6 @@ class TreeScorer:
             wanted = self._nodes(nodes)
             missing = wanted[self.tree.row[wanted] < 0]
             if len(missing):
-                self.counters.count_frame(self.tree, missing)
                 with self._aside():
                     for at, log_probs in self._distributions(np.unique(missing)):
                         self._keep_distributions(at, log_probs)
@@ -234,7 +245,8 @@ class TreeScorer:
             check(longest <= self.model.max_tokens, "the text", rule, longest)
         tree.assign_slots(todo)
         self._cache.ensure(tree.slots.capacity)
-        self.counters.count_forward(tree, todo)
+        self.counters.lm_tokens_forwarded += len(todo)
+        self.counters.lm_tokens_recomputed += int(tree.was_forwarded[todo].sum())
         tree.was_forwarded[todo] = True
         wanted = np.zeros(len(todo), np.bool_)
         wanted[np.searchsorted(todo, nodes)] = True

@@ -170,16 +170,6 @@ def test_an_empty_prompt_is_refused(new_tree) -> None:
         new_tree(VOCAB, 1).add_root(0, [])
 
 
-@each_tree
-def test_unscored_lengths_count_each_hypothesis(new_tree) -> None:
-    tree = new_tree(VOCAB, 1)
-    root = tree.add_root(0, [0])
-    short, long = tree.insert(root, [1, 2]), tree.insert(root, [1, 2, 3, 3])
-    tree.check_nodes(arrays([long]))
-    tree.set_scores(tree.unscored(arrays([short])), np.array([-1.0, -1.0]))
-    assert tree.unscored_lengths(arrays([long, long, short, root])).tolist() == [2, 2, 0, 0]
-
-
 def test_thousands_of_nodes_are_the_same_in_both_trees() -> None:
     rng = np.random.default_rng(0)
     trees = [TokenTree(50, 3), native_tree(50, 3)]

@@ -59,11 +59,11 @@ class RecordingScorer(TreeScorer):
 
     events: list[Event]
 
-    def launch(self, nodes: Any, previous: Any = None, eos: bool = False) -> Callable[[], Tensor]:
+    def launch(self, nodes: Any, eos: bool = False) -> Callable[[], Tensor]:
         flat = np.asarray(nodes).reshape(-1)
         paths = [tuple(self.tree.path(int(node))) for node in flat]
         self.events.append(Event(self.tree.utterance[flat].tolist(), paths, eos))
-        return super().launch(nodes, previous, eos)
+        return super().launch(nodes, eos)
 
 
 def record(args: argparse.Namespace) -> tuple[list[tuple[int, list[Event]]], float]:
