@@ -4,6 +4,9 @@ Knows: tools/bench as modules. Must not know: times.
 from __future__ import annotations
 
 import argparse
+import ast
+import importlib
+import importlib.util
 import random
 import re
 import runpy
@@ -155,3 +158,17 @@ def test_gpu_check_calls_benchmarks_with_options_that_they_have() -> None:
         assert ("--device cuda" in command) == (name != "data_pipeline"), name
     written = [path for path in BENCH.glob("*.py") if '"--output"' in path.read_text()]
     assert len(written) > 5 and {path.stem for path in written} <= set(commands)
+
+
+PROGRAMS = sorted(p for folder in ("tools", "egs") for p in BENCH.parents[1].joinpath(folder).rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.name)
+def test_what_a_program_imports_of_the_package_is_there(path) -> None:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "icefall_fusion":
+            module = importlib.import_module(node.module)
+            for alias in node.names:
+                inside = hasattr(module, "__path__") and f"{node.module}.{alias.name}"
+                there = hasattr(module, alias.name) or (inside and importlib.util.find_spec(inside))
+                assert there, f"{path.name} imports {alias.name}, which {node.module} does not have"

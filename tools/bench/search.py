@@ -22,6 +22,7 @@ from typing import NamedTuple, Optional, Sequence
 
 import numpy as np
 import torch
+from kaldialign import edit_distance
 from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
@@ -31,7 +32,6 @@ from decoders import Decoder, all_decoders, try_to_make  # noqa: E402
 from synthetic_emissions import synthetic_emissions  # noqa: E402
 
 from icefall_fusion.common.files import write_json  # noqa: E402
-from icefall_fusion.nbest import word_edits  # noqa: E402
 
 
 class Data(NamedTuple):
@@ -70,7 +70,7 @@ def exact_log_probs(
 
 def error_rate(found: Sequence[Sequence[Sequence[int]]], references: Sequence[Sequence[int]]) -> float:
     """Return the token error rate in percent of the best of each list."""
-    errors = sum(min(word_edits(ref, h) for h in hyps) for hyps, ref in zip(found, references))
+    errors = sum(min(edit_distance(ref, h)["total"] for h in hyps) for hyps, ref in zip(found, references))
     return 100.0 * errors / max(1, sum(map(len, references)))
 
 
