@@ -20,8 +20,12 @@ find_k2() { # sets $k2_python, and $k2_here if that is $python; says why not oth
     fi
   done
   log "the rows of k2 are left out: $("$python" -c '
-from icefall_fusion.lattice.k2_lattice import why_no_k2
-print(why_no_k2())'); or tools/setup_k2_ci_env.sh, for a CPU"
+from icefall_fusion.common.unavailable import Unavailable
+from icefall_fusion.lattice.k2_fsas import load_k2
+try:
+    load_k2()
+except Unavailable as reason:
+    print(reason)'); or tools/setup_k2_ci_env.sh, for a CPU"
   return 1
 }
 

@@ -22,6 +22,7 @@ import typing
 from typing import Any, Callable, Iterable, NamedTuple, Sequence
 
 from icefall_fusion.common.checks import nearest
+from icefall_fusion.common.unavailable import Unavailable
 
 DONE, FAILED, REFUSED, SKIPPED_SOME, INTERRUPTED = 0, 1, 2, 3, 130
 LOG_FORMAT = "%(asctime)s %(levelname)s [%(filename)s:%(lineno)d] %(message)s"
@@ -132,7 +133,7 @@ def _run(function: Callable[[Any], int], options: Any) -> int:
 #: Errors of inputs, not of the code: files, options, and optional packages that are not installed.
 _REFUSED = (
     ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError,
-    ModuleNotFoundError,
+    ModuleNotFoundError, Unavailable,
 )  # fmt: skip
 
 

@@ -6,9 +6,18 @@ from __future__ import annotations
 import pytest
 import torch
 
-from icefall_fusion.lattice.value import Lattices
+from icefall_fusion.common.unavailable import Unavailable
+from icefall_fusion.lattice.k2_fsas import load_k2
+from icefall_fusion.lattice.lattices import Lattices
 from icefall_fusion.nbest import NBest
 from icefall_fusion.text.tokens import AcousticTokens
+
+try:
+    load_k2()
+    WHY_NO_K2 = ""
+except Unavailable as reason:
+    WHY_NO_K2 = str(reason)
+needs_k2 = pytest.mark.skipif(bool(WHY_NO_K2), reason=WHY_NO_K2 or "k2 is there")
 
 TOKENS = AcousticTokens.from_pieces(["<blk>", "▁a", "b", "▁c", "d"], blank_id=0)
 ARPA = """\\data\\
@@ -45,7 +54,7 @@ def log_probs(seed: int, batch: int, frames: int, pieces: int = TOKENS.size, sha
 def ctc_lattices(emissions, lens, ids=None) -> Lattices:
     """Return the whole CTC lattices over pieces (the standard topology, nothing pruned), made without k2.
 
-    A state is the label heard last; blank and each piece.
+    A state is the label of the frame before: blank or a piece.
     """
     parts: dict[str, list] = {name: [] for name in ("source", "target", "label", "piece", "frame", "ctc")}
     counts = []
@@ -72,7 +81,7 @@ def ctc_lattices(emissions, lens, ids=None) -> Lattices:
     bounds = torch.tensor([0, *counts]).cumsum(0)
     ctc = torch.tensor(parts.pop("ctc"), dtype=torch.float32)
     tensors = {name: torch.tensor(values, dtype=torch.int64) for name, values in parts.items()}
-    tensors["saying"] = tensors["piece"].clone()
+    tensors["output"] = tensors["piece"].clone()
     names = ids or [str(row) for row in range(len(lens))]
     return Lattices(names, lens, bounds, ctc=ctc, hlg=torch.zeros_like(ctc), **tensors)
 

@@ -16,8 +16,8 @@ PACKAGE = ROOT / "icefall_fusion"
 ORDER = re.findall(r"^\| `(\w+)/` \|", (PACKAGE / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
 #: Optional or heavy packages and the only files that may import them.
 OWNERS = {
-    "k2": {"lattice/k2_lattice"},
-    "kaldilm": {"lattice/build_graph"},
+    "k2": {"lattice/k2_fsas"},
+    "kaldilm": {"lattice/compose"},
     "kaldialign": {"scoring/wer"},
     "espeakng_loader": {"data/espeak"},
     "kaldifeat": {"data/fbank"},

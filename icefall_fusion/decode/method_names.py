@@ -15,7 +15,7 @@ from typing import Container, Mapping, Optional, Sequence, Union
 from icefall_fusion.common.checks import check, check_choice, nearest
 from icefall_fusion.fusion import AtEnd, EveryFrame, FixedInterval, ShortestHypothesis
 from icefall_fusion.fusion.triggers import Trigger
-from icefall_fusion.lattice.readings import K2_METHODS, needs_of, split_name
+from icefall_fusion.lattice.methods import K2_METHODS, needs_of, split_name
 
 #: The methods of the comparison, in the order of the table.
 METHODS = (
@@ -81,7 +81,7 @@ class MethodSpec:
 
     Args:
         name: of the method.
-        search: ``greedy``, ``prefix``, or a way to read lattices (see `lattice.readings.K2_PARTS`).
+        search: ``greedy``, ``prefix``, or a search of lattices (see `lattice.methods.K2_SEARCHES`).
         fusions: that take part in the search.
         rescorers: second passes, in their order.
         stored: sources of scores that paths of lattices come with.

@@ -16,7 +16,7 @@ from icefall_fusion.decode.language_models import LanguageModels, Prompt
 from icefall_fusion.decode.method_names import NO_DECODER, FusionSpec, RescoringSpec, parse_method
 from icefall_fusion.fusion import DelayedFusion, NgramFusion, ShallowFusion
 from icefall_fusion.fusion.rescoring import rescore_with_attention, rescore_with_lm, rescore_with_ngram
-from icefall_fusion.lattice.readings import read_lattices
+from icefall_fusion.lattice.methods import decode_lattices
 from icefall_fusion.lattice.source import K2Options, LatticeSource
 from icefall_fusion.nbest import NBest
 from icefall_fusion.search import Fusion, PrefixSearchOptions, ctc_greedy_search, ctc_prefix_search
@@ -136,26 +136,15 @@ class Method:
         references: Optional[Mapping[str, Optional[str]]], counters: dict[str, float],
     ) -> list[NBest]:  # fmt: skip
         if self.spec.of_lattices:
-            return self._read_lattices(emissions, fusions, references, counters)
+            rule = "have lattices (k2.graph or k2.saved)"
+            check(self._lattices is not None, f"method {self.name!r}", rule, None)
+            return decode_lattices(self.spec.search, self._lattices, self._k2.beam, emissions, self.weights,
+                                   fusions, references, counters)  # fmt: skip
         arguments = (emissions.log_probs, emissions.lens)
         if self.spec.search == "greedy":
             return ctc_greedy_search(*arguments, emissions.tokens, emissions.ids, emissions.frame_shift)
         search = replace(self.search, frame_shift=emissions.frame_shift)
         return ctc_prefix_search(*arguments, search, emissions.tokens, fusions, emissions.ids)
-
-    def _read_lattices(
-        self, emissions: Emissions, fusions: Sequence[Fusion],
-        references: Optional[Mapping[str, Optional[str]]], counters: dict[str, float],
-    ) -> list[NBest]:  # fmt: skip
-        lattices = self._lattices
-        check(lattices is not None, f"method {self.name!r}", "have lattices (k2.graph or k2.saved)", None)
-        before = dict(lattices.counters)
-        nbests = read_lattices(
-            self.spec.search, lattices, self._k2, emissions, self.weights, fusions, references
-        )
-        more = {name: value - before.get(name, 0) for name, value in lattices.counters.items()}
-        add_counters(counters, more)
-        return nbests
 
     def _second_pass(
         self, spec: RescoringSpec, nbests: list[NBest], emissions: Emissions, model: Any,

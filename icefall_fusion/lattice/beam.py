@@ -1,33 +1,33 @@
-"""Beam search along lattices, batched: hypotheses live on lattice states, language models join as ever.
+"""Beam search along lattices, batched: hypotheses are in states of a lattice, fusions score their words.
 Knows: plain lattices, the Fusion protocol. Must not know: k2, which language model it is, log-probs.
 
-Hypotheses of the same words in the same state are one. Their masses add (or the better one wins), and the one
-that had its words already (a stay) keeps what language models know of it, as in the prefix search.
+Hypotheses of the same words in the same state are merged. Their masses add, or the better one counts. The one
+that had its words already (a stay) keeps the state of its fusions, as in the prefix search.
 """
 
 from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, MutableMapping, NamedTuple, Optional, Sequence
+from typing import MutableMapping, NamedTuple, Optional, Sequence
 
 import torch
 from torch import Tensor
 
 from icefall_fusion.common.checks import check, check_choice
-from icefall_fusion.lattice.export import export_paths
-from icefall_fusion.lattice.value import Lattices
+from icefall_fusion.lattice.graph import Labels, WordTokens
+from icefall_fusion.lattice.lattices import Lattices
+from icefall_fusion.lattice.nbest_lists import beam_lists
 from icefall_fusion.nbest import NBest
-from icefall_fusion.search.beam import Beam, PrefixArena
+from icefall_fusion.search.arena import PrefixArena
+from icefall_fusion.search.beam import Beam
 from icefall_fusion.search.fusion import Fusion
 from icefall_fusion.search.fusion_set import FusionSet
 from icefall_fusion.search.shared_numbers import HASH_FACTOR
-
-if TYPE_CHECKING:
-    from icefall_fusion.text.tokens import AcousticTokens
+from icefall_fusion.text.tokens import AcousticTokens
 
 _NEVER = float("-inf")
-_KEYS: MutableMapping[Any, tuple[Tensor, Tensor]] = weakref.WeakKeyDictionary()  # made once a vocabulary
+_KEYS: MutableMapping[Labels, tuple[Tensor, Tensor]] = weakref.WeakKeyDictionary()  # made once a vocabulary
 
 
 @dataclass(frozen=True)
@@ -49,15 +49,10 @@ class LatticeBeamOptions:
     nbest: Optional[int] = None
 
     def __post_init__(self) -> None:
-        name = "LatticeBeamOptions."
+        name, score_beam = "LatticeBeamOptions.", self.score_beam
         check(self.beam >= 1, name + "beam", "be at least 1", self.beam)
         check_choice(self.merge, ("sum", "max"), name + "merge")
-        check(
-            self.score_beam is None or self.score_beam > 0,
-            name + "score_beam",
-            "be none or above 0",
-            self.score_beam,
-        )
+        check(score_beam is None or score_beam > 0, name + "score_beam", "be none or above 0", score_beam)
         check(self.nbest is None or self.nbest >= 1, name + "nbest", "be none or at least 1", self.nbest)
 
 
@@ -65,7 +60,7 @@ class LatticeBeamOptions:
 def lattice_beam_search(
     lattices: Lattices,
     graph_weight: float,
-    labels: Any,
+    labels: Labels,
     options: Optional[LatticeBeamOptions] = None,
     fusions: Sequence[Fusion] = (),
     tokens: Optional[AcousticTokens] = None,
@@ -74,9 +69,9 @@ def lattice_beam_search(
     """Search the best words along lattices, time-synchronously.
 
     Args:
-        lattices: of a batch; those without arcs give an empty list.
+        lattices: of a batch; those without arcs leave an empty list.
         graph_weight: factor of the graph's own scores.
-        labels: vocabulary of what arcs say (see ``DecodingGraph.labels``).
+        labels: vocabulary of the output labels (see ``DecodingGraph.labels``).
         options: see LatticeBeamOptions.
         fusions: delayed fusions.
         tokens: the acoustic pieces, for word times; none: no times.
@@ -94,11 +89,11 @@ def lattice_beam_search(
         return []
     search = _LatticeSearch(lattices, graph_weight, labels, options, fusions)
     search.run()
-    return export_paths(search.final(), labels, graph_weight, fusions, tokens, frame_shift)
+    return beam_lists(search.searched(), labels, graph_weight, fusions, tokens, frame_shift)
 
 
 class _Candidates(NamedTuple):
-    """One way on for a hypothesis, each [n]: its flat slot, the arc, what it weighs then, its words' hash."""
+    """Hypotheses one arc longer, each [n]: the flat slot before, the arc, the mass, the hash of the words."""
 
     slot: Tensor
     arc: Tensor
@@ -107,15 +102,15 @@ class _Candidates(NamedTuple):
 
 
 class _Groups(NamedTuple):
-    """Candidates merged by state and words, each [g]: who stands for them, the best of them, their mass."""
+    """Candidates merged by state and words, each [g]: the one that stays, the best one, their mass."""
 
     keeper: Tensor
     best: Tensor
     mass: Tensor
 
 
-class Final(NamedTuple):
-    """What a search leaves: the beam, and of each slot the graph's score and its best path.
+class SearchedBeam(NamedTuple):
+    """The beam after a search; of each slot also the graph's score and the best path.
 
     mass: [B,K] float64, -inf for dead slots; hlg: [B,K] float64.
     steps: for each frame [B,K] slots before and [B,K] arcs (-1 where an utterance had ended).
@@ -133,11 +128,7 @@ class _LatticeSearch:
     """One search over one batch: in each frame extend, merge, prune, fuse."""
 
     def __init__(
-        self,
-        lattices: Lattices,
-        graph_weight: float,
-        labels: Any,
-        options: LatticeBeamOptions,
+        self, lattices: Lattices, graph_weight: float, labels: Labels, options: LatticeBeamOptions,
         fusions: Sequence[Fusion],
     ) -> None:
         self.lattices, self.options = lattices, options
@@ -147,8 +138,7 @@ class _LatticeSearch:
         self._index_states()
         lens = torch.where(lattices.counts > 0, lattices.lens, torch.zeros_like(lattices.lens)).to(device)
         starts = torch.tensor(labels.starts_word, device=device)
-        rows = int(lens.max()) + 2 if batch else 2
-        arena = PrefixArena(batch, options.beam, device, starts, rows=rows)
+        arena = PrefixArena(batch, options.beam, device, starts, rows=int(lens.max()) + 2)
         self.beam = Beam(arena, lens, labels.blank_id, len(fusions))
         self.state = self.first_state.unsqueeze(1).repeat(1, options.beam)  # [B,K] of all lattices' states
         self.mass = torch.full((batch, options.beam), _NEVER, dtype=torch.float64, device=device)
@@ -164,102 +154,98 @@ class _LatticeSearch:
         check(not shallow, "fusions along a lattice", "be delayed, none that score extensions", shallow)
 
     def _index_states(self) -> None:
-        """Number the states of all lattices in one row, and find where the arcs of each begin."""
+        """Number the states of all lattices in one row; note where the arcs of each begin."""
         lattices, device = self.lattices, self.device
         owner = torch.arange(len(lattices)).repeat_interleave(lattices.counts).to(device)  # [A]
         sizes = torch.ones(len(lattices), dtype=torch.int64, device=device)
-        if len(owner):
-            sizes = sizes.scatter_reduce(0, owner, lattices.target + 1, "amax")
+        sizes = sizes.scatter_reduce(0, owner, lattices.target + 1, "amax")
         self.first_state = sizes.cumsum(0) - sizes
         self.owner = torch.arange(len(lattices), device=device).repeat_interleave(sizes)  # of states
         shift = self.first_state[owner]
         self.target = lattices.target + shift
-        count = torch.bincount(lattices.source + shift, minlength=len(self.owner))
-        self.arcs_of = count
-        self.first_arc = count.cumsum(0) - count
+        self.arc_count = torch.bincount(lattices.source + shift, minlength=len(self.owner))
+        self.first_arc = self.arc_count.cumsum(0) - self.arc_count
 
     def run(self) -> None:
         """Search all frames, and the step into the final state of each utterance."""
         lens = self.beam.lens
-        for frame in range(int(lens.max()) + 1 if len(lens) else 0):
+        for frame in range(int(lens.max()) + 1):
             self.beam.frame = frame
-            going = (frame <= lens) & (lens > 0)
-            self._step(going)
+            self._step((frame <= lens) & (lens > 0))
             self.fusions.fuse(self.beam, frame, frame < lens)
         self.fusions.finish(self.beam)
 
-    def final(self) -> Final:
-        """Return what the search has found."""
+    def searched(self) -> SearchedBeam:
         nbest = min(self.options.nbest or self.beam_size, self.beam_size)
-        return Final(self.beam, self.lattices, self.mass, self.hlg, self.steps, nbest)
+        return SearchedBeam(self.beam, self.lattices, self.mass, self.hlg, self.steps, nbest)
 
-    def _step(self, going: Tensor) -> None:
+    def _step(self, active: Tensor) -> None:
         """Let the hypotheses of the utterances [B] bool that have this frame go along their arcs."""
-        found = self._extend(going)
-        groups = self._merge(found)
-        row, rank, chosen = self._prune(found, groups)
+        new = self._extend(active)
+        groups = self._merge(new)
+        row, rank, chosen = self._prune(new, groups)
         keeper, best = groups.keeper[chosen], groups.best[chosen]
         size, shape = self.beam_size, self.state.shape
         source = torch.arange(size, device=self.device).expand(shape).clone()
         before, arcs = source.clone(), torch.full(shape, -1, device=self.device)
-        saying = torch.zeros(shape, dtype=torch.int64, device=self.device)
-        mass = torch.where(going.unsqueeze(1), torch.full_like(self.mass, _NEVER), self.mass)
-        hlg = torch.where(going.unsqueeze(1), torch.zeros_like(self.hlg), self.hlg)
-        place = (row, rank)
-        source[place], before[place] = found.slot[keeper] % size, found.slot[best] % size
-        arcs[place] = found.arc[best]
-        saying[place] = self.lattices.saying[found.arc[keeper]]
-        mass[place] = groups.mass[chosen]
-        hlg[place] = self.hlg.view(-1)[found.slot[best]] + self.lattices.hlg[found.arc[best]].double()
-        self.state[place], self.history[place] = self.target[found.arc[keeper]], found.history[keeper]
+        output = torch.zeros(shape, dtype=torch.int64, device=self.device)
+        mass = self.mass.masked_fill(active.unsqueeze(1), _NEVER)
+        hlg = self.hlg.masked_fill(active.unsqueeze(1), 0.0)
+        slots = (row, rank)
+        source[slots], before[slots] = new.slot[keeper] % size, new.slot[best] % size
+        arcs[slots] = new.arc[best]
+        output[slots] = self.lattices.output[new.arc[keeper]]
+        mass[slots] = groups.mass[chosen]
+        hlg[slots] = self.hlg.view(-1)[new.slot[best]] + self.lattices.hlg[new.arc[best]].double()
+        self.state[slots], self.history[slots] = self.target[new.arc[keeper]], new.history[keeper]
         self.mass, self.hlg = mass, hlg
         self.steps.append((before, arcs))
-        self._follow(source, saying)
+        self._follow(source, output)
 
-    def _extend(self, going: Tensor) -> _Candidates:
-        alive = (self.mass > _NEVER) & going.unsqueeze(1)
+    def _extend(self, active: Tensor) -> _Candidates:
+        alive = (self.mass > _NEVER) & active.unsqueeze(1)
         slots = alive.view(-1).nonzero().squeeze(1)
         states = self.state.view(-1)[slots]
-        counts = self.arcs_of[states]
+        counts = self.arc_count[states]
         each = torch.arange(len(slots), device=self.device).repeat_interleave(counts)
         inside = torch.arange(len(each), device=self.device) - (counts.cumsum(0) - counts)[each]
         arc, slot = self.first_arc[states][each] + inside, slots[each]
         mass = self.mass.view(-1)[slot] + self.score[arc]
         possible = mass > _NEVER
         slot, arc, mass = slot[possible], arc[possible], mass[possible]
-        saying, history = self.lattices.saying[arc], self.history.view(-1)[slot]
-        return _Candidates(slot, arc, mass, history * self.factor[saying] + self.addend[saying])
+        output, history = self.lattices.output[arc], self.history.view(-1)[slot]
+        return _Candidates(slot, arc, mass, history * self.factor[output] + self.addend[output])
 
-    def _merge(self, found: _Candidates) -> _Groups:
+    def _merge(self, new: _Candidates) -> _Groups:
         """Merge candidates of the same words in the same state."""
-        count = len(found.slot)
-        key = (found.history * HASH_FACTOR) ^ (self.target[found.arc] * -0x61C8864680B583EB)
+        count = len(new.slot)
+        key = (new.history * HASH_FACTOR) ^ (self.target[new.arc] * -0x61C8864680B583EB)
         _, group = torch.unique(key, return_inverse=True)
         groups = int(group.max()) + 1 if count else 0
         nothing = torch.full((groups,), _NEVER, dtype=torch.float64, device=self.device)
-        highest = nothing.scatter_reduce(0, group, found.mass, "amax")
+        highest = nothing.scatter_reduce(0, group, new.mass, "amax")
         order = torch.arange(count, device=self.device)
         last = torch.full((groups,), count, device=self.device)
-        at_best = torch.where(found.mass == highest[group], order, count)
+        at_best = torch.where(new.mass == highest[group], order, count)
         best = last.scatter_reduce(0, group, at_best, "amin")
-        stays = self.lattices.saying[found.arc] == 0
+        stays = self.lattices.output[new.arc] == 0
         # of those that had their words already the best, else the best of all
-        stay_mass = found.mass.masked_fill(~stays, _NEVER)
+        stay_mass = new.mass.masked_fill(~stays, _NEVER)
         highest_stay = nothing.scatter_reduce(0, group, stay_mass, "amax")
-        wanted = stays & (found.mass == highest_stay[group])
+        wanted = stays & (new.mass == highest_stay[group])
         keeper = last.scatter_reduce(0, group, torch.where(wanted, order, count), "amin")
         keeper = torch.where(keeper < count, keeper, best)
         mass = highest
         if self.options.merge == "sum":
-            shares = (found.mass - highest[group]).exp()
+            shares = (new.mass - highest[group]).exp()
             mass = highest + torch.zeros_like(highest).index_add_(0, group, shares).log()
         return _Groups(keeper, best, mass)
 
-    def _prune(self, found: _Candidates, groups: _Groups) -> tuple[Tensor, Tensor, Tensor]:
-        """Return row, rank and group of what stays, best first in each row; equal ones as they come."""
-        fused = self.beam.fused.view(-1)[found.slot[groups.keeper]].double()
+    def _prune(self, new: _Candidates, groups: _Groups) -> tuple[Tensor, Tensor, Tensor]:
+        """Return row, rank and group of the hypotheses that stay, best first in each row; ties in order."""
+        fused = self.beam.fused.view(-1)[new.slot[groups.keeper]].double()
         ranking = groups.mass + fused
-        row = self.owner[self.target[found.arc[groups.keeper]]]
+        row = self.owner[self.target[new.arc[groups.keeper]]]
         order = ranking.sort(descending=True, stable=True).indices
         order = order[row[order].sort(stable=True).indices]
         row = row[order]
@@ -271,13 +257,13 @@ class _LatticeSearch:
             kept &= ranking[order] >= ranking[order][begins[row]] - self.options.score_beam
         return row[kept], rank[kept], order[kept]
 
-    def _follow(self, source: Tensor, saying: Tensor) -> None:
-        """Bring the beam, which fusions see, to what this search has."""
-        beam, grew = self.beam, saying > 0
+    def _follow(self, source: Tensor, output: Tensor) -> None:
+        """Bring the beam that fusions see up to date."""
+        beam, grew = self.beam, output > 0
         node, last = beam.node.gather(1, source), beam.last.gather(1, source)
-        born = beam.arena.add_row(node, saying)
+        born = beam.arena.add_row(node, output)
         beam.node.copy_(torch.where(grew, born, node))
-        beam.last.copy_(torch.where(grew, saying, last))
+        beam.last.copy_(torch.where(grew, output, last))
         self._show_masses()
         beam.fused = beam.fused.gather(1, source)
         self.fusions.carry(beam, source, [], None)
@@ -290,25 +276,24 @@ class _LatticeSearch:
         self.beam.log_total.copy_(self.mass - best.unsqueeze(1))
 
 
-def _history_keys(labels: Any) -> tuple[Tensor, Tensor]:
-    """Return what a hash of words is multiplied by and what is added, for each saying, two int64 tensors.
+def _history_keys(labels: Labels) -> tuple[Tensor, Tensor]:
+    """Return the factor and the addend of the hash for each output label, two int64 tensors.
 
-    A hash of the words, not of sayings: "of" and "the" said by two arcs or by one are the same words.
+    The hash is of words, not of labels: "of" and "the" on two arcs or on one are the same words.
     """
     if labels in _KEYS:
         return _KEYS[labels]
-    sayings = getattr(labels, "sayings", None)
-    if sayings is None:  # each id a piece
-        sayings = [(), *((piece,) for piece in range(1, labels.size))]
-    highest = max((word for saying in sayings for word in saying), default=0)
+    pieces = ((), *((piece,) for piece in range(1, labels.size)))
+    outputs = labels.outputs if isinstance(labels, WordTokens) else pieces
+    highest = max((word for output in outputs for word in output), default=0)
     generator = torch.Generator().manual_seed(1234)
     low = torch.iinfo(torch.int64)
     keys = torch.randint(low.min, low.max, (highest + 1,), generator=generator, dtype=torch.int64)
-    factors = torch.ones(len(sayings), dtype=torch.int64)
-    addends = torch.zeros(len(sayings), dtype=torch.int64)
-    for place in range(max(map(len, sayings))):
-        longer = torch.tensor([i for i, saying in enumerate(sayings) if len(saying) > place])
-        words = torch.tensor([sayings[i][place] for i in longer.tolist()])
+    factors = torch.ones(len(outputs), dtype=torch.int64)
+    addends = torch.zeros(len(outputs), dtype=torch.int64)
+    for index in range(max(map(len, outputs))):
+        longer = torch.tensor([i for i, output in enumerate(outputs) if len(output) > index])
+        words = torch.tensor([outputs[i][index] for i in longer.tolist()])
         factors[longer] *= HASH_FACTOR
         addends[longer] = addends[longer] * HASH_FACTOR + keys[words]
     _KEYS[labels] = factors, addends

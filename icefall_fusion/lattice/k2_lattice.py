@@ -1,60 +1,24 @@
-"""k2: its one importer. Graphs and log-probs to lattices, CTC losses; plain tensors go out.
-Knows: k2, graphs, log-probs. Must not know: language models, tokenizers, files.
-
-Both k2 1.23.4 and 1.24.4 have all that is used here.
+"""From a decoding graph and log-probs to lattices, by k2.
+Knows: k2's FSAs, graphs, log-probs. Must not know: language models, tokenizers, files.
 """
-
 from __future__ import annotations
 
-import functools
 import logging
+from collections import Counter
 from dataclasses import dataclass
-from typing import Any, Sequence
+from typing import Any, Mapping, MutableMapping, NamedTuple, Sequence
 
 import torch
-from torch import Tensor
 
+from icefall_fusion.acoustic.emissions import Emissions
 from icefall_fusion.common.checks import check
+from icefall_fusion.common.counters import add_counters
 from icefall_fusion.lattice.graph import DecodingGraph
-from icefall_fusion.lattice.value import Lattices
+from icefall_fusion.lattice.k2_fsas import load_k2, thin_out, to_dense, to_fsa
+from icefall_fusion.lattice.lattices import Lattices, bounds_of
 
-_FIRST_POSTERIOR, _LAST_POSTERIOR = 1e-12, 1e-2  # of arcs of lattices that are too large
-_NO_BEAM = 1e10
-_WIDEN = 4.0  # factor of the search beam where nothing was found
-_REMEDY = "bash tools/install_k2.sh prints the line that installs the k2 that fits this torch and Python"
-
-
-@functools.lru_cache(maxsize=1)
-def load_k2() -> Any:
-    """Return the module k2.
-
-    Raises:
-        ModuleNotFoundError: it is not installed, or was built for another torch or Python; with the remedy.
-    """
-    try:
-        import k2
-
-        k2.Fsa, k2.intersect_dense_pruned  # noqa: B018 (a folder of this name imports too)
-    except ModuleNotFoundError as error:
-        if error.name != "k2":
-            raise ModuleNotFoundError(_mismatch(error), name="k2") from error
-        raise ModuleNotFoundError(f"k2 is not installed: {_REMEDY}", name="k2") from error
-    except (ImportError, OSError, AttributeError, RuntimeError) as error:  # undefined symbols among them
-        raise ModuleNotFoundError(_mismatch(error), name="k2") from error
-    return k2
-
-
-def _mismatch(error: BaseException) -> str:
-    return f"k2 does not fit torch {torch.__version__} (it says: {error}): uninstall it; then {_REMEDY}"
-
-
-def why_no_k2() -> str:
-    """Return why k2 cannot be imported, or an empty text if it can."""
-    try:
-        load_k2()
-    except ModuleNotFoundError as error:
-        return str(error)
-    return ""
+_FIRST_POSTERIOR = 1e-12  # of the arcs that leave a lattice that is too large first
+_WIDEN = 4.0  # factor of the search beam where there was no path
 
 
 @dataclass(frozen=True)
@@ -103,6 +67,17 @@ class LatticeOptions:
             check(getattr(self, field) >= 1, name + field, "be at least 1", getattr(self, field))
 
 
+class K2Lattices(NamedTuple):
+    """The lattices of a batch.
+
+    fsas: k2's FsaVec of the lattices that have a path, in the order of the batch; None if there are none.
+    plain: all lattices as plain tensors, their arcs in the order of k2's.
+    """
+
+    fsas: Any
+    plain: Lattices
+
+
 class LatticeMaker:
     """A decoding graph on a device, ready to make lattices.
 
@@ -112,174 +87,92 @@ class LatticeMaker:
         device: of the log-probs.
 
     Raises:
-        ModuleNotFoundError: there is no k2 that works.
+        Unavailable: there is no k2 that works.
     """
 
     def __init__(self, graph: DecodingGraph, options: LatticeOptions, device: torch.device) -> None:
         check(graph.kind != "G", "the decoding graph", "be H, HL or HLG", graph.kind)
         self.graph, self.options, self.device = graph, options, torch.device(device)
-        self.fsa = to_fsa(graph, self.device)
-        self.fsa.scores = options.graph_scale * self.fsa.hlg
-        self.counters = {"lattices_pruned": 0, "lattices_widened": 0, "lattices_empty": 0}
+        self._fsa = to_fsa(graph, self.device)
+        self._fsa.scores = options.graph_scale * self._fsa.hlg
 
-    def make(self, log_probs: Tensor, lens: Tensor, ids: Sequence[str]) -> tuple[Any, list[int]]:
-        """Return lattices as a k2 FsaVec, and of which rows they are (none of an utterance without one).
+    def make(self, emissions: Emissions, counters: MutableMapping[str, float]) -> K2Lattices:
+        """Return the lattices of a batch.
 
-        What finds nothing is searched again with a wider beam; what is too large loses its least probable
-        arcs; both are counted in ``counters`` and said.
+        An utterance without a path is searched again with a wider beam. A lattice that is too large loses its
+        least probable arcs. Both are counted and logged.
 
         Args:
-            log_probs: [B,T,V] natural-log, on the device of the graph.
-            lens: [B] frames.
-            ids: names, for messages.
+            emissions: log-probs on the device of the graph.
+            counters: to which ``lattice_arcs``, ``lattice_frames``, ``lattices_pruned``,
+                ``lattices_widened`` and ``lattices_empty`` of the batch are added.
 
         Raises:
             ValueError: the log-probs are on another device, or of another number of pieces.
         """
-        check(
-            log_probs.device.type == self.device.type,
-            "log_probs",
-            f"be on the device of the graph ({self.device}): move one of them",
-            str(log_probs.device),
-        )
-        check(
-            log_probs.shape[2] == self.graph.pieces,
-            "log_probs",
-            f"have the {self.graph.pieces} pieces of the graph",
-            log_probs.shape[2],
-        )
-        k2, options = load_k2(), self.options
-        rows = [row for row, frames in enumerate(lens.tolist()) if frames > 0]
-        parts: dict[int, Any] = {}
-        beam = options.search_beam
-        todo = rows
-        for attempt in range(2):
-            if not todo:
-                break
-            fsas = self._intersect(log_probs, lens, todo, beam)
-            arcs = arcs_of_each(fsas)
-            for place, row in enumerate(todo):
-                if arcs[place]:
-                    parts[row] = self._fit(fsas[place], arcs[place], ids[row])
-            todo = [row for row in todo if row not in parts]
-            if todo and attempt == 0:
-                beam *= _WIDEN
-                self.counters["lattices_widened"] += len(todo)
-                logging.warning("no path within search_beam %g of %s: searched again with %g",
-                                options.search_beam, [ids[row] for row in todo[:3]], beam)  # fmt: skip
+        device, pieces = emissions.log_probs.device, emissions.log_probs.shape[2]
+        rule = f"be on the device of the graph ({self.device}): move one of them"
+        check(device.type == self.device.type, "log_probs", rule, str(device))
+        rule = f"have the {self.graph.pieces} pieces of the graph"
+        check(pieces == self.graph.pieces, "log_probs", rule, pieces)
+        ids, counts, beam = emissions.ids, Counter(), self.options.search_beam
+        todo = [row for row, frames in enumerate(emissions.lens.tolist()) if frames > 0]
+        lattices = self._intersect(emissions, todo, beam, counts)
+        todo = [row for row in todo if row not in lattices]
         if todo:
-            self.counters["lattices_empty"] += len(todo)
+            beam *= _WIDEN
+            counts["lattices_widened"] += len(todo)
+            logging.warning("no path within search_beam %g of %s: searched again with %g",
+                            self.options.search_beam, [ids[row] for row in todo[:3]], beam)
+            lattices.update(self._intersect(emissions, todo, beam, counts))
+            todo = [row for row in todo if row not in lattices]
+        if todo:
+            counts["lattices_empty"] += len(todo)
             logging.warning(
                 "no path through the graph for %s, with search_beam %g and max_active_states %d either: "
                 "raise both; an utterance of a few frames may be shorter than any word of the graph",
-                [ids[row] for row in todo[:3]], beam, options.max_active_states,
-            )  # fmt: skip
-        found = sorted(parts)
-        return (k2.create_fsa_vec([parts[row] for row in found]) if found else None), found
+                [ids[row] for row in todo[:3]], beam, self.options.max_active_states,
+            )
+        made = _join(lattices, emissions)
+        counts.update(lattice_arcs=len(made.plain.source), lattice_frames=int(emissions.lens.sum()))
+        add_counters(counters, counts)
+        return made
 
-    def _intersect(self, log_probs: Tensor, lens: Tensor, rows: Sequence[int], beam: float) -> Any:
+    def _intersect(
+        self, emissions: Emissions, rows: Sequence[int], beam: float, counts: Counter[str]
+    ) -> dict[int, Any]:
+        """Return the lattices of some rows of a batch by row, without those that have no path."""
+        if not rows:
+            return {}
         k2, options = load_k2(), self.options
-        return k2.intersect_dense_pruned(
-            self.fsa, _dense(log_probs, lens, rows), search_beam=beam, output_beam=options.output_beam,
-            min_active_states=options.min_active_states, max_active_states=options.max_active_states,
-            frame_idx_name="frame",
-        )  # fmt: skip
-
-    def _fit(self, fsa: Any, arcs: int, name: str) -> Any:
-        """Return a lattice without its least probable arcs, if it is too large."""
-        if arcs <= self.options.max_arcs:
-            return fsa
-        thin, left = thin_out(fsa, self.options.max_arcs, _FIRST_POSTERIOR)
-        self.counters["lattices_pruned"] += 1
-        logging.warning("the lattice of %s had %d arcs: pruned to %d (LatticeOptions.max_arcs is %d)",
-                        name, arcs, left, self.options.max_arcs)  # fmt: skip
-        return thin
-
-
-def thin_out(fsa: Any, most: int, first: float) -> tuple[Any, int]:
-    """Return a lattice without its least probable arcs, and how many are left.
-
-    Args:
-        fsa: one lattice.
-        most: arcs wanted at most; more stay where all are more probable than 0.01.
-        first: arcs below this posterior leave first; it is raised tenfold until the rest fits.
-    """
-    k2, arcs = load_k2(), int(fsa.num_arcs)
-    fsas, least = k2.create_fsa_vec([fsa]), first
-    while arcs > most and least <= _LAST_POSTERIOR:
-        fsas, least = k2.prune_on_arc_post(fsas, least, True), 10 * least
-        arcs = int(fsas.num_arcs)
-    return fsas[0], arcs
-
-
-def _dense(log_probs: Tensor, lens: Tensor, rows: Sequence[int]) -> Any:
-    segments = torch.tensor([[row, 0, int(lens[row])] for row in rows], dtype=torch.int32)
-    return load_k2().DenseFsaVec(log_probs.float(), segments)
-
-
-def to_fsa(graph: DecodingGraph, device: torch.device) -> Any:
-    """Return a graph as a k2 FsaVec of one, with the attributes ``piece``, ``saying`` and ``hlg``."""
-    k2 = load_k2()
-    columns = [x.to(torch.int32) for x in (graph.source, graph.target, graph.label)]
-    arcs = torch.stack([*columns, graph.score.float().contiguous().view(torch.int32)], dim=1)
-    fsa = k2.Fsa(arcs.contiguous())
-    fsa.piece, fsa.saying, fsa.hlg = graph.piece.clone(), graph.saying.clone(), graph.score.float().clone()
-    return k2.create_fsa_vec([fsa]).to(device)
-
-
-def arcs_of_each(fsas: Any) -> list[int]:
-    """Return the number of arcs of each FSA of a vector."""
-    bounds = _arc_bounds(fsas)
-    return (bounds[1:] - bounds[:-1]).tolist()
-
-
-def _arc_bounds(fsas: Any) -> Tensor:
-    shape = fsas.arcs.shape()
-    return shape.row_splits(2)[shape.row_splits(1).long()].long()
-
-
-def to_plain(fsas: Any, rows: Sequence[int], log_probs: Tensor, lens: Tensor, ids: Sequence[str]) -> Lattices:
-    """Return the lattices that `LatticeMaker.make` found as plain tensors; of other rows they have no arcs.
-
-    Args:
-        fsas: k2's; ``rows`` says of which row each is.
-        log_probs: [B,T,V]; lens: [B]; ids: B names.
-    """
-    batch, device = len(ids), log_probs.device
-    bounds = torch.zeros(batch + 1, dtype=torch.int64)
-    if fsas is None:
-        nothing = torch.zeros(0, dtype=torch.int64, device=device)
-        return Lattices(
-            list(ids), lens.cpu().long(), bounds, *[nothing] * 6, nothing.float(), nothing.float()
+        fsas = k2.intersect_dense_pruned(
+            self._fsa, to_dense(emissions.log_probs, emissions.lens, rows), search_beam=beam,
+            output_beam=options.output_beam, min_active_states=options.min_active_states,
+            max_active_states=options.max_active_states, frame_idx_name="frame",
         )
-    counts = torch.zeros(batch, dtype=torch.int64)
-    counts[torch.tensor(list(rows))] = torch.tensor(arcs_of_each(fsas))
-    bounds[1:] = counts.cumsum(0)
-    values = fsas.arcs.values().long()
-    source, target, label, frame = values[:, 0], values[:, 1], values[:, 2], fsas.frame.long()
-    row = torch.arange(batch).repeat_interleave(counts).to(device)
-    heard = log_probs.float()[row, frame.clamp(max=max(0, log_probs.shape[1] - 1)), label.clamp(min=0)]
-    ctc = heard.masked_fill(label < 0, 0.0)
-    said = (fsas.piece.long(), fsas.saying.long())
-    return Lattices(
-        list(ids), lens.cpu().long(), bounds, source, target, label, *said, frame, ctc, fsas.hlg.float()
-    )
+        lattices = {row: fsas[index] for index, row in enumerate(rows)}
+        lattices = {row: fsa for row, fsa in lattices.items() if fsa.num_arcs}
+        for row, fsa in lattices.items():
+            if fsa.num_arcs > options.max_arcs:
+                lattices[row] = thin = thin_out(fsa, options.max_arcs, _FIRST_POSTERIOR)
+                counts["lattices_pruned"] += 1
+                logging.warning("the lattice of %s had %d arcs: pruned to %d (LatticeOptions.max_arcs is %d)",
+                                emissions.ids[row], fsa.num_arcs, thin.num_arcs, options.max_arcs)
+        return lattices
 
 
-# --- CTC ----------------------------------------------------------------------------------------------
-
-
-def ctc_loss_rows(log_probs: Tensor, lens: Tensor, targets: Sequence[Sequence[int]]) -> Tensor:
-    """Return the CTC loss of each utterance [B] by k2, differentiable; torch's wherever there is a path.
-
-    Args:
-        log_probs: [B,T,V], blank 0; lens: [B], each at least 1.
-        targets: pieces of each utterance.
-    """
-    k2 = load_k2()
-    order = sorted(range(len(targets)), key=lambda row: -int(lens[row]))  # the longest first, as k2 wants it
-    graphs = k2.ctc_graph([list(targets[row]) for row in order], device=log_probs.device)
-    lattice = k2.intersect_dense(graphs, _dense(log_probs, lens, order), output_beam=_NO_BEAM)
-    totals = lattice.get_tot_scores(log_semiring=True, use_double_scores=True)
-    back = torch.argsort(torch.tensor(order)).to(totals.device)
-    return -totals[back].float()
+def _join(lattices: Mapping[int, Any], emissions: Emissions) -> K2Lattices:
+    """Return the lattices of a batch from those of its rows; rows without one have no arcs."""
+    ids, lens, log_probs = list(emissions.ids), emissions.lens.cpu().long(), emissions.log_probs.float()
+    if not lattices:
+        nothing = torch.zeros(0, dtype=torch.int64, device=log_probs.device)
+        bounds, scores = torch.zeros(len(ids) + 1, dtype=torch.int64), (nothing.float(), nothing.float())
+        return K2Lattices(None, Lattices(ids, lens, bounds, *[nothing] * 6, *scores))
+    counts = torch.tensor([lattices[row].num_arcs if row in lattices else 0 for row in range(len(ids))])
+    fsas = load_k2().create_fsa_vec([lattices[row] for row in sorted(lattices)])
+    source, target, label, _ = fsas.arcs.values().long().unbind(1)
+    row = torch.arange(len(ids)).repeat_interleave(counts).to(log_probs.device)
+    frame, labels = fsas.frame.long(), (label, fsas.piece.long(), fsas.output.long())
+    ctc = log_probs[row, frame.clamp(max=log_probs.shape[1] - 1), label.clamp(min=0)]
+    scores = (ctc.masked_fill(label < 0, 0.0), fsas.hlg.float())
+    return K2Lattices(fsas, Lattices(ids, lens, bounds_of(counts), source, target, *labels, frame, *scores))

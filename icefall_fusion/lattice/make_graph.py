@@ -1,7 +1,6 @@
 """Job ``make-graph``: decoding graphs H, HL, HLG, and G for rescoring, from acoustic pieces and ARPA files.
 Knows: vocabularies, lexicons, graphs. Must not know: log-probs, searches, language models.
 """
-
 from __future__ import annotations
 
 import time
@@ -9,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from icefall_fusion.common.checks import check, check_choice
-from icefall_fusion.lattice.build_graph import arpa_words, make_g, make_h, make_hl, make_hlg
+from icefall_fusion.lattice.compose import arpa_words, make_g, make_h, make_hl, make_hlg
 from icefall_fusion.lattice.graph import KINDS, TOPOLOGIES, save_graph
 from icefall_fusion.text.lexicon import Lexicon, make_lexicon
 from icefall_fusion.text.tokens import AcousticTokens
@@ -44,19 +43,14 @@ class MakeGraphOptions:
     def __post_init__(self) -> None:
         check_choice(self.kind, KINDS, "MakeGraphOptions.kind")
         check_choice(self.topology, TOPOLOGIES, "MakeGraphOptions.topology")
-        check(
-            self.kind in ("H", "HL") or bool(self.arpa),
-            "MakeGraphOptions.arpa",
-            f"be given for {self.kind}",
-            "",
-        )
-        check(
-            self.order == -1 or self.order >= 1, "MakeGraphOptions.order", "be -1 or at least 1", self.order
-        )
+        name, order = "MakeGraphOptions.", self.order
+        enough = self.kind in ("H", "HL") or bool(self.arpa)
+        check(enough, name + "arpa", f"name an n-gram for a graph {self.kind}", self.arpa)
+        check(order == -1 or order >= 1, name + "order", "be -1 or at least 1", order)
         both = bool(self.words and self.lexicon_arpa)
-        check(not both, "MakeGraphOptions.words", "be left out with lexicon_arpa", self.words)
+        check(not both, name + "words", "be left out with lexicon_arpa", self.words)
         lexicon = self.words or self.lexicon_arpa or self.arpa
-        check(self.kind == "H" or bool(lexicon), "MakeGraphOptions.words", "be given for HL", self.words)
+        check(self.kind == "H" or bool(lexicon), name + "words", "name a word list for HL", self.words)
 
 
 def run(options: MakeGraphOptions) -> int:
@@ -65,7 +59,7 @@ def run(options: MakeGraphOptions) -> int:
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: words cannot be spelled, or the n-gram has words that the lexicon lacks.
-        ModuleNotFoundError: k2 or kaldilm is missing; with the remedy.
+        Unavailable: k2 or kaldilm is missing; with the remedy.
     """
     begun = time.perf_counter()
     tokens = AcousticTokens.load(options.tokens)
@@ -81,7 +75,7 @@ def run(options: MakeGraphOptions) -> int:
             graph = make_g(tokens, lexicon, options.arpa, options.order)
     save_graph(options.out, graph)
     print(f"{options.out}: {options.kind} of {len(graph.source):,} arcs and {len(graph.words):,} words, "
-          f"{time.perf_counter() - begun:.0f} s")  # fmt: skip
+          f"{time.perf_counter() - begun:.0f} s")
     return 0
 
 

@@ -1,23 +1,24 @@
 """Job ``make-lattices``: saved log-probs through k2 to files of lattices, which ``decode`` reads elsewhere.
 Knows: saved log-probs, k2's lattices, files of them. Must not know: language models, references, methods.
 
-k2 and the LLM need not live in one environment: log-probs go from one to the other (``decode
+k2 and the LLM need not be in one environment: log-probs go from one to the other (``decode
 --save_emissions``), lattices come back (``decode --k2.saved``).
 """
-
 from __future__ import annotations
 
 import dataclasses
 import json
 import logging
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import MutableMapping
 
-from icefall_fusion.acoustic.emissions import SavedSource
+from icefall_fusion.acoustic.emissions import Emissions, SavedSource
 from icefall_fusion.common.checks import check
 from icefall_fusion.common.files import fingerprint, write_json
-from icefall_fusion.lattice.files import write_folder
-from icefall_fusion.lattice.source import K2Lattices, K2Options, open_lattices
+from icefall_fusion.lattice.saved import save_lattices
+from icefall_fusion.lattice.source import K2Options, K2Source, open_lattices
 from icefall_fusion.text.tokens import AcousticTokens
 
 
@@ -47,29 +48,44 @@ class MakeLatticesOptions:
 
 
 def run(options: MakeLatticesOptions) -> int:
-    """Run the job ``make-lattices``; a run that was killed goes on.
+    """Run the job ``make-lattices``; a run that was killed goes on, and leaves files that are there.
 
     Raises:
-        FileNotFoundError, ValueError, ModuleNotFoundError: see `open_lattices`.
+        FileNotFoundError, ValueError, Unavailable: see `open_lattices`.
     """
     tokens = AcousticTokens.load(options.tokens)
     source = SavedSource(options.emissions, tokens, options.device)
     lattices = open_lattices(options.k2, tokens, options.device)
-    assert isinstance(lattices, K2Lattices)
+    assert isinstance(lattices, K2Source)
     _refuse_other_options(options)
-    ids = source.ids
-    batches = [ids[start : start + options.batch_size] for start in range(0, len(ids), options.batch_size)]
-    kinds = ("nbest", "whole") if lattices.has_ngram else ("nbest",)
-    counters = write_folder(lattices, batches, source.emit, options.out, kinds)
-    frames = counters["lattice_frames"]
-    if frames:
-        counters["arcs_a_frame"] = round(counters["lattice_arcs"] / frames, 1)
+    ids, counters = source.ids, {}
+    for number, start in enumerate(range(0, len(ids), options.batch_size)):
+        path = Path(options.out) / f"lattices-{number:05d}.npz"
+        if not path.is_file():
+            _write_batch(path, lattices, source.emit(ids[start : start + options.batch_size]), counters)
+    if counters.get("lattice_frames"):
+        counters["arcs_a_frame"] = round(counters["lattice_arcs"] / counters["lattice_frames"], 1)
     print(f"{options.out}: {len(ids)} utterances; {counters}")
     return 0
 
 
+def _write_batch(
+    path: Path, source: K2Source, emissions: Emissions, counters: MutableMapping[str, float]
+) -> None:
+    seconds, lists, begun = {}, {}, time.perf_counter()
+    lattices = source.make(emissions, counters)
+    seconds["lattices"] = time.perf_counter() - begun
+    for kind in source.list_kinds:
+        begun = time.perf_counter()
+        lists[kind] = source.lists_of(lattices, emissions, kind, counters)
+        seconds[kind] = time.perf_counter() - begun
+    save_lattices(path, lattices.plain, lists, source.labels, emissions.tokens, seconds)
+    logging.info("%s: %d utterances, %s", path, len(emissions),
+                 {name: f"{value:.2f} s" for name, value in seconds.items()})
+
+
 def _refuse_other_options(options: MakeLatticesOptions) -> None:
-    """Note what lattices are made by, or refuse to mix them with those made by something else."""
+    """Write down the options that lattices depend on, or refuse a folder of lattices with other options."""
     made = dataclasses.asdict(options)
     for name in ("graph", "ngram"):
         made["k2"][name] = fingerprint(made["k2"][name]) if made["k2"][name] else ""

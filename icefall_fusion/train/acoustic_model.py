@@ -21,7 +21,7 @@ from icefall_fusion.common.memory import keep_freed_memory
 from icefall_fusion.common.processes import check_compiler, gather_over_processes, sum_tensor
 from icefall_fusion.data.datamodule import Batch, DataOptions, EvalBatches, TrainBatches
 from icefall_fusion.data.manifests import cuts_path
-from icefall_fusion.lattice.k2_lattice import ctc_loss_rows, load_k2
+from icefall_fusion.lattice.k2_fsas import ctc_loss_rows, load_k2
 from icefall_fusion.scoring.wer import count_errors
 from icefall_fusion.train.checkpoints import average_checkpoints, list_checkpoints
 from icefall_fusion.train.loop import STOPPED, Trainer, TrainerOptions, init_distributed
@@ -292,7 +292,7 @@ def use_k2_loss(model: CtcAed) -> None:
     """Let k2 compute the CTC losses of a model.
 
     Raises:
-        ModuleNotFoundError: there is no k2 that works; with the remedy.
+        Unavailable: there is no k2 that works; with the remedy.
         ValueError: the blank is not piece 0, as k2 has it.
     """
     load_k2()

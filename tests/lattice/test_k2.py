@@ -8,30 +8,25 @@ import math
 
 import pytest
 import torch
-from lattice_tools import ARPA, TOKENS, WORDS, assert_same_pieces, log_probs
-from reference.lattice_paths import graph_sentences, words_of_paths
+from lattice_tools import ARPA, TOKENS, WORDS, assert_same_pieces, log_probs, needs_k2
+from reference.lattice_paths import all_paths, graph_sentences, ngram_on_path, words_of_paths
 from search_tools import WordLengths
 
+from icefall_fusion.acoustic.emissions import Emissions
 from icefall_fusion.lattice.beam import LatticeBeamOptions, lattice_beam_search
-from icefall_fusion.lattice.export import best_paths
 from icefall_fusion.lattice.graph import load_graph, save_graph
-from icefall_fusion.lattice.k2_lattice import (
-    LatticeMaker,
-    LatticeOptions,
-    ctc_loss_rows,
-    load_k2,
-    to_plain,
-    why_no_k2,
-)
-from icefall_fusion.lattice.nbest_fsa import linear_fsas, prefix_tree
-from icefall_fusion.lattice.paths import WordNgram, best_path, random_paths
-from icefall_fusion.nbest import NBest
+from icefall_fusion.lattice.k2_fsas import ctc_loss_rows, load_k2, numbered
+from icefall_fusion.lattice.k2_lattice import LatticeMaker, LatticeOptions
+from icefall_fusion.lattice.nbest_lists import best_paths
+from icefall_fusion.lattice.paths import best_paths as k2_best_paths
+from icefall_fusion.lattice.paths import random_paths
+from icefall_fusion.lattice.word_ngram import WordNgram
 from icefall_fusion.ngram.piece_ngram import PieceNgram
 from icefall_fusion.search import PrefixSearchOptions, ctc_prefix_search
 from icefall_fusion.text.lexicon import make_lexicon
 from icefall_fusion.text.tokens import AcousticTokens
 
-pytestmark = [pytest.mark.k2, pytest.mark.skipif(bool(why_no_k2()), reason=why_no_k2() or "k2 is there")]
+pytestmark = [pytest.mark.k2, needs_k2]
 CPU = torch.device("cpu")
 WIDE = LatticeOptions(search_beam=1000, output_beam=1000, max_active_states=10**6)
 
@@ -46,7 +41,7 @@ def arpa(tmp_path_factory):
 @pytest.fixture(scope="module")
 def graphs(arpa):
     pytest.importorskip("kaldilm")
-    from icefall_fusion.lattice.build_graph import make_g, make_h, make_hl, make_hlg
+    from icefall_fusion.lattice.compose import make_g, make_h, make_hl, make_hlg
 
     lexicon = make_lexicon(WORDS, TOKENS)
     found = {"H": make_h(TOKENS), "HL": make_hl(TOKENS, lexicon), "HLG": make_hlg(TOKENS, lexicon, arpa)}
@@ -55,11 +50,10 @@ def graphs(arpa):
     return found
 
 
-def make(graph, emissions, lens, options=WIDE):
+def make(graph, log_probs, lens, options=WIDE, counters=None):
     ids = [f"u{row}" for row in range(len(lens))]
-    maker = LatticeMaker(graph, options, CPU)
-    fsas, rows = maker.make(emissions, lens, ids)
-    return fsas, rows, to_plain(fsas, rows, emissions, lens, ids), maker
+    emissions = Emissions(ids, log_probs, lens, TOKENS, 0.04)
+    return LatticeMaker(graph, options, CPU).make(emissions, {} if counters is None else counters)
 
 
 def sentences(most):
@@ -124,7 +118,7 @@ def _readings(labels, topology):
 def test_homophones_are_told_apart_by_the_ngram_alone(tmp_path) -> None:
     """Two words of one spelling, and one that begins another: disambiguation keeps all of them."""
     pytest.importorskip("kaldilm")
-    from icefall_fusion.lattice.build_graph import make_hlg
+    from icefall_fusion.lattice.compose import make_hlg
     from icefall_fusion.text.lexicon import Lexicon, disambiguation_marks
 
     words = ["two", "too", "to", "toast"]
@@ -147,9 +141,9 @@ def test_homophones_are_told_apart_by_the_ngram_alone(tmp_path) -> None:
 def test_a_graph_comes_back_from_its_file_and_other_pieces_are_refused(graphs, tmp_path) -> None:
     save_graph(tmp_path / "g.npz", graphs["HLG"])
     graph = load_graph(tmp_path / "g.npz")
-    for name in ("source", "target", "label", "piece", "saying", "score"):
+    for name in ("source", "target", "label", "piece", "output", "score"):
         assert torch.equal(getattr(graph, name), getattr(graphs["HLG"], name))
-    assert (graph.words, graph.sayings, graph.kind) == (WORDS, graphs["HLG"].sayings, "HLG")
+    assert (graph.words, graph.outputs, graph.kind) == (WORDS, graphs["HLG"].outputs, "HLG")
     graph.check_tokens(TOKENS)
     (tmp_path / "bad.npz").write_bytes(b"no graph")
     with pytest.raises(ValueError, match="bad.npz cannot be loaded as a decoding graph"):
@@ -166,7 +160,7 @@ def test_a_graph_comes_back_from_its_file_and_other_pieces_are_refused(graphs, t
 
 def test_what_cannot_be_a_graph_is_refused(arpa) -> None:
     pytest.importorskip("kaldilm")
-    from icefall_fusion.lattice.build_graph import make_h, make_hlg
+    from icefall_fusion.lattice.compose import make_h, make_hlg
 
     lacking = r"words of .*toy.arpa must be in the lexicon, but 1 are not.*\['cdb'\]"
     with pytest.raises(ValueError, match=lacking):
@@ -185,35 +179,35 @@ def test_what_cannot_be_a_graph_is_refused(arpa) -> None:
 @pytest.mark.parametrize("kind", ["H", "HL", "HLG", "modified"])
 def test_plain_lattices_are_k2s(graphs, kind) -> None:
     emissions, lens = log_probs(1, 3, 5), torch.tensor([5, 0, 4])
-    fsas, rows, plain, _ = make(graphs[kind], emissions, lens)
-    assert rows == [0, 2] and plain.counts.tolist()[1] == 0
+    fsas, plain = make(graphs[kind], emissions, lens)
+    assert plain.counts.nonzero().squeeze(1).tolist() == [0, 2]
     total = plain.score({"ctc": 1.0, "hlg": 1.0})
     assert torch.allclose(total, fsas.scores.double(), atol=1e-5)
     best = fsas.get_tot_scores(use_double_scores=True, log_semiring=False)
-    viterbi = best_paths(plain, {"ctc": 1.0, "hlg": 1.0})
-    for place, row in enumerate(rows):
-        assert float(total[viterbi[row]].sum()) == pytest.approx(float(best[place]), abs=1e-4)
+    viterbi = best_paths(plain, total)
+    for index, row in enumerate((0, 2)):
+        assert float(total[viterbi[row]].sum()) == pytest.approx(float(best[index]), abs=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["HL", "HLG"])
 def test_a_beam_that_holds_all_finds_k2s_shortest_path(graphs, kind) -> None:
     emissions, lens = log_probs(2, 2, 5), torch.tensor([5, 4])
-    fsas, _, plain, _ = make(graphs[kind], emissions, lens)
+    fsas, plain = make(graphs[kind], emissions, lens)
     shortest = load_k2().shortest_path(fsas, True)
-    best = best_path(fsas, fsas.scores)
+    best = k2_best_paths(numbered(fsas, fsas.scores))
     labels = graphs[kind].labels(TOKENS)
     nbests = lattice_beam_search(plain, 1.0, labels, LatticeBeamOptions(beam=3000, merge="max"),
                                  [WordLengths(0.0)])  # fmt: skip
     scores = shortest.get_tot_scores(use_double_scores=True, log_semiring=False)
     for row, nbest in enumerate(nbests):
-        said = [s for s in plain.saying[torch.from_numpy(best.path(row))].tolist() if s]
-        assert nbest[0].text == " ".join(labels.words(said))
+        outputs = [label for label in plain.output[torch.from_numpy(best.path(row))].tolist() if label]
+        assert nbest[0].text == " ".join(labels.words(outputs))
         assert nbest[0].total == pytest.approx(float(scores[row]), abs=1e-4)
 
 
 def test_along_an_h_lattice_it_is_the_prefix_search(graphs) -> None:
     emissions, lens = log_probs(3, 2, 4), torch.tensor([4, 3])
-    _, _, plain, _ = make(graphs["H"], emissions, lens)
+    plain = make(graphs["H"], emissions, lens).plain
     nbests = lattice_beam_search(plain, 0.0, graphs["H"].labels(TOKENS), LatticeBeamOptions(beam=500))
     expected = ctc_prefix_search(emissions, lens, PrefixSearchOptions(beam=500), TOKENS)
     assert_same_pieces(nbests, expected, 1e-3)
@@ -221,14 +215,14 @@ def test_along_an_h_lattice_it_is_the_prefix_search(graphs) -> None:
 
 def test_a_fusion_at_the_end_rescores_all_paths(graphs) -> None:
     emissions, lens = log_probs(4, 2, 5), torch.tensor([5, 4])
-    _, _, plain, _ = make(graphs["HLG"], emissions, lens)
+    plain = make(graphs["HLG"], emissions, lens).plain
     labels, options = graphs["HLG"].labels(TOKENS), LatticeBeamOptions(beam=3000)
     nbests = lattice_beam_search(plain, 0.6, labels, options, [WordLengths(0.3, 0.2, every=0)])
     for row, nbest in enumerate(nbests):
         paths = words_of_paths(plain, row, 0.6)
         rescored = {}
-        for said, (score, _) in paths.items():
-            words = labels.words(said)
+        for outputs, (score, _) in paths.items():
+            words = labels.words(outputs)
             rescored[" ".join(words)] = score - 0.3 * sum(len(w) ** 2 for w in words) + 0.2 * len(words)
         assert {h.text: h.total for h in nbest} == pytest.approx(rescored, abs=1e-4)
 
@@ -267,33 +261,37 @@ def test_a_model_has_the_same_loss_by_k2_as_by_torch() -> None:
 
 def test_what_is_too_large_is_pruned_counted_and_never_empty(graphs, caplog) -> None:
     emissions, lens = log_probs(6, 2, 5), torch.tensor([5, 4])
-    _, _, whole, _ = make(graphs["HLG"], emissions, lens)
-    options = LatticeOptions(1000, 1000, max_active_states=10**6, max_arcs=60)
-    _, rows, plain, maker = make(graphs["HLG"], emissions, lens, options)
-    assert rows == [0, 1] and maker.counters["lattices_pruned"] == 2
+    whole = make(graphs["HLG"], emissions, lens).plain
+    options, counters = LatticeOptions(1000, 1000, max_active_states=10**6, max_arcs=60), {}
+    plain = make(graphs["HLG"], emissions, lens, options, counters).plain
+    assert counters == {"lattices_pruned": 2, "lattice_arcs": len(plain.source), "lattice_frames": 9}
     assert (plain.counts > 0).all() and (plain.counts < whole.counts).all()
     assert "pruned to" in caplog.text and "max_arcs is 60" in caplog.text
-    alone = make(graphs["HLG"], emissions[1:, :4], lens[1:], options)[2]
+    alone = make(graphs["HLG"], emissions[1:, :4], lens[1:], options, counters).plain
     assert alone.counts.tolist() == plain.counts.tolist()[1:]  # whatever else is in the batch
+    assert counters["lattices_pruned"] == 3 and counters["lattice_frames"] == 13
 
 
 def test_an_utterance_too_short_for_any_path_is_told(graphs, caplog) -> None:
     """One frame has no room for the words of a graph whose n-gram allows no empty sentence."""
-    emissions = torch.full((1, 1, TOKENS.size), -math.inf)
+    emissions, counters = torch.full((1, 1, TOKENS.size), -math.inf), {}
     emissions[0, 0, 4] = 0.0  # only a piece that begins no word
-    fsas, rows, plain, maker = make(graphs["HL"], emissions, torch.tensor([1]))
-    assert rows == [] and len(plain.source) == 0
-    assert maker.counters["lattices_empty"] == 1 and maker.counters["lattices_widened"] == 1
+    fsas, plain = make(graphs["HL"], emissions, torch.tensor([1]), counters=counters)
+    assert fsas is None and len(plain.source) == 0
+    assert counters["lattices_empty"] == 1 and counters["lattices_widened"] == 1
     assert "no path through the graph for ['u0']" in caplog.text and "raise both" in caplog.text
     assert len(lattice_beam_search(plain, 1.0, graphs["HL"].labels(TOKENS))[0]) == 0
 
 
 def test_log_probs_of_other_pieces_or_device_are_refused(graphs) -> None:
     maker = LatticeMaker(graphs["HLG"], WIDE, CPU)
+    tokens = AcousticTokens.from_pieces([*TOKENS.pieces, "e", "f"], 0)
+    emissions = Emissions(["u"], log_probs(7, 1, 3, pieces=7), torch.tensor([3]), tokens, 0.04)
     with pytest.raises(ValueError, match="log_probs must have the 5 pieces of the graph, but is 7"):
-        maker.make(log_probs(7, 1, 3, pieces=7), torch.tensor([3]), ["u"])
+        maker.make(emissions, {})
+    emissions.log_probs = emissions.log_probs.to("meta")
     with pytest.raises(ValueError, match="log_probs must be on the device of the graph .cpu.: move one"):
-        maker.make(torch.zeros(1, 3, TOKENS.size, device="meta"), torch.tensor([3]), ["u"])
+        maker.make(emissions, {})
 
 
 # --- paths --------------------------------------------------------------------------------------------
@@ -301,7 +299,7 @@ def test_log_probs_of_other_pieces_or_device_are_refused(graphs) -> None:
 
 def test_random_paths_are_paths(graphs) -> None:
     emissions, lens = log_probs(8, 2, 5), torch.tensor([5, 4])
-    fsas, _, plain, _ = make(graphs["HLG"], emissions, lens)
+    fsas, plain = make(graphs["HLG"], emissions, lens)
     paths = random_paths(fsas, 0.5 * fsas.scores, 40)
     assert (paths.owner == 0).sum() == 41 and (paths.owner == 1).sum() == 41  # and the best one
     for number, row in enumerate(paths.owner.tolist()):
@@ -313,102 +311,52 @@ def test_random_paths_are_paths(graphs) -> None:
 
 def test_an_ngram_scores_sentences_as_its_arpa_file_does(graphs, arpa) -> None:
     ngram, words = PieceNgram.load(arpa, WORDS), list(sentences(3))
-    found = WordNgram(graphs["G"], CPU).score(words)
-    assert found.tolist() == pytest.approx([best_backoff(ngram, sentence) for sentence in words], abs=1e-4)
+    scores = WordNgram(graphs["G"], graphs["HL"].outputs, CPU).score(words)
+    assert scores.tolist() == pytest.approx([best_backoff(ngram, sentence) for sentence in words], abs=1e-4)
+
+
+def rescored_paths(graphs, lattices, scales, options):
+    """Return {(row, scale): score of the best path} and the counters."""
+    ngram, counters = WordNgram(graphs["G"], graphs["HL"].outputs, CPU), {}
+    paths = ngram.rescore(lattices, options, counters, scales)
+    rows = range(len(lattices.plain))
+    best: dict = {(row, scale): () for row in rows for scale in scales}
+    for number, row in enumerate(paths.owner.tolist()):
+        arcs = tuple(paths.path(number).tolist())
+        open_scales = [scale for scale in scales if not best[row, scale]]
+        if open_scales:  # the best ones come first, scale by scale
+            best[row, open_scales[0]] = arcs
+    scores = {key: score_of(graphs, lattices.plain, arcs, key[1]) for key, arcs in best.items()}
+    return scores, counters
+
+
+def score_of(graphs, plain, arcs, scale):
+    ctc = sum(float(plain.ctc[arc]) for arc in arcs)
+    return ctc + scale * ngram_on_path(graphs["G"], plain, arcs, graphs["HL"].outputs)
 
 
 def test_whole_lattice_rescoring_finds_the_best_of_all_paths(graphs) -> None:
     emissions, lens = log_probs(9, 2, 6), torch.tensor([6, 5])
-    fsas, _, plain, _ = make(graphs["HL"], emissions, lens)
-    ngram, sayings = WordNgram(graphs["G"], CPU), graphs["HL"].sayings
-    scales = (0.3, 1.0)
-    paths, thinned = ngram.rescore(fsas, plain.ctc, fsas.scores, 1e-20, sayings, scales, 10)
-    assert thinned == 0
-    said = {row: words_of_paths(plain, row, 0.0, "max") for row in range(2)}
-    for number, row in enumerate(paths.owner.tolist()):
-        words = [w for s in plain.saying[torch.from_numpy(paths.path(number))].tolist() for w in sayings[s]]
-        score = ngram.score([words])[0]
-        # a lattice with few frames of silence may have no room for every step of backing off
-        assert paths.ngram[number] <= score + 1e-4
-        if number < 4:  # the best paths
-            scale = scales[number // 2]
-            sums = [value + scale * ngram.score([[w for s in key for w in sayings[s]]])[0]
-                    for key, (value, _) in said[row].items()]  # fmt: skip
-            heard = float(plain.ctc[torch.from_numpy(paths.path(number))].sum())
-            assert heard + scale * paths.ngram[number] <= max(sums) + 1e-4
+    lattices = make(graphs["HL"], emissions, lens)
+    options = LatticeOptions(rescore_posterior=1e-20, paths=10)
+    best, counters = rescored_paths(graphs, lattices, (0.3, 1.0), options)
+    assert counters == {"lattices_thinned": 0} and len(best) == 4
+    for (row, scale), score in best.items():
+        every = [score_of(graphs, lattices.plain, arcs, scale) for arcs in all_paths(lattices.plain, row)]
+        assert score == pytest.approx(max(every), abs=1e-4)
 
 
 def test_large_lattices_are_rescored_alone_and_thinned_out(graphs) -> None:
     emissions, lens = log_probs(9, 3, 6), torch.tensor([6, 5, 4])
-    fsas, _, plain, _ = make(graphs["HL"], emissions, lens)
-    ngram, sayings = WordNgram(graphs["G"], CPU), graphs["HL"].sayings
+    lattices = make(graphs["HL"], emissions, lens)
 
     def best(most):
-        paths, thinned = ngram.rescore(
-            fsas, plain.ctc, fsas.scores, 1e-20, sayings, (0.3, 1.0), 0, most=most
-        )
-        found = {}
-        for number, row in enumerate(paths.owner.tolist()):
-            heard = plain.ctc[torch.from_numpy(paths.path(number))].sum()
-            found.setdefault(row, []).append(float(heard) + 0.3 * float(paths.ngram[number]))
-        return found, thinned
+        options = LatticeOptions(rescore_posterior=1e-20, rescore_arcs=most, paths=1)
+        return rescored_paths(graphs, lattices, (0.3, 1.0), options)
 
-    largest = int(plain.counts.max())
-    together, alone = best(10**6), best(largest)
-    assert together[1] == alone[1] == 0
-    assert alone[0] == {row: pytest.approx(scores, abs=1e-4) for row, scores in together[0].items()}
+    (together, none), (alone, also_none) = best(10**6), best(int(lattices.plain.counts.max()))
+    assert none == also_none == {"lattices_thinned": 0}
+    assert alone == pytest.approx(together, abs=1e-4)
     few, thinned = best(30)
-    assert thinned == 3 and set(few) == {0, 1, 2}
-    assert all(few[row][0] <= together[0][row][0] + 1e-4 for row in few)
-
-
-# --- lists of other searches --------------------------------------------------------------------------
-
-
-def prefix_lists(seed=10):
-    emissions, lens = log_probs(seed, 1, 5), torch.tensor([5])
-    return emissions, lens, ctc_prefix_search(emissions, lens, PrefixSearchOptions(beam=12), TOKENS)[0]
-
-
-def test_a_list_as_linear_fsas_scores_as_it_did_and_takes_part_in_k2() -> None:
-    emissions, lens, nbest = prefix_lists()
-    fsas = linear_fsas(nbest)
-    totals = fsas.get_tot_scores(use_double_scores=True, log_semiring=False)
-    assert totals.tolist() == pytest.approx([h.total for h in nbest], abs=1e-5)
-    ids = {word: number for number, word in enumerate(sorted({w for h in nbest for w in h.words()}), 1)}
-    words = linear_fsas(nbest, ids)
-    assert words.shape[0] == len(nbest)
-    # existing scripts compose such FSAs with a topology and score them: that is the exact CTC score
-    k2 = load_k2()
-    graphs = k2.ctc_graph([h.tokens for h in nbest])
-    dense = k2.DenseFsaVec(emissions, torch.tensor([[0, 0, 5]], dtype=torch.int32))
-    same = k2.intersect_dense(graphs, dense, 1e10, a_to_b_map=torch.zeros(len(nbest), dtype=torch.int32))
-    exact = same.get_tot_scores(use_double_scores=True, log_semiring=True)
-    for score, h in zip(exact.tolist(), nbest):
-        assert h.scores["ctc"] <= score + 1e-4  # what the beam of 12 kept of it
-
-
-def test_a_list_as_a_prefix_tree_has_its_sentences_and_no_others() -> None:
-    _, _, nbest = prefix_lists(11)
-    tree = prefix_tree(nbest)
-    arcs, scores = tree.arcs.values()[:, :3].tolist(), tree.scores.tolist()
-    found, stack = {}, [(0, (), 0.0)]
-    while stack:
-        state, labels, score = stack.pop()
-        for (source, target, label), more in zip(arcs, scores):
-            if source == state and label == -1:
-                found[labels] = score + more
-            elif source == state:
-                stack.append((target, (*labels, label), score + more))
-    assert found == pytest.approx({tuple(h.tokens): h.total for h in nbest}, abs=1e-5)
-    best = load_k2().shortest_path(load_k2().create_fsa_vec([tree]), True)
-    assert [i for i in best.labels.tolist() if i > 0] == nbest[0].tokens
-    assert best.rank[-1] == 0
-
-
-def test_lists_that_cannot_be_fsas_are_refused() -> None:
-    _, _, nbest = prefix_lists()
-    with pytest.raises(ValueError, match="label_ids must have every word of 0"):
-        linear_fsas(nbest, {})
-    with pytest.raises(ValueError, match="list of x must hold a hypothesis"):
-        prefix_tree(NBest("x", []))
+    assert thinned == {"lattices_thinned": 3} and len(few) == 6
+    assert all(few[key] <= together[key] + 1e-4 for key in together)

@@ -20,7 +20,7 @@ from icefall_fusion.decode.method_names import K2_METHODS, parse_method, parse_m
 from icefall_fusion.decode.options import DecodeOptions
 from icefall_fusion.fusion.rescoring import rescore_with_ngram
 from icefall_fusion.lattice.beam import LatticeBeamOptions
-from icefall_fusion.lattice.files import save_lattices
+from icefall_fusion.lattice.saved import save_lattices
 from icefall_fusion.lattice.source import K2Options
 from icefall_fusion.lm import CausalLm
 from icefall_fusion.nbest import read_nbests
@@ -53,8 +53,8 @@ def models(tmp_path_factory):
     lists = rescore_with_ngram(lists, PieceNgram.load(made["ngram"], tokens.pieces))
     seconds = {"lattices": 30.0, "nbest": 3.0, "whole": 6.0}
     made["lattices"] = str(folder / "lattices")
-    save_lattices(folder / "lattices" / "lattices-0.npz", lattices, {"nbest": lists, "whole": lists}, tokens,
-                  tokens, seconds, {})  # fmt: skip
+    kinds = {"nbest": lists, "whole": lists}
+    save_lattices(folder / "lattices" / "lattices-0.npz", lattices, kinds, tokens, tokens, seconds)
     return made
 
 

@@ -16,9 +16,9 @@ from search_tools import Bigram, WordLengths
 
 from icefall_fusion.lattice.beam import LatticeBeamOptions, lattice_beam_search
 from icefall_fusion.lattice.ctc_forward import ctc_scores
-from icefall_fusion.lattice.export import best_paths
 from icefall_fusion.lattice.graph import WordTokens
-from icefall_fusion.lattice.value import join
+from icefall_fusion.lattice.lattices import join
+from icefall_fusion.lattice.nbest_lists import best_paths
 from icefall_fusion.search import PrefixSearchOptions, ctc_prefix_search
 
 pytestmark = pytest.mark.k2  # it needs none, but has to work with its old torch too
@@ -30,7 +30,7 @@ def lattices(seed, lens, hlg=True):
     found = ctc_lattices(log_probs(seed, len(lens), int(lens.max())), lens)
     if hlg:
         generator = torch.Generator().manual_seed(seed)
-        found.hlg.copy_(-torch.rand(TOKENS.size, generator=generator)[found.saying] * (found.saying > 0))
+        found.hlg.copy_(-torch.rand(TOKENS.size, generator=generator)[found.output] * (found.output > 0))
     return found
 
 
@@ -111,10 +111,11 @@ def test_words_that_one_arc_says_together_are_the_words_that_two_arcs_say() -> N
 
 def test_viterbi_is_the_best_of_all_paths() -> None:
     found = lattices(8, [4, 0, 3])
-    paths = best_paths(found, {"ctc": 1.0, "hlg": 0.8})
+    score = found.score({"ctc": 1.0, "hlg": 0.8})
+    paths = best_paths(found, score)
     assert len(paths[1]) == 0
     for row in (0, 2):
-        total = float(found.score({"ctc": 1.0, "hlg": 0.8})[paths[row]].sum())
+        total = float(score[paths[row]].sum())
         best = max(score for score, _ in words_of_paths(found, row, 0.8, "max").values())
         assert total == pytest.approx(best, abs=1e-5)
 

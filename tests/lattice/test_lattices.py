@@ -3,29 +3,32 @@ Knows: lattices, methods k2-*. Must not know: large language models.
 """
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
-from lattice_tools import ARPA, TOKENS, WORDS, ctc_lattices, log_probs
+from lattice_tools import ARPA, TOKENS, WHY_NO_K2, WORDS, ctc_lattices, log_probs, needs_k2
 from search_tools import WordLengths
 
 from icefall_fusion.acoustic.emissions import Emissions
+from icefall_fusion.common.unavailable import Unavailable
 from icefall_fusion.lattice.beam import LatticeBeamOptions
-from icefall_fusion.lattice.files import SavedLattices, save_lattices
-from icefall_fusion.lattice.graph import save_graph
-from icefall_fusion.lattice.k2_lattice import LatticeOptions, why_no_k2
-from icefall_fusion.lattice.readings import K2_PARTS, read_lattices, split_name
-from icefall_fusion.lattice.source import K2Lattices, K2Options, open_lattices
+from icefall_fusion.lattice.graph import load_graph, save_graph
+from icefall_fusion.lattice.k2_lattice import LatticeOptions
+from icefall_fusion.lattice.methods import K2_SEARCHES, decode_lattices, split_name
+from icefall_fusion.lattice.npz import text_array
+from icefall_fusion.lattice.saved import SavedLattices, save_lattices
+from icefall_fusion.lattice.source import K2Options, K2Source, open_lattices
 from icefall_fusion.nbest import NBest
 from icefall_fusion.search import PrefixSearchOptions, ctc_prefix_search
 from icefall_fusion.text.tokens import AcousticTokens
 
 pytestmark = pytest.mark.k2
-needs_k2 = pytest.mark.skipif(bool(why_no_k2()), reason=why_no_k2() or "k2 is there")
-READINGS = sorted({reading for reading, _, _ in K2_PARTS.values()} | {"beam"})
+SEARCHES = sorted({search for search, _, _ in K2_SEARCHES.values()} | {"beam"})
 WEIGHTS = {"ctc": 1.0, "hlg": 0.7, "ngram": 0.4, "words": 0.3}
 CPU = torch.device("cpu")
 
@@ -39,7 +42,7 @@ def batch(seed=1, lens=(6, 0, 4)):
 @pytest.fixture(scope="module")
 def options(tmp_path_factory):
     pytest.importorskip("kaldilm")
-    from icefall_fusion.lattice.build_graph import make_g, make_hlg
+    from icefall_fusion.lattice.compose import make_g, make_hlg
     from icefall_fusion.text.lexicon import make_lexicon
 
     folder = tmp_path_factory.mktemp("graphs")
@@ -52,47 +55,50 @@ def options(tmp_path_factory):
                      beam=LatticeBeamOptions(beam=2000))  # fmt: skip
 
 
-def read(reading, source, options, emissions, fusions=()):
-    weights = {**WEIGHTS, "ngram": WEIGHTS["ngram"] if reading in ("nbest-ngram", "whole") else 0.0}
-    weights = {"hlg": 0.0, **weights} if reading == "whole" else weights
+def decode(search, source, options, emissions, fusions=(), counters=None):
+    weights = {**WEIGHTS, "ngram": WEIGHTS["ngram"] if search in ("nbest-ngram", "whole") else 0.0}
     references = dict.fromkeys(emissions.ids, "a cd")
-    return read_lattices(reading, source, options, emissions, weights, fusions, references)
+    counters = {} if counters is None else counters
+    return decode_lattices(search, source, options.beam, emissions, weights, fusions, references, counters)
 
 
 @needs_k2
-@pytest.mark.parametrize("reading", READINGS)
-def test_saved_lattices_give_what_k2_gives(options, tmp_path, reading) -> None:
+@pytest.mark.parametrize("search", SEARCHES)
+def test_saved_lattices_give_what_k2_gives(options, tmp_path, search) -> None:
     emissions = batch()
     source = open_lattices(options, TOKENS, "cpu")
-    assert isinstance(source, K2Lattices) and source.has_ngram
-    fsas, plain = source.make(emissions)
-    lists = {kind: source.lists_of(fsas, plain, emissions, kind) for kind in ("nbest", "whole")}
+    assert isinstance(source, K2Source) and source.list_kinds == ["nbest", "whole"]
+    lattices = source.make(emissions, {})
+    lists = {kind: source.lists_of(lattices, emissions, kind, {}) for kind in source.list_kinds}
     seconds = {"lattices": 3.0, "nbest": 1.5, "whole": 3.0}
-    save_lattices(tmp_path / "lattices-0.npz", plain, lists, source.labels, TOKENS, seconds, source.counters)
+    save_lattices(tmp_path / "lattices-0.npz", lattices.plain, lists, source.labels, TOKENS, seconds)
     saved = open_lattices(K2Options(saved=str(tmp_path)), TOKENS, "cpu")
-    now, then = read(reading, source, options, emissions), read(reading, saved, options, emissions)
+    made, read, counters = {}, {}, {}
+    now = decode(search, source, options, emissions, counters=made)
+    then = decode(search, saved, options, emissions, counters=read)
     for one, other in zip(now, then):
         assert [h.text for h in one] == [h.text for h in other]
         assert [h.total for h in one] == pytest.approx([h.total for h in other], abs=1e-4)
         assert one[0].times == other[0].times
-    before = saved.counters["lattice_seconds"]
-    some = saved.lattices(Emissions(["u2"], emissions.log_probs[2:, :4], emissions.lens[2:], TOKENS, 0.04))
-    assert torch.equal(some.label, plain.select([2]).label)
-    assert saved.counters["lattice_seconds"] - before == pytest.approx(1.0)  # a third of the batch's
+    assert read.pop("lattice_seconds") == {"1best": 3.0, "beam": 3.0, "whole": 6.0}.get(search, 4.5)
+    assert made == ({**read, "lattices_thinned": 0} if search == "whole" else read)
+    some = Emissions(["u2"], emissions.log_probs[2:, :4], emissions.lens[2:], TOKENS, 0.04)
+    assert torch.equal(saved.lattices(some, counters).label, lattices.plain.select([2]).label)
+    assert counters["lattice_seconds"] == pytest.approx(1.0)  # a third of the batch's
     assert K2Options(saved=str(tmp_path)).sources() == {"graph", "word_ngram"}
 
 
 @needs_k2
-@pytest.mark.parametrize("reading", READINGS)
-def test_every_list_has_scores_by_source_that_make_its_total(options, reading) -> None:
+@pytest.mark.parametrize("search", SEARCHES)
+def test_every_list_has_scores_by_source_that_make_its_total(options, search) -> None:
     emissions, source = batch(2), open_lattices(options, TOKENS, "cpu")
-    nbests = read(reading, source, options, emissions)
-    wanted = {"ctc", "hlg", "words"} | ({"ngram"} if reading not in ("1best", "beam") else set())
+    nbests = decode(search, source, options, emissions)
+    wanted = {"ctc", "hlg", "words"} | ({"ngram"} if search not in ("1best", "beam") else set())
     for nbest in nbests:
         assert len(nbest) >= 1 and isinstance(nbest, NBest)
         assert wanted <= set(nbest.sources())
         assert len({h.text for h in nbest}) == len(nbest)
-        if reading != "oracle":
+        if search != "oracle":
             assert [h.total for h in nbest] == sorted((h.total for h in nbest), reverse=True)
         for h in nbest:
             total = sum(weight * h.scores[name] for name, weight in nbest.weights.items() if weight)
@@ -105,7 +111,7 @@ def test_every_list_has_scores_by_source_that_make_its_total(options, reading) -
 @needs_k2
 def test_ctc_scores_of_lists_are_those_of_the_prefix_search(options) -> None:
     emissions, source = batch(3), open_lattices(options, TOKENS, "cpu")
-    nbests = source.lists(emissions, "nbest")
+    nbests = source.lists(emissions, "nbest", {})
     prefixes = ctc_prefix_search(emissions.log_probs, emissions.lens, PrefixSearchOptions(beam=600), TOKENS)
     for nbest, prefix in zip(nbests, prefixes):
         known = {tuple(h.tokens): h.scores["ctc"] for h in prefix}
@@ -117,7 +123,7 @@ def test_ctc_scores_of_lists_are_those_of_the_prefix_search(options) -> None:
 @needs_k2
 def test_a_fusion_along_lattices_scores_their_words(options) -> None:
     emissions, source = batch(4), open_lattices(options, TOKENS, "cpu")
-    for nbest in read("beam", source, options, emissions, [WordLengths(0.3, 0.1)]):
+    for nbest in decode("beam", source, options, emissions, [WordLengths(0.3, 0.1)]):
         for h in nbest:
             assert h.scores["lengths"] == -sum(len(word) ** 2 for word in h.words())
 
@@ -126,7 +132,8 @@ def test_a_fusion_along_lattices_scores_their_words(options) -> None:
 def test_an_oracle_without_reference_is_refused(options) -> None:
     source = open_lattices(options, TOKENS, "cpu")
     with pytest.raises(ValueError, match="k2-nbest-oracle must have a reference of u0"):
-        read_lattices("oracle", source, options, batch(), {"ctc": 1.0, "hlg": 0.5}, (), {"u0": None})
+        weights = {"ctc": 1.0, "hlg": 0.5}
+        decode_lattices("oracle", source, options.beam, batch(), weights, (), {"u0": None}, {})
 
 
 @needs_k2
@@ -166,9 +173,9 @@ def test_the_jobs_make_graphs_and_lattices(tmp_path, capsys) -> None:
     job += ["--k2.graph", str(tmp_path / "HLG.npz"), "--k2.ngram", str(tmp_path / "G.npz")]
     job += ["--batch_size", "2"]
     assert main([*job, "--out", str(tmp_path / "out")]) == 0
-    saved = SavedLattices(tmp_path / "out", tokens, CPU)
-    lists = saved.lists(Emissions(["z", "x"], values[[2, 0]], lens[[2, 0]], tokens, 0.04), "whole")
-    assert [nbest.utterance for nbest in lists] == ["z", "x"] and saved.counters["lattice_seconds"] > 0
+    saved, counters = SavedLattices(tmp_path / "out", tokens, CPU), {}
+    lists = saved.lists(Emissions(["z", "x"], values[[2, 0]], lens[[2, 0]], tokens, 0.04), "whole", counters)
+    assert [nbest.utterance for nbest in lists] == ["z", "x"] and counters["lattice_seconds"] > 0
     assert main([*job, "--out", str(tmp_path / "out")]) == 0  # nothing is left to do
     capsys.readouterr()
     assert main([*job, "--out", str(tmp_path / "out"), "--k2.lattice.paths", "3"]) == 2
@@ -186,8 +193,8 @@ def saved(tmp_path):
     values, options = (emissions.log_probs, emissions.lens), PrefixSearchOptions()
     lists = ctc_prefix_search(*values, options, TOKENS, (), emissions.ids)
     lists = [nbest.with_scores("hlg", [0.0] * len(nbest)) for nbest in lists]
-    save_lattices(tmp_path / "lattices-0.npz", lattices, {"nbest": lists}, TOKENS, TOKENS,
-                  {"lattices": 1.0, "nbest": 1.0}, {})  # fmt: skip
+    seconds = {"lattices": 1.0, "nbest": 1.0}
+    save_lattices(tmp_path / "lattices-0.npz", lattices, {"nbest": lists}, TOKENS, TOKENS, seconds)
     return tmp_path, emissions
 
 
@@ -196,9 +203,9 @@ def test_saved_lattices_need_no_k2(saved) -> None:
     options = K2Options(saved=str(folder), beam=LatticeBeamOptions(beam=600))
     assert options.sources() == {"graph"}
     source = open_lattices(options, TOKENS, "cpu")
-    for reading in ("beam", "nbest"):
+    for search in ("beam", "nbest"):
         for nbest, other in zip(
-            read(reading, source, options, emissions),
+            decode(search, source, options, emissions),
             ctc_prefix_search(emissions.log_probs, emissions.lens, PrefixSearchOptions(beam=600), TOKENS),
         ):
             assert nbest[0].scores["ctc"] == pytest.approx(
@@ -211,12 +218,12 @@ def test_saved_lattices_of_something_else_are_refused(saved) -> None:
     source = open_lattices(K2Options(saved=str(folder)), TOKENS, "cpu")
     stranger = Emissions(["who", "u1"], emissions.log_probs, emissions.lens, TOKENS, 0.04)
     with pytest.raises(ValueError, match="must hold every utterance, but lack 'who'"):
-        source.lattices(stranger)
+        source.lattices(stranger, {})
     shorter = Emissions(emissions.ids, emissions.log_probs[:, :4], emissions.lens.clamp(max=4), TOKENS, 0.04)
     with pytest.raises(ValueError, match=r"lattice of u0 must be of the same log-probs \(4 frames\)"):
-        source.lattices(shorter)
+        source.lattices(shorter, {})
     with pytest.raises(ValueError, match="must have 'whole' lists: make them with an n-gram"):
-        source.lists(emissions, "whole")
+        source.lists(emissions, "whole", {})
     other = AcousticTokens.from_pieces([*TOKENS.pieces[:-1], "x"], 0)
     with pytest.raises(ValueError, match="must be made for the acoustic pieces with the hash"):
         open_lattices(K2Options(saved=str(folder)), other, "cpu")
@@ -229,9 +236,37 @@ def test_saved_lattices_of_something_else_are_refused(saved) -> None:
         K2Options(graph="HLG.npz", saved=str(folder))
 
 
-@pytest.mark.skipif(not why_no_k2(), reason="k2 is there")
+def test_opening_a_folder_reads_the_heads_alone(saved) -> None:
+    """The arrays of a file are read when one of its utterances is wanted. Only then a broken one shows."""
+    folder, emissions = saved
+    path = folder / "lattices-0.npz"
+    content = bytearray(path.read_bytes())
+    begin = content.index(b"ctc.npy") + 200  # in the compressed array
+    content[begin : begin + 50] = bytes(50)
+    path.write_bytes(content)
+    source = open_lattices(K2Options(saved=str(folder)), TOKENS, "cpu")
+    with pytest.raises(ValueError, match="lattices-0.npz cannot be loaded as saved lattices"):
+        source.lattices(emissions, {})
+
+
+@pytest.mark.parametrize("version", [1, 3])
+def test_files_of_another_format_are_refused(saved, version) -> None:
+    """Files had no ``head`` before format 2."""
+    folder, _ = saved
+    head = json.dumps({"format": version})
+    arrays = {"meta": np.array(head)} if version == 1 else {"head": text_array(head)}
+    message = f"npz must have the format 2; make it again, for it has the format {version}"
+    np.savez(folder / "graph.npz", **arrays)
+    with pytest.raises(ValueError, match=message):
+        load_graph(folder / "graph.npz")
+    np.savez(folder / "lattices-1.npz", **arrays)
+    with pytest.raises(ValueError, match=message):
+        open_lattices(K2Options(saved=str(folder)), TOKENS, "cpu")
+
+
+@pytest.mark.skipif(not WHY_NO_K2, reason="k2 is there")
 def test_without_k2_the_remedy_is_told() -> None:
-    with pytest.raises(ModuleNotFoundError, match=r"k2 is not installed: bash tools/install_k2.sh.*k2.saved"):
+    with pytest.raises(Unavailable, match=r"k2 is not installed: bash tools/install_k2.sh.*k2.saved"):
         open_lattices(K2Options(graph="HLG.npz"), TOKENS, "cpu")
 
 
@@ -241,11 +276,13 @@ def test_a_k2_of_another_torch_is_told_with_the_remedy(tmp_path) -> None:
     (tmp_path / "k2" / "__init__.py").write_text("import _k2\n")
     symbol = "undefined symbol: _ZN3c1019UndefinedTensorImpl"
     (tmp_path / "_k2.py").write_text(f"raise ImportError('_k2.so: {symbol}')\n")
-    code = "from icefall_fusion.lattice.k2_lattice import why_no_k2; print(why_no_k2())"
+    code = "from icefall_fusion.lattice.k2_fsas import load_k2; load_k2()"
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")]), *sys.path[1:]])
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
-                          env={**os.environ, "PYTHONPATH": path}).stdout  # fmt: skip
-    assert "k2 does not fit torch" in told and "undefined symbol" in told and "tools/install_k2.sh" in told
+    failed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                            env={**os.environ, "PYTHONPATH": path})  # fmt: skip
+    told = failed.stderr.splitlines()[-1]
+    assert "Unavailable: k2 does not fit torch" in told
+    assert "undefined symbol" in told and "tools/install_k2.sh" in told
 
 
 def test_names_of_methods_are_taken_apart() -> None:

@@ -26,41 +26,62 @@ def all_paths(lattices, row):
 
 
 def words_of_paths(lattices, row, graph_weight, merge="sum"):
-    """Return {sayings: (score, graph score of the best path)} of one lattice; equal sayings merged."""
-    found = defaultdict(list)
+    """Return {output labels: (score, graph score of the best path)} of one lattice; equal ones merged."""
+    scores_of = defaultdict(list)
     for arcs in all_paths(lattices, row):
-        said = tuple(s for s in (int(lattices.saying[arc]) for arc in arcs) if s)
+        outputs = tuple(label for label in (int(lattices.output[arc]) for arc in arcs) if label)
         hlg = sum(float(lattices.hlg[arc]) for arc in arcs)
-        found[said].append((sum(float(lattices.ctc[arc]) for arc in arcs) + graph_weight * hlg, hlg))
+        scores_of[outputs].append((sum(float(lattices.ctc[arc]) for arc in arcs) + graph_weight * hlg, hlg))
     result = {}
-    for said, scores in found.items():
+    for outputs, scores in scores_of.items():
         best = max(scores)
         total = best[0]
         if merge == "sum":
             total = best[0] + math.log(sum(math.exp(score - best[0]) for score, _ in scores))
-        result[said] = (total, best[1])
+        result[outputs] = (total, best[1])
     return result
 
 
+def ngram_on_path(ngram, lattices, arcs, outputs):
+    """Return the best score of an n-gram graph (kind G) along a path; -inf if it has no way.
+
+    A step of backing off takes an arc without words, as a frame of silence.
+    """
+    leaving = defaultdict(list)
+    for arc in range(len(ngram.source)):
+        step = (int(ngram.target[arc]), float(ngram.score[arc]))
+        leaving[int(ngram.source[arc]), int(ngram.label[arc])].append(step)
+    now = {0: 0.0}
+    for arc in arcs:
+        words = [*outputs[int(lattices.output[arc])], *([-1] if int(lattices.label[arc]) == -1 else [])]
+        for word in words or [0]:
+            after: dict = {}
+            for state, score in now.items():
+                for target, more in leaving[state, word]:
+                    after[target] = max(after.get(target, -math.inf), score + more)
+            now = after
+    return max(now.values(), default=-math.inf)
+
+
 def graph_sentences(graph, frames):
-    """Return {(labels heard, words said): best score} of all paths of a graph of so many frames."""
+    """Return {(labels of frames, words): best score} of all paths of a graph of so many frames."""
     leaving = defaultdict(list)
     for arc in range(len(graph.source)):
         leaving[int(graph.source[arc])].append(arc)
     now = {(0, (), ()): 0.0}
     for frame in range(frames + 1):
         after: dict = {}
-        for (state, heard, said), score in now.items():
+        for (state, labels, words), score in now.items():
             for arc in leaving[state]:
                 label = int(graph.label[arc])
                 if (label == -1) != (frame == frames):
                     continue
-                words = (*said, *graph.sayings[int(graph.saying[arc])])
-                key = (int(graph.target[arc]), (*heard, label) if label >= 0 else heard, words)
+                longer = (*words, *graph.outputs[int(graph.output[arc])])
+                key = (int(graph.target[arc]), (*labels, label) if label >= 0 else labels, longer)
                 value = score + float(graph.score[arc])
                 after[key] = max(after.get(key, -math.inf), value)
         now = after
     result: dict = {}
-    for (_, heard, said), score in now.items():
-        result[heard, said] = max(result.get((heard, said), -math.inf), score)
+    for (_, labels, words), score in now.items():
+        result[labels, words] = max(result.get((labels, words), -math.inf), score)
     return result

@@ -1,9 +1,8 @@
-"""Lattices of a batch as plain tensors: arcs that each take a frame, with a score by source.
-Knows: tensors, .npz files. Must not know: k2, log-probs, searches, language models.
+"""Lattices of a batch as plain tensors: each arc takes one frame and has one score per source.
+Knows: tensors. Must not know: k2, log-probs, searches, language models.
 
 Legend as in search/beam.py; A arcs of all lattices together.
 """
-
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
@@ -24,12 +23,12 @@ class Lattices:
     Args:
         ids: B names.
         lens: [B] int64 frames, on the CPU.
-        bounds: [B+1] int64 where the arcs of each begin, on the CPU; of an empty lattice there are none.
+        bounds: [B+1] int64 where the arcs of each begin, on the CPU; an empty lattice has none.
         source, target: [A] int64 states, counted from 0 (the start) in each lattice; arcs are sorted by
             source, and every arc leads to a state of the next frame (the last: to the one final state).
-        label: [A] int64 piece heard, 0 for blank, -1 into the final state.
+        label: [A] int64 piece of the frame, 0 for blank, -1 into the final state.
         piece: [A] int64 piece that begins, 0 for none.
-        saying: [A] int64 what is said (see DecodingGraph), 0 for nothing.
+        output: [A] int64 output label (an index into `DecodingGraph.outputs`), 0 for none.
         frame: [A] int64; of arcs into the final state the number of frames.
         ctc, hlg: [A] float32 natural-log scores of the acoustic model and of the graph.
     """
@@ -41,24 +40,16 @@ class Lattices:
     target: Tensor
     label: Tensor
     piece: Tensor
-    saying: Tensor
+    output: Tensor
     frame: Tensor
     ctc: Tensor
     hlg: Tensor
 
     def __post_init__(self) -> None:
-        check(
-            len(self.ids) == len(self.lens) == len(self.bounds) - 1,
-            "Lattices.ids",
-            "be as many as lens and bounds say",
-            (len(self.ids), len(self.lens), len(self.bounds)),
-        )
-        check(
-            int(self.bounds[-1]) == len(self.source),
-            "Lattices.bounds",
-            "end with the number of arcs",
-            int(self.bounds[-1]),
-        )
+        sizes = (len(self.ids), len(self.lens), len(self.bounds) - 1)
+        check(len(set(sizes)) == 1, "Lattices.ids, lens and bounds", "be of as many utterances", sizes)
+        last = int(self.bounds[-1])
+        check(last == len(self.source), "Lattices.bounds", f"end with {len(self.source)} arcs", last)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -75,12 +66,10 @@ class Lattices:
     def select(self, rows: Sequence[int]) -> Lattices:
         """Return the lattices of some utterances."""
         index = torch.tensor(list(rows), dtype=torch.int64)
-        counts = self.counts[index]
-        bounds = torch.zeros(len(index) + 1, dtype=torch.int64)
-        bounds[1:] = counts.cumsum(0)
-        shift = (self.bounds[:-1][index] - bounds[:-1]).repeat_interleave(counts)
-        places = (torch.arange(int(bounds[-1])) + shift).to(self.source.device)
-        chosen = {name: values[places] for name, values in self.arcs().items()}
+        bounds = bounds_of(self.counts[index])
+        shift = (self.bounds[:-1][index] - bounds[:-1]).repeat_interleave(self.counts[index])
+        arcs = (torch.arange(int(bounds[-1])) + shift).to(self.source.device)
+        chosen = {name: values[arcs] for name, values in self.arcs().items()}
         return Lattices([self.ids[row] for row in rows], self.lens[index], bounds, **chosen)
 
     def score(self, weights: Mapping[str, float]) -> Tensor:
@@ -96,17 +85,15 @@ class Lattices:
         moved = {name: values.to(device) for name, values in self.arcs().items()}
         return Lattices(self.ids, self.lens, self.bounds, **moved)
 
-    def density(self) -> float:
-        """Return the arcs a frame."""
-        frames = int(self.lens.sum())
-        return len(self.source) / frames if frames else 0.0
+
+def bounds_of(counts: Tensor) -> Tensor:
+    """Return where the arcs of each lattice begin, and where the last end: [B+1] from [B] counts."""
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
 
 
-def join(parts: Sequence[Lattices]) -> Lattices:
+def join(batches: Sequence[Lattices]) -> Lattices:
     """Return the lattices of several batches as one."""
-    counts = torch.cat([part.counts for part in parts])
-    bounds = torch.zeros(len(counts) + 1, dtype=torch.int64)
-    bounds[1:] = counts.cumsum(0)
-    arcs = {name: torch.cat([getattr(part, name) for part in parts]) for name in parts[0].arcs()}
-    ids = [name for part in parts for name in part.ids]
-    return Lattices(ids, torch.cat([part.lens for part in parts]), bounds, **arcs)
+    bounds = bounds_of(torch.cat([batch.counts for batch in batches]))
+    arcs = {name: torch.cat([getattr(batch, name) for batch in batches]) for name in batches[0].arcs()}
+    ids = [name for batch in batches for name in batch.ids]
+    return Lattices(ids, torch.cat([batch.lens for batch in batches]), bounds, **arcs)
