@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Optional, Sequence, Union
 import torch
 
 from icefall_fusion.common.checks import check
-from icefall_fusion.search.fusion import Fusion
-from icefall_fusion.search.fusion_set import check_fusion
+from icefall_fusion.search.fusion import Fusion, check_fusion
 
 if TYPE_CHECKING:
     from torch import Tensor

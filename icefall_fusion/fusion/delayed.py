@@ -18,7 +18,7 @@ from icefall_fusion.fusion.look_ahead import LookAhead, LookAheadRun
 from icefall_fusion.fusion.retokenize import prompt_tokens, tokenizer_for
 from icefall_fusion.fusion.triggers import ShortestHypothesis, Trigger
 from icefall_fusion.fusion.word_nodes import WordPlacer, open_placer
-from icefall_fusion.search.stop_rule import AheadTerms, StopRule
+from icefall_fusion.search.fusion import AheadTerms, StopRule
 
 if TYPE_CHECKING:
     from torch import Tensor

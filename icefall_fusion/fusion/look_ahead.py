@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from icefall_fusion.search.beam import Beam, PrefixArena
-    from icefall_fusion.search.stop_rule import AheadTerms
+    from icefall_fusion.search.fusion import AheadTerms
 
 
 SCALE = 0.7  # of the MiniBooks models a good one; weights matter more

@@ -10,7 +10,7 @@ import torch
 from icefall_fusion.common.checks import check
 from icefall_fusion.fusion.base import LmFusion, asked_slots, live_slots
 from icefall_fusion.ngram.piece_ngram import NOTHING, PieceNgram
-from icefall_fusion.search.stop_rule import StopRule
+from icefall_fusion.search.fusion import StopRule
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -11,7 +11,7 @@ from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from icefall_fusion.common.checks import check, check_choice
-from icefall_fusion.search.stop_rule import StopRule, StopRuleRun
+from icefall_fusion.search.fusion import StopRule, StopRuleRun
 
 if TYPE_CHECKING:
     from icefall_fusion.search.beam import Beam

@@ -19,11 +19,8 @@ from icefall_fusion.lattice.graph import Labels, WordTokens
 from icefall_fusion.lattice.lattices import Lattices
 from icefall_fusion.lattice.nbest_lists import beam_lists
 from icefall_fusion.nbest import NBest
-from icefall_fusion.search.arena import PrefixArena
-from icefall_fusion.search.beam import Beam
-from icefall_fusion.search.fusion import Fusion
-from icefall_fusion.search.fusion_set import FusionSet
-from icefall_fusion.search.shared_numbers import HASH_FACTOR
+from icefall_fusion.search.beam import HASH_FACTOR, Beam, PrefixArena
+from icefall_fusion.search.fusion import Fusion, FusionSet
 from icefall_fusion.text.tokens import AcousticTokens
 
 _NEVER = float("-inf")

@@ -14,7 +14,7 @@ from icefall_fusion.lattice.ctc_forward import ctc_scores
 from icefall_fusion.lattice.graph import Labels, WordTokens
 from icefall_fusion.lattice.lattices import Lattices
 from icefall_fusion.nbest import Hypothesis, NBest, WordTime
-from icefall_fusion.search.export import word_times
+from icefall_fusion.search.ctc_prefix import word_times
 from icefall_fusion.text.tokens import AcousticTokens
 
 if TYPE_CHECKING:

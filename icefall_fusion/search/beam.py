@@ -1,5 +1,5 @@
-"""What a batched prefix beam search carries from frame to frame.
-Knows: tensors, prefixes. Must not know: language models, tokenizers, the frame step.
+"""What a batched prefix beam search carries from frame to frame: prefixes as integers, and the beam.
+Knows: tensors, pieces, word boundaries. Must not know: language models, tokenizers, the frame step.
 
 Legend of dimensions (used all over the package):
     B utterances   K beam slots   T frames   V pieces (blank included)   C candidate pieces of a frame
@@ -7,18 +7,189 @@ Legend of dimensions (used all over the package):
 """
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 import torch
 from torch import Tensor
 
-from icefall_fusion.search.arena import PrefixArena
-from icefall_fusion.search.shared_numbers import DEAD_HASH, HASH_FACTOR, NO_PARENT_HASH, ROOT_HASH
+from icefall_fusion.common.checks import check
 
 if TYPE_CHECKING:
     from icefall_fusion.search.search_input import SearchInput
 
-_NODE, _LAST, _HASH, _PARENT_HASH, _REPEATS = range(5)  # rows of Beam's integers
+# Numbers that all engines share; C++ and Triton get them as arguments.
+#: A prefix is known by a hash of its pieces: ``hash(child) = hash(parent) * HASH_FACTOR ^ key(piece)``.
+#: The factor is odd, so that multiplying by it loses nothing modulo 2^64.
+HASH_FACTOR = 0x2545F4914F6CDD1D
+#: Hashes of a dead slot, of the root, and of a parent that is not there (no slot has that one).
+DEAD_HASH, ROOT_HASH, NO_PARENT_HASH = 0, 1, 2
+#: Nats by which a candidate may miss the worst survivor and is looked at all the same: more than rounding.
+ROUNDING = 1e-3
+
+#: Rows of `Beam.integers`.
+NODE, LAST, HASH, PARENT_HASH, REPEATS = range(5)
+
+
+class PrefixArena:
+    """All prefixes that ever entered a beam, as a forest of integer nodes (append only).
+
+    Node ids are int64 and unique over the batch: ``(row * B + b) * K + k``. Row 0 holds the roots
+    (``root(b)`` is the empty prefix of utterance ``b``), row ``t + 1`` the prefixes born at frame ``t``. Ids
+    are sparse: only ids that a beam holds, and their ancestors, mean anything. Because nothing is counted,
+    growing needs no synchronization with the device. A prefix that was pruned and is born again gets a second
+    node.
+
+    Args:
+        batch: B.
+        beam: K.
+        starts_word: [V] bool, or None when nothing asks for boundaries.
+        rows: rows to reserve at first; their number grows by doubling.
+    """
+
+    def __init__(self, batch: int, beam: int, device: torch.device,
+                 starts_word: Optional[Tensor] = None, rows: int = 64) -> None:
+        self.batch, self.beam, self.row_size = batch, beam, batch * beam
+        self.rows = 1
+        self._starts_word = None if starts_word is None else starts_word.to(device)
+        size = (max(2, rows), batch, beam)
+        self._parent = torch.zeros(size, dtype=torch.int64, device=device)
+        self._piece = torch.zeros(size, dtype=torch.int64, device=device)
+        size = size if starts_word is not None else (0, batch, beam)
+        self._boundary = torch.zeros(size, dtype=torch.int64, device=device)
+        self.first_ids = torch.arange(self.row_size, device=device).view(batch, beam)
+        self._parent[0] = self.first_ids
+        self._piece[0] = -1
+        if starts_word is not None:
+            self._boundary[0] = self.first_ids
+        self._host: dict[str, Any] = {}
+
+    @property
+    def has_boundaries(self) -> bool:
+        return self._starts_word is not None
+
+    @property
+    def starts_word(self) -> Optional[Tensor]:
+        """[V] bool, or None."""
+        return self._starts_word
+
+    @property
+    def fields(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Parents, pieces and boundaries, int64 [rows, B, K], for a search that writes nodes itself."""
+        return self._parent, self._piece, self._boundary
+
+    def root(self, utterance: int) -> int:
+        """Return the node of the empty prefix of utterance ``utterance``."""
+        return utterance * self.beam
+
+    # -- vectorized gathers; every one takes int64 nodes of any shape and gives the same shape
+    def parent(self, nodes: Tensor) -> Tensor:
+        """Return the prefix without its last piece (a root's parent is itself)."""
+        return self._parent.view(-1)[nodes]
+
+    def piece(self, nodes: Tensor) -> Tensor:
+        """Return the last piece of each prefix (-1 at a root)."""
+        return self._piece.view(-1)[nodes]
+
+    def boundary(self, nodes: Tensor) -> Tensor:
+        """Return the closed part of each prefix: the prefix before the word that is still open.
+
+        ``boundary(child by v) = parent if starts_word[v] else boundary(parent)``; a root is its own boundary.
+        So the closed words of a prefix are all words of its boundary, and a boundary's own boundary is
+        exactly one word shorter (no word shorter where a vocabulary allows empty words).
+        """
+        check(self.has_boundaries, "tokens", "be given when word boundaries are asked for", None)
+        return self._boundary.view(-1)[nodes]
+
+    # -- host side
+    def pieces(self, node: int) -> list[int]:
+        """Return all pieces of one prefix, first to last."""
+        return self.pieces_between(node, -1)
+
+    def pieces_between(self, node: int, ancestor: int) -> list[int]:
+        """Return the pieces after ``ancestor`` up to ``node``, first to last (host work, one step a piece).
+
+        Raises:
+            ValueError: ``ancestor`` is not -1 and not on the way from ``node`` to its root.
+        """
+        parent, piece = self.on_host("parent"), self.on_host("piece")
+        found: list[int] = []
+        while node != ancestor and node >= self.row_size:
+            found.append(int(piece[node]))
+            node = int(parent[node])
+        check(ancestor < 0 or node == ancestor, "ancestor", "be a prefix of node", ancestor)
+        return found[::-1]
+
+    def trace(self, nodes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Trace many prefixes back at once.
+
+        Args:
+            nodes: [n] int64.
+
+        Returns:
+            pieces [n, longest] (first to last, left-aligned, -1 after the end), birth frames [n, longest] and
+            lengths [n]; on the CPU.
+        """
+        nodes = nodes.reshape(-1).cpu()
+        parents, all_pieces = (torch.as_tensor(self.on_host(name)) for name in ("parent", "piece"))
+        steps: list[Tensor] = []
+        while bool((nodes >= self.row_size).any()):
+            steps.append(nodes)
+            nodes = parents[nodes]
+        if not steps:
+            empty = torch.zeros(nodes.numel(), 0, dtype=torch.int64)
+            return empty, empty, torch.zeros(nodes.numel(), dtype=torch.int64)
+        path = torch.stack(steps[::-1], dim=1)  # [n, longest], right-aligned: roots stand in front
+        real = path >= self.row_size
+        order = real.to(torch.int8).sort(dim=1, descending=True, stable=True).indices
+        path, real = path.gather(1, order), real.gather(1, order)
+        pieces = torch.where(real, all_pieces[path], torch.full_like(path, -1))
+        frames = torch.where(real, path // self.row_size - 1, torch.full_like(path, -1))
+        return pieces, frames, real.sum(1)
+
+    # -- growing; only the search calls these
+    def add_row(self, parents: Tensor, pieces: Tensor) -> Tensor:
+        """Append one row of possible nodes and return their ids [B, K] (used for the slots that grew)."""
+        row = self.rows
+        if row == self._parent.shape[0]:
+            self._grow()
+        self._parent[row].copy_(parents)
+        self._piece[row].copy_(pieces)
+        if self._starts_word is not None:
+            closed = self._boundary.view(-1)[parents]
+            self._boundary[row].copy_(torch.where(self._starts_word[pieces], parents, closed))
+        self.rows = row + 1
+        return self.first_ids + row * self.row_size
+
+    def reach(self, first: int, rows: int) -> None:
+        """Know that a search has itself written rows from ``first`` on, before ``rows``."""
+        self.rows = max(self.rows, rows)
+        if self.first_ids.device.type != "cpu":  # else the mirror is the thing itself
+            self._host = {name: (mirror, min(known, first)) for name, (mirror, known) in self._host.items()}
+
+    def _grow(self) -> None:
+        for name in ("_parent", "_piece", "_boundary"):
+            old = getattr(self, name)
+            if old.shape[0]:
+                setattr(self, name, torch.cat([old, torch.zeros_like(old)]))
+        self._host.clear()
+
+    def on_host(self, name: str) -> Any:
+        """Return ``parent``, ``piece`` or ``boundary`` of all nodes, a flat numpy array to read.
+
+        It is the memory of the arena itself on a CPU, else a mirror that is brought up to date.
+        """
+        tensor = getattr(self, "_" + name)
+        if tensor.device.type == "cpu":
+            if name not in self._host:
+                self._host[name] = tensor.view(-1).numpy()
+            return self._host[name]
+        mirror, rows = self._host.get(name, (None, 0))
+        if mirror is None:
+            mirror = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        if rows < self.rows:
+            mirror[rows:self.rows].copy_(tensor[rows:self.rows])
+            self._host[name] = (mirror, self.rows)
+        return mirror.view(-1).numpy()
 
 
 class Beam:
@@ -45,22 +216,23 @@ class Beam:
         asked: [B, K] bool, while ``extension_scores`` is called: slots of which an extension could survive.
         frame: the frame just searched (-1 before the first; of no meaning in ``Fusion.fuse_now``).
         blank: id of blank.
+        integers: [B, 5, K] int64: node, last, hash, parent_hash, and K + 1 where the last piece repeats that
+            before it, else 0.
+        carried: [B, 2 * (K + 1)] float32: never, log_total of each slot, never, log_blank of each slot. One
+            gather finds the mass that an extension of slot i carries over: at i + 1 or, if it repeats the
+            last piece, K + 1 further; at 0: none.
     """
 
     def __init__(self, arena: PrefixArena, lens: Tensor, blank: int, fusions: int = 0) -> None:
         batch, beam, device = arena.batch, arena.beam, lens.device
         self.arena, self.lens, self.blank, self.frame = arena, lens, blank, -1
-        # node, last, hash, parent_hash, repeats; see the properties
-        self._ints = torch.zeros(batch, 5, beam, dtype=torch.int64, device=device)
-        self._ints[:, _NODE] = arena.first_ids[:, :1]
-        self._ints[:, _LAST] = blank
-        self._ints[:, _HASH, 0] = ROOT_HASH
-        self._ints[:, _PARENT_HASH] = NO_PARENT_HASH
-        # [never, log_total of each slot | never, log_blank of each slot]: one gather finds the mass that an
-        # extension of slot i carries over, at i + 1 or, if it repeats the last piece, K + 1 further; at 0:
-        # none
-        self._carried = torch.full((batch, 2 * (beam + 1)), -torch.inf, dtype=torch.float32, device=device)
-        self._carried[:, 1] = self._carried[:, beam + 2] = 0.0
+        self.integers = torch.zeros(batch, 5, beam, dtype=torch.int64, device=device)
+        self.integers[:, NODE] = arena.first_ids[:, :1]
+        self.integers[:, LAST] = blank
+        self.integers[:, HASH, 0] = ROOT_HASH
+        self.integers[:, PARENT_HASH] = NO_PARENT_HASH
+        self.carried = torch.full((batch, 2 * (beam + 1)), -torch.inf, dtype=torch.float32, device=device)
+        self.carried[:, 1] = self.carried[:, beam + 2] = 0.0
         self.log_nonblank = torch.full((batch, beam), -torch.inf, dtype=torch.float32, device=device)
         self.offset = torch.zeros(batch, dtype=torch.float64, device=device)
         self.asked = self.alive
@@ -85,33 +257,32 @@ class Beam:
 
     @property
     def node(self) -> Tensor:
-        return self._ints[:, _NODE]
+        return self.integers[:, NODE]
 
     @property
     def last(self) -> Tensor:
-        return self._ints[:, _LAST]
+        return self.integers[:, LAST]
 
     @property
     def hash(self) -> Tensor:
-        """[B, K] int64, equal for equal prefixes of an utterance; 0 for a dead slot."""
-        return self._ints[:, _HASH]
+        """[B, K] int64, equal for equal prefixes of an utterance; DEAD_HASH for a dead slot."""
+        return self.integers[:, HASH]
 
     @property
     def parent_hash(self) -> Tensor:
         """[B, K] int64, hash of the prefix without its last piece; no slot's for a root or a dead slot."""
-        return self._ints[:, _PARENT_HASH]
+        return self.integers[:, PARENT_HASH]
 
     @property
     def log_total(self) -> Tensor:
-        return self._carried[:, 1 : self.arena.beam + 1]
+        return self.carried[:, 1 : self.arena.beam + 1]
 
     @property
     def log_blank(self) -> Tensor:
-        return self._carried[:, self.arena.beam + 2 :]
+        return self.carried[:, self.arena.beam + 2 :]
 
     @property
     def alive(self) -> Tensor:
-        """[B, K] bool."""
         return self.log_total > -torch.inf
 
     @property
@@ -123,77 +294,6 @@ class Beam:
     def score(self) -> Tensor:
         """[B, K] float32, what ranks the slots: ``log_total + fused`` (relative to ``offset``)."""
         return self.log_total + self.fused
-
-    def ranks(self) -> Tensor:
-        """Return the slots of each utterance, best first: [B, K] int64; dead ones last, ties in place."""
-        scores = self.score.masked_fill(~self.alive, -torch.inf)
-        return scores.sort(dim=1, descending=True, stable=True).indices
-
-    # -- what the search does with it
-    def parent_slots(self, one_to_beam: Tensor) -> Tensor:
-        """Return 1 + the slot that holds each prefix's parent, 0 if none does: [B, K] int64.
-
-        Prefixes are compared by a 64-bit hash of their pieces, not by node: a parent that was pruned and is
-        born again has another node but the same hash.
-
-        Args:
-            one_to_beam: [K] float, 1..K.
-        """
-        linked = self.parent_hash.unsqueeze(2) == self.hash.unsqueeze(1)
-        # at most one slot is the parent, so a product finds it (and is faster than a maximum)
-        return torch.matmul(linked.to(one_to_beam.dtype), one_to_beam).to(torch.int64)
-
-    def carried_from(self, parent_slots: Tensor) -> Tensor:
-        """Return [B, K] the mass that each prefix gets from its parent's slot, before its piece's score."""
-        return self._carried.gather(1, parent_slots + self._ints[:, _REPEATS])
-
-    def follow(self, source: Tensor, piece: Tensor, grew: Tensor, keys: Tensor) -> None:
-        """Let each slot become what it came from, extended by ``piece`` where it ``grew``.
-
-        Args:
-            source: [B, K] slot of the prefix that stayed or was extended.
-            piece: [B, K] piece of the extension (not read where the slot did not grow).
-            grew: [B, K] bool.
-            keys: [V] int64 random numbers, the hash keys.
-        """
-        before = self._ints.gather(2, source.unsqueeze(1).expand(-1, 5, -1))
-        node, last, content = before[:, _NODE], before[:, _LAST], before[:, _HASH]
-        after = torch.empty_like(before)
-        after[:, _NODE] = self.arena.add_row(node, piece)
-        after[:, _LAST] = piece
-        # multiply, then exclusive-or: no polynomial identity makes two different prefixes collide
-        torch.bitwise_xor(content * HASH_FACTOR, keys[piece], out=after[:, _HASH])
-        after[:, _PARENT_HASH] = content
-        torch.mul(last == piece, self.arena.beam + 1, out=after[:, _REPEATS])
-        self._ints = torch.where(grew.unsqueeze(1), after, before)
-
-    def restart(self, after_skip: Tensor) -> None:
-        """Take blank as the last thing heard in the utterances [B, 1] bool that just skipped frames."""
-        self.log_blank.copy_(torch.where(after_skip, self.log_total, self.log_blank))
-        self.log_nonblank = self.log_nonblank.masked_fill(after_skip, -torch.inf)
-
-    def rescale(self, which: Tensor) -> None:
-        """Make the best mass 0 in utterances [B] bool and put the difference into ``offset``."""
-        best = self.log_total.amax(1).masked_fill_(~which, 0.0)
-        self._carried -= best.unsqueeze(1)
-        self.log_nonblank = self.log_nonblank - best.unsqueeze(1)
-        self.offset += best
-
-    def bury(self, dead: Tensor) -> None:
-        """Make dead slots [B, K] bool nobody's parent and nobody's child."""
-        self.hash.masked_fill_(dead, DEAD_HASH)
-        self.parent_hash.masked_fill_(dead, NO_PARENT_HASH)
-
-    def permute(self, source: Tensor) -> None:
-        """Re-order prefixes, masses and ``fused``: slot k becomes what slot ``source[b, k]`` was.
-
-        The fusions' lm, words and state stay where they are: they follow once a frame (``permute_scores``).
-        """
-        self._ints = self._ints.gather(2, source.unsqueeze(1).expand(-1, 5, -1))
-        self.log_total.copy_(self.log_total.gather(1, source))
-        self.log_blank.copy_(self.log_blank.gather(1, source))
-        self.log_nonblank = self.log_nonblank.gather(1, source)
-        self.fused = self.fused.gather(1, source)
 
     def permute_scores(self, source: Tensor) -> None:
         """Re-order lm, words and state."""

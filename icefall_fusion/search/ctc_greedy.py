@@ -10,7 +10,7 @@ from torch import Tensor
 
 from icefall_fusion.common.checks import check
 from icefall_fusion.nbest import Hypothesis, NBest
-from icefall_fusion.search.export import word_times
+from icefall_fusion.search.ctc_prefix import word_times
 from icefall_fusion.search.search_input import check_input
 
 if TYPE_CHECKING:

@@ -1,16 +1,65 @@
-"""What a language model that takes part in a search must do: the base class of all fusions.
-Knows: beams, stop rules. Must not know: language models, tokenizers, how a frame is searched.
+"""What a language model that takes part in a search must do, when it acts, and all of them together.
+Knows: beams, lengths of hypotheses, an n-gram for look-ahead. Must not know: which language model it is.
+
+When delayed fusion acts is each utterance's own (Hori et al. 2025, section 3). A search that knows the rule
+need not ask after every frame, nor keep its utterances in step: each runs on to its own next stop, and those
+that wait are scored in one call. The rule is two numbers; compiled engines get them as `StopRule.code`.
 """
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Optional, Sequence
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional, Sequence
 
+import torch
 from torch import Tensor
+
+from icefall_fusion.common.checks import check
+from icefall_fusion.search.beam import Beam
 
 if TYPE_CHECKING:
     from icefall_fusion.ngram.piece_ngram import PieceNgram
-    from icefall_fusion.search.beam import Beam
-    from icefall_fusion.search.stop_rule import StopRule
+    from icefall_fusion.text.tokens import AcousticTokens
+
+#: Names of scores that an N-best list has of its own.
+RESERVED_SOURCES = ("ctc", "words", "total")
+_UNITS = (None, "words", "pieces")
+
+
+class AheadTerms(NamedTuple):
+    """Look-ahead: what ranks the part of a hypothesis that is not scored yet (see fusion/look_ahead.py).
+
+    ngram: over the acoustic pieces; weight: of its natural-log score; bonus: for a word that has begun;
+    every: new pieces count only after every so many frames.
+    """
+
+    ngram: PieceNgram
+    weight: float
+    bonus: float
+    every: int
+
+
+class StopRule(NamedTuple):
+    """When an utterance stops for a fusion, a value without state.
+
+    every: look after every so many frames; 0: never, it runs on to its end.
+    unit: None: each look stops it; ``words`` or ``pieces``: if its shortest live hypothesis has begun more of
+        them than at the last stop.
+    ahead: the look-ahead, if there is one.
+    """
+
+    every: int
+    unit: Optional[str] = None
+    ahead: Optional[AheadTerms] = None
+
+    @property
+    def code(self) -> int:
+        """Number of the unit for compiled engines: 0 none, 1 words, 2 pieces."""
+        return _UNITS.index(self.unit)
+
+    @property
+    def first_length(self) -> int:
+        """The length that counts as scored at the start: with one word begun none is closed, a piece is."""
+        return 1 if self.unit == "words" else 0
 
 
 class Fusion:
@@ -96,3 +145,151 @@ class Fusion:
     def stats(self) -> dict[str, float]:
         """Return the counters since `begin`: lm_forwards, lm_tokens_forwarded, lm_tokens_scored, ..."""
         return {}
+
+
+def check_fusion(fusion: Fusion) -> None:
+    """Refuse a fusion with a bad source, weight or bonus.
+
+    Raises:
+        ValueError: see `FusionSet`.
+    """
+    source, name = fusion.source, f"{type(fusion).__name__}."
+    good = bool(source) and source not in RESERVED_SOURCES
+    check(good, name + "source", f"be a name, none of {list(RESERVED_SOURCES)}", source)
+    good = math.isfinite(fusion.weight) and fusion.weight >= 0
+    check(good, name + "weight", "be finite and at least 0", fusion.weight)
+    check(math.isfinite(fusion.word_bonus), name + "word_bonus", "be finite", fusion.word_bonus)
+
+
+class FusionSet:
+    """The fusions of one search.
+
+    Attributes:
+        members: in the order of their columns in the beam; shallow: those that score extensions.
+        ranks: some weight or bonus is not 0, so that the order of the slots is not that of their CTC mass.
+        disordered: a fusion has touched the scores since the last pruning left the slots sorted.
+
+    Raises:
+        ValueError: two fusions share a source, a source is reserved, a weight is negative or not finite, or a
+            word bonus is asked for without a vocabulary.
+    """
+
+    def __init__(self, fusions: Sequence[Fusion], tokens: Optional[AcousticTokens]) -> None:
+        self.members, self.tokens = list(fusions), tokens
+        for fusion in self.members:
+            check_fusion(fusion)
+            check(tokens is not None or fusion.word_bonus == 0, f"fusion {fusion.source!r}: word_bonus",
+                  "be 0 when the search has no tokens", fusion.word_bonus)
+        sources = [fusion.source for fusion in self.members]
+        check(len(set(sources)) == len(sources), "fusions", "have sources that differ", sources)
+        self.ranks = any(fusion.weight != 0 or fusion.word_bonus != 0 for fusion in self.members)
+        self.shallow = [fusion for fusion in self.members if fusion.scores_extensions]
+        self.disordered = False
+
+    def shallow_ngram(self) -> Optional[PieceNgram]:
+        """Return the n-gram if the shallow fusion is that of one n-gram over pieces alone."""
+        return self.shallow[0].piece_ngram if len(self.shallow) == 1 else None
+
+    def slack(self, beam: int) -> int:
+        """Return by how many ranks language models may change who is among the best K (see candidates.py)."""
+        return beam - 1 if self.ranks else 0
+
+    def begin(self, beam: Beam, ids: Sequence[str]) -> None:
+        """Start every fusion."""
+        for index, fusion in enumerate(self.members):
+            fusion.begin(beam, index, self.tokens, ids)
+
+    def stop_rule(self) -> Optional[StopRule]:
+        """Return the rule of all fusions together, None if there is no common one; known after `begin`."""
+        rules = [fusion.stop_rule() for fusion in self.members]
+        stopping = [rule for rule in rules if rule is None or rule.every or rule.ahead is not None]
+        if len(stopping) > 1:
+            return None
+        return stopping[0] if stopping else StopRule(0)
+
+    def carry(self, beam: Beam, moved_from: Tensor, gains: Sequence[Tensor],
+              opened: Optional[Tensor]) -> None:
+        """Move raw scores, words and states, not ``fused``, and add what slots have gained by growing.
+
+        Args:
+            moved_from: [B, K] slots as the fusions knew them when they were last called.
+            gains: raw score [B, K] of each shallow fusion, 0 where a slot did not grow.
+            opened: [B, K] words begun; None: there are no words.
+        """
+        beam.permute_scores(moved_from)
+        for fusion, gain in zip(self.shallow, gains):
+            beam.lm[..., fusion.index] += gain
+            if opened is not None:
+                beam.words[..., fusion.index] += opened
+
+    def advance(self, beam: Beam, moved_from: Tensor, grew: Tensor) -> None:
+        """Let the fusions follow a frame in which slots have moved or grown."""
+        for fusion in self.members:
+            fusion.advance(beam, moved_from, grew)
+
+    def fuse(self, beam: Beam, frame: int, active: Tensor) -> None:
+        """Let the delayed fusions act, and note whether the slots may be out of order afterwards."""
+        changed = [fusion.fuse(beam, frame, active) for fusion in self.members]
+        self.disordered = self.ranks and any(changed)
+
+    def fuse_now(self, beam: Beam, fires: Tensor) -> None:
+        """Let the fusion that has stopped utterances [B] bool score them."""
+        for fusion in self.members:
+            rule = fusion.stop_rule()
+            if rule is not None and rule.every:
+                fusion.fuse_now(beam, fires)
+
+    def finish(self, beam: Beam) -> None:
+        """Let every fusion score what is left."""
+        for fusion in self.members:
+            fusion.finish(beam)
+
+
+class StopRuleRun:
+    """A rule watching one batch frame by frame; a few small gathers a frame.
+
+    Args:
+        rule: whose ``ahead`` is not looked at.
+        beam: before the first frame.
+        tokens: the acoustic vocabulary, where words are counted.
+    """
+
+    def __init__(self, rule: StopRule, beam: Beam, tokens: Any) -> None:
+        self.rule: Optional[StopRule] = rule
+        self._rule, device = rule, beam.node.device
+        self._starts = torch.tensor(tokens.starts_word, device=device) if rule.unit == "words" else None
+        self._begun = torch.zeros_like(beam.node)  # [B, K] words or pieces begun, the open one included
+        # [B] length of the shortest hypothesis at the last event
+        self._fused_at = torch.full_like(self._begun[:, 0], rule.first_length)
+
+    def advance(self, beam: Beam, source: Tensor, grew: Tensor) -> None:
+        """Follow prune and re-order (see ``Fusion.advance``)."""
+        if self._rule.unit is None:
+            return
+        begun = self._begun.gather(1, source)
+        if self._starts is not None:
+            # The first piece begins a word, whether it is marked so or not.
+            grew = grew & (self._starts[beam.last] | (begun == 0))
+        self._begun = begun + grew
+
+    def fires(self, beam: Beam, frame: int, active: Tensor) -> Optional[Tensor]:
+        """Return the utterances that fuse now, bool [B]; None: surely none (costs no wait for the device).
+
+        Args:
+            beam: after this frame's pruning.
+            frame: index of the encoder output frame, from 0.
+            active: bool [B], the utterances that have not ended.
+        """
+        every = self._rule.every
+        if every == 0 or (frame + 1) % every:
+            return None
+        if self._rule.unit is None:
+            return active
+        alive = beam.alive
+        longest = self._begun.amax(1, keepdim=True)
+        shortest = torch.where(alive, self._begun, longest).amin(1)
+        fires = active & (shortest > self._fused_at) & alive.any(1)
+        if not bool(fires.any()):  # the one wait for the device
+            return None
+        self._fused_at = torch.where(fires, shortest, self._fused_at)
+        return fires

@@ -16,10 +16,9 @@ from icefall_fusion.common.unavailable import Unavailable
 from icefall_fusion.fusion import AtEnd, DelayedFusion, FixedInterval, LookAhead, NgramFusion, ShallowFusion
 from icefall_fusion.fusion import ShortestHypothesis as Shortest
 from icefall_fusion.ngram.piece_ngram import NOTHING
-from icefall_fusion.search import PrefixSearchOptions, ctc_prefix_search
-from icefall_fusion.search.engines import choice, gpu, gpu_check, gpu_kernel, native
-from icefall_fusion.search.fusion_set import FusionSet
-from icefall_fusion.search.stop_rule import StopRule
+from icefall_fusion.search import PrefixSearchOptions, ctc_prefix_search, engines
+from icefall_fusion.search.engines import gpu, gpu_check, gpu_kernel, native
+from icefall_fusion.search.fusion import FusionSet, StopRule
 from tests.fusion.test_fusion import assert_same as assert_same_scores
 from tests.fusion.test_fusion import emissions, llm, nlm, tokens  # noqa: F401 (fixtures)
 from tests.ngram.test_ngram import ngram  # noqa: F401 (a fixture)
@@ -197,7 +196,7 @@ def test_a_kernel_that_cannot_be_made_leaves_the_search_to_tensors(monkeypatch, 
 
     monkeypatch.setattr(gpu.GpuSearch, "_launch", broken)
     monkeypatch.setattr(native, "NativeSearch", NoKernel)  # what auto takes on a CPU
-    choice._tell.cache_clear()
+    engines._tell.cache_clear()
     found = decode("auto", log_probs, lens)
     assert [listing(nbest) for nbest in found] == [listing(nbest) for nbest in usual]
     assert "out of resource" in caplog.text
@@ -249,11 +248,11 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from icefall_fusion.search.engines import candidates
+from icefall_fusion.search.engines import base
 from icefall_fusion.search.engines import gpu
-from icefall_fusion.search import beam, fusion, fusion_set, options, search_input
+from icefall_fusion.search import beam, fusion, search_input
 from icefall_fusion.ngram.piece_ngram import NgramOrder, PieceNgram
-from icefall_fusion.search.stop_rule import AheadTerms, StopRule
+from icefall_fusion.search.fusion import AheadTerms, StopRule
 
 TYPES = {torch.float32: "*fp32", torch.float64: "*fp64", torch.int64: "*i64", torch.int32: "*i32",
          torch.bool: "*i1"}
@@ -275,11 +274,11 @@ class Scores(fusion.Fusion):
 def compiled(slots, fusions, capability):
     log_probs = torch.randn(2, 20, 40).log_softmax(-1)
     given = search_input.check_input(log_probs, torch.tensor([20, 9]), 0, None, None)
-    together = fusion_set.FusionSet(fusions, type("Words", (), {"starts_word": [True] * 40}))
+    together = fusion.FusionSet(fusions, type("Words", (), {"starts_word": [True] * 40}))
     beams = beam.Beam.at_root(given, slots, torch.ones(40, dtype=torch.bool), len(fusions))
     together.begin(beams, given.ids)
-    plan = candidates.plan_frames(given, None, leave_out=False)
-    search = gpu.GpuSearch(given, plan, beams, options.PrefixSearchOptions(slots), together)
+    plan = base.plan_frames(given, None, leave_out=False)
+    search = gpu.GpuSearch(given, plan, beams, search_input.PrefixSearchOptions(slots), together)
     kernel, constants = search.kernel.search_utterances, dict(search.constants)
     warps = {"num_warps": constants.pop("num_warps")}
     signature = {name: "constexpr" for name in constants}

@@ -25,7 +25,8 @@ from search_tools import (
 )
 
 from icefall_fusion.search import PrefixSearchOptions, ctc_greedy_search, ctc_prefix_search
-from icefall_fusion.search.engines.candidates import best_pieces, columns_kept
+from icefall_fusion.search.engines.base import columns_kept
+from icefall_fusion.search.engines.candidates import best_pieces
 from icefall_fusion.text.tokens import AcousticTokens
 
 # -- exactness

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from icefall_fusion.fusion import DelayedFusion, FixedInterval, LookAhead, NgramFusion, ShortestHypothesis
 from icefall_fusion.search import PrefixSearchOptions, ctc_prefix_search
-from icefall_fusion.search.stop_rule import StopRuleRun
+from icefall_fusion.search.fusion import StopRuleRun
 from tests.fusion.test_fusion import TRIGGERS, assert_same, emissions, llm, names, tokens  # noqa: F401 (fixtures)
 from tests.ngram.test_ngram import OPTIONS, ngram  # noqa: F401 (a fixture)
 
@@ -144,7 +144,7 @@ def test_another_condition_is_asked_not_the_rule_of_its_parent(llm, tokens):  # 
 
 
 def test_host_copies_of_prefixes_end_where_utterances_stand(llm, tokens, monkeypatch):  # noqa: F811
-    from icefall_fusion.search.arena import PrefixArena
+    from icefall_fusion.search.beam import PrefixArena
 
     told = []
     monkeypatch.setattr(PrefixArena, "reach", lambda self, first, rows: told.append((first, rows)))

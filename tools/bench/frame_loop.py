@@ -25,11 +25,9 @@ from synthetic_emissions import synthetic_emissions  # noqa: E402
 
 from icefall_fusion.search import PrefixSearchOptions, ctc_prefix_search  # noqa: E402
 from icefall_fusion.search.beam import Beam  # noqa: E402
-from icefall_fusion.search.engines.choice import open_search  # noqa: E402
-from icefall_fusion.search.fusion import Fusion  # noqa: E402
-from icefall_fusion.search.fusion_set import FusionSet  # noqa: E402
+from icefall_fusion.search.engines import open_search  # noqa: E402
+from icefall_fusion.search.fusion import Fusion, FusionSet, StopRule  # noqa: E402
 from icefall_fusion.search.search_input import check_input  # noqa: E402
-from icefall_fusion.search.stop_rule import StopRule  # noqa: E402
 
 
 class Stops(Fusion):

@@ -14,14 +14,10 @@ V, and nothing is lost: the additions are monotone in floating point too.
 """
 from __future__ import annotations
 
-from typing import NamedTuple, Optional, Sequence
+from typing import NamedTuple, Optional
 
 import torch
 from torch import Tensor
-
-from icefall_fusion.search.search_input import SearchInput
-
-_RESCALE_EVERY = 64  # searched frames; the best path's own score is already taken out of every frame
 
 
 class Pairs(NamedTuple):
@@ -55,16 +51,6 @@ def make_pairs(beam: int, columns: int, slack: Optional[int], device: torch.devi
     return Pairs(*(field.to(device) for field in fields), columns=columns)
 
 
-def columns_needed(beam: int, pieces: int, slack: int) -> int:
-    """Return C, the number of best non-blank pieces that can take part (slot 0: ``j <= K + slack``)."""
-    return min(beam + slack + 1, pieces - 1)
-
-
-def columns_kept(beam: int, pieces: int) -> int:
-    """Return C, the candidate pieces of a frame when mass is recovered."""
-    return min(pieces, max(beam + 2, 12))
-
-
 def best_pieces(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Return the ``count`` largest values of the last axis and their ids, sorted; the same as topk, faster.
 
@@ -85,49 +71,6 @@ def best_pieces(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
         ids = torch.cat([ids, rest.expand(*ids.shape[:-1], -1)], dim=-1)
     values, places = scores.gather(-1, ids).topk(count, dim=-1)
     return values, ids.gather(-1, places)
-
-
-class FramePlan(NamedTuple):
-    """Which frames are searched, and what else happens at them; n searched frames.
-
-    log_probs: [B, n, V]; best: [B, n]; searched: [B, n] bool (False: padding or skipped).
-    map: [B, n] real frame of each, or None where all frames are there.
-    restarts: n columns [B, 1] bool (frames were left out just before: a piece may repeat), or None.
-    rescale: searched frame -> [B] bool, utterances whose scores are to be brought back to around 0.
-    """
-
-    log_probs: Tensor
-    best: Tensor
-    searched: Tensor
-    map: Optional[Tensor]
-    restarts: Optional[Sequence[Tensor]]
-    rescale: dict[int, Tensor]
-
-
-def plan_frames(inputs: SearchInput, blank_skip: Optional[float], leave_out: bool) -> FramePlan:
-    """Decide which frames are skipped, and leave them out altogether if nothing needs to keep step with time.
-
-    Args:
-        blank_skip: skip frames whose blank probability exceeds this; None: none.
-        leave_out: pack the frames that are left (else skipped ones stay, marked as not searched).
-    """
-    log_probs, best, searched = inputs.log_probs, inputs.best, inputs.live
-    frame_map: Optional[Tensor] = None
-    restarts: Optional[Sequence[Tensor]] = None
-    if blank_skip is not None:
-        searched = searched & ~(log_probs[..., inputs.blank].exp() > blank_skip)
-        if leave_out and searched.numel():
-            kept = int(searched.sum(1).max())
-            # searched frames first, in order of time
-            frame_map = (~searched).to(torch.int8).sort(dim=1, stable=True).indices[:, :kept]
-            searched, best = searched.gather(1, frame_map), best.gather(1, frame_map)
-            log_probs = log_probs[torch.arange(len(log_probs), device=best.device).unsqueeze(1), frame_map]
-            gaps = torch.diff(frame_map, dim=1, prepend=torch.full_like(frame_map[:, :1], -1)) > 1
-            restarts = (gaps & searched).unsqueeze(2).unbind(1)
-    done = searched.cumsum(1) - 1
-    due = searched & (done > 0) & (done % _RESCALE_EVERY == 0)
-    rescale = {t: due[:, t] for t in due.any(0).nonzero().flatten().tolist()}
-    return FramePlan(log_probs, best, searched, frame_map, restarts, rescale)
 
 
 class Frames(NamedTuple):

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from icefall_fusion.common.checks import check
-from icefall_fusion.search.beam import Beam
+from icefall_fusion.search.beam import ROUNDING, Beam
 from icefall_fusion.search.engines.frame_step import Candidates
-from icefall_fusion.search.fusion_set import FusionSet
-from icefall_fusion.search.shared_numbers import ROUNDING
+from icefall_fusion.search.fusion import FusionSet
 
 
 class ExtensionScores:

@@ -13,7 +13,17 @@ from typing import TYPE_CHECKING, NamedTuple, Optional
 import torch
 from torch import Tensor
 
-from icefall_fusion.search.beam import Beam
+from icefall_fusion.search.beam import (
+    DEAD_HASH,
+    HASH,
+    HASH_FACTOR,
+    LAST,
+    NO_PARENT_HASH,
+    NODE,
+    PARENT_HASH,
+    REPEATS,
+    Beam,
+)
 from icefall_fusion.search.engines.candidates import Pairs
 
 if TYPE_CHECKING:
@@ -83,8 +93,9 @@ class FrameStep:
         """
         beam = self.beam
         last_score = frame.row.gather(1, beam.last).add_(frame.shift)
-        parent_slots = beam.parent_slots(self.one_to_beam)
-        nonblank = torch.logaddexp(beam.log_nonblank, beam.carried_from(parent_slots))
+        parent_slots = self._parent_slots()
+        incoming = beam.carried.gather(1, parent_slots + beam.integers[:, REPEATS])
+        nonblank = torch.logaddexp(beam.log_nonblank, incoming)
         torch.add(nonblank, last_score, out=out.stay_nonblank)
         torch.add(beam.log_total, frame.blank, out=out.stay_blank)
         torch.logaddexp(out.stay_blank, out.stay_nonblank, out=out.stay_total)
@@ -143,9 +154,63 @@ class FrameStep:
                 mass.copy_(torch.where(grew_alive, split, mass))
         if self.score_beam is not None:
             masses = masses.masked_fill(dead.unsqueeze(1), _NEVER)
-        beam.follow(source, piece, grew, self.keys)
-        beam.bury(dead)
+        self._follow(source, piece, grew)
+        beam.hash.masked_fill_(dead, DEAD_HASH)  # nobody's parent and nobody's child
+        beam.parent_hash.masked_fill_(dead, NO_PARENT_HASH)
         beam.log_total.copy_(masses[:, 0])
         beam.log_blank.copy_(masses[:, 1])
         beam.log_nonblank = masses[:, 2]
         return chosen, source, grew_alive
+
+    def _parent_slots(self) -> Tensor:
+        """Return 1 + the slot that holds each prefix's parent, 0 if none does: [B, K] int64.
+
+        Prefixes are compared by a 64-bit hash of their pieces, not by node: a parent that was pruned and is
+        born again has another node but the same hash.
+        """
+        linked = self.beam.parent_hash.unsqueeze(2) == self.beam.hash.unsqueeze(1)
+        # at most one slot is the parent, so a product finds it (and is faster than a maximum)
+        return torch.matmul(linked.to(self.one_to_beam.dtype), self.one_to_beam).to(torch.int64)
+
+    def _follow(self, source: Tensor, piece: Tensor, grew: Tensor) -> None:
+        """Let each slot become what slot ``source`` was, extended by ``piece`` where it ``grew``."""
+        beam = self.beam
+        before = beam.integers.gather(2, source.unsqueeze(1).expand(-1, 5, -1))
+        node, last, content = before[:, NODE], before[:, LAST], before[:, HASH]
+        after = torch.empty_like(before)
+        after[:, NODE] = beam.arena.add_row(node, piece)
+        after[:, LAST] = piece
+        # multiply, then exclusive-or: no polynomial identity makes two different prefixes collide
+        torch.bitwise_xor(content * HASH_FACTOR, self.keys[piece], out=after[:, HASH])
+        after[:, PARENT_HASH] = content
+        torch.mul(last == piece, beam.arena.beam + 1, out=after[:, REPEATS])
+        beam.integers = torch.where(grew.unsqueeze(1), after, before)
+
+    def restart(self, after_skip: Tensor) -> None:
+        """Take blank as the last thing heard in the utterances [B, 1] bool that just skipped frames."""
+        beam = self.beam
+        beam.log_blank.copy_(torch.where(after_skip, beam.log_total, beam.log_blank))
+        beam.log_nonblank = beam.log_nonblank.masked_fill(after_skip, _NEVER)
+
+    def rescale(self, which: Tensor) -> None:
+        """Make the best mass 0 in utterances [B] bool and put the difference into ``beam.offset``."""
+        beam = self.beam
+        best = beam.log_total.amax(1).masked_fill_(~which, 0.0)
+        beam.carried -= best.unsqueeze(1)
+        beam.log_nonblank = beam.log_nonblank - best.unsqueeze(1)
+        beam.offset += best
+
+    def sort(self) -> Tensor:
+        """Sort the slots by score, best first (ties in place, dead slots last); return their order [B, K].
+
+        The fusions' lm, words and state stay where they are: they follow once a frame (``permute_scores``).
+        """
+        beam = self.beam
+        scores = beam.score.masked_fill(~beam.alive, _NEVER)
+        order = scores.sort(dim=1, descending=True, stable=True).indices
+        beam.integers = beam.integers.gather(2, order.unsqueeze(1).expand(-1, 5, -1))
+        beam.log_total.copy_(beam.log_total.gather(1, order))
+        beam.log_blank.copy_(beam.log_blank.gather(1, order))
+        beam.log_nonblank = beam.log_nonblank.gather(1, order)
+        beam.fused = beam.fused.gather(1, order)
+        return order

@@ -11,18 +11,17 @@ from torch import Tensor
 
 from icefall_fusion.common.devices import load_kernels
 from icefall_fusion.common.unavailable import Unavailable
-from icefall_fusion.search.engines.base import CompiledSearch
-from icefall_fusion.search.engines.candidates import columns_needed, frame_columns, make_pairs
+from icefall_fusion.search.beam import HASH_FACTOR
+from icefall_fusion.search.engines.base import CompiledSearch, columns_needed
+from icefall_fusion.search.engines.candidates import frame_columns, make_pairs
 from icefall_fusion.search.engines.frame_step import hash_keys
-from icefall_fusion.search.shared_numbers import HASH_FACTOR
 
 if TYPE_CHECKING:
     from icefall_fusion.ngram.piece_ngram import PieceNgram
     from icefall_fusion.search.beam import Beam
-    from icefall_fusion.search.engines.candidates import FramePlan
-    from icefall_fusion.search.fusion_set import FusionSet
-    from icefall_fusion.search.options import PrefixSearchOptions
-    from icefall_fusion.search.search_input import SearchInput
+    from icefall_fusion.search.engines.base import FramePlan
+    from icefall_fusion.search.fusion import FusionSet
+    from icefall_fusion.search.search_input import PrefixSearchOptions, SearchInput
 
 MOST_COLUMNS = 1024  # with an n-gram, as in the kernel
 _LEAST = 16  # entries of a block

@@ -11,14 +11,11 @@ from torch import Tensor
 from icefall_fusion.common.unavailable import Unavailable, asked_once
 from icefall_fusion.ngram.piece_ngram import NOTHING, NgramOrder, PieceNgram
 from icefall_fusion.search.beam import Beam
-from icefall_fusion.search.engines.candidates import plan_frames
+from icefall_fusion.search.engines.base import plan_frames
 from icefall_fusion.search.engines.gpu import GpuSearch
 from icefall_fusion.search.engines.tensors import TensorSearch
-from icefall_fusion.search.fusion import Fusion
-from icefall_fusion.search.fusion_set import FusionSet
-from icefall_fusion.search.options import PrefixSearchOptions
-from icefall_fusion.search.search_input import check_input
-from icefall_fusion.search.stop_rule import StopRule
+from icefall_fusion.search.fusion import Fusion, FusionSet, StopRule
+from icefall_fusion.search.search_input import PrefixSearchOptions, check_input
 
 _PIECES, _BEAM, _FRAMES = 40, 8, 30
 _WORST = 1e-2  # nats between two ways to add up the same

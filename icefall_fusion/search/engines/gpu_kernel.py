@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from icefall_fusion.search.shared_numbers import DEAD_HASH, HASH_FACTOR, NO_PARENT_HASH, ROUNDING
+from icefall_fusion.search.beam import DEAD_HASH, HASH_FACTOR, NO_PARENT_HASH, ROUNDING
 
 NEVER = tl.constexpr(float("-inf"))
 DEAD, ORPHAN = tl.constexpr(DEAD_HASH), tl.constexpr(NO_PARENT_HASH)
@@ -169,7 +169,7 @@ def search_utterances(
 ):  # fmt: skip
     """Let each utterance go on, before frame ``until`` or its end, if PACED no further than to its stop.
 
-    ROOT: id of blank; UNIT: see stop_rule.py, by number; BOUNDARIES: whether words are closed;
+    ROOT: id of blank; UNIT: see StopRule, by number; BOUNDARIES: whether words are closed;
     SCORE_BEAM: whether there is one; ORDER: of the n-gram, 0: none;
     SHALLOW: whether it ranks extensions (2) or is recorded (1);
     AHEAD_EVERY: frames between two updates of its look-ahead, 0: it does none; I, F, W: rows of integers,

@@ -11,20 +11,19 @@ import contextlib
 import ctypes
 import weakref
 from concurrent.futures import ThreadPoolExecutor
-from typing import MutableMapping, Optional
+from typing import TYPE_CHECKING, MutableMapping, Optional
 
 import torch
 
 from icefall_fusion.common.native_build import load_native
 from icefall_fusion.common.unavailable import Unavailable
-from icefall_fusion.ngram.piece_ngram import PieceNgram
-from icefall_fusion.search.beam import Beam
-from icefall_fusion.search.engines.base import CompiledSearch
-from icefall_fusion.search.engines.candidates import FramePlan, columns_kept, columns_needed
-from icefall_fusion.search.fusion_set import FusionSet
-from icefall_fusion.search.options import PrefixSearchOptions
-from icefall_fusion.search.search_input import SearchInput
-from icefall_fusion.search.shared_numbers import HASH_FACTOR, NO_PARENT_HASH, ROOT_HASH, ROUNDING
+from icefall_fusion.search.beam import HASH_FACTOR, NO_PARENT_HASH, ROOT_HASH, ROUNDING, Beam
+from icefall_fusion.search.engines.base import CompiledSearch, FramePlan, columns_kept, columns_needed
+
+if TYPE_CHECKING:
+    from icefall_fusion.ngram.piece_ngram import PieceNgram
+    from icefall_fusion.search.fusion import FusionSet
+    from icefall_fusion.search.search_input import PrefixSearchOptions, SearchInput
 
 
 class _NativeNgram:

@@ -154,7 +154,7 @@ class Ngram {
   }
 };
 
-// What other language models have search/stop_rule.py say: when an utterance stops for them, how it is ranked meanwhile.
+// What other language models have search/fusion.py say: when an utterance stops for them, how it is ranked meanwhile.
 struct StopRule {
   int64_t every;     // frames between two looks; 0: never
   int unit;          // a look stops always (0), or if the shortest hypothesis has more words (1) or pieces (2)
@@ -163,7 +163,7 @@ struct StopRule {
   int64_t ahead_every;
 };
 
-// As in search/shared_numbers.py.
+// As in search/beam.py.
 struct Numbers {
   uint64_t hash_factor, root_hash, no_parent_hash;
   double rounding;  // nats

@@ -8,24 +8,16 @@ from typing import TYPE_CHECKING, Optional
 import torch
 from torch import Tensor
 
-from icefall_fusion.search.beam import Beam
-from icefall_fusion.search.engines.candidates import (
-    FramePlan,
-    best_pieces,
-    columns_kept,
-    columns_needed,
-    make_pairs,
-    prepare_frames,
-)
+from icefall_fusion.search.beam import ROUNDING, Beam
+from icefall_fusion.search.engines.base import FramePlan, columns_kept, columns_needed
+from icefall_fusion.search.engines.candidates import best_pieces, make_pairs, prepare_frames
 from icefall_fusion.search.engines.children import Children
 from icefall_fusion.search.engines.extension_scores import ExtensionScores
 from icefall_fusion.search.engines.frame_step import Candidates, Frame, FrameStep
-from icefall_fusion.search.fusion_set import FusionSet
-from icefall_fusion.search.shared_numbers import ROUNDING
+from icefall_fusion.search.fusion import FusionSet
 
 if TYPE_CHECKING:
-    from icefall_fusion.search.options import PrefixSearchOptions
-    from icefall_fusion.search.search_input import SearchInput
+    from icefall_fusion.search.search_input import PrefixSearchOptions, SearchInput
 
 _BLOCK = 48  # frames prepared at once: large enough to amortize calls, small enough to stay in cache
 
@@ -75,15 +67,14 @@ class TensorSearch:
         beam, step, fusions = self.beam, self.step, self.fusions
         beam.frame = number
         if number in self.rescale:
-            beam.rescale(self.rescale[number])
+            step.rescale(self.rescale[number])
         if self.restarts is not None:
-            beam.restart(self.restarts[number])
+            step.restart(self.restarts[number])
             if self.children is not None:
                 self.children.restart(self.restarts[number])
         order = None
         if fusions.disordered and not self.widens and self.children is None:
-            order = beam.ranks()
-            beam.permute(order)
+            order = step.sort()
         out = self.out
         last_score, parent_slots = step.stay(frame, out)
         active = None
