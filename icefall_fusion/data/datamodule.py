@@ -24,12 +24,12 @@ from icefall_fusion.common.checks import check
 from icefall_fusion.common.files import PathLike
 from icefall_fusion.data.bucketing import Order, Rules
 from icefall_fusion.data.cut_lines import CutLine
-from icefall_fusion.data.fbank import DIM, cut_samples, extract
+from icefall_fusion.data.fbank import cut_samples, extract
+from icefall_fusion.data.features import DIM, pad_features
 from icefall_fusion.data.frequency_warp import warp_frequencies
 from icefall_fusion.data.manifests import spread
 from icefall_fusion.data.noise_mix import NoiseMixer, mix
 
-PADDING = float(np.log(1e-10))  # the log energy of digital silence, as lhotse pads features
 Batch = dict[str, Any]
 Encode = Callable[[str], list[int]]
 
@@ -294,12 +294,10 @@ class _Loading(Dataset):
                 features.append(one)
                 kept.append(cut)
         texts = [" ".join(supervision.text or "" for supervision in cut.supervisions) for cut in kept]
-        padded = torch.zeros(0, 0, DIM)
-        if features:
-            padded = torch.nn.utils.rnn.pad_sequence(features, batch_first=True, padding_value=PADDING)
+        padded, lens = pad_features(features)
         return {
             "features": padded,  # [B, T, 80]
-            "lens": torch.tensor([len(one) for one in features], dtype=torch.int64),
+            "lens": lens,
             "tokens": [self._encode(text) if self._encode else [] for text in texts],
             "texts": texts,
             "ids": [cut.id for cut in kept],

@@ -27,10 +27,9 @@ from icefall_fusion.common.files import atomic_path, write_json
 from icefall_fusion.data.audio import SAMPLE_RATE, AudioError, load_audio, resample
 from icefall_fusion.data.cut_lines import parse_cut, read_lines
 from icefall_fusion.data.feature_shards import Shard, joined_lines, plan, ranges
+from icefall_fusion.data.features import DIM, FRAME_SHIFT
 from icefall_fusion.data.manifests import check_corpus, cuts_path, join_lines
 
-DIM = 80
-FRAME_SHIFT = 0.01  # seconds
 HOP = 160  # samples
 MARGIN = 4  # frames at both ends of a chunk that are cut away again: a frame reaches 280 samples to its right
 SHORTEST = 400  # samples in one window; shorter audio is padded with silence to give its frames

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from icefall_fusion.common.checks import check
 from icefall_fusion.common.files import PathLike
-from icefall_fusion.data.fbank import DIM
+from icefall_fusion.data.features import DIM
 
 
 class NoiseMixer:

@@ -16,7 +16,7 @@ from typing import Any, Mapping, Sequence
 import torch
 from tqdm import tqdm
 
-from icefall_fusion.acoustic.emissions import save_emissions
+from icefall_fusion.acoustic.saved import save_emissions
 from icefall_fusion.common.environment import describe_environment
 from icefall_fusion.common.files import fingerprint, write_json
 from icefall_fusion.common.processes import Processes
@@ -207,7 +207,7 @@ class _KeptEmissions:
         digest = hashlib.sha1("\n".join(batch.emissions.ids).encode()).hexdigest()[:16]
         path = self._folder / f"emissions-{digest}.npz"
         whose = [(segment.utterance.id, segment.number, segment.count) for segment in batch.segments]
-        save_emissions(path, batch.emissions, half=True, parts=whose)
+        save_emissions(path, batch.emissions, half=True, segments=whose)
         self._files[path] = {id for id, _, _ in whose}
 
     def drop(self, lost: set[str]) -> None:

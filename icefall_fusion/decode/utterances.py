@@ -14,7 +14,8 @@ from torch import Tensor
 from icefall_fusion.common.checks import check
 from icefall_fusion.common.files import PathLike
 from icefall_fusion.data.audio import SAMPLE_RATE, AudioError, load_audio, resample
-from icefall_fusion.data.fbank import DIM, FRAME_SHIFT, extract
+from icefall_fusion.data.fbank import extract
+from icefall_fusion.data.features import DIM, FRAME_SHIFT
 from icefall_fusion.nbest import Hypothesis, NBest, WordTime
 
 _TOLERANCE = 0.1  # seconds that a file may lack of what its manifest says

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import MutableMapping
 
-from icefall_fusion.acoustic.emissions import Emissions, SavedSource
+from icefall_fusion.acoustic.emissions import Emissions
+from icefall_fusion.acoustic.saved import SavedSource
 from icefall_fusion.common.checks import check
 from icefall_fusion.common.files import fingerprint, write_json
 from icefall_fusion.lattice.saved import save_lattices

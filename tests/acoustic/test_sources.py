@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 from typing import Tuple  # TorchScript reads this one
 
 import numpy as np
@@ -13,8 +14,10 @@ import tiny
 import torch
 from torch import Tensor, nn
 
-from icefall_fusion.acoustic.emissions import Emissions, SavedSource, save_emissions
+from icefall_fusion.acoustic.emissions import Emissions
+from icefall_fusion.acoustic.saved import SavedSource, save_emissions
 from icefall_fusion.acoustic.sources import EmissionOptions, open_source
+from icefall_fusion.data.features import PADDING
 from icefall_fusion.text.tokens import AcousticTokens
 
 PIECES = ["<blk>", "<sos/eos>", "<unk>", "▁", "▁a", "b", "▁c", "d"]
@@ -87,19 +90,20 @@ def test_saved_log_probs_come_back(tmp_path, half) -> None:
         SavedSource(tmp_path / "none.npz", TOKENS)
 
 
-def test_parts_are_joined_whatever_utterances_are_called(tmp_path) -> None:
-    made = emissions((3, 5, 2), ids=("x", "x#1", "x#2"))  # x#1 is part of x, x#2 another utterance
-    save_emissions(tmp_path / "a.npz", made.select([1, 2]), parts=[("x", 1, 2), ("x#2", 0, 1)])
-    with pytest.raises(ValueError, match=r"'x' must be all parts of one run, but parts \[1\] of 2 are there"):
+def test_segments_are_joined_whatever_utterances_are_called(tmp_path) -> None:
+    made = emissions((3, 5, 2), ids=("x", "x#1", "x#2"))  # x#1 is a segment of x, x#2 another utterance
+    save_emissions(tmp_path / "a.npz", made.select([1, 2]), segments=[("x", 1, 2), ("x#2", 0, 1)])
+    message = r"'x' must be all segments of one run, but segments \[1\] of 2 are there"
+    with pytest.raises(ValueError, match=message):
         SavedSource(tmp_path, TOKENS).emit(["x"])
-    save_emissions(tmp_path / "b.npz", made.select([0]), parts=[("x", 0, 2)])
+    save_emissions(tmp_path / "b.npz", made.select([0]), segments=[("x", 0, 2)])
     source = SavedSource(tmp_path, TOKENS)
     assert sorted(source.ids) == ["x", "x#2"]
     back = source.emit(["x", "x#2"])
     assert back.lens.tolist() == [8, 2]
     assert torch.equal(back.log_probs[0], torch.cat([made.log_probs[0, :3], made.log_probs[1]]))
     save_emissions(tmp_path / "b.npz", made.select([0]))  # x again, now whole
-    with pytest.raises(ValueError, match=r"of 'x' .* but parts \[0, 1\] of 1 or 2 are there"):
+    with pytest.raises(ValueError, match=r"of 'x' .* but segments \[0, 1\] of 1 or 2 are there"):
         SavedSource(tmp_path, TOKENS).emit(["x"])
     with pytest.raises(ValueError, match="ids must differ"):
         save_emissions(tmp_path / "c.npz", emissions(ids=("x", "x#1", "x#1")))
@@ -118,7 +122,7 @@ def test_files_of_several_runs_are_refused(tmp_path) -> None:
     old = {"fingerprint": TOKENS.fingerprint(), "frame_shift": 0.04}
     arrays = {"__emissions__": np.array(json.dumps(old)), "u": np.zeros((4, 8)), "u#1": np.zeros((4, 8))}
     np.savez(tmp_path / "b.npz", **arrays)
-    with pytest.raises(ValueError, match=r"b.npz must say which are parts .* \['u#1'\]"):
+    with pytest.raises(ValueError, match=r"b.npz must say which are segments .* \['u#1'\]"):
         SavedSource(tmp_path, TOKENS)
 
 
@@ -186,6 +190,30 @@ def test_torchscript_export(tmp_path, bpe) -> None:
         open_source(EmissionOptions(model=str(path), tokens=str(bpe)))
 
 
+class Windows(nn.Module):
+    """Unmasked windows over time, as icefall's convolutions: frame t sees features 4t..4t+7."""
+
+    def forward(self, features: Tensor, lens: Tensor) -> Tuple[Tensor, Tensor]:  # noqa: UP006
+        return features.unfold(1, 8, 4).flatten(2), torch.div(lens - 1, 4, rounding_mode="floor")
+
+
+def test_models_that_do_not_mask_hear_silence_after_a_short_utterance(tmp_path, bpe) -> None:
+    torch.manual_seed(4)
+    tokens = AcousticTokens.load(bpe)
+    export = ToyExport(tokens.size)
+    export.encoder = Windows()
+    export.ctc_output[0] = nn.Linear(640, tokens.size)
+    torch.jit.script(export).save(str(tmp_path / "jit_script.pt"))
+    source = open_source(EmissionOptions(model=str(tmp_path / "jit_script.pt"), tokens=str(bpe)))
+    short, long = torch.randn(21, 80), torch.randn(40, 80)
+    made = source.emit(["short", "long"], [short, long])
+    silence = torch.full((1, 19, 80), math.log(1e-10))
+    with torch.no_grad():
+        alone = export.ctc_output(export.encoder(torch.cat((short[None], silence), 1), torch.tensor([40]))[0])
+    assert made.lens.tolist() == [5, 9]  # the fifth frame sees the features 16..23 of 21
+    torch.testing.assert_close(made.log_probs[0, :5], alone[0, :5], atol=1e-5, rtol=0)
+
+
 # --- our checkpoint -----------------------------------------------------------------------------------
 
 
@@ -206,6 +234,23 @@ def test_our_checkpoint(tmp_path, bpe) -> None:
     assert made.lens.tolist()[:2] == source.model.encoder.out_lens(torch.tensor([60, 33])).tolist()
     assert made.encoder_out.shape[2] == 32 and made.lens[3] == 0
     assert source.emit(["u"], [torch.zeros(0, 80)]).lens.tolist() == [0]
+
+
+SHIPPED = Path(__file__).parents[2] / "egs/minibooks/ASR/pretrained/ctc_aed"
+
+
+def test_the_shipped_checkpoint_masks_padding_of_any_value() -> None:
+    source = open_source(EmissionOptions(model=str(SHIPPED)))
+    torch.manual_seed(5)
+    lens = torch.tensor([203, 150, 37])
+    features = torch.randn(3, 203, 80) * 3 - 8
+    beyond = torch.arange(203)[None, :, None] >= lens[:, None, None]
+    made = source.emit(["a", "b", "c"], [row[:n] for row, n in zip(features, lens.tolist())])
+    for padding in (0.0, PADDING, 1e4):
+        with torch.no_grad():
+            encoder_out, _ = source.encode(features.masked_fill(beyond, padding), lens)
+            log_probs = source.log_probs(encoder_out)
+        assert torch.equal(log_probs, made.log_probs)
 
 
 def test_our_checkpoint_keeps_to_its_own_pieces(tmp_path, bpe) -> None:

@@ -19,7 +19,8 @@ from lhotse import CutSet, MonoCut, Recording, SupervisionSegment
 
 from icefall_fusion.data import fbank, feature_shards
 from icefall_fusion.data.audio import AudioError, load_audio
-from icefall_fusion.data.fbank import DIM, FbankOptions, cut_samples, extract, num_frames, run
+from icefall_fusion.data.fbank import FbankOptions, cut_samples, extract, num_frames, run
+from icefall_fusion.data.features import DIM
 from icefall_fusion.data.manifests import cuts_path, write_cuts
 
 

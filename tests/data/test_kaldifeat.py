@@ -16,7 +16,8 @@ from lhotse import CutSet
 
 from icefall_fusion.data import espeak
 from icefall_fusion.data.audio import load_audio
-from icefall_fusion.data.fbank import DIM, FbankOptions, extract, extractor, num_frames, run
+from icefall_fusion.data.fbank import FbankOptions, extract, extractor, num_frames, run
+from icefall_fusion.data.features import DIM
 from icefall_fusion.data.manifests import cut_of, cuts_path, write_cuts
 from icefall_fusion.data.noise import CLEAN, OTHER, distort
 from tests.data.test_fbank import torchaudios

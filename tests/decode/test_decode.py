@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from lhotse import CutSet, LilcomChunkyWriter, Recording
 
 from icefall_fusion.__main__ import main, parse_options
-from icefall_fusion.acoustic.emissions import SavedSource
+from icefall_fusion.acoustic.saved import SavedSource
 from icefall_fusion.data.fbank import extractor
 from icefall_fusion.data.manifests import cut_of, write_cuts
 from icefall_fusion.decode.job import DecodeRun

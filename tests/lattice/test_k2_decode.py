@@ -12,7 +12,7 @@ import yaml
 from lattice_tools import ctc_lattices
 
 from icefall_fusion.__main__ import main
-from icefall_fusion.acoustic.emissions import SavedSource
+from icefall_fusion.acoustic.saved import SavedSource
 from icefall_fusion.acoustic.sources import EmissionOptions
 from icefall_fusion.decode.job import run
 from icefall_fusion.decode.language_models import LmOptions

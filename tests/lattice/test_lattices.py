@@ -153,7 +153,7 @@ def test_the_jobs_make_graphs_and_lattices(tmp_path, capsys) -> None:
     import sentencepiece
 
     from icefall_fusion.__main__ import main
-    from icefall_fusion.acoustic.emissions import save_emissions
+    from icefall_fusion.acoustic.saved import save_emissions
 
     with open(tmp_path / "bpe.model", "wb") as file:
         sentencepiece.SentencePieceTrainer.train(

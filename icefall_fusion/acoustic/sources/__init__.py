@@ -1,0 +1,96 @@
+"""Sources of log-probs, one file each.
+Knows: which there are. Must not know: search, fusion, manifests.
+
+To add a source, write a class in a file of its own and name it in ``SOURCES``. For a model over log-mel
+features ``base.FeatureSource`` does most. ``EmissionOptions`` holds the options of all sources. ``_kind_of``
+recognizes a file or folder without ``--emissions.kind``.
+"""
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable
+
+from icefall_fusion.acoustic.saved import SavedSource
+from icefall_fusion.acoustic.sources.base import EmissionSource, loading, tokens_of
+from icefall_fusion.acoustic.sources.checkpoint import CheckpointSource
+from icefall_fusion.acoustic.sources.huggingface import HuggingFaceSource
+from icefall_fusion.acoustic.sources.torchscript import TorchScriptSource
+from icefall_fusion.common.checks import check, check_choice
+from icefall_fusion.common.devices import check_device
+
+__all__ = ["SOURCES", "EmissionOptions", "EmissionSource", "open_source"]
+
+
+@dataclass(frozen=True)
+class EmissionOptions:
+    """Which acoustic model, or which saved log-probs.
+
+    Args:
+        model: a folder of ours (config.json, model.safetensors, bpe.model), an icefall TorchScript file
+            (.pt), a Hugging Face CTC folder or hub name, or saved log-probs (a .npz or a folder of them).
+        kind: one of auto, checkpoint, torchscript, huggingface, saved.
+        tokens: bpe.model or its folder; needed by torchscript and saved, else the model's own.
+        device: e.g. cpu or cuda.
+        frame_shift: seconds an output frame; 0 takes the model's own.
+    """
+
+    model: str = ""
+    kind: str = "auto"
+    tokens: str = ""
+    device: str = "cpu"
+    frame_shift: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_choice(self.kind, ("auto", *SOURCES), "EmissionOptions.kind")
+        check(self.frame_shift >= 0, "EmissionOptions.frame_shift", "be at least 0 s", self.frame_shift)
+
+
+def _open_saved(options: EmissionOptions) -> SavedSource:
+    return SavedSource(options.model, tokens_of(options), options.device, options.frame_shift)
+
+
+#: By kind: what opens a source.
+SOURCES: dict[str, Callable[[EmissionOptions], EmissionSource]] = {
+    "checkpoint": CheckpointSource,
+    "torchscript": TorchScriptSource,
+    "huggingface": HuggingFaceSource,
+    "saved": _open_saved,
+}
+
+
+def open_source(options: EmissionOptions) -> EmissionSource:
+    """Open an acoustic model or saved log-probs.
+
+    Raises:
+        FileNotFoundError: there is no such file or folder.
+        ValueError: the model is of no known kind, broken, or lacks a vocabulary or a CTC head; there is no
+            such device.
+    """
+    check_device(options.device, "EmissionOptions.device")
+    kind = options.kind if options.kind != "auto" else _kind_of(options.model)
+    return SOURCES[kind](options)
+
+
+def _kind_of(model: str) -> str:
+    check(bool(model), "EmissionOptions.model", "name a model folder or file", model)
+    path = Path(model)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"EmissionOptions.model: there is no file or folder {model!r} (a Hugging Face hub name needs "
+            f"--emissions.kind huggingface)"
+        )
+    if path.suffix == ".npz" or (path.is_dir() and any(path.glob("*.npz"))):
+        return "saved"
+    if path.is_file() and path.suffix in (".pt", ".ts", ".jit"):
+        return "torchscript"
+    if (path / "config.json").is_file():
+        with loading(path / "config.json", "a JSON object"):
+            config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+            ours = str(config.get("model_type", "")).startswith("icefall_fusion")
+        return "checkpoint" if ours else "huggingface"
+    raise ValueError(
+        f"EmissionOptions.model must be a model folder (with config.json), a TorchScript .pt file or saved "
+        f"log-probs (.npz), but {model!r} is none of them"
+    )

@@ -1,0 +1,134 @@
+"""What all sources of log-probs share.
+Knows: features, vocabularies. Must not know: any one model, search, fusion, manifests.
+"""
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Iterator, Optional, Protocol, Sequence
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from icefall_fusion.acoustic.emissions import Emissions, no_frames, scatter_rows
+from icefall_fusion.common.files import PathLike
+from icefall_fusion.data.features import DIM, FRAME_SHIFT, pad_features
+from icefall_fusion.text.tokens import AcousticTokens
+
+if TYPE_CHECKING:
+    from icefall_fusion.acoustic.sources import EmissionOptions
+
+SAMPLE_RATE = 16_000  # Hz, of the audio of every source
+_TEN_SECONDS = round(10 / FRAME_SHIFT)  # feature frames
+_BROKEN = (
+    OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError, torch.jit.Error,
+)  # fmt: skip
+
+
+class EmissionSource(Protocol):
+    """Turns a batch of inputs into CTC log-probs.
+
+    Attributes:
+        wants: what the inputs are: ``features`` [T,80] log-mel, ``audio`` [samples] at ``sample_rate`` Hz, or
+            ``nothing`` (saved log-probs need ids only).
+        sample_rate: Hz.
+        tokens: the vocabulary.
+        model: scores token lists by an attention decoder
+            (``score_tokens(encoder_out, lens, token_lists)``), or None.
+        network: the module that holds the weights, or None.
+    """
+
+    wants: str
+    sample_rate: int
+    tokens: AcousticTokens
+    model: Any
+    network: Optional[torch.nn.Module]
+
+    def emit(self, ids: Sequence[str], inputs: Sequence[Tensor]) -> Emissions:
+        """Return the log-probs of a batch; an input too short for one output frame gets none."""
+        ...
+
+
+class FeatureSource:
+    """A source over log-mel features; a subclass says how features become frames and frames log-probs.
+
+    A subclass sets ``tokens``, ``device``, ``frame_shift`` (seconds an output frame) and ``network``.
+    """
+
+    wants = "features"
+    sample_rate = SAMPLE_RATE
+    least_frames = 1  # shorter utterances have no output frame
+    model: Any = None
+    network: Optional[torch.nn.Module] = None
+    tokens: AcousticTokens
+    device: torch.device
+    frame_shift: float
+
+    def encode(self, features: Tensor, lens: Tensor) -> tuple[Tensor, Tensor]:
+        """Return encoder frames [B,T',D] and their numbers [B] for features [B,T,80] and lengths [B]."""
+        raise NotImplementedError
+
+    def log_probs(self, encoder_out: Tensor) -> Tensor:
+        """Return natural-log probabilities [B,T',V] of the pieces for encoder frames [B,T',D]."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def emit(self, ids: Sequence[str], inputs: Sequence[Tensor]) -> Emissions:
+        rows = [row for row, features in enumerate(inputs) if len(features) >= self.least_frames]
+        if not rows:
+            return no_frames(ids, self.tokens, self.frame_shift)
+        features, lens = pad_features([inputs[row] for row in rows])
+        encoder_out, kept = self.encode(features.to(self.device), lens.to(self.device))
+        out_lens = torch.zeros(len(ids), dtype=torch.long)
+        out_lens[rows] = kept.cpu().long()
+        log_probs = scatter_rows(rows, self.log_probs(encoder_out), len(ids))
+        encoder_out = scatter_rows(rows, encoder_out, len(ids))
+        return Emissions(list(ids), log_probs, out_lens, self.tokens, self.frame_shift, encoder_out)
+
+    @torch.no_grad()
+    def measured_frame_shift(self, name: str) -> float:
+        """Return the seconds of an output frame, measured on ten seconds of features.
+
+        Subsampling loses frames at the edges, so a short input would mislead.
+
+        Args:
+            name: the model, for messages.
+
+        Raises:
+            ValueError: the encoder does not take features [B,T,80] and lengths, or the log-probs are of
+                another vocabulary.
+        """
+        silence = torch.zeros(1, _TEN_SECONDS, DIM, device=self.device)
+        with loading(name, f"an encoder of {DIM} features a frame"):
+            encoder_out = self.encode(silence, torch.tensor([_TEN_SECONDS], device=self.device))[0]
+        with loading(name, "a CTC output layer"):
+            outputs = self.log_probs(encoder_out[:, :1]).shape[-1]
+        if outputs != self.tokens.size:
+            raise ValueError(f"the vocabulary has {self.tokens.size} pieces, but {name} has {outputs}")
+        return round(_TEN_SECONDS / max(1, encoder_out.shape[1])) * FRAME_SHIFT
+
+
+@contextlib.contextmanager
+def loading(name: PathLike, what: str) -> Iterator[None]:
+    """Turn what libraries raise for broken files, or a hub out of reach, into a ValueError with the name."""
+    try:
+        yield
+    except _BROKEN as error:
+        raise ValueError(f"{name} cannot be loaded as {what}: {error}") from error
+
+
+def tokens_of(options: EmissionOptions) -> AcousticTokens:
+    """Load the vocabulary that the options name, else the ``bpe.model`` beside the model.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    if options.tokens:
+        return AcousticTokens.load(options.tokens)
+    folder = Path(options.model) if Path(options.model).is_dir() else Path(options.model).parent
+    if not (folder / "bpe.model").is_file():
+        raise FileNotFoundError(
+            f"EmissionOptions.tokens must name a bpe.model, for there is none beside {options.model!r}"
+        )
+    return AcousticTokens.load(folder)
