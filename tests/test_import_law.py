@@ -23,9 +23,9 @@ OWNERS = {
     "kaldifeat": {"data/fbank"},
     "matplotlib": {"scoring/plot"},
     "jsonargparse": {"__main__"},
-    "tensorboard": {"train/journal"},
+    "tensorboard": {"train/training_log"},
     "transformers": {
-        "data/tokenizers", "acoustic/sources/huggingface", "train/language_model",
+        "data/tokenizers", "acoustic/sources/huggingface", "train/llama",
         "lm/causal_lm", "lm/packed_attention", "lm/tree_cache", "lm/vocabulary",
     },
     "accelerate": {"lm/causal_lm"},  # transformers import these two; we ask whether they are there

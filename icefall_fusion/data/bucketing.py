@@ -219,6 +219,11 @@ class Order:
         passed = [number for number in self._positions if number <= self.used]
         return self._positions[max(passed)] if passed else None
 
+    def batches_an_epoch(self) -> int:
+        """Count the batches of epoch 0 by a pass over the manifest; other epochs have about as many."""
+        rules = dataclasses.replace(self._rules, world=process()[1])
+        return sum(1 for _ in Epoch(self._manifest, rules, 0))
+
     def __iter__(self) -> Iterator[tuple[int, list[CutLine]]]:
         rank, world = process()
         rules = dataclasses.replace(self._rules, world=world)

@@ -142,6 +142,10 @@ class TrainBatches:
         check(epoch >= 0, "epoch", "be at least 0", epoch)
         self.order.go_to(epoch)
 
+    def batches_in(self, epochs: float) -> int:
+        """Return how many batches this process gets in so many epochs (of the length of the first)."""
+        return round(epochs * self.order.batches_an_epoch())
+
     def __iter__(self) -> Iterator[Batch]:
         """Yield the rest of the epoch; a position at its very end leads into the next one."""
         resumed = self.order.used > 0

@@ -1,9 +1,8 @@
-"""One training loop for every model: steps, accumulation, bf16, data parallel, limits, resume, logs.
+"""One training loop for every model: limits, validation, checkpoints, resume, logs.
 Knows: a module, a loss function, batch sources. Must not know: audio, text, what the model computes.
 """
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import time
@@ -12,14 +11,9 @@ from typing import Any, Callable, Iterable, Iterator, Optional, Protocol, Union
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
-from icefall_fusion.common.processes import (
-    init_distributed,
-    merge_over_processes,
-    sum_over_processes,
-    to_device,
-)
+from icefall_fusion.common.processes import merge_over_processes
 from icefall_fusion.train.checkpoints import (
     checkpoint_path,
     load_checkpoint,
@@ -29,23 +23,19 @@ from icefall_fusion.train.checkpoints import (
     seed_everything,
     set_random_states,
 )
-from icefall_fusion.train.journal import Journal, StopSignals
-from icefall_fusion.train.optimizers import make_optimizer
 from icefall_fusion.train.options import TrainerOptions
+from icefall_fusion.train.step import LossFunction, TrainingStep, add_sums, means
+from icefall_fusion.train.training_log import StopSignals, TrainingLog
 
-__all__ = ["BatchSource", "LossFunction", "STOPPED", "Trainer", "TrainerOptions", "init_distributed"]
-
-STOPPED = 4  # exit code of a training that ended, with a checkpoint, before its last step
-Metrics = dict[str, Any]
-#: (model, batch) -> (summed loss, number of items it was summed over, further sums over the same batch).
-LossFunction = Callable[[nn.Module, Any], tuple[Tensor, Union[int, float, Tensor], Metrics]]
+FINISHED = "finished"  # the reason to stop of a training that has done its last step
 
 
 class BatchSource(Protocol):
-    """Batches that can be put back to where a killed run had been.
+    """Batches that a resumed run can continue.
 
     ``__iter__`` goes on from the current position to the end of the epoch; the next ``__iter__`` begins
-    the next epoch. ``state_dict()``, asked while batch n is in use, must lead on to batch n + 1.
+    the next epoch. ``state_dict()``, called while batch n is in use, must lead on to batch n + 1.
+    ``batches_in(epochs)`` is how many batches one process gets in so many epochs, counted or estimated.
     """
 
     def __iter__(self) -> Iterator[Any]: ...
@@ -54,9 +44,11 @@ class BatchSource(Protocol):
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
+    def batches_in(self, epochs: float) -> int: ...
+
 
 class Trainer:
-    """Train until ``max_steps``, ``max_minutes`` or a signal, going on from the newest checkpoint.
+    """Train to the last step, ``max_minutes`` or a signal, from the newest checkpoint on.
 
     Args:
         options: see TrainerOptions.
@@ -68,6 +60,10 @@ class Trainer:
         device: of the model.
         on_save: called (first process only) with the step after each checkpoint, e.g. to export the model.
         describe: turns validation means ({"loss", "weight", metrics...}) into further values to log.
+
+    Attributes:
+        step: optimizer steps so far.
+        total_steps: the last one.
     """
 
     def __init__(
@@ -82,123 +78,83 @@ class Trainer:
         on_save: Optional[Callable[[int], None]] = None,
         describe: Optional[Callable[[dict[str, float]], dict[str, float]]] = None,
     ) -> None:
-        self.options, self.model, self.compute_loss = options, model, compute_loss
+        options.check_length()
+        self.options, self.model = options, model
         self.train_batches, self.valid_batches = train_batches, valid_batches
-        self.folder, self.device = Path(folder), torch.device(device)
-        self.on_save, self.describe = on_save, describe
+        self.folder, self.on_save, self.describe = Path(folder), on_save, describe
         self.world = dist.get_world_size() if dist.is_initialized() else 1
         self.rank = dist.get_rank() if dist.is_initialized() else 0
-        self.optimizer = make_optimizer(model, options)
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.step = self.items_seen = self.skipped = self.skipped_in_row = 0
-        self.seconds_before = self.step_seconds = self.wait_seconds = 0.0
+        self.train_step = TrainingStep(options, model, compute_loss, torch.device(device))
+        self.step = self.items_seen = 0
+        self.total_steps = options.max_steps or 0  # those of epochs are counted below
+        self.seconds_before = self.step_seconds = 0.0
         self.last_valid: dict[str, float] = {}
         self.agreed_stop = ""
         self.started = self.saved_at = time.monotonic()
-        self.wrapped: nn.Module = model
-        if self.world > 1:
-            ids = [self.device.index] if self.device.type == "cuda" else None
-            self.wrapped = nn.parallel.DistributedDataParallel(model, device_ids=ids)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.journal, self.signals = Journal(self.folder, self.rank == 0, options.tensorboard), StopSignals()
+        self.log, self.signals = TrainingLog(self.folder, self.rank == 0, options.tensorboard), StopSignals()
         seed_everything(options.seed + self.rank)
         self.resume()
+        if options.max_epochs is not None and not self.total_steps:
+            batches = train_batches.batches_in(options.max_epochs)
+            self.total_steps = max(1, math.ceil(batches / options.accumulate))
+            self.log.print(f"{options.max_epochs:g} epochs are {self.total_steps} steps")
 
     # The loop.
 
     def run(self) -> dict[str, Any]:
         """Train; return {"step", "reason", "valid", "skipped", "minutes", "data_wait"}.
 
-        ``reason`` is "max_steps", "max_minutes" or "signal"; ``data_wait`` is the share of the steps' time in
+        ``reason`` is FINISHED, "max_minutes" or "signal"; ``data_wait`` is the share of the steps' time in
         which they waited for a batch (of this run and process).
 
         Raises:
             RuntimeError: ``nan_limit`` steps in a row had a non-finite loss or gradient norm.
-            ValueError: the source gives no batches.
+            ValueError: the source has no batches.
         """
         self.started = self.saved_at = time.monotonic()
         saved_step = self.step if newest_checkpoint(self.folder) else -1
         batches, reason = self._endless(), ""
-        with self.journal.opened(self.options.max_steps, self.step), self.signals:
-            while not (reason := self._reason_to_stop()):
-                begun = time.monotonic()
-                values = self._train_step(batches)
-                self.step_seconds += time.monotonic() - begun
-                self._report_step(values)
-                if self.options.valid_every_steps and self.step % self.options.valid_every_steps == 0:
-                    self.validate()
-                if self._time_to_save(values["save"]):
+        with self.log.opened(self.total_steps, self.step), self.signals:
+            while not (reason := FINISHED if self.step >= self.total_steps else self.agreed_stop):
+                if self._one_step(batches):
                     self.save()
                     saved_step = self.step
             if self.last_valid.get("step") != self.step:
                 self.validate()
             if saved_step != self.step:
                 self.save()
-        minutes = self._seconds() / 60
-        return {"step": self.step, "reason": reason, "valid": self.last_valid, "skipped": self.skipped,
-                "minutes": minutes, "data_wait": self.data_wait}
+        return {"step": self.step, "reason": reason, "valid": self.last_valid,
+                "skipped": self.train_step.skipped, "minutes": self._seconds() / 60,
+                "data_wait": self.data_wait}
 
     @property
     def data_wait(self) -> float:
         """Share of the steps' time, 0 to 1, in which they waited for a batch."""
-        return self.wait_seconds / max(self.step_seconds, 1e-9)
+        return self.train_step.wait_seconds / max(self.step_seconds, 1e-9)
 
-    def _train_step(self, batches: Iterator[Any]) -> dict[str, float]:
-        """One optimizer step over ``accumulate`` batches; gradients are of the mean over all items."""
-        lr = self.options.rate(self.step)
-        self.model.train()
-        totals: dict[str, Any] = {"loss": 0.0, "weight": 0.0}
-        for part in range(self.options.accumulate):
-            begun = time.monotonic()
-            batch = next(batches)
-            self.wait_seconds += time.monotonic() - begun
-            batch = to_device(batch, self.device)
-            last = part == self.options.accumulate - 1
-            # Gradients travel between processes once a step, with the last batch.
-            quiet = contextlib.nullcontext() if last or self.world == 1 else self.wrapped.no_sync()
-            with quiet:
-                with self._autocast():
-                    loss, weight, metrics = self.compute_loss(self.wrapped, batch)
-                loss.backward()
-            for name, value in {"loss": loss.detach(), "weight": weight, **metrics}.items():
-                totals[name] = totals.get(name, 0.0) + value
-        wishes = self._wishes()
-        values = sum_over_processes({**totals, **wishes}, self.device)
-        wishes = {name: values.pop(name) for name in wishes}
-        self.agreed_stop = "max_minutes" if wishes["late"] else "signal" if wishes["signal"] else ""
-        norm = self._apply_gradients(values["weight"], math.isfinite(values["loss"]), lr)
+    def _one_step(self, batches: Iterator[Any]) -> bool:
+        """Train one step, report it, validate when it is time; return whether it is time to save."""
+        begun, lr = time.monotonic(), self.options.rate(self.step, self.total_steps)
+        values, requests = self.train_step(batches, lr, self._requests)
+        self.agreed_stop = "max_minutes" if requests["late"] else "signal" if requests["signal"] else ""
+        if self.train_step.skipped_in_row:
+            self._report_skipped()
         self.step += 1
         self.items_seen += int(values["weight"])
-        means = {name: value / max(values["weight"], 1.0) for name, value in values.items()}
-        return {**means, "weight": values["weight"], "lr": lr, "grad_norm": norm, "save": wishes["save"]}
+        self.step_seconds += time.monotonic() - begun
+        self._report_step(values)
+        if self.options.valid_every_steps and self.step % self.options.valid_every_steps == 0:
+            self.validate()
+        every = self.options.save_every_steps
+        return requests["save"] > 0 or (every > 0 and self.step % every == 0)
 
-    def _apply_gradients(self, weight: float, loss_is_finite: bool, lr: float) -> float:
-        """Scale summed gradients to the mean, clip, step or skip; return the norm of the mean gradient."""
-        grads = [p.grad for p in self.parameters if p.grad is not None]
-        scale = self.world / max(weight, 1.0)  # data parallel has divided the sum by the world size
-        norm = float(nn.utils.get_total_norm(grads)) * scale
-        if not (loss_is_finite and math.isfinite(norm)):
-            self._skip_step()
-        else:
-            self.skipped_in_row = 0
-            clip = self.options.grad_clip
-            torch._foreach_mul_(grads, scale * min(1.0, clip / (norm + 1e-6)) if clip else scale)
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return norm
-
-    def _skip_step(self) -> None:
-        self.skipped += 1
-        self.skipped_in_row += 1
-        self._log_line({"skipped": self.skipped, "skipped_in_row": self.skipped_in_row})
-        if self.skipped_in_row >= self.options.nan_limit:
-            raise RuntimeError(
-                f"training stopped at step {self.step}: the loss or the gradient norm was not finite in "
-                f"{self.skipped_in_row} steps in a row (nan_limit={self.options.nan_limit}); "
-                f"newest checkpoint: {newest_checkpoint(self.folder)}"
-            )
+    def _requests(self) -> dict[str, float]:
+        """What this process asks for; summed over processes, so that all stop and save together."""
+        now = time.monotonic()
+        late = 0 < self.options.max_minutes * 60 <= now - self.started
+        save = 0 < self.options.save_every_minutes * 60 <= now - self.saved_at
+        return {"late": float(late), "signal": float(self.signals.received), "save": float(save)}
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
@@ -206,20 +162,15 @@ class Trainer:
         self.model.eval()
         totals: dict[str, Any] = {"loss": 0.0, "weight": 0.0}
         for batch in self.valid_batches:
-            with self._autocast():
-                loss, weight, metrics = self.compute_loss(self.model, to_device(batch, self.device))
-            for name, value in {"loss": loss, "weight": weight, **metrics}.items():
-                totals[name] = totals.get(name, 0.0) + value
-        sums = merge_over_processes(totals)
-        means = {name: value / max(sums["weight"], 1.0) for name, value in sums.items()}
-        means["weight"] = sums["weight"]
+            add_sums(totals, self.train_step.loss_of(self.model, batch)[1])
+        values = means(merge_over_processes(totals))
         if self.describe:
-            means.update(self.describe(means))
-        self.last_valid = {"step": self.step, **means}
-        line = {f"valid_{name}": value for name, value in means.items()}
+            values.update(self.describe(values))
+        self.last_valid = {"step": self.step, **values}
+        line = {f"valid_{name}": value for name, value in values.items()}
         self._log_line({**line, "data_wait": round(self.data_wait, 4)})
-        self.journal.scalars("valid", means, self.step)
-        return means
+        self.log.scalars("valid", values, self.step)
+        return values
 
     # Checkpoints.
 
@@ -231,10 +182,10 @@ class Trainer:
             dist.all_gather_object(states, mine)
         if self.rank == 0:
             state = {
-                "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-                "step": self.step, "items_seen": self.items_seen, "skipped": self.skipped,
+                "model": self.model.state_dict(), "optimizer": self.train_step.optimizer.state_dict(),
+                "step": self.step, "items_seen": self.items_seen, "skipped": self.train_step.skipped,
                 "seconds": self._seconds(), "processes": states, "last_valid": self.last_valid,
-                "options": dataclasses.asdict(self.options),
+                "options": dataclasses.asdict(self.options), "total_steps": self.total_steps,
             }
             save_checkpoint(state, checkpoint_path(self.folder, self.step), self.options.keep_checkpoints)
             if self.on_save:
@@ -249,9 +200,13 @@ class Trainer:
             return
         state = load_checkpoint(path)
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.items_seen, self.skipped = state["step"], state["items_seen"], state["skipped"]
+        self.train_step.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.items_seen = state["step"], state["items_seen"]
+        self.train_step.skipped = state["skipped"]
         self.seconds_before, self.last_valid = state["seconds"], state["last_valid"]
+        epochs = self.options.max_epochs
+        if epochs is not None and epochs == state["options"].get("max_epochs"):
+            self.total_steps = state["total_steps"]
         processes = state["processes"]
         same_world = len(processes) == self.world
         mine = processes[self.rank] if same_world else processes[0]
@@ -259,11 +214,11 @@ class Trainer:
         if same_world:
             set_random_states(mine["rng"])
         else:
-            self.journal.say(f"{len(processes)} processes wrote {path}, now {self.world} go on: the rest of "
-                             f"this epoch does not hold just what was left of it")
-        self.journal.say(f"resumed from {path} at step {self.step}")
+            self.log.print(f"{len(processes)} processes wrote {path}, {self.world} go on: they do not use "
+                           f"exactly the rest of this epoch; the schedule's steps stay")
+        self.log.print(f"resumed from {path} at step {self.step}")
 
-    # Small parts.
+    # Helpers.
 
     def _endless(self) -> Iterator[Any]:
         empty_epochs = 0  # a run resumed exactly at the end of an epoch sees one, never two in a row
@@ -274,39 +229,30 @@ class Trainer:
                 yield batch
         raise ValueError("train_batches must yield at least one batch an epoch, but yields none")
 
-    def _autocast(self) -> Any:
-        enabled = self.options.precision == "bf16"
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
-
     def _seconds(self) -> float:
         return self.seconds_before + time.monotonic() - self.started
 
-    def _reason_to_stop(self) -> str:
-        if self.step >= self.options.max_steps:
-            return "max_steps"
-        return self.agreed_stop
-
-    def _wishes(self) -> dict[str, float]:
-        """What this process wants next; summed over processes, so that all stop and save together."""
-        now = time.monotonic()
-        late = 0 < self.options.max_minutes * 60 <= now - self.started
-        save = 0 < self.options.save_every_minutes * 60 <= now - self.saved_at
-        return {"late": float(late), "signal": float(self.signals.heard), "save": float(save)}
-
-    def _time_to_save(self, wish: float) -> bool:
-        every = self.options.save_every_steps
-        return wish > 0 or (every > 0 and self.step % every == 0)
-
     def _report_step(self, values: dict[str, float]) -> None:
         if self.step % self.options.log_every_steps:
-            self.journal.advance()
+            self.log.advance()
             return
-        rate = self.items_seen / max(self._seconds(), 1e-9)
+        rate, skipped = self.items_seen / max(self._seconds(), 1e-9), self.train_step.skipped
         loss, norm = values["loss"], values["grad_norm"]
-        self.journal.advance(f"loss {loss:.3f} norm {norm:.2f} {rate:.0f} items/s skipped {self.skipped}")
-        more = {"skipped": float(self.skipped), "items_per_second": rate, "data_wait": self.data_wait}
-        self.journal.scalars("train", {**values, **more}, self.step)
+        self.log.advance(f"loss {loss:.3f} norm {norm:.2f} {rate:.0f} items/s skipped {skipped}")
+        more = {"skipped": float(skipped), "items_per_second": rate, "data_wait": self.data_wait}
+        self.log.scalars("train", {**values, **more}, self.step)
+
+    def _report_skipped(self) -> None:
+        """Log a step that was skipped; raise RuntimeError after ``nan_limit`` of them in a row."""
+        in_row = self.train_step.skipped_in_row
+        self._log_line({"skipped": self.train_step.skipped, "skipped_in_row": in_row})
+        if in_row >= self.options.nan_limit:
+            raise RuntimeError(
+                f"training stopped at step {self.step}: the loss or the gradient norm was not finite in "
+                f"{in_row} steps in a row (nan_limit={self.options.nan_limit}); "
+                f"newest checkpoint: {newest_checkpoint(self.folder)}"
+            )
 
     def _log_line(self, values: dict[str, Any]) -> None:
         minutes = round(self._seconds() / 60, 3)
-        self.journal.line({"step": self.step, "items": self.items_seen, "minutes": minutes, **values})
+        self.log.line({"step": self.step, "items": self.items_seen, "minutes": minutes, **values})

@@ -1,14 +1,16 @@
-"""Options of the training loop.
+"""Options of the training loop, and those that every training job has.
 Knows: numbers. Must not know: torch, data, what a model computes.
 """
 from __future__ import annotations
 
 import dataclasses
+from typing import Optional
 
 from icefall_fusion.common.checks import check, check_choice
 from icefall_fusion.train.schedule import SCHEDULES, learning_rate
 
 OPTIMIZERS = ("adamw", "muon")
+EXPORT_DTYPES = ("float16", "float32")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,12 +18,15 @@ class TrainerOptions:
     """How to optimize, how long, and what to write meanwhile.
 
     Args:
-        optimizer: "adamw", or "muon": the matrices of repeated layers by Muon, everything else by AdamW.
+        optimizer: "adamw", or "muon": Muon for the matrices of repeated layers, AdamW for all else.
         lr: peak learning rate; Muon's updates are scaled to the size of AdamW's, so one rate serves both.
         min_lr: learning rate at the end of the cosine (floor of the inverse square root).
         warmup_steps: steps of linear growth to ``lr``.
-        schedule: "cosine" (ends at ``max_steps``) or "inverse-sqrt".
-        max_steps: optimizer steps in all.
+        warmup_epochs: epochs of linear growth, in place of ``warmup_steps`` (with ``max_epochs`` only).
+        schedule: "cosine" (ends at the last step) or "inverse-sqrt".
+        max_steps: optimizer steps in all; set this or ``max_epochs``.
+        max_epochs: passes over the training data; the steps in them are counted when a training starts, and a
+            run that goes on keeps that number (also with another number of processes).
         max_minutes: wall-clock limit of this run in minutes: it stops with a checkpoint; 0 = none.
         beta1: AdamW's first moment decay.
         beta2: AdamW's second moment decay.
@@ -29,22 +34,24 @@ class TrainerOptions:
         grad_clip: largest gradient norm; 0 = no clipping.
         accumulate: batches in one optimizer step.
         precision: "bf16" (autocast, float32 weights) or "float32".
-        save_every_steps: checkpoint each so many steps; 0 = never by steps.
-        save_every_minutes: checkpoint each so many minutes; 0 = never by time.
+        save_every_steps: steps between checkpoints; 0 = never by steps.
+        save_every_minutes: minutes between checkpoints; 0 = never by time.
         keep_checkpoints: newest checkpoints to keep.
-        valid_every_steps: validate each so many steps (and at the end); 0 = at the end only.
+        valid_every_steps: steps between validations (there is one at the end too); 0 = at the end only.
         log_every_steps: steps between training lines in tensorboard.
         tensorboard: write event files.
         seed: of the random generators (the rank is added).
-        nan_limit: stop with an error after so many steps in a row with a non-finite loss or gradient.
+        nan_limit: steps in a row with a non-finite loss or gradient that end the training with an error.
     """
 
     optimizer: str = "adamw"
     lr: float = 1e-3
     min_lr: float = 1e-5
     warmup_steps: int = 100
+    warmup_epochs: Optional[float] = None
     schedule: str = "cosine"
-    max_steps: int = 1000
+    max_steps: Optional[int] = None
+    max_epochs: Optional[float] = None
     max_minutes: float = 0.0
     beta1: float = 0.9
     beta2: float = 0.98
@@ -67,7 +74,17 @@ class TrainerOptions:
         check_choice(self.precision, ("bf16", "float32"), "TrainerOptions.precision")
         check(self.lr > 0, "TrainerOptions.lr", "be above 0", self.lr)
         check(0 <= self.min_lr <= self.lr, "TrainerOptions.min_lr", "be between 0 and lr", self.min_lr)
-        for name in ("max_steps", "accumulate", "keep_checkpoints", "log_every_steps", "nan_limit"):
+        if self.max_steps is not None:
+            check(self.max_steps >= 1, "TrainerOptions.max_steps", "be at least 1", self.max_steps)
+            rule = "not be set beside max_steps (one of them set to none leaves the other)"
+            check(self.max_epochs is None, "TrainerOptions.max_epochs", rule, self.max_epochs)
+        if self.max_epochs is not None:
+            check(self.max_epochs > 0, "TrainerOptions.max_epochs", "be above 0", self.max_epochs)
+        if self.warmup_epochs is not None:
+            rule = f"be from 0 to max_epochs, which is {self.max_epochs}"
+            good = 0 <= self.warmup_epochs <= (self.max_epochs or -1)
+            check(good, "TrainerOptions.warmup_epochs", rule, self.warmup_epochs)
+        for name in ("accumulate", "keep_checkpoints", "log_every_steps", "nan_limit"):
             check(getattr(self, name) >= 1, f"TrainerOptions.{name}", "be at least 1", getattr(self, name))
         for name in ("warmup_steps", "max_minutes", "weight_decay", "grad_clip", "save_every_steps",
                      "save_every_minutes", "valid_every_steps"):
@@ -75,6 +92,42 @@ class TrainerOptions:
         for name in ("beta1", "beta2"):
             check(0 <= getattr(self, name) < 1, f"TrainerOptions.{name}", "be in [0, 1)", getattr(self, name))
 
-    def rate(self, step: int) -> float:
-        """Return the learning rate of a step (the first is 0)."""
-        return learning_rate(step, self.schedule, self.lr, self.warmup_steps, self.max_steps, self.min_lr)
+    def check_length(self) -> None:
+        """Raise ValueError unless ``max_steps`` or ``max_epochs`` is set."""
+        limited = self.max_steps is not None or self.max_epochs is not None
+        check(limited, "TrainerOptions.max_steps or TrainerOptions.max_epochs", "be set", None)
+
+    def rate(self, step: int, total: int) -> float:
+        """Return the learning rate of a step (the first is 0) of a training of ``total`` steps."""
+        warmup = self.warmup_steps
+        if self.warmup_epochs is not None and self.max_epochs is not None:
+            warmup = round(total * self.warmup_epochs / self.max_epochs)
+        return learning_rate(step, self.schedule, self.lr, warmup, total, self.min_lr)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """What every training job can be told; see `job.run_training`.
+
+    Args:
+        exp: folder for checkpoints, logs and ``export/``, the exported model.
+        init: model folder whose weights a new training starts from; empty: random weights.
+        trainer: optimization, limits and checkpoints.
+        device: "auto", "cpu" or "cuda".
+        compile: use torch.compile (needs a C++ compiler on a CPU).
+        threads: CPU threads; 0 = torch's choice.
+        export_dtype: "float16" or "float32" of the exported weights.
+    """
+
+    exp: str
+    init: str = ""
+    trainer: TrainerOptions = dataclasses.field(default_factory=TrainerOptions)
+    device: str = "auto"
+    compile: bool = False
+    threads: int = 0
+    export_dtype: str = "float16"
+
+    def __post_init__(self) -> None:
+        self.trainer.check_length()
+        check(self.threads >= 0, f"{type(self).__name__}.threads", "be at least 0", self.threads)
+        check_choice(self.export_dtype, EXPORT_DTYPES, f"{type(self).__name__}.export_dtype")

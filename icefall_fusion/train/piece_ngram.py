@@ -29,7 +29,7 @@ from icefall_fusion.ngram.piece_ngram import (
     piece_ids,
 )
 from icefall_fusion.text.tokens import AcousticTokens
-from icefall_fusion.train.packed import document_bounds
+from icefall_fusion.train.token_stream import document_bounds
 
 LOG_ZERO = -99.0 * LN10  # as toolkits write it
 _FEW = np.array([0.0, 0.5, 1.0, 1.5])  # discounts where there is too little text to estimate them

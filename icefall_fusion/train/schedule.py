@@ -8,21 +8,21 @@ import math
 SCHEDULES = ("cosine", "inverse-sqrt")
 
 
-def learning_rate(step: int, schedule: str, peak: float, warmup: int, max_steps: int, floor: float) -> float:
+def learning_rate(step: int, schedule: str, peak: float, warmup: int, total: int, floor: float) -> float:
     """Return the learning rate of a step (the first step is 0).
 
     Args:
         step: steps taken so far, >= 0.
-        schedule: "cosine" falls from ``peak`` to ``floor`` at ``max_steps`` (Loshchilov and Hutter 2017,
+        schedule: "cosine" falls from ``peak`` to ``floor`` at ``total`` steps (Loshchilov and Hutter 2017,
             section 3); "inverse-sqrt" falls as 1/sqrt(step) (Vaswani et al. 2017, section 5.3).
         peak: the highest rate, reached after ``warmup`` steps of linear growth.
         warmup: steps of growth, >= 0.
-        max_steps: where the cosine ends.
+        total: steps of the training, where the cosine ends.
         floor: the lowest rate after the warm-up.
     """
     if step < warmup:
         return peak * (step + 1) / warmup
     if schedule == "inverse-sqrt":
         return max(floor, peak * math.sqrt(max(warmup, 1) / (step + 1)))
-    progress = min(1.0, (step - warmup) / max(1, max_steps - warmup))
+    progress = min(1.0, (step - warmup) / max(1, total - warmup))
     return floor + (peak - floor) * 0.5 * (1.0 + math.cos(math.pi * progress))

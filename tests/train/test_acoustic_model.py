@@ -22,12 +22,14 @@ import tiny
 import torch
 import yaml
 
-from icefall_fusion.acoustic.models import DecoderOptions, EncoderOptions, ModelOptions, load
-from icefall_fusion.data.datamodule import DataOptions
+from icefall_fusion.acoustic.models import CtcAed, DecoderOptions, EncoderOptions, ModelOptions, load
+from icefall_fusion.data.datamodule import DataOptions, EvalBatches
 from icefall_fusion.data.manifests import cut_of, cuts_path, write_cuts
-from icefall_fusion.train.acoustic_model import TrainOptions, feature_statistics, make_trainer, run
-from icefall_fusion.train.checkpoints import list_checkpoints, newest_checkpoint
-from icefall_fusion.train.loop import STOPPED, TrainerOptions
+from icefall_fusion.train.acoustic_model import TrainOptions, make_trainer, run
+from icefall_fusion.train.checkpoints import average_checkpoints, list_checkpoints, newest_checkpoint
+from icefall_fusion.train.curriculum import feature_statistics
+from icefall_fusion.train.job import EXPORT_TOLERANCE, STOPPED
+from icefall_fusion.train.options import TrainerOptions
 
 TONES = {"low": 300.0, "mid": 900.0, "high": 2500.0}  # a word sounds as its tone
 
@@ -118,7 +120,9 @@ def test_training_resumes_to_the_same_model_and_exports_an_average(data_dir: Pat
     stopped = dataclasses.replace(parted, trainer=dataclasses.replace(parted.trainer, max_minutes=1e-9))
     assert run(stopped) == STOPPED == 4  # no script may take it for finished
     assert not (tmp_path / "parted" / "checkpoint-8.pt").exists()
+    assert (tmp_path / "parted" / "stopped").read_text() == "max_minutes at step 1 of 8\n"
     assert run(parted) == 0
+    assert not (tmp_path / "parted" / "stopped").exists()
     (tmp_path / "killed").mkdir()
     shutil.copy(tmp_path / "whole" / "checkpoint-4.pt", tmp_path / "killed")  # what a kill after it leaves
     assert run(with_dropout("killed")) == 0
@@ -135,11 +139,44 @@ def test_training_resumes_to_the_same_model_and_exports_an_average(data_dir: Pat
     assert torch.equal(load(tmp_path / "out").ctc.linear.weight, exported.ctc.linear.weight)
 
 
+def test_exports_keep_the_log_probs_of_the_trained_model(data_dir: Path, tmp_path: Path) -> None:
+    """On real features; weights that a float16 cannot hold are refused before anything is written."""
+    options = options_for(data_dir, tmp_path / "exp")
+    assert run(options) == 0
+    trained = CtcAed(options.model, data_dir / "lang_bpe_500").eval()
+    trained.load_state_dict(average_checkpoints(list_checkpoints(tmp_path / "exp")[-2:]))
+    batch = next(iter(EvalBatches(cuts_path(data_dir / "fbank", "dev"), options.data)))
+
+    def change(folder: Path) -> float:
+        outputs = [
+            model.ctc_log_probs(model.encoder(batch["features"], batch["lens"])[0])
+            for model in (trained, load(folder))
+        ]
+        return float((outputs[0] - outputs[1]).abs().max())
+
+    with torch.inference_mode():
+        assert 0 < change(tmp_path / "exp" / "export") < EXPORT_TOLERANCE / 10
+        whole = dataclasses.replace(options, export_to=str(tmp_path / "out"), export_dtype="float32")
+        assert run(whole) == 0 and change(tmp_path / "out") == 0
+
+    path = list_checkpoints(tmp_path / "exp")[-1]
+    state = torch.load(path, weights_only=True)
+    state["model"]["ctc.linear.weight"][0, 0] = 1e6
+    torch.save(state, path)
+    refused = dataclasses.replace(options, export_to=str(tmp_path / "none"))
+    with pytest.raises(ValueError, match="export_dtype float16 must keep log-probs within 0.1 nats"):
+        run(refused)
+    assert not (tmp_path / "none").exists()
+
+
 @pytest.mark.parametrize("ctc_weight, middle_weight", [(0.4, 0.3), (1.0, 0.0)])
 def test_two_processes_under_torchrun_equal_one_that_accumulates(
     data_dir: Path, tmp_path: Path, ctc_weight: float, middle_weight: float
 ) -> None:
-    """The same batches, two at a time; also where parts of the model are not trained at all."""
+    """The same batches, two at a time, an epoch long; also where parts of the model are not trained at all.
+
+    A stop in between leaves its mark, as torchrun turns exit code 4 into 1.
+    """
     whole = options_for(data_dir, tmp_path / "one", accumulate=2, max_steps=3, precision="float32")
     shares = {"ctc_weight": ctc_weight, "middle_weight": middle_weight}
     model = dataclasses.replace(whole.model, **shares)
@@ -147,20 +184,24 @@ def test_two_processes_under_torchrun_equal_one_that_accumulates(
     data = dataclasses.replace(whole.data, max_duration=4.2, max_seconds=4.0, spec_augment=False)
     whole = dataclasses.replace(whole, model=model, data=data, easy_batches=0, stats_seconds=1000.0)
     assert run(whole) == 0
-    trainer = dataclasses.replace(whole.trainer, accumulate=1)
+    trainer = dataclasses.replace(whole.trainer, accumulate=1, max_steps=None, max_epochs=1.0)
     two = dataclasses.replace(whole, exp=str(tmp_path / "two"), trainer=trainer)
     (tmp_path / "two.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(two)))))
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "icefall_fusion"]
-    subprocess.run(
-        [sys.executable, *command, "train", "--config", str(tmp_path / "two.yaml")], check=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
-        timeout=300,
-    )  # fmt: skip
-    curves = [
+    command += ["train", "--config", str(tmp_path / "two.yaml")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    mark = tmp_path / "two" / "stopped"
+    if ctc_weight < 1:
+        stopped = [sys.executable, *command, "--trainer.max_minutes", "1e-9"]
+        assert subprocess.run(stopped, env=environment).returncode == 1
+        assert mark.read_text() == "max_minutes at step 1 of 3\n"
+    subprocess.run([sys.executable, *command], check=True, env=environment)
+    assert not mark.exists()
+    one, two = (
         [json.loads(line)["valid_loss"] for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
         for name in ("one", "two")
-    ]
-    assert len(curves[0]) == 1 and curves[1] == pytest.approx(curves[0], rel=1e-4)
+    )
+    assert len(one) == 1 and two[-1:] == pytest.approx(one, rel=1e-4)
 
 
 def test_a_signal_to_the_whole_process_group_ends_with_a_checkpoint(data_dir: Path, tmp_path: Path) -> None:

@@ -1,5 +1,5 @@
 """Job ``train-lm``: packing, its mask, resume, and the exported folder.
-Knows: train_lm, training/packed. Must not know: search, fusion, audio.
+Knows: the job, its model, token streams. Must not know: search, fusion, audio.
 """
 from __future__ import annotations
 
@@ -13,18 +13,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from icefall_fusion.train.language_model import (
+from icefall_fusion.train.language_model import TrainLmOptions, run
+from icefall_fusion.train.llama import (
     LlamaOptions,
     PackedLoss,
-    TrainLmOptions,
     Vocabulary,
     build_model,
     export,
     load_vocabulary,
-    run,
 )
-from icefall_fusion.train.loop import TrainerOptions
-from icefall_fusion.train.packed import NO_DOCUMENT, PackedBatches, document_bounds, pack_rows
+from icefall_fusion.train.options import TrainerOptions
+from icefall_fusion.train.token_stream import NO_DOCUMENT, TokenBatches, document_bounds, pack_rows
 
 TINY = LlamaOptions(hidden=32, layers=2, heads=2, kv_heads=1, intermediate=48)
 TEXT = "the rain in spain stays mainly on the plain but a storm came over all the hills at night".split()
@@ -89,7 +88,7 @@ def test_packed_documents_score_as_if_alone(tmp_path: Path, attention: str, bos:
             ids = torch.tensor([[bos, *document, eos]])
             log_probs = lm(input_ids=ids[:, :-1]).logits.log_softmax(-1)
             alone -= float(log_probs.gather(-1, ids[:, 1:, None]).sum())
-        batches = list(PackedBatches(tmp_path / "s.npy", bos, eos, rows=3, length=20))
+        batches = list(TokenBatches(tmp_path / "s.npy", bos, eos, rows=3, length=20))
         packed = sum(float(PackedLoss(lm)(batch)) for batch in batches)
     assert packed == pytest.approx(alone, rel=1e-5)
     assert sum(int((batch.targets >= 0).sum()) for batch in batches) == sum(len(d) + 1 for d in documents)
@@ -100,8 +99,8 @@ def test_batches_resume_anywhere_and_are_shared(tmp_path: Path) -> None:
     write_stream(tmp_path / "s.npy", random_documents(90, 50, 2, seed=5), 0, 1)
     settings_: dict[str, Any] = {"rows": 2, "length": 16, "seed": 4, "block": 20}
 
-    def source(**more: int) -> PackedBatches:
-        return PackedBatches(tmp_path / "s.npy", 0, 1, **settings_, **more)
+    def source(**more: int) -> TokenBatches:
+        return TokenBatches(tmp_path / "s.npy", 0, 1, **settings_, **more)
 
     def flat(batches: Any) -> list[list[int]]:
         return [batch.tokens.flatten().tolist() for batch in batches]
@@ -120,6 +119,7 @@ def test_batches_resume_anywhere_and_are_shared(tmp_path: Path) -> None:
         later.load_state_dict(cut.state_dict())
         rest = flat(later)
         assert rest == two_epochs[stop : stop + len(rest)]
+    assert one.batches_in(2) <= len(two_epochs) <= 1.2 * one.batches_in(2)  # rows are nearly full
     shares = [flat(source(rank=rank, world=2)) for rank in range(2)]
     assert len(shares[0]) == len(shares[1])
     merged = [batch for pair in zip(*shares) for batch in pair]
@@ -190,12 +190,12 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="TrainLmOptions.init: .* must be a model folder"):
         run(TrainLmOptions(**{**options, "init": str(folder)}))
     vocabulary = load_vocabulary(folder)
-    export(build_model(LlamaOptions(hidden=16, layers=1, heads=2), vocabulary, "eager"), vocabulary,
-           tmp_path / "small")
+    other, sample = LlamaOptions(hidden=16, layers=1, heads=2), torch.tensor([[0, 5, 7]])
+    export(build_model(other, vocabulary, "eager"), vocabulary, tmp_path / "small", "float32", sample)
     with pytest.raises(ValueError, match="TrainLmOptions.init .*: num_key_value_heads must be 1, but is 2"):
         run(TrainLmOptions(**{**options, "init": str(tmp_path / "small")}))
     small = LlamaOptions(hidden=16, layers=1, heads=2, kv_heads=1)
-    export(build_model(small, vocabulary, "eager"), vocabulary, tmp_path / "small")
+    export(build_model(small, vocabulary, "eager"), vocabulary, tmp_path / "small", "float32", sample)
     with pytest.raises(ValueError, match="TrainLmOptions.init .* have the shape of TrainLmOptions.model"):
         run(TrainLmOptions(**{**options, "init": str(tmp_path / "small")}))
     with pytest.raises(ValueError, match="LlamaOptions.hidden must be a multiple of heads=3"):

@@ -1,5 +1,5 @@
 """The training loop: resume, skipped steps, averages, accumulation, data parallel.
-Knows: training/. Must not know: language models, audio.
+Knows: train/. Must not know: language models, audio.
 """
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ from icefall_fusion.train.checkpoints import (
     load_checkpoint,
     save_checkpoint,
 )
-from icefall_fusion.train.loop import Trainer, TrainerOptions
+from icefall_fusion.train.loop import Trainer
 from icefall_fusion.train.optimizers import hidden_matrices, make_optimizer
+from icefall_fusion.train.options import TrainerOptions
 from icefall_fusion.train.schedule import learning_rate
 
 ROWS, WIDTH, BATCHES = 4, 6, 5
@@ -42,6 +43,9 @@ class Lines:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.epoch, self.batch = state["epoch"], state["batch"]
+
+    def batches_in(self, epochs: float) -> int:
+        return round(epochs * BATCHES)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         while self.batch < BATCHES:
@@ -122,7 +126,7 @@ def test_resume_after_a_kill_equals_one_run(tmp_path: Path, precision: str, opti
     torch.manual_seed(99)
     resumed = make_model(dropout=0.3)
     trainer, result = train(tmp_path / "cut", resumed, **settings)
-    assert (result["step"], result["reason"]) == (8, "max_steps")
+    assert (result["step"], result["reason"]) == (8, "finished")
     assert_same(whole, resumed)
     again, _ = train(tmp_path / "cut", make_model(dropout=0.3), **settings)
     assert again.step == 8  # nothing left to do
@@ -243,6 +247,46 @@ def test_limits_and_empty_sources(tmp_path: Path) -> None:
         train(tmp_path / "empty", make_model(), source=Empty())
 
 
+def test_a_length_in_epochs_is_that_number_of_steps(tmp_path: Path) -> None:
+    """The same model as by steps: the source's batches, several in a step, make the schedule."""
+    in_epochs = {"max_steps": None, "max_epochs": 3.0, "accumulate": 2}
+    epochs, steps = make_model(), make_model()
+    trainer, result = train(tmp_path / "epochs", epochs, **in_epochs)
+    assert (trainer.total_steps, result["step"], result["reason"]) == (8, 8, "finished")
+    train(tmp_path / "steps", steps, max_steps=8, accumulate=2)
+    assert_same(epochs, steps)
+
+
+def test_a_run_that_goes_on_keeps_its_schedule(tmp_path: Path) -> None:
+    """Also when the source counts otherwise, as with other processes; another ``max_epochs`` counts anew."""
+
+    class Longer(Lines):
+        def batches_in(self, epochs: float) -> int:
+            return 2 * super().batches_in(epochs)
+
+    in_epochs = {"max_steps": None, "max_epochs": 2.0}
+    trainer, result = train(tmp_path, make_model(), max_minutes=1e-9, **in_epochs)
+    assert (trainer.total_steps, result["reason"]) == (10, "max_minutes")
+    for epochs, steps in ((2.0, 10), (3.0, 30)):
+        changed = options(**{**in_epochs, "max_epochs": epochs})
+        assert Trainer(changed, make_model(), squared_error, Longer(), [], tmp_path).total_steps == steps
+
+
+def test_a_training_has_one_length(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="max_epochs must not be set beside max_steps .* but is 2.0"):
+        options(max_epochs=2.0)
+    halves = options(max_steps=None, max_epochs=4.0, warmup_epochs=2.0)
+    steps = options(max_steps=100, warmup_steps=50)
+    assert [halves.rate(step, 100) for step in range(100)] == [steps.rate(step, 100) for step in range(100)]
+    for changes in ({"max_steps": None, "max_epochs": 1.0}, {}):
+        with pytest.raises(ValueError, match="warmup_epochs must be from 0 to max_epochs, which is"):
+            options(warmup_epochs=1.5, **changes)
+    with pytest.raises(ValueError, match="max_epochs must be above 0"):
+        options(max_steps=None, max_epochs=0.0)
+    with pytest.raises(ValueError, match="max_steps or TrainerOptions.max_epochs must be set"):
+        train(tmp_path, make_model(), max_steps=None)
+
+
 def test_sigterm_stops_with_a_checkpoint(tmp_path: Path) -> None:
     def terminating(model: nn.Module, batch: Any) -> Any:
         if model.training and not list_checkpoints(tmp_path):
@@ -289,7 +333,7 @@ def test_options_name_what_is_wrong(field: str, value: Any) -> None:
 
 def run_as_process(folder: str) -> None:
     """What each of the data parallel processes does; rank 0 leaves ``done.pt``."""
-    from icefall_fusion.train.loop import init_distributed
+    from icefall_fusion.common.processes import init_distributed
 
     rank, world, device = init_distributed("cpu")
     model = make_model()

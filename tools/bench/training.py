@@ -34,7 +34,8 @@ from icefall_fusion.common.checks import check, check_choice  # noqa: E402
 from icefall_fusion.common.files import write_json  # noqa: E402
 from icefall_fusion.common.memory import keep_freed_memory  # noqa: E402
 from icefall_fusion.common.processes import to_device  # noqa: E402
-from icefall_fusion.train.acoustic_model import TrainOptions, compile_layers, compute_loss  # noqa: E402
+from icefall_fusion.train.acoustic_loss import compute_loss  # noqa: E402
+from icefall_fusion.train.acoustic_model import TrainOptions, compile_layers  # noqa: E402
 from icefall_fusion.train.loop import Trainer  # noqa: E402
 
 REFUSED = 2
@@ -130,7 +131,7 @@ def measure(bench: BenchOptions, train: TrainOptions) -> dict[str, Any]:
     if train.compile:
         compile_layers(model)
     trainer = dataclasses.replace(
-        train.trainer, max_steps=steps, accumulate=1, save_every_steps=0,
+        train.trainer, max_steps=steps, max_epochs=None, accumulate=1, save_every_steps=0,
         save_every_minutes=0.0, valid_every_steps=0, tensorboard=False,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:

@@ -4,6 +4,7 @@ Knows: arrays of token ids, where documents begin and end. Must not know: models
 from __future__ import annotations
 
 import bisect
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Union
@@ -18,7 +19,7 @@ from icefall_fusion.common.checks import check
 NO_DOCUMENT = -1
 
 
-class PackedBatch(NamedTuple):
+class TokenBatch(NamedTuple):
     """R rows of L places each; a place holds a token that must see only its own document's past.
 
     Args:
@@ -96,7 +97,7 @@ def pack_rows(lengths: np.ndarray, length: int) -> list[list[tuple[int, int, int
     return rows
 
 
-class PackedBatches:
+class TokenBatches:
     """Shuffled batches of packed documents; a BatchSource.
 
     Each epoch is a seeded permutation of the documents, taken in blocks; a block is packed on its own, so
@@ -143,6 +144,11 @@ class PackedBatches:
         self.rank, self.world, self.block = rank, world, block
         self.epoch = self.block_index = self.group = 0  # a group is one batch for every process
 
+    def batches_in(self, epochs: float) -> int:
+        """Return about how many batches so many epochs have: as if rows were full, which they nearly are."""
+        tokens = int((self.bounds[:, 1] - self.bounds[:, 0] - 1).sum())
+        return math.ceil(epochs * tokens / (self.rows * self.length * self.world))
+
     def state_dict(self) -> dict[str, Any]:
         """Where to go on: after the batch that was given out last."""
         return {"epoch": self.epoch, "block_index": self.block_index, "group": self.group, "seed": self.seed,
@@ -158,7 +164,7 @@ class PackedBatches:
             check(state[name] == mine, f"state[{name!r}]", f"be {mine} as in this run's data", state[name])
         self.epoch, self.block_index, self.group = state["epoch"], state["block_index"], state["group"]
 
-    def __iter__(self) -> Iterator[PackedBatch]:
+    def __iter__(self) -> Iterator[TokenBatch]:
         order = np.arange(len(self.bounds))
         if self.shuffle:
             order = np.random.default_rng([self.seed, self.epoch]).permutation(order)
@@ -185,7 +191,7 @@ class PackedBatches:
             layout = [layout[row] for row in mixer.permutation(len(layout))]
         return layout
 
-    def _make_batch(self, chosen: np.ndarray, layout: list[list[tuple[int, int, int]]]) -> PackedBatch:
+    def _make_batch(self, chosen: np.ndarray, layout: list[list[tuple[int, int, int]]]) -> TokenBatch:
         shape = (self.rows, self.length)
         tokens, positions = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
         targets, documents = np.full(shape, -100), np.full(shape, NO_DOCUMENT)
@@ -199,19 +205,19 @@ class PackedBatches:
                 positions[row, places] = np.arange(offset, offset + size)
                 documents[row, places] = number
                 at += size
-        return PackedBatch(*(torch.from_numpy(a) for a in (tokens, targets, positions, documents)))
+        return TokenBatch(*(torch.from_numpy(a) for a in (tokens, targets, positions, documents)))
 
 
-class WholePass:
+class ValidationPass:
     """One pass over a source from its beginning, again and again (validation).
 
     Args:
         source: has ``epoch``, ``block_index`` and ``group`` at 0 at its beginning.
     """
 
-    def __init__(self, source: PackedBatches) -> None:
+    def __init__(self, source: TokenBatches) -> None:
         self.source = source
 
-    def __iter__(self) -> Iterator[PackedBatch]:
+    def __iter__(self) -> Iterator[TokenBatch]:
         self.source.epoch = self.source.block_index = self.source.group = 0
         return iter(self.source)

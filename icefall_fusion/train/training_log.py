@@ -1,4 +1,4 @@
-"""What a training says while it runs (bar, tensorboard, JSON lines) and what it hears (signals to stop).
+"""What a training writes while it runs (progress bar, tensorboard, JSON lines), and the signals that stop it.
 Knows: names, numbers, files. Must not know: models, data, optimizers.
 """
 from __future__ import annotations
@@ -15,24 +15,24 @@ from typing import Any
 from icefall_fusion.common.files import name_full_disk
 
 
-class Journal:
-    """Progress bar, event files and ``log.jsonl`` of one process; says nothing when not ``speaking``.
+class TrainingLog:
+    """Progress bar, tensorboard events and ``log.jsonl`` of one process.
 
     Args:
         folder: gets ``log.jsonl`` and ``tensorboard/``.
-        speaking: False for all processes but the first.
+        enabled: False (all processes but the first) writes nothing.
         tensorboard: write event files.
     """
 
-    def __init__(self, folder: Path, speaking: bool = True, tensorboard: bool = True) -> None:
-        self.folder, self.speaking, self.tensorboard = folder, speaking, tensorboard
+    def __init__(self, folder: Path, enabled: bool = True, tensorboard: bool = True) -> None:
+        self.folder, self.enabled, self.tensorboard = folder, enabled, tensorboard
         self.bar: Any = None
         self.board: Any = None
 
     @contextlib.contextmanager
     def opened(self, total: int, done: int) -> Iterator[None]:
-        """Show a bar of ``total`` steps, ``done`` of them done, and keep the event file open meanwhile."""
-        if not self.speaking:
+        """Show a bar of ``total`` steps, ``done`` of them done; keep the event file open meanwhile."""
+        if not self.enabled:
             yield
             return
         from tqdm import tqdm
@@ -51,7 +51,7 @@ class Journal:
             self.bar = self.board = None
 
     def advance(self, text: str = "") -> None:
-        """One step is done; show ``text`` behind the bar when given."""
+        """Count one step; show ``text`` behind the bar unless it is empty."""
         if self.bar is not None:
             if text:
                 self.bar.set_postfix_str(text, refresh=False)
@@ -65,33 +65,33 @@ class Journal:
 
     def line(self, values: Mapping[str, Any]) -> None:
         """Append one line to ``log.jsonl``."""
-        if self.speaking:
+        if self.enabled:
             path = self.folder / "log.jsonl"
             with name_full_disk(path), open(path, "a", encoding="utf-8") as log:
                 log.write(json.dumps(dict(values)) + "\n")
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
         """Print one line to stderr."""
-        if self.speaking:
+        if self.enabled:
             print(text, file=sys.stderr, flush=True)
 
 
 class StopSignals:
-    """Turns SIGTERM and SIGINT into ``heard = True`` inside its ``with`` block (main thread only)."""
+    """Turns SIGTERM and SIGINT into ``received = True`` inside its ``with`` block (main thread only)."""
 
     def __init__(self) -> None:
-        self.heard = False
+        self.received = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._hear)
+                self._before[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(self, *details: Any) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _hear(self, number: int, frame: Any) -> None:
-        self.heard = True
+    def _receive(self, number: int, frame: Any) -> None:
+        self.received = True

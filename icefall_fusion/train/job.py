@@ -1,0 +1,85 @@
+"""What every training job does: processes, threads, the loop, its result, the mark of an early stop.
+Knows: the loop, exit codes. Must not know: what is trained.
+"""
+from __future__ import annotations
+
+import copy
+import sys
+from pathlib import Path
+from typing import Any, Callable, Optional
+
+import torch
+from torch import Tensor, nn
+
+from icefall_fusion.common.checks import check
+from icefall_fusion.common.files import write_text
+from icefall_fusion.common.memory import keep_freed_memory
+from icefall_fusion.common.processes import Processes, gather_over_processes, init_distributed
+from icefall_fusion.train.loop import FINISHED, Trainer
+from icefall_fusion.train.options import TrainingOptions
+
+STOPPED = 4  # exit code of a training that ended, with a checkpoint, before its last step
+#: Largest change of a log-probability, in nats, by the dtype of exported weights. Float16 changes those of
+#: models of the shipped size by 0.007 (acoustic) to 0.02 (LLM).
+EXPORT_TOLERANCE = 0.1
+
+
+def run_training(
+    options: TrainingOptions,
+    make_trainer: Callable[[Any, torch.device, int, int], Trainer],
+    finish: Optional[Callable[[Trainer], None]] = None,
+) -> int:
+    """Train (or go on training); return 0, or STOPPED when it ended before its last step.
+
+    Under torchrun any exit code but 0 becomes 1. So an early stop also leaves a file ``stopped`` in
+    ``options.exp`` that holds the reason; the next start removes it.
+
+    Args:
+        options: of the job.
+        make_trainer: (options, device, rank, world) -> the loop with its model and batches.
+        finish: called by every process when the loop has ended.
+
+    Raises:
+        RuntimeError: the loss was not finite too often.
+    """
+    mark = Path(options.exp) / "stopped"
+    if Processes.of_environment().rank == 0:
+        mark.unlink(missing_ok=True)
+    keep_freed_memory()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    rank, world, device = init_distributed(options.device)
+    trainer = make_trainer(options, device, rank, world)
+    result = trainer.run()
+    if finish is not None:
+        finish(trainer)
+    if rank == 0:
+        print(result, file=sys.stderr)
+        if result["reason"] != FINISHED:
+            write_text(mark, f"{result['reason']} at step {result['step']} of {trainer.total_steps}\n")
+    gather_over_processes(None)  # torchrun ends all processes as soon as one has left with STOPPED
+    return 0 if result["reason"] == FINISHED else STOPPED
+
+
+def report_size(model: nn.Module, more: str, rank: int) -> None:
+    """Print the number of parameters (first process only), followed by ``more``."""
+    if rank == 0:
+        size = sum(p.numel() for p in model.parameters()) / 1e6
+        print(f"{size:.2f}M parameters{more}", file=sys.stderr, flush=True)
+
+
+@torch.inference_mode()
+def check_export(model: nn.Module, dtype: str, log_probs: Callable[[nn.Module], Tensor]) -> None:
+    """Raise ValueError if storing the weights of a model as ``dtype`` changes its log-probs too much.
+
+    Args:
+        model: on the CPU, in eval mode, with float32 weights.
+        dtype: of the exported weights.
+        log_probs: computes natural-log probabilities by a model on some fixed input.
+    """
+    rounded = copy.deepcopy(model)
+    for tensor in rounded.state_dict().values():
+        tensor.copy_(tensor.to(getattr(torch, dtype)))
+    change = float((log_probs(model) - log_probs(rounded)).abs().max())
+    rule = f"keep log-probs within {EXPORT_TOLERANCE} nats of the trained model's (float32 does)"
+    check(change <= EXPORT_TOLERANCE, f"export_dtype {dtype}", rule, change)
