@@ -1,5 +1,5 @@
 """The command line: every job has a help, unknown and ill-typed options are refused, exit codes.
-Knows: icefall_fusion.__main__. Must not know: what jobs do.
+Knows: icefall_fusion.__main__, common.command_line. Must not know: what jobs do.
 """
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import importlib
 import os
 import subprocess
 import sys
-from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Literal, Optional, Union
+from dataclasses import dataclass, field, is_dataclass
+from typing import Literal, Optional, Union, get_type_hints
 
 import pytest
 
-from icefall_fusion import __main__ as cli
-from icefall_fusion.__main__ import JOBS, Job, main, parse_options
+from icefall_fusion.__main__ import JOBS, Job, main
+from icefall_fusion.common.command_line import make_parser, parse_options
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Outer:
     """
 
     out: str
-    files: list[str]
+    files: list[str] = field(metadata={"positional": True})
     search: Inner = field(default_factory=Inner)
     weights: dict[str, dict[str, float]] = field(default_factory=dict)
     methods: Union[str, list[str]] = "all"
@@ -70,11 +70,12 @@ def run(options: Outer) -> int:
 
 @pytest.fixture()
 def job(monkeypatch):
-    monkeypatch.setitem(JOBS, "toy", Job(__name__, "Outer", "toy job", positional="files"))
+    monkeypatch.setitem(sys.modules, "icefall_fusion.toy", sys.modules[__name__])
+    monkeypatch.setitem(JOBS, "toy", Job("toy", "toy job"))
 
 
 def outer(*arguments: str) -> Outer:
-    return parse_options(Outer, arguments, "toy", Job("", "", "toy job", positional="files"))
+    return parse_options(Outer, arguments, "toy")
 
 
 @dataclass(frozen=True)
@@ -126,13 +127,13 @@ def test_every_job_has_help_and_described_options(name, capsys) -> None:
     assert stop.value.code == 0
     text = capsys.readouterr().out
     assert f"icefall_fusion {name}" in text and "--config" in text
-    options = getattr(importlib.import_module(JOBS[name].module, "icefall_fusion"), JOBS[name].options)
+    module = importlib.import_module(f"icefall_fusion.{JOBS[name].module}")
+    options = get_type_hints(module.run)["options"]
     assert is_dataclass(options) and options.__dataclass_params__.frozen
-    described = dict(cli._field_texts(options))
-    missing = [field.name for field in fields(options) if not described[field.name]]
+    parser = make_parser(options, name)
+    missing = [action.dest for action in parser._actions if (action.help or "(")[0] == "("]
+    missing += [group.title for group in parser._action_groups if "<class" in (group.title or "")]
     assert not missing, f"{options.__name__} must describe its fields in the docstring, but lacks {missing}"
-    module = importlib.import_module(JOBS[name].module, "icefall_fusion")
-    assert callable(getattr(module, JOBS[name].function))
 
 
 def test_values_lists_and_overrides(tmp_path) -> None:
@@ -144,6 +145,8 @@ def test_values_lists_and_overrides(tmp_path) -> None:
     assert outer("--out", "o", "--methods", "x,y", "--limit", "3", "f") == Outer(
         "o", ["f"], methods="x,y", limit=3
     )
+    by_key = outer("--out", "o", "--weights.a.llm", "0.5", "--weights.b", "{llm: 1.5}", "f")
+    assert by_key.weights == {"a": {"llm": 0.5}, "b": {"llm": 1.5}}
 
 
 @pytest.mark.parametrize(
@@ -157,7 +160,8 @@ def test_values_lists_and_overrides(tmp_path) -> None:
         (["--out", "o", "--search.beam", "0", "f"], "Inner.beam must be at least 1, but is 0"),
         (["--out", "o"], "required: files"),
         (["--out", "o", "--bem", "3", "f"], "no option --bem; did you mean 'search.beam'"),
-        (["--out", "o", "--limit", "many", "f"], "Got value: many"),
+        (["--out", "o", "--limit", "many", "f"], "Given value: many"),
+        (["--out", "o", "--search.beam.size", "3", "f"], "no option --search.beam.size"),
         (["f"], "out"),
         (["--config", "no.yaml", "f"], "no.yaml"),
     ],

@@ -22,7 +22,7 @@ OWNERS = {
     "espeakng_loader": {"data/espeak"},
     "kaldifeat": {"data/fbank"},
     "matplotlib": {"scoring/plot"},
-    "jsonargparse": {"__main__"},
+    "jsonargparse": {"common/command_line"},
     "tensorboard": {"train/training_log"},
     "transformers": {
         "data/tokenizers", "acoustic/sources/huggingface", "train/llama",

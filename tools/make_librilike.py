@@ -35,8 +35,8 @@ from librilike.chapters import Chapter, Planner, Sizes, title_of
 from librilike.speech import audio_path, record
 from tqdm import tqdm
 
-from icefall_fusion.__main__ import DONE, INTERRUPTED, REFUSED, parse_options
 from icefall_fusion.common.checks import check, check_choice
+from icefall_fusion.common.command_line import DONE, INTERRUPTED, REFUSED, parse_options
 from icefall_fusion.common.files import atomic_path, write_json, write_text
 from icefall_fusion.data.books import split_books
 from icefall_fusion.data.espeak import SAMPLE_RATE

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any, Union
 
 from icefall_fusion.common.checks import check
+from icefall_fusion.common.command_line import SKIPPED_SOME
 from icefall_fusion.common.files import write_text
 from icefall_fusion.data import synthesis
 from icefall_fusion.data.manifests import cuts_path
-from icefall_fusion.decode.job import SKIPPED_SOME, DecodeRun
+from icefall_fusion.decode.job import DecodeRun
 from icefall_fusion.decode.language_models import LmOptions
 from icefall_fusion.decode.method_names import parse_methods
 from icefall_fusion.decode.options import DecodeOptions

@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 from icefall_fusion.acoustic.saved import save_emissions
+from icefall_fusion.common.command_line import SKIPPED_SOME
 from icefall_fusion.common.environment import describe_environment
 from icefall_fusion.common.files import fingerprint, write_json
 from icefall_fusion.common.processes import Processes
@@ -30,7 +31,6 @@ from icefall_fusion.decode.run_files import SharedRunFile
 from icefall_fusion.decode.utterances import Utterance, read_cuts
 from icefall_fusion.scoring.table import table
 
-SKIPPED_SOME = 3  # exit code: done, but some inputs could not be read
 _SLOWEST = datetime.timedelta(days=7)  # until the last process of a decode has to be there
 
 
@@ -100,7 +100,7 @@ class DecodeRun:
         self, name: str, utterances: Sequence[Utterance], files: Mapping[str, SharedRunFile]
     ) -> set[str]:
         """Decode what this process has to, and return the ids of what no process could read."""
-        recognizer, begin = self.recognizer, len(self.skipped)
+        recognizer, begin = self.recognizer, len(self.recognizer.unreadable)
         done = {method: file.done for method, file in files.items()}
         line = {"desc": name, "unit": "utt", "smoothing": 0.05}
         with tqdm(total=len(utterances), position=self._bar_line + self.processes.local_rank, **line) as bar:
@@ -108,14 +108,13 @@ class DecodeRun:
                 kept = _KeptEmissions(self.options.save_emissions, name)
                 for method, result in recognizer.recognize(utterances_of_batch, done, kept.keep).items():
                     files[method].append(result.join(), result.cost)
-                lost = [(utterance.id, str(error)) for utterance, error in recognizer.unreadable]
-                recognizer.unreadable.clear()
-                kept.drop({id for id, _ in lost})
-                self.skipped += [{"test_set": name, "id": id, "error": error} for id, error in lost]
+                kept.drop({utterance.id for utterance, _ in recognizer.unreadable[begin:]})
                 bar.update(len(utterances_of_batch))
-        shares = self.processes.gather(self.skipped[begin:])
-        self.skipped[begin:] = [entry for share in shares for entry in share]
-        return {entry["id"] for entry in self.skipped[begin:]}
+        lost = [(utterance.id, str(error)) for utterance, error in recognizer.unreadable[begin:]]
+        mine = [{"test_set": name, "id": id, "error": error} for id, error in lost]
+        skipped = [entry for share in self.processes.gather(mine) for entry in share]
+        self.skipped += skipped
+        return {entry["id"] for entry in skipped}
 
     def _score(
         self, name: str, utterances: Sequence[Utterance], files: Mapping[str, SharedRunFile],

@@ -90,7 +90,7 @@ class Recognizer:
     Attributes:
         methods: ready to run; weights: of each, by name.
         source: of log-probs; models: the language models.
-        unreadable: utterances that could not be read, with the reason; who asks may empty it.
+        unreadable: utterances that could not be read so far, with the reason.
         oom_backoffs: times that memory ran out.
 
     Raises:

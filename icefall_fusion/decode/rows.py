@@ -1,5 +1,5 @@
 """One row of ``results.json``: what a method reached on a test set and what it cost; its WER files.
-Knows: run logs, references, word errors. Must not know: models, searches, how anything was decoded.
+Knows: run files, references, word errors. Must not know: models, searches, how anything was decoded.
 """
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _COUNTERS = ("lm_forwards", "lm_tokens_forwarded", "lm_tokens_scored", "kv_bytes
 
 
 def make_row(
-    folder: PathLike, test_set: str, log: RunFile, references: Mapping[str, str | None],
+    folder: PathLike, test_set: str, file: RunFile, references: Mapping[str, str | None],
     seconds: Mapping[str, float], options: Mapping[str, Any], printed: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Write the WER files of a finished method and return its row.
@@ -23,19 +23,19 @@ def make_row(
     Args:
         folder: where the files go.
         test_set: its name.
-        log: lists and cost of the method.
+        file: lists and cost of the method.
         references: text by utterance; None where there is none.
         seconds: of audio by utterance.
         options: what the method received; ``method`` is its name.
         printed: count words with case and punctuation too (``wer_printed``).
     """
-    audio = sum(seconds[utterance] for utterance in log)
-    totals = {**dict.fromkeys(_COUNTERS, 0), **log.totals()}
+    audio = sum(seconds[utterance] for utterance in file)
+    totals = {**dict.fromkeys(_COUNTERS, 0), **file.totals()}
     work = sum(totals.get(stage, 0.0) for stage in ("features", "encoder", "search", "lm"))
     return {
         "method": options["method"],
         "test_set": test_set,
-        **_scores(folder, test_set, options["method"], log, references, printed),
+        **_scores(folder, test_set, options["method"], file, references, printed),
         "rtf": work / audio if audio else 0.0,
         "search_seconds": totals.get("search", 0.0),
         "lm_seconds": totals.get("lm", 0.0),
@@ -78,23 +78,23 @@ def join_rows(earlier: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]])
 
 
 def _scores(
-    folder: PathLike, test_set: str, method: str, log: RunFile, references: Mapping[str, str | None],
+    folder: PathLike, test_set: str, method: str, file: RunFile, references: Mapping[str, str | None],
     printed: bool,
 ) -> dict[str, Any]:  # fmt: skip
     """Return WER and oracle WER in percent and the number of words, of utterances that have a reference.
 
     Without words in the references both rates are None.
     """
-    texts = {utterance: text for utterance in log if (text := references[utterance]) is not None}
+    texts = {utterance: text for utterance in file if (text := references[utterance]) is not None}
     if not texts:
         return {"wer": None, "words": 0, "oracle_wer": None}
     hypotheses = {}
-    for nbest in map(log.__getitem__, texts):
+    for nbest in map(file.__getitem__, texts):
         hypotheses[nbest.utterance] = nbest[0].text if len(nbest) else ""
     errors = write_wer_files(folder, test_set, method, texts, hypotheses)
     if errors.words == 0:  # JSON has no word for infinity
         return {"wer": None, "words": 0, "oracle_wer": None}
-    best = oracle_errors(texts, map(log.__getitem__, texts))
+    best = oracle_errors(texts, map(file.__getitem__, texts))
     scores = {"wer": errors.wer, "words": errors.words, "oracle_wer": best.wer}
     if printed:
         scores["wer_printed"] = write_wer_files(folder, test_set, method, texts, hypotheses, "printed").wer

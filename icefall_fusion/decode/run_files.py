@@ -17,8 +17,8 @@ from icefall_fusion.nbest import NBest, to_json
 class RunFile(Mapping[str, NBest]):
     """The N-best lists of one method on one test set and what they cost, by utterance.
 
-    ``nbest-<test set>-<method>.jsonl``: the first line has the options, each other one a batch,
-    ``{"lists": [...], "cost": {...}}``, written whole. A line that a kill cut short is dropped on opening.
+    ``nbest-<test set>-<method>.jsonl``: the first line has the options, each other line a batch,
+    ``{"lists": [...], "cost": {...}}``. A last line that a kill cut short is dropped on opening.
     Lists stay in the file (those of many hours would fill memory) and are read when asked for.
 
     Args:
@@ -32,7 +32,8 @@ class RunFile(Mapping[str, NBest]):
         costs: ids and cost of each batch.
 
     Raises:
-        ValueError: what is there was made with other options (the first that differs is named).
+        ValueError: the file was made with other options (the first that differs is named), by an older
+            version, or a line is damaged. The file stays as it is.
     """
 
     def __init__(
@@ -41,12 +42,13 @@ class RunFile(Mapping[str, NBest]):
         self.path = Path(folder) / f"nbest-{test_set}-{method}.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.costs: list[tuple[list[str], dict[str, float]]] = []
-        self._places: dict[str, tuple[int, int]] = {}  # where its line begins, its number in the line
+        self._positions: dict[str, tuple[int, int]] = {}  # byte of its line, index in the line
         self._line: tuple[int, list[Any]] = (-1, [])  # the line that was read last
         self._end = 0
         options = json.loads(json.dumps(options))  # as they will be read back
         if restart or not self._read(options, method):
-            self.path.write_text(to_json({"options": options}) + "\n", encoding="utf-8")
+            with name_full_disk(self.path):
+                self.path.write_text(to_json({"options": options}) + "\n", encoding="utf-8")
             self._end = self.path.stat().st_size
         self._file = open(self.path, "r+b")
         if self.path.stat().st_size > self._end:
@@ -56,16 +58,25 @@ class RunFile(Mapping[str, NBest]):
         """Take in what is there; return whether there is a batch (without one other options do no harm)."""
         if not self.path.exists():
             return False
-        before: Any = None
+        before: Mapping[str, Any] = {}
         with open(self.path, "rb") as file:
-            for line in file:
+            for number, line in enumerate(file, 1):
                 if not line.endswith(b"\n"):
                     break
-                value = json.loads(line)
-                if "options" in value:
-                    before = value["options"]
-                else:
-                    self._note([entry["utterance"] for entry in value["lists"]], value["cost"])
+                try:
+                    value = json.loads(line)
+                    if number == 1:
+                        before = dict(value["options"])
+                    else:
+                        lists = [NBest.from_plain(plain) for plain in value["lists"]]
+                        self._note([nbest.utterance for nbest in lists], dict(value["cost"]))
+                except (KeyError, TypeError, ValueError) as error:
+                    rule = '"options"' if number == 1 else '"lists" and "cost"'
+                    raise ValueError(
+                        f"{self.path}, line {number}, must be a JSON object with {rule}, but is "
+                        f"{line[:60]!r} (damaged or of another version): out must be a new folder "
+                        "(or --restart true, which drops the file)"
+                    ) from error
                 self._end += len(line)
         if not self.costs:
             self._end = 0
@@ -81,7 +92,7 @@ class RunFile(Mapping[str, NBest]):
 
     def _note(self, ids: list[str], cost: Mapping[str, float]) -> None:
         self.costs.append((ids, dict(cost)))
-        self._places.update({name: (self._end, number) for number, name in enumerate(ids)})
+        self._positions.update({name: (self._end, index) for index, name in enumerate(ids)})
 
     def append(self, nbests: Sequence[NBest], cost: Mapping[str, float]) -> None:
         """Write the lists of a batch and what they cost."""
@@ -94,21 +105,21 @@ class RunFile(Mapping[str, NBest]):
         self._end += len(line)
 
     def __getitem__(self, utterance: str) -> NBest:
-        begin, number = self._places[utterance]
+        begin, index = self._positions[utterance]
         if self._line[0] != begin:
             with open(self.path, "rb") as file:
                 file.seek(begin)
                 self._line = begin, json.loads(file.readline())["lists"]
-        return NBest.from_plain(self._line[1][number])
+        return NBest.from_plain(self._line[1][index])
 
     def __contains__(self, utterance: object) -> bool:
-        return utterance in self._places
+        return utterance in self._positions
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
+        return iter(self._positions)
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._positions)
 
     def totals(self) -> dict[str, float]:
         """Return all costs, added up as `add_counters` does."""
@@ -153,12 +164,12 @@ class SharedRunFile:
     def __init__(
         self, processes: Processes, folder: PathLike, test_set: str, method: str,
         options: Mapping[str, Any], restart: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._processes, self._folder = processes, Path(folder)
         self._names = (test_set, method, options)
         if processes.rank == 0:
-            for part in self._parts() if restart else ():
-                RunFile(part, *self._names, restart=True).remove()
+            for rank in self._rank_folders() if restart else ():
+                RunFile(rank, *self._names, restart=True).remove()
             self.whole = RunFile(folder, *self._names, restart)
             self._absorb()
         ids = frozenset(self.whole) if processes.rank == 0 else None
@@ -194,16 +205,16 @@ class SharedRunFile:
                     f"processes have finished, e.g. {missing[:3]}"
                 )
 
-    def _parts(self) -> list[Path]:
+    def _rank_folders(self) -> list[Path]:
         test_set, method, _ = self._names
         return sorted(path.parent for path in self._folder.glob(f"rank-*/nbest-{test_set}-{method}.jsonl"))
 
     def _absorb(self) -> None:
         """Take all processes' batches into the whole, then remove theirs; a kill between is harmless."""
         known = {tuple(ids) for ids, _ in self.whole.costs}
-        for folder in self._parts():
-            part = RunFile(folder, *self._names)
-            for ids, cost in part.costs:
+        for folder in self._rank_folders():
+            share = RunFile(folder, *self._names)
+            for ids, cost in share.costs:
                 if tuple(ids) in known:  # a kill came between taking and removing
                     continue
                 doubled = sorted(set(ids) & self.whole.keys())
@@ -212,7 +223,7 @@ class SharedRunFile:
                         f"{folder} must hold each utterance once, but {len(doubled)} are decoded already, "
                         f"e.g. {doubled[:3]}"
                     )
-                self.whole.append([part[utterance] for utterance in ids], cost)
-            part.remove()
+                self.whole.append([share[utterance] for utterance in ids], cost)
+            share.remove()
             with contextlib.suppress(OSError):  # files of other methods are there
                 folder.rmdir()

@@ -6,12 +6,12 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from icefall_fusion.common.checks import check, check_choice
+from icefall_fusion.common.command_line import SKIPPED_SOME
 from icefall_fusion.common.files import write_text
-from icefall_fusion.decode.job import SKIPPED_SOME
 from icefall_fusion.decode.method_names import parse_methods
 from icefall_fusion.decode.pretrained import with_pretrained
 from icefall_fusion.decode.recognizer import Recognizer, RecognizerOptions
@@ -33,7 +33,7 @@ class TranscribeOptions(RecognizerOptions):
         batch_size: files (or segments of long ones) decoded together.
     """
 
-    files: list[str]
+    files: list[str] = field(metadata={"positional": True})
     method: str = "llm-delayed-shortest"
     output: str = "both"
     json: str = ""

@@ -1,33 +1,32 @@
 """Job ``tune``: weights and word bonuses that give the fewest word errors on dev, never on a test set.
 Knows: stored N-best scores, references, methods; decodes dev to confirm. Must not know: test sets, searches.
 
-From stored N-best lists an evaluation is one matrix product and a gather; a search makes thousands of them.
-Weights of a fusion change the beam itself, so those are then confirmed by decoding dev around the optimum.
+Weights come from stored N-best lists. Those of a fusion change the beam itself, so they are then confirmed by
+decoding dev around the optimum.
 """
 from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
-from typing import Iterable, Mapping, Optional, Sequence, Union
+from typing import Mapping, Optional, Sequence, Union
 
-import numpy as np
 import yaml
 from tqdm import tqdm
 
 from icefall_fusion.common.checks import check
+from icefall_fusion.common.command_line import SKIPPED_SOME
 from icefall_fusion.common.files import write_text
 from icefall_fusion.data.manifests import spread
-from icefall_fusion.decode.job import SKIPPED_SOME
 from icefall_fusion.decode.language_models import LM_SOURCES
 from icefall_fusion.decode.method_names import choose_methods, parse_method, parse_methods, weights_of
 from icefall_fusion.decode.options import DecodeOptions
 from icefall_fusion.decode.recognizer import Batch, Recognizer
+from icefall_fusion.decode.score_table import ScoreTable, coordinate_search
 from icefall_fusion.decode.segments import Recognized
 from icefall_fusion.decode.utterances import read_cuts
 from icefall_fusion.nbest import NBest, read_nbests
-from icefall_fusion.scoring.wer import count_errors, read_texts, word_errors
+from icefall_fusion.scoring.wer import read_texts, word_errors
 
-_LOWEST = -1e9  # stands for the score of what is not there
 #: Where a climb by decoding starts too, and its first step of the bonus (nats).
 FIRST_PASS_WEIGHT, FIRST_PASS_BONUS, BONUS_STEP = 0.4, 2.0, 1.0
 
@@ -78,23 +77,23 @@ def run(options: TuneOptions) -> int:
     lists = [nbest for path in options.nbest for nbest in read_nbests(path)]
     weights: dict[str, dict[str, float]] = {}
     wer: dict[str, float] = {}
+    code = 0
     for method in choose_methods(options.methods, _available(options, lists)):
         sources = parse_method(method).sources
         if not sources:
             continue
         scores = ScoreTable.make(lists, references, sources)
-        found, errors = coordinate_search(scores, options.highest, options.bonus, options.rounds)
-        weights[method], wer[method] = found, 100.0 * errors / scores.words
-        logging.info("%s: dev WER %.2f %% from N-best lists with %s", method, wer[method], found)
-    code = 0
-    if options.confirm is not None:
-        confirmed = _Confirmation(options)
-        for method in weights:
-            if parse_method(method).fusions:
-                simpler = [found for found in weights.values() if set(found) < set(weights[method])]
-                weights[method], wer[method] = confirmed.improve(method, weights[method], simpler)
-                _write(options.out, weights, wer)  # hours with a large LM: a kill loses one method at most
-        code = SKIPPED_SOME if confirmed.skipped else 0
+        weights[method], errors = coordinate_search(scores, options.highest, options.bonus, options.rounds)
+        wer[method] = 100.0 * errors / scores.words
+        logging.info("%s: dev WER %.2f %% from N-best lists with %s", method, wer[method], weights[method])
+    fused = [method for method in weights if parse_method(method).fusions]
+    if options.confirm is not None and fused:
+        confirmation = _Confirmation(options, options.confirm, {method: weights[method] for method in fused})
+        for method in fused:
+            simpler = [other for other in weights.values() if set(other) < set(weights[method])]
+            weights[method], wer[method] = confirmation.improve(method, weights[method], simpler)
+            _write(options.out, weights, wer)  # hours with a large LM: a kill loses one method at most
+        code = SKIPPED_SOME if confirmation.skipped else 0
     print(_write(options.out, weights, wer))
     return code
 
@@ -116,148 +115,31 @@ def _write(path: str, weights: Mapping[str, Mapping[str, float]], wer: Mapping[s
         for method, values in weights.items()
     }
     content = {"weights": rounded, "dev_wer": {method: round(value, 3) for method, value in wer.items()}}
-    head = "# Found on dev by: python -m icefall_fusion tune. \"words\" is the bonus a word, in nats.\n"
+    head = '# Tuned on dev by: python -m icefall_fusion tune. "words" is the bonus a word, in nats.\n'
     text = head + yaml.safe_dump(content, sort_keys=False)
     write_text(path, text)
     return text
 
 
-# --- from stored scores -------------------------------------------------------------------------------
-
-
-@dataclass
-class ScoreTable:
-    """The scores of all hypotheses as arrays. U utterances, N hypotheses at most, S sources.
-
-    Args:
-        sources: their names, without ``ctc``; the last is ``words``.
-        base: [U,N] CTC scores, very low where there is no hypothesis.
-        scores: [U,N,S].
-        errors: [U,N] word errors.
-        words: words of the references.
-    """
-
-    sources: list[str]
-    base: np.ndarray
-    scores: np.ndarray
-    errors: np.ndarray
-    words: int
-
-    @classmethod
-    def make(
-        cls, nbests: Iterable[NBest], references: Mapping[str, str], sources: Sequence[str]
-    ) -> ScoreTable:
-        """Build the table; hypotheses of the same utterance and text count once.
-
-        References without a list (audio that was skipped, a limit in decoding) are counted and left out.
-
-        Raises:
-            ValueError: there are no lists, a list has no reference, or no hypothesis has all the sources.
-        """
-        names = [*sources, "words"]
-        lists: dict[str, dict[str, list[float]]] = {}
-        for nbest in nbests:
-            if nbest.utterance not in references:
-                raise ValueError(f"references must hold every utterance, but lack {nbest.utterance!r}")
-            found = lists.setdefault(nbest.utterance, {})
-            for h in nbest:
-                if all(name in h.scores for name in ("ctc", *names)):
-                    found.setdefault(h.text, [h.scores[name] for name in ("ctc", *names)])
-        check(len(lists) > 0, "N-best lists", "hold an utterance at least", 0)
-        if len(lists) < len(references):
-            absent = sorted(set(references) - set(lists))
-            logging.warning("%d references have no N-best list, e.g. %s", len(absent), absent[:3])
-        empty = sorted(utterance for utterance, found in lists.items() if not found)
-        if empty:
-            raise ValueError(f"N-best lists must have hypotheses with scores of {names} for every utterance, "
-                             f"but {len(empty)} have none, e.g. {empty[:3]}")  # fmt: skip
-        most = max(len(found) for found in lists.values())
-        table = np.zeros((len(lists), most, 1 + len(names)))
-        table[:, :, 0] = _LOWEST
-        errors = np.zeros((len(lists), most), dtype=np.int64)
-        words = 0
-        for row, (utterance, found) in enumerate(lists.items()):
-            counts = [count_errors(references[utterance], text) for text in found]
-            table[row, : len(found)] = np.clip(list(found.values()), _LOWEST, -_LOWEST)
-            errors[row, : len(found)] = [count.errors for count in counts]
-            words += counts[0].words
-        return cls(names, table[:, :, 0], table[:, :, 1:], errors, words)
-
-    def count(self, weights: np.ndarray) -> np.ndarray:
-        """Return the word errors of the best hypotheses under each of ``weights`` [M,S]: int64 [M]."""
-        totals = self.base[None] + np.einsum("uns,ms->mun", self.scores, weights)
-        best = totals.argmax(axis=2)  # [M,U]
-        return np.take_along_axis(self.errors, best.T, axis=1).sum(axis=0)
-
-
-def coordinate_search(
-    table: ScoreTable, highest: float, bonus: float, rounds: int
-) -> tuple[dict[str, float], int]:
-    """Return the weights with the fewest errors, and their number.
-
-    Each coordinate in turn takes the middle of the widest range of its grid with the fewest errors, from
-    several starts; the middle, for the count is a staircase and its edge would not carry over to other data.
-
-    Args:
-        table: the scores.
-        highest: largest weight of a source.
-        bonus: largest word bonus, either sign.
-        rounds: passes over the coordinates at most.
-    """
-    size = len(table.sources)
-    grids = [np.linspace(0, highest, 41)] * (size - 1) + [np.linspace(-bonus, bonus, 61)]
-    best, fewest = np.zeros(size), int(table.count(np.zeros((1, size)))[0])
-    for start in (0.0, 0.25, 0.5, 1.0):
-        weights = np.array([min(start, highest)] * (size - 1) + [0.0])
-        for fineness in range(rounds):
-            before = weights.copy()
-            for axis, grid in enumerate(grids):
-                weights[axis] = _best_on_axis(table, weights, axis, _refined(grid, weights[axis], fineness))
-            if np.array_equal(before, weights) and fineness > 1:
-                break
-        errors = int(table.count(weights[None])[0])
-        if errors < fewest:
-            best, fewest = weights, errors
-    return {"ctc": 1.0, **dict(zip(table.sources, best.tolist()))}, fewest
-
-
-def _refined(grid: np.ndarray, around: float, fineness: int) -> np.ndarray:
-    """Return the grid, in later rounds a finer one around a value inside the same bounds."""
-    if fineness < 2:
-        return grid
-    reach = (grid[-1] - grid[0]) / 8
-    near = np.append(np.linspace(around - reach, around + reach, 31), around)
-    return np.unique(np.clip(near, grid[0], grid[-1]))
-
-
-def _best_on_axis(table: ScoreTable, weights: np.ndarray, axis: int, grid: np.ndarray) -> float:
-    tried = np.repeat(weights[None], len(grid), axis=0)
-    tried[:, axis] = grid
-    errors = table.count(tried)
-    lowest = np.flatnonzero(errors == errors.min())
-    runs = np.split(lowest, np.flatnonzero(np.diff(lowest) > 1) + 1)
-    widest = max(runs, key=len)
-    return float(grid[widest[(len(widest) - 1) // 2]])
-
-
-# --- by decoding --------------------------------------------------------------------------------------
-
-
 class _Confirmation:
-    """Dev emissions, made once, decoded under any weights."""
+    """Log-probs of dev, made once, decoded under any weights.
 
-    def __init__(self, options: TuneOptions) -> None:
-        decode = options.confirm
-        assert decode is not None
+    Args:
+        options: of the job.
+        decode: the decode job whose test sets are dev.
+        weights: by method, of the methods to confirm.
+    """
+
+    def __init__(
+        self, options: TuneOptions, decode: DecodeOptions, weights: Mapping[str, Mapping[str, float]]
+    ) -> None:
         self.options = options
-        self.recognizer = recognizer = Recognizer(replace(decode, weights={}), "ctc-prefix")
-        sources = {source for name in parse_methods(options.methods) for source in parse_method(name).sources}
-        recognizer.carries = recognizer.models.carry(sources)
+        self.recognizer = recognizer = Recognizer(replace(decode, weights=weights), list(weights))
         wants = recognizer.source.wants
         utterances = [u for path in decode.test_sets.values() for u in read_cuts(path, wants)]
         utterances = spread(utterances, decode.limit)
         self.batches: list[Batch] = []
-        self.found: dict[tuple[str, ...], list[dict[str, float]]] = {}  # by sources, best of earlier methods
+        self._best: dict[tuple[str, ...], list[dict[str, float]]] = {}  # by sources, of earlier methods
         for batch in tqdm(list(recognizer.batches(utterances)), desc="log-probs of dev", unit="batch"):
             self.batches += recognizer.emit(batch)
         self.skipped = {utterance.id for utterance, _ in recognizer.unreadable}
@@ -293,15 +175,15 @@ class _Confirmation:
         usual = {**weights, "words": FIRST_PASS_BONUS}
         for fusion in parse_method(method).fusions:
             usual[fusion.source] = FIRST_PASS_WEIGHT
-        fewer = [{**usual, **found} for found in simpler]
-        best = min([dict(weights), usual, *fewer, *self.found.get(names, [])], key=wer)
+        fewer = [{**usual, **other} for other in simpler]
+        best = min([dict(weights), usual, *fewer, *self._best.get(names, [])], key=wer)
         for fineness in range(self.options.confirm_rounds):
             for source in [name for name in names if name != "ctc"]:
                 for direction in (1, -1):
                     tried = self._step(best, source, direction, fineness)
                     while wer(tried) < wer(best):  # of equals, stay
                         best, tried = tried, self._step(tried, source, direction, fineness)
-        self.found.setdefault(names, []).append(best)
+        self._best.setdefault(names, []).append(best)
         return best, wer(best)
 
     def _step(

@@ -23,8 +23,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lhotse import CutSet, LilcomChunkyWriter, Recording
 
-from icefall_fusion.__main__ import main, parse_options
+from icefall_fusion.__main__ import main
 from icefall_fusion.acoustic.saved import SavedSource
+from icefall_fusion.common.command_line import parse_options
 from icefall_fusion.data.fbank import extractor
 from icefall_fusion.data.manifests import cut_of, write_cuts
 from icefall_fusion.decode.job import DecodeRun
@@ -37,7 +38,6 @@ from icefall_fusion.decode.method_names import (
 )
 from icefall_fusion.decode.options import DecodeOptions
 from icefall_fusion.decode.recognizer import Recognizer
-from icefall_fusion.decode.run_files import RunFile
 from icefall_fusion.decode.segments import rate_of, segments_of, split_long
 from icefall_fusion.decode.utterances import (
     InputError,
@@ -128,11 +128,11 @@ def test_results_do_not_depend_on_the_batch(whole, made, tmp_path) -> None:
 def test_a_killed_run_goes_on(whole, made, tmp_path) -> None:
     methods = "ctc-prefix,nlm-shallow+llm-delayed-shortest"
     command = arguments(made, tmp_path, "--batch_size", "1", "--methods", methods)
-    work = tmp_path / "nbest-noise-nlm-shallow+llm-delayed-shortest.jsonl"
+    second = tmp_path / "nbest-noise-nlm-shallow+llm-delayed-shortest.jsonl"
     process = subprocess.Popen([sys.executable, "-m", "icefall_fusion", *command], stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
-        if work.exists() and work.read_text().count("\n") >= 3:  # options and two batches
+        if second.exists() and second.read_text().count("\n") >= 3:  # options and two batches
             os.kill(process.pid, signal.SIGKILL)
             break
         time.sleep(0.002)
@@ -558,8 +558,8 @@ def test_a_part_that_cannot_be_read_takes_its_utterance_along(made, tmp_path, mo
     [row] = decode.decode_set("noise", str(cuts))
     assert [(entry["id"], entry["error"]) for entry in decode.skipped] == [(bad.id, "the disk is gone")]
     assert sorted(lists(tmp_path / "out", "llm-delayed-shortest")) == sorted(u.id for u in good)
-    [work] = (tmp_path / "out").glob("nbest-*")
-    assert all(json.loads(line)["lists"] for line in work.read_text().splitlines()[1:])
+    [file] = (tmp_path / "out").glob("nbest-*")
+    assert all(json.loads(line)["lists"] for line in file.read_text().splitlines()[1:])
     saved = SavedSource(tmp_path / "kept" / "noise", decode.recognizer.source.tokens)
     assert sorted(saved.ids) == sorted(u.id for u in good)
     assert row["audio_seconds"] == pytest.approx(sum(u.seconds for u in good))
@@ -575,30 +575,6 @@ def test_parts_are_joined() -> None:
     joined = join_parts("u", [one, two, NBest("u#2", [hypothesis("", 0.0)])], [0.0, 10.0, 20.0])
     assert [h.text for h in joined] == ["a c", "b c"] and [h.total for h in joined] == [-5.0, -6.0]
     assert joined[0].times[1] == WordTime("c", 10.1, 10.2)
-
-
-def test_a_run_file_drops_a_batch_that_was_cut_short(tmp_path) -> None:
-    def nbest(name: str) -> NBest:
-        return NBest(name, [Hypothesis([], "x", {"total": 0.0})])
-
-    log = RunFile(tmp_path, "s", "m", {"beam": 1})
-    rates = ({"retokenize_words": n, "retokenize_hits": 4, "retokenize_hit_rate": 4 / n} for n in (4, 12))
-    log.append([nbest("a"), nbest("b")], {"search": 1.0, "kv_bytes_peak": 5, **next(rates)})
-    log.append([nbest("c")], {"search": 2.0, "kv_bytes_peak": 3, **next(rates)})
-    log.close()
-    with open(log.path, "a") as file:
-        file.write('{"lists": [{"utterance": "d"')  # killed here
-    log = RunFile(tmp_path, "s", "m", {"beam": 1})
-    assert sorted(log) == ["a", "b", "c"] and log["b"] == nbest("b")
-    assert '"utterance": "d"' not in log.path.read_text()
-    assert log.totals() == {
-        "search": 3.0, "kv_bytes_peak": 5, "retokenize_words": 16, "retokenize_hits": 8,
-        "retokenize_hit_rate": 0.5,
-    }  # fmt: skip
-    log.close()
-    with pytest.raises(ValueError, match="run of m with beam = 1, which is now 2"):
-        RunFile(tmp_path, "s", "m", {"beam": 2})
-    assert [found.utterance for found in read_nbests(log.path)] == ["a", "b", "c"]
 
 
 @pytest.mark.gpu

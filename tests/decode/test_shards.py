@@ -1,5 +1,5 @@
 """A decode by several processes leaves what one process leaves, after any kill, and never doubles anything.
-Knows: run logs, the job decode. Must not know: how a search works.
+Knows: the job decode. Must not know: how a search works.
 """
 from __future__ import annotations
 
@@ -17,13 +17,11 @@ import torch
 
 from icefall_fusion.__main__ import main
 from icefall_fusion.acoustic.sources import CheckpointSource, EmissionOptions
-from icefall_fusion.common.processes import Processes
 from icefall_fusion.decode.job import DecodeRun
 from icefall_fusion.decode.language_models import LmOptions
 from icefall_fusion.decode.options import DecodeOptions
 from icefall_fusion.decode.recognizer import Recognizer
-from icefall_fusion.decode.run_files import RunFile, SharedRunFile
-from icefall_fusion.nbest import Hypothesis, NBest, read_nbests
+from icefall_fusion.nbest import read_nbests
 
 METHODS = "ctc-prefix,llm-delayed-shortest"
 ROOT = Path(__file__).resolve().parents[2]
@@ -75,58 +73,12 @@ def test_two_processes_leave_what_one_leaves_also_after_a_kill(made, tmp_path) -
     assert wers(two) == wers(tmp_path / "one") and (two / "results.json").stat().st_mtime_ns > before
 
 
-def nbest(utterance: str) -> NBest:
-    scores = {"ctc": -1.0, "words": 1.0, "total": -1.0}
-    return NBest(utterance, [Hypothesis(tokens=[3], text="a", scores=scores)], {"ctc": 1.0})
-
-
-def open_log(folder: Path) -> SharedRunFile:
-    return SharedRunFile(Processes(), folder, "set", "m", {"x": 1})
-
-
-def test_what_processes_left_is_taken_in_once(tmp_path) -> None:
-    for rank, names in enumerate((("a", "b"), ("c",))):
-        part = RunFile(tmp_path / f"rank-{rank}", "set", "m", {"x": 1})
-        part.append([nbest(name) for name in names], {"search": 1.0})
-        part.close()
-    kept = {path: path.read_bytes() for path in tmp_path.glob("rank-*/*")}
-    log = open_log(tmp_path)
-    assert log.done == {"a", "b", "c"} and log.whole.totals() == {"search": 2.0}
-    log.whole.close()
-    for path, content in kept.items():  # as if killed before they were removed
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(content)
-    log = open_log(tmp_path)
-    assert log.done == {"a", "b", "c"} and log.whole.totals() == {"search": 2.0}
-    assert not list(tmp_path.glob("rank-*"))
-    log.whole.close()
-
-    part = RunFile(tmp_path / "rank-5", "set", "m", {"x": 1})
-    part.append([nbest("c"), nbest("d")], {"search": 1.0})
-    part.close()
-    with pytest.raises(ValueError, match=r"must hold each utterance once, but 1 .* \['c'\]"):
-        open_log(tmp_path)
-
-
-def test_missing_utterances_are_refused(tmp_path) -> None:
-    log = SharedRunFile(Processes(), tmp_path, "set", "m", {"x": 1})
-    log.append([nbest("a")], {"search": 1.0})
-    log._processes = Processes(world=2)  # as the first of two whose other one has decoded nothing
-    log._mine = RunFile(tmp_path / "rank-0", "set", "m", {"x": 1})
-    log._processes.__class__.gather, real = (lambda self, value: [value] * self.world), Processes.gather
-    try:
-        with pytest.raises(RuntimeError, match=r"1 utterances of set are missing .* \['b'\]"):
-            log.finish(["a", "b"])
-    finally:
-        Processes.gather = real
-
-
 def test_out_of_memory_halves_the_batch_and_changes_no_result(made, tmp_path, monkeypatch) -> None:
     def decode(out: str) -> DecodeRun:
         decode = DecodeRun(DecodeOptions(
             out=str(tmp_path / out), test_sets={"noise": made["cuts"]}, methods=METHODS,
             emissions=EmissionOptions(made["model"]), llm=LmOptions(made["llm"]), batch_size=5,
-        ))  # fmt: skip
+        ))
         decode.decode_all()
         return decode
 

@@ -1,5 +1,5 @@
 """Tuning: the vectorized count equals reweighting one by one; known optima are found; results are written.
-Knows: icefall_fusion.decode.tune. Must not know: how hypotheses came about.
+Knows: icefall_fusion.decode.tune and score_table. Must not know: how hypotheses came about.
 """
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import yaml
 
 from icefall_fusion.__main__ import main
 from icefall_fusion.decode.method_names import weights_of
-from icefall_fusion.decode.tune import ScoreTable, coordinate_search
+from icefall_fusion.decode.score_table import ScoreTable, coordinate_search
 from icefall_fusion.decode.weights import read_weights
 from icefall_fusion.nbest import Hypothesis, NBest, write_nbests
 from icefall_fusion.scoring.wer import word_errors
@@ -101,8 +101,8 @@ def test_job_writes_weights_that_decode_reads(tmp_path) -> None:
 def test_confirmation_gives_the_error_rate_of_a_decode_with_its_weights(tmp_path, capsys) -> None:
     made = tiny.everything(tmp_path / "models")
     models = [f"emissions.model={made['model']}", *(f"{n}.path={made[n]}" for n in ("nlm", "llm"))]
-    # longest: utterances are cut into parts in tuning just as in decoding
-    options = [*models, f"test_sets.noise={made['cuts']}", "search.beam=4", "longest=1"]
+    # utterances are cut into segments in tuning as in decoding, and the LLM reads the earlier ones
+    options = [*models, f"test_sets.noise={made['cuts']}", "search.beam=4", "longest=1", "llm.carry=true"]
     method, scores = "llm-delayed-interval-16", "nlm-nbest-rescoring+llm-nbest-rescoring"
     as_words = [f"--{option}" for option in options]
     assert main(["decode", *as_words, "--methods", scores, "--out", str(tmp_path / "dev")]) == 0

@@ -8,10 +8,12 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 
-from icefall_fusion.__main__ import JOBS, _option_names
+from icefall_fusion.__main__ import JOBS
+from icefall_fusion.common.command_line import option_types
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *ROOT.glob("egs/*/ASR/*.md"), *ROOT.glob("icefall_fusion/*/README.md")]
@@ -45,7 +47,8 @@ def test_jobs_and_options_exist(page, line) -> None:
     assert words[0] in JOBS or words[0] == "--help", f"{page}: no job {words[0]}"
     if words[0] in JOBS:
         job = JOBS[words[0]]
-        names = _option_names(getattr(importlib.import_module(job.module, "icefall_fusion"), job.options))
+        module = importlib.import_module(f"icefall_fusion.{job.module}")
+        names = ["config", *option_types(get_type_hints(module.run)["options"])]
         leaves = [name for name in names if not any(other.startswith(f"{name}.") for other in names)]
         for option in re.findall(r"(?<= )--([\w.\-]+)", line):
             known = option in [*leaves, "help"] or option.rsplit(".", 1)[0] in leaves  # a key of a mapping

@@ -231,7 +231,7 @@ def test_an_error_in_a_worker_ends_the_training(data_dir: Path, tmp_path: Path) 
     """Whatever workers do with signals, they must be gone when the trainer is."""
     code = """
 import sys, pickle
-from icefall_fusion.__main__ import _run
+from icefall_fusion.common.command_line import exit_code
 from icefall_fusion.data import datamodule
 
 class Broken:
@@ -239,7 +239,7 @@ class Broken:
         raise RuntimeError("a worker that fails")
 
 loader = datamodule._loader(Broken(), [0, 1, 2], datamodule.DataOptions(workers=1))
-sys.exit(_run(lambda options: list(loader), None))
+sys.exit(exit_code(lambda options: list(loader), None))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60,
                           cwd=Path(__file__).parents[2])  # fmt: skip

@@ -34,8 +34,8 @@ import torch  # noqa: E402
 from lhotse import MonoCut, Recording, SupervisionSegment  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from icefall_fusion.__main__ import parse_options  # noqa: E402
 from icefall_fusion.common.checks import check, check_choice  # noqa: E402
+from icefall_fusion.common.command_line import parse_options  # noqa: E402
 from icefall_fusion.common.files import write_json  # noqa: E402
 from icefall_fusion.data.espeak import ACCENTS, SAMPLE_RATE, Voice, speak  # noqa: E402
 from icefall_fusion.data.fbank import BACKENDS, FbankOptions, cut_samples, extract, run  # noqa: E402

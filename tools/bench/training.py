@@ -28,9 +28,9 @@ sys.path[:0] = [str(ROOT)]
 import torch  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
-from icefall_fusion.__main__ import parse_options  # noqa: E402
 from icefall_fusion.acoustic.models import CtcAed  # noqa: E402
 from icefall_fusion.common.checks import check, check_choice  # noqa: E402
+from icefall_fusion.common.command_line import parse_options  # noqa: E402
 from icefall_fusion.common.files import write_json  # noqa: E402
 from icefall_fusion.common.memory import keep_freed_memory  # noqa: E402
 from icefall_fusion.common.processes import to_device  # noqa: E402

@@ -20,8 +20,8 @@ from typing import Any, Callable, NamedTuple
 import compare
 from process_tree import ProcessTree
 
-from icefall_fusion.__main__ import REFUSED, parse_options
 from icefall_fusion.common.checks import check, check_choice
+from icefall_fusion.common.command_line import REFUSED, parse_options
 from icefall_fusion.common.environment import describe_environment
 from icefall_fusion.common.files import write_json
 

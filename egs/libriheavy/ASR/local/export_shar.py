@@ -25,8 +25,8 @@ from typing import Optional
 from lhotse import CutSet, MonoCut
 from tqdm import tqdm
 
-from icefall_fusion.__main__ import parse_options
 from icefall_fusion.common.checks import check, check_choice
+from icefall_fusion.common.command_line import parse_options
 from icefall_fusion.data.cut_lines import parse_cut, read_lines
 from icefall_fusion.data.datamodule import load_features
 

@@ -33,8 +33,8 @@ from typing import Any, Optional
 
 from tqdm import tqdm
 
-from icefall_fusion.__main__ import parse_options
 from icefall_fusion.common.checks import check, check_choice
+from icefall_fusion.common.command_line import parse_options
 from icefall_fusion.common.files import fingerprint, write_json
 from icefall_fusion.data.cut_lines import TruncatedError, read_stream
 from icefall_fusion.data.manifests import SeenIds, cuts_path, join_lines
