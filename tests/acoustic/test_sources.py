@@ -369,7 +369,7 @@ BROKEN = {
     "ours, config cut short": (OURS, cut_short("config.json"), "as a JSON object"),
     "ours, config a list": (OURS, content("config.json", b"[]"), "as a JSON object"),
     "ours, pieces cut short": (OURS, cut_short("bpe.model"), "must be a SentencePiece model"),
-    "TorchScript, cut short": (SCRIPT, cut_short("jit_script.pt"), "as a TorchScript model"),
+    "TorchScript, cut short": (SCRIPT, cut_short("jit_script.pt"), "need --emissions.recipe"),
     "TorchScript, other features": (SCRIPT, other_features, "as an encoder of 80 features"),
     "Hugging Face, no weights": (HUGGING, without("model.safetensors"), "as a CTC model"),
     "Hugging Face, weights cut short": (HUGGING, cut_short("model.safetensors"), "as a CTC model"),

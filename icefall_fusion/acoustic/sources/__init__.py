@@ -16,6 +16,7 @@ from icefall_fusion.acoustic.saved import SavedSource
 from icefall_fusion.acoustic.sources.base import EmissionSource, loading, tokens_of
 from icefall_fusion.acoustic.sources.checkpoint import CheckpointSource
 from icefall_fusion.acoustic.sources.huggingface import HuggingFaceSource
+from icefall_fusion.acoustic.sources.icefall import IcefallSource
 from icefall_fusion.acoustic.sources.torchscript import TorchScriptSource
 from icefall_fusion.common.checks import check, check_choice
 from icefall_fusion.common.devices import check_device
@@ -29,11 +30,14 @@ class EmissionOptions:
 
     Args:
         model: a folder of ours (config.json, model.safetensors, bpe.model), an icefall TorchScript file
-            (.pt), a Hugging Face CTC folder or hub name, or saved log-probs (a .npz or a folder of them).
-        kind: one of auto, checkpoint, torchscript, huggingface, saved.
-        tokens: bpe.model or its folder; needed by torchscript and saved, else the model's own.
+            (.pt), icefall weights (pretrained.pt, with ``recipe``), a Hugging Face CTC folder or hub name, or
+            saved log-probs (a .npz or a folder of them).
+        kind: one of auto, checkpoint, torchscript, huggingface, icefall, saved.
+        tokens: bpe.model or its folder. Empty: the model's own, or the one beside the model.
         device: e.g. cpu or cuda.
         frame_shift: seconds an output frame; 0 takes the model's own.
+        recipe: folder of an icefall recipe (with train.py), whose code is run; for icefall.
+        recipe_options: options of its train.py, as at its training, e.g. "--use-ctc 1".
     """
 
     model: str = ""
@@ -41,10 +45,18 @@ class EmissionOptions:
     tokens: str = ""
     device: str = "cpu"
     frame_shift: float = 0.0
+    recipe: str = ""
+    recipe_options: str = ""
 
     def __post_init__(self) -> None:
         check_choice(self.kind, ("auto", *SOURCES), "EmissionOptions.kind")
         check(self.frame_shift >= 0, "EmissionOptions.frame_shift", "be at least 0 s", self.frame_shift)
+        if self.kind not in ("auto", "icefall"):
+            rule = f"be empty for kind {self.kind}"
+            check(not self.recipe, "EmissionOptions.recipe", rule, self.recipe)
+        if not self.recipe:
+            rule = "be empty without recipe"
+            check(not self.recipe_options, "EmissionOptions.recipe_options", rule, self.recipe_options)
 
 
 def _open_saved(options: EmissionOptions) -> SavedSource:
@@ -56,6 +68,7 @@ SOURCES: dict[str, Callable[[EmissionOptions], EmissionSource]] = {
     "checkpoint": CheckpointSource,
     "torchscript": TorchScriptSource,
     "huggingface": HuggingFaceSource,
+    "icefall": IcefallSource,
     "saved": _open_saved,
 }
 
@@ -69,7 +82,9 @@ def open_source(options: EmissionOptions) -> EmissionSource:
             such device.
     """
     check_device(options.device, "EmissionOptions.device")
-    kind = options.kind if options.kind != "auto" else _kind_of(options.model)
+    kind = options.kind
+    if kind == "auto":
+        kind = "icefall" if options.recipe else _kind_of(options.model)
     return SOURCES[kind](options)
 
 

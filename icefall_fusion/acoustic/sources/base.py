@@ -4,6 +4,8 @@ Knows: features, vocabularies. Must not know: any one model, search, fusion, man
 from __future__ import annotations
 
 import contextlib
+import pickle
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Iterator, Optional, Protocol, Sequence
 
@@ -22,7 +24,8 @@ if TYPE_CHECKING:
 SAMPLE_RATE = 16_000  # Hz, of the audio of every source
 _TEN_SECONDS = round(10 / FRAME_SHIFT)  # feature frames
 _BROKEN = (
-    OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError, torch.jit.Error,
+    OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError,
+    torch.jit.Error, pickle.UnpicklingError,
 )  # fmt: skip
 
 
@@ -115,7 +118,8 @@ def loading(name: PathLike, what: str) -> Iterator[None]:
     try:
         yield
     except _BROKEN as error:
-        raise ValueError(f"{name} cannot be loaded as {what}: {error}") from error
+        reason = textwrap.shorten(str(error), 500)
+        raise ValueError(f"{name} cannot be loaded as {what}: {reason}") from error
 
 
 def tokens_of(options: EmissionOptions) -> AcousticTokens:

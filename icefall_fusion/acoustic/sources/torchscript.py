@@ -27,7 +27,8 @@ class TorchScriptSource(FeatureSource):
     def __init__(self, options: EmissionOptions) -> None:
         self.tokens = tokens_of(options)
         self.device = torch.device(options.device)
-        with loading(options.model, "a TorchScript model"):
+        what = "a TorchScript model (weights alone, pretrained.pt, need --emissions.recipe)"
+        with loading(options.model, what):
             self.network = torch.jit.load(options.model, map_location=self.device).eval()
         missing = [name for name in ("encoder", "ctc_output") if not hasattr(self.network, name)]
         if missing:
