@@ -4,6 +4,8 @@ Knows: names, rules, values. Must not know: torch, files, models.
 from __future__ import annotations
 
 import difflib
+import math
+from numbers import Integral, Real
 from typing import Any, Iterable
 
 
@@ -23,9 +25,23 @@ def check(condition: bool, name: str, rule: str, value: Any) -> None:
 def check_choice(value: Any, choices: Iterable[Any], name: str) -> None:
     """Raise ValueError, naming the nearest choice, unless ``value`` is one of ``choices``."""
     choices = list(choices)
-    if value in choices:
+    try:
+        known = value in set(choices)
+    except TypeError:  # a list or an array is none of them
+        known = False
+    if known:
         return
     raise ValueError(f"{name} must be one of {choices}, but is {value!r}{nearest(str(value), choices)}")
+
+
+def is_count(value: object) -> bool:
+    """Return whether a value is an integer of at least 1; True and False are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and value >= 1
+
+
+def is_number(value: object) -> bool:
+    """Return whether a value is a finite real number; True and False are none."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def nearest(word: str, choices: Iterable[Any]) -> str:

@@ -7,10 +7,9 @@ own (Hori et al. 2025, section 3), so that no result depends on what else is in 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
-from icefall_fusion.common.checks import check, check_choice
+from icefall_fusion.common.checks import check, check_choice, is_count
 from icefall_fusion.search.fusion import StopRule, StopRuleRun
 
 if TYPE_CHECKING:
@@ -44,7 +43,7 @@ class FixedInterval(Trigger):
     frames: int = 16
 
     def __post_init__(self) -> None:
-        check(_counts(self.frames), "FixedInterval.frames", "be an integer, at least 1", self.frames)
+        check(is_count(self.frames), "FixedInterval.frames", "be an integer, at least 1", self.frames)
 
     def rule(self) -> StopRule:
         return StopRule(self.frames)
@@ -88,12 +87,8 @@ class ShortestHypothesis(Trigger):
     every: int = 1
 
     def __post_init__(self) -> None:
-        check(_counts(self.every), "ShortestHypothesis.every", "be an integer, at least 1", self.every)
+        check(is_count(self.every), "ShortestHypothesis.every", "be an integer, at least 1", self.every)
         check_choice(self.unit, ("words", "pieces"), "ShortestHypothesis.unit")
 
     def rule(self) -> StopRule:
         return StopRule(self.every, self.unit)
-
-
-def _counts(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and value >= 1

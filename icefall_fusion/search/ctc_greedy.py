@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Optional, Sequence
 import torch
 from torch import Tensor
 
-from icefall_fusion.common.checks import check
 from icefall_fusion.nbest import Hypothesis, NBest
 from icefall_fusion.search.ctc_prefix import word_times
-from icefall_fusion.search.search_input import check_input
+from icefall_fusion.search.search_input import check_frame_shift, check_input
 
 if TYPE_CHECKING:
     from icefall_fusion.text.tokens import AcousticTokens
@@ -42,15 +41,14 @@ def ctc_greedy_search(
     Raises:
         ValueError: as ctc_prefix_search.
     """
-    check(frame_shift > 0, "frame_shift", "be above 0 seconds", frame_shift)
-    blank = blank_id if blank_id is not None else tokens.blank_id if tokens is not None else 0
-    given = check_input(log_probs, lens, blank, tokens, ids)
-    totals = given.best.double().sum(1).tolist()
-    path = given.log_probs.argmax(-1) if given.log_probs.numel() else given.live.long()
-    paths, best, lengths = path.tolist(), given.best.tolist(), given.lens.tolist()
+    check_frame_shift(frame_shift, "frame_shift")
+    inputs = check_input(log_probs, lens, blank_id, tokens, ids)
+    totals = inputs.best.double().sum(1).tolist()
+    path = inputs.log_probs.argmax(-1) if inputs.log_probs.numel() else inputs.live.long()
+    paths, best, lengths = path.tolist(), inputs.best.tolist(), inputs.lens.tolist()
     lists = []
-    for b, name in enumerate(given.ids):
-        pieces, peaks = _collapse(paths[b][: lengths[b]], best[b], blank)
+    for b, name in enumerate(inputs.ids):
+        pieces, peaks = _collapse(paths[b][: lengths[b]], best[b], inputs.blank)
         scores = {"ctc": totals[b], "total": totals[b]}
         weights = {"ctc": 1.0}
         text, times = "", []

@@ -54,18 +54,20 @@ def ctc_prefix_search(
             clearly above 0 (logits), or a frame in which nothing is possible (the message names the
             utterance).
     """
-    options = options or PrefixSearchOptions()
-    with torch.autocast(log_probs.device.type, enabled=False):  # masses need float32
-        return _search(log_probs, lens, options, tokens, fusions, ids, blank_id)
-
-
-def _search(log_probs: Tensor, lens: Tensor, options: PrefixSearchOptions, tokens: Optional[AcousticTokens],
-            fusions: Sequence[Fusion], ids: Optional[Sequence[str]], blank_id: Optional[int]) -> list[NBest]:
-    blank = blank_id if blank_id is not None else tokens.blank_id if tokens is not None else 0
-    inputs = check_input(log_probs, lens, blank, tokens, ids)
+    options = PrefixSearchOptions() if options is None else options
+    good = isinstance(options, PrefixSearchOptions)
+    check(good, "options", "be PrefixSearchOptions", type(options).__name__)
+    inputs = check_input(log_probs, lens, blank_id, tokens, ids)
     together = FusionSet(fusions, tokens)
     if not inputs.ids:
         return []
+    with torch.autocast(inputs.log_probs.device.type, enabled=False):  # masses need float32
+        return _search(inputs, options, tokens, together)
+
+
+def _search(inputs: SearchInput, options: PrefixSearchOptions, tokens: Optional[AcousticTokens],
+            together: FusionSet) -> list[NBest]:
+    fusions = together.members
     starts_word = None
     if tokens is not None and fusions:
         starts_word = torch.tensor(tokens.starts_word, device=inputs.log_probs.device)

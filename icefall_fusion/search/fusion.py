@@ -7,13 +7,12 @@ that wait are scored in one call. The rule is two numbers; compiled engines get 
 """
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any, NamedTuple, Optional, Sequence
 
 import torch
 from torch import Tensor
 
-from icefall_fusion.common.checks import check
+from icefall_fusion.common.checks import check, is_number
 from icefall_fusion.search.beam import Beam
 
 if TYPE_CHECKING:
@@ -154,11 +153,11 @@ def check_fusion(fusion: Fusion) -> None:
         ValueError: see `FusionSet`.
     """
     source, name = fusion.source, f"{type(fusion).__name__}."
-    good = bool(source) and source not in RESERVED_SOURCES
+    good = isinstance(source, str) and bool(source) and source not in RESERVED_SOURCES
     check(good, name + "source", f"be a name, none of {list(RESERVED_SOURCES)}", source)
-    good = math.isfinite(fusion.weight) and fusion.weight >= 0
+    good = is_number(fusion.weight) and fusion.weight >= 0
     check(good, name + "weight", "be finite and at least 0", fusion.weight)
-    check(math.isfinite(fusion.word_bonus), name + "word_bonus", "be finite", fusion.word_bonus)
+    check(is_number(fusion.word_bonus), name + "word_bonus", "be finite", fusion.word_bonus)
 
 
 class FusionSet:
@@ -175,8 +174,11 @@ class FusionSet:
     """
 
     def __init__(self, fusions: Sequence[Fusion], tokens: Optional[AcousticTokens]) -> None:
+        check(isinstance(fusions, Sequence), "fusions", "be a sequence of fusions", type(fusions).__name__)
         self.members, self.tokens = list(fusions), tokens
-        for fusion in self.members:
+        for number, fusion in enumerate(self.members):
+            good = isinstance(fusion, Fusion)
+            check(good, f"fusions[{number}]", "be a Fusion", type(fusion).__name__)
             check_fusion(fusion)
             check(tokens is not None or fusion.word_bonus == 0, f"fusion {fusion.source!r}: word_bonus",
                   "be 0 when the search has no tokens", fusion.word_bonus)

@@ -5,17 +5,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from numbers import Integral
-from typing import TYPE_CHECKING, NamedTuple, Optional, Sequence
+from typing import Any, NamedTuple, Optional, Sequence
 
 import torch
 from torch import Tensor
 
-from icefall_fusion.common.checks import check, check_choice
+from icefall_fusion.common.checks import check, check_choice, is_count, is_number
 from icefall_fusion.search.engines import ENGINES
+from icefall_fusion.text.tokens import AcousticTokens
 
-if TYPE_CHECKING:
-    from icefall_fusion.text.tokens import AcousticTokens
-
+_FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _ABOVE_ZERO = 1e-2  # nats that rounding may put a log-prob above 0: float32 and better
 _ROUNDINGS = 32  # the same in units of the type's own precision: 0.03 in float16, 0.25 in bfloat16
 
@@ -52,16 +52,17 @@ class PrefixSearchOptions:
     engine: str = "auto"
 
     def __post_init__(self) -> None:
-        name = "PrefixSearchOptions."
-        check(_counts(self.beam), name + "beam", "be an integer, at least 1", self.beam)
-        for field in ("top_pieces", "nbest"):
-            value = getattr(self, field)
-            check(value is None or _counts(value), name + field, "be none or an integer, at least 1", value)
-        check(self.score_beam is None or self.score_beam > 0, name + "score_beam", "be none or above 0",
-              self.score_beam)
-        check(self.blank_skip is None or 0.5 <= self.blank_skip <= 1, name + "blank_skip",
-              "be none or between 0.5 and 1", self.blank_skip)
-        check(self.frame_shift > 0, name + "frame_shift", "be above 0 seconds", self.frame_shift)
+        name, least, skip = "PrefixSearchOptions.", self.score_beam, self.blank_skip
+        check(is_count(self.beam), name + "beam", "be an integer, at least 1", self.beam)
+        for field, value in (("top_pieces", self.top_pieces), ("nbest", self.nbest)):
+            check(value is None or is_count(value), name + field, "be none or an integer, at least 1", value)
+        good = least is None or (is_number(least) and least > 0)
+        check(good, name + "score_beam", "be none or above 0", least)
+        good = skip is None or (is_number(skip) and 0.5 <= skip <= 1)
+        check(good, name + "blank_skip", "be none or between 0.5 and 1", skip)
+        check_frame_shift(self.frame_shift, name + "frame_shift")
+        for field, value in (("recover_mass", self.recover_mass), ("word_times", self.word_times)):
+            check(isinstance(value, bool), name + field, "be True or False", value)
         check_choice(self.engine, ("auto", *ENGINES), name + "engine")
 
     def most_columns(self, pieces: int) -> int:
@@ -69,8 +70,9 @@ class PrefixSearchOptions:
         return pieces - 1 if self.top_pieces is None else min(self.top_pieces, pieces - 1)
 
 
-def _counts(value: object) -> bool:
-    return isinstance(value, Integral) and value >= 1
+def check_frame_shift(value: Any, name: str) -> None:
+    """Raise ValueError unless a value is a length of time in seconds."""
+    check(is_number(value) and value > 0, name, "be above 0 seconds", value)
 
 
 class SearchInput(NamedTuple):
@@ -89,26 +91,23 @@ class SearchInput(NamedTuple):
     blank: int
 
 
-def check_input(log_probs: Tensor, lens: Tensor, blank: int, tokens: Optional[AcousticTokens],
+def check_input(log_probs: Tensor, lens: Tensor, blank_id: Optional[int], tokens: Optional[AcousticTokens],
                 ids: Optional[Sequence[str]]) -> SearchInput:
     """Check the arguments of a search and bring them into one form.
 
     Raises:
         ValueError: see ctc_prefix_search.
     """
-    check(isinstance(lens, Tensor), "lens", "be a tensor of integers [B]", lens)
+    _check_tensor(log_probs, "log_probs", "floating point log-probs [B, T, V]", _FLOATS)
     check(log_probs.dim() == 3, "log_probs", "have 3 dimensions [B, T, V]", tuple(log_probs.shape))
-    check(log_probs.is_floating_point(), "log_probs", "be floating point", log_probs.dtype)
     batch, frames, pieces = log_probs.shape
     check(pieces >= 2, "log_probs", "have a blank and at least one more piece (V >= 2)", pieces)
-    check(tokens is None or tokens.size == pieces, "tokens.size",
-          f"equal the {pieces} pieces of log_probs", tokens.size if tokens is not None else None)
-    check(0 <= blank < pieces, "blank_id", f"be in 0..{pieces - 1}", blank)
-    check(tokens is None or tokens.blank_id == blank, "blank_id",
-          f"be the blank of tokens ({tokens.blank_id if tokens is not None else None})", blank)
+    blank = _check_blank(blank_id, tokens, pieces)
+    _check_tensor(lens, "lens", "integers [B]", _INTEGERS)
     check(lens.shape == (batch,), "lens", f"have shape [{batch}]", tuple(lens.shape))
-    check(not lens.is_floating_point(), "lens", "hold integers", lens.dtype)
-    names = [str(i) for i in range(batch)] if ids is None else [str(i) for i in ids]
+    good = ids is None or (isinstance(ids, Sequence) and not isinstance(ids, (str, bytes)))
+    check(good, "ids", "be a sequence of names of utterances", ids)
+    names = [str(i) for i in (range(batch) if ids is None else ids)]
     check(len(names) == batch, "ids", f"name {batch} utterances", len(names))
     for name, length in zip(names, lens.tolist()):
         check(0 <= length <= frames, f"lens of utterance {name}", f"be in 0..{frames}", length)
@@ -123,6 +122,28 @@ def check_input(log_probs: Tensor, lens: Tensor, blank: int, tokens: Optional[Ac
     if bool((~live & ~(best < torch.inf)).any()):
         log_probs = log_probs.masked_fill(~live.unsqueeze(-1), 0.0)
     return SearchInput(log_probs, best.masked_fill(~live, 0.0), live, lens, names, blank)
+
+
+def _check_tensor(value: Any, name: str, what: str, dtypes: Sequence[torch.dtype]) -> None:
+    """Raise ValueError unless a value is a plain tensor that holds numbers of one of these types."""
+    check(isinstance(value, Tensor), name, f"be a tensor of {what}", type(value).__name__)
+    check(value.dtype in dtypes, name, f"be a tensor of {what}", value.dtype)
+    kind = "nested" if value.is_nested else "without data" if value.is_meta else str(value.layout)
+    check(kind == str(torch.strided), name, "be a dense tensor", kind)
+
+
+def _check_blank(blank_id: Optional[int], tokens: Optional[AcousticTokens], pieces: int) -> int:
+    """Return the id of blank: that asked for, that of the vocabulary, or 0."""
+    if tokens is not None:
+        check(isinstance(tokens, AcousticTokens), "tokens", "be AcousticTokens", type(tokens).__name__)
+        check(tokens.size == pieces, "tokens.size", f"equal the {pieces} pieces of log_probs", tokens.size)
+    blank = blank_id if blank_id is not None else tokens.blank_id if tokens is not None else 0
+    good = isinstance(blank, Integral) and not isinstance(blank, bool) and 0 <= blank < pieces
+    check(good, "blank_id", f"be in 0..{pieces - 1}", blank)
+    if tokens is not None:
+        rule = f"be the blank of tokens ({tokens.blank_id})"
+        check(tokens.blank_id == blank, "blank_id", rule, blank)
+    return int(blank)
 
 
 def _refuse_bad_frames(best: Tensor, live: Tensor, names: Sequence[str], allowed: float) -> None:

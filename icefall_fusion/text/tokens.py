@@ -4,6 +4,7 @@ Knows: SentencePiece models, lists of pieces. Must not know: transformers, torch
 from __future__ import annotations
 
 import hashlib
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Optional, Sequence
 
@@ -15,6 +16,11 @@ UNKNOWN_TEXT = "⁇"  # what an unknown piece reads as, SentencePiece's own sign
 _BLANKS = ("<blk>", "<blank>", "<pad>", "[PAD]")
 _SENTENCE_MARKS = ("<sos/eos>", "<s>", "</s>", "<sos>", "<eos>", "[CLS]", "[SEP]", "<pad>", "[PAD]")
 _UNKNOWNS = ("<unk>", "[UNK]")
+
+
+def _is_text(value: Any) -> bool:
+    """Return whether a value is text that UTF-8 can write: half of a surrogate pair is none."""
+    return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
 
 
 class AcousticTokens:
@@ -38,11 +44,18 @@ class AcousticTokens:
         delimiter: Optional[str],
         processor: Any = None,
     ) -> None:
+        check(isinstance(pieces, Sequence), "pieces", "be a sequence of text", type(pieces).__name__)
         check(len(pieces) >= 2, "pieces", "hold a blank and at least one more piece", len(pieces))
-        check(0 <= blank_id < len(pieces), "blank_id", f"be in 0..{len(pieces) - 1}", blank_id)
+        for index, piece in enumerate(pieces):
+            check(_is_text(piece), f"pieces[{index}]", "be text that UTF-8 can write", piece)
+        good = isinstance(blank_id, Integral) and not isinstance(blank_id, bool)
+        good = good and 0 <= blank_id < len(pieces)
+        check(good, "blank_id", f"be in 0..{len(pieces) - 1}", blank_id)
+        check(_is_text(word_start), "word_start", "be text", word_start)
         duplicates = len(pieces) - len(set(pieces))
         check(duplicates == 0, "pieces", "differ from one another (duplicates)", duplicates)
-        check(delimiter is None or delimiter in pieces, "delimiter", "be one of the pieces", delimiter)
+        good = delimiter is None or (isinstance(delimiter, str) and delimiter in pieces)
+        check(good, "delimiter", "be one of the pieces", delimiter)
         self.pieces: list[str] = list(pieces)
         self.size = len(self.pieces)
         self.blank_id = blank_id
@@ -103,7 +116,7 @@ class AcousticTokens:
             delimiter: the piece between words ("|" in letter vocabularies); None: pieces say it themselves.
 
         Raises:
-            ValueError: blank or delimiter is not in the vocabulary, or pieces repeat.
+            ValueError: blank or delimiter is not in the vocabulary, or a piece is no text or repeats another.
         """
         return cls(pieces, blank_id, word_start, delimiter)
 
