@@ -5,8 +5,9 @@ pieces=     # acoustic pieces; empty: 500, of the configuration "tiny" 100
 bpe=        # SentencePiece model whose pieces are taken instead of learning them; empty: none
 workers=2
 noise=      # folder of noise recordings, to be mixed in by training; empty: none
-features=() # options of compute-fbank
-share=()    # and those of a machine's share of the work
+backend=lhotse # of the features
+features=()    # further options of compute-fbank
+share=()       # and those of a machine's share of the work
 
 data_option() { # takes the options of data_stages, and those of all scripts; as common_option
   common_option "$@"
@@ -19,7 +20,8 @@ data_option() { # takes the options of data_stages, and those of all scripts; as
     --noise) noise=$(absolute "$2") ;;
     --start | --stop) share+=("$1" "$(number "$1" "$2")") ;; # this machine's share of the shards
     --shard-size) features+=(--shard_size "$(number "$1" "$2")") ;; # cuts that a kill may cost each worker
-    --backend | --device) features+=("$1" "$2") ;;
+    --backend) backend=$2 ;;
+    --device) features+=(--device "$2") ;;
     *) taken=0 ;;
   esac
 }
@@ -38,18 +40,21 @@ set_data_folders() {
 
 # From $data_dir/manifests/${corpus}_cuts_{train,$dev_set,$test_sets}.jsonl.gz to all that training reads.
 data_stages() { # number of the first of three stages: pieces, features, LM text
-  local first=$1 split code unfinished=0
+  local first=$1 split code unfinished=0 before
+  depends pieces "$pieces $bpe"
   if wanted "$first" pieces; then
+    if [ -n "$changed" ]; then set_aside "$data_dir"/lang_bpe_*[0-9]; fi
     # shellcheck disable=SC2086 # several names
     job export-transcripts --data_dir "$data_dir" --corpus "$corpus" --dev "$dev_set" --held_out $test_sets
     job train-tokenizers --data_dir "$data_dir" --pieces "$pieces" --llm_tokens 0 ${bpe:+--pieces_from "$bpe"}
     finish pieces
   fi
+  depends backend "$backend"
   if wanted $((first + 1)) features; then
     for split in $dev_set $test_sets train; do
       code=0
       job compute-fbank --corpus "$corpus" --data_dir "$data_dir" --splits "$split" --workers "$workers" \
-        --shuffle true ${features[@]+"${features[@]}"} ${share[@]+"${share[@]}"} || code=$?
+        --backend "$backend" --shuffle true ${features[@]+"${features[@]}"} ${share[@]+"${share[@]}"} || code=$?
       if [ "$code" -eq 4 ]; then unfinished=4; elif [ "$code" -ne 0 ]; then exit "$code"; fi
     done
     if [ "$unfinished" -ne 0 ]; then
@@ -58,12 +63,15 @@ data_stages() { # number of the first of three stages: pieces, features, LM text
     fi
     finish features
   fi
+  before=$made_from
+  depends noise "$noise"
   if [ -n "$noise" ] && wanted $((first + 1)) noise; then
     job noise-cuts --folder "$noise" --data_dir "$data_dir"
     job compute-fbank --corpus noise --data_dir "$data_dir" --splits noise --workers "$workers" \
-      ${features[@]+"${features[@]}"}
+      --backend "$backend" ${features[@]+"${features[@]}"}
     finish noise
   fi
+  made_from=$before # the LM text does not depend on noise
   if wanted $((first + 2)) lm-text; then
     job prepare-lm-text --data_dir "$data_dir" --pieces "$pieces" --streams nlm --spoken_train text/train.jsonl \
       --spoken_dev text/dev.jsonl

@@ -1,10 +1,11 @@
 # shellcheck shell=bash disable=SC2034,SC2154 # variables of who sources it
-# What the decode.sh of every recipe does with k2: graphs, lattices, the methods k2-*. Source it after models.sh; it
-# runs nothing. k2 is taken from $python, or else from $K2_PYTHON or .venv-k2 (tools/setup_k2_ci_env.sh): then
+# What the decode.sh of every recipe does with k2: graphs, lattices, the methods k2-*. Source it after decoding.sh;
+# it runs nothing. k2 is taken from $python, or else from $K2_PYTHON or .venv-k2 (tools/setup_k2_ci_env.sh): then
 # log-probs go there and lattices come back. --methods other than all names no row of k2, so none is made.
 
 repo=$(cd "$here/../../.." && pwd)
 k2_python=
+k2_tokens=           # bpe.model of the acoustic model, or its folder
 k2_word_count=8    # words that count less in the training text are not in the lexicon
 k2_prune="0,3,6"   # of the trigram in HLG
 k2_reprune="0,1,2,3" # of the 4-gram that rescores
@@ -41,7 +42,7 @@ k2_job() { # job, options: where k2 is
 }
 
 make_graphs() { # from $data_dir/text/train.jsonl: HLG of a trigram, G of a 4-gram over the same words
-  local pieces=$pretrained_dir/ctc_aed graphs=$exp_dir/graphs
+  local pieces=$k2_tokens graphs=$exp_dir/graphs
   local ngram=(train-word-ngram --text "$data_dir/text/train.jsonl" --lmplz "$lmplz" --min_count "$k2_word_count")
   mkdir -p "$graphs"
   job "${ngram[@]}" --order 3 --prune "[$k2_prune]" --out "$graphs/3.arpa.gz" ${k2_ngram[@]+"${k2_ngram[@]}"}
@@ -65,19 +66,23 @@ lattices_of() { # test set: sets $k2_options of decode, after making lattices el
     decode_job "$exp_dir/emissions-decode" "--test_sets.$1" "$(cuts "$1")" --methods ctc-greedy --restart true \
       --save_emissions "$emissions"
     "$k2_python" -m icefall_fusion make-lattices --emissions "$emissions/$1" \
-      --tokens "$pretrained_dir/ctc_aed" --out "$folder" "${graphs[@]}"
+      --tokens "$k2_tokens" --out "$folder" "${graphs[@]}"
     touch "$folder/.done"
   fi
 }
 
 # Stages of decode.sh between the decoding of the test sets and the report; all have the number of that.
 k2_stages() { # number
-  local all=k2-nbest-ngram-rescoring+attention-rescoring+llm-nbest-rescoring
-  local whole=k2-whole-lattice-ngram-rescoring weights=$exp_dir/weights-k2.yaml tuning=$exp_dir/tune-k2 name
-  local given=()
-  if [ "$stage" -gt "$1" ] || [ "$stop_stage" -lt "$1" ] || [ -f "$marks/.k2-decode.done" ]; then return; fi
+  local all=k2-nbest-ngram-rescoring whole=k2-whole-lattice-ngram-rescoring weights=$exp_dir/weights-k2.yaml
+  local tuning=$exp_dir/tune-k2 given=() name
+  if [ "$stage" -gt "$1" ] || [ "$stop_stage" -lt "$1" ] || is_done k2-decode; then return; fi
   if [ "$methods" != all ]; then
     log "the rows of k2 are left out: --methods $methods"
+    return
+  fi
+  k2_tokens=${emissions_tokens:-$emissions}
+  if [ ! -f "$k2_tokens" ] && [ ! -f "$k2_tokens/bpe.model" ]; then
+    log "the rows of k2 are left out: there is no bpe.model in $k2_tokens (--emissions-tokens)"
     return
   fi
   if ! find_k2 || ! find_lmplz; then return; fi
@@ -86,10 +91,15 @@ k2_stages() { # number
     k2_ngram=(--discount_fallback true)
   fi
   if wanted "$1" graph; then
+    if [ -n "$changed" ]; then set_aside "$exp_dir/lattices" "$exp_dir/emissions" "$exp_dir/emissions-decode"; fi
     make_graphs
     finish graph
   fi
+  find_attention
+  if [ "$attention" = yes ]; then all+=+attention-rescoring; fi
+  all+=+llm-nbest-rescoring
   if wanted "$1" k2-tune; then
+    if [ -n "$changed" ]; then set_aside "$tuning"; fi
     lattices_of "$dev_set"
     decode_job "$tuning" "--test_sets.$dev_set" "$(cuts "$dev_set")" --methods "$all,$whole" "${k2_options[@]}"
     if [ "$confirm" -gt 0 ] && [ "$limit" -gt 0 ]; then limit=$confirm lattices_of "$dev_set"; fi # other utterances

@@ -62,15 +62,79 @@ set_folders() {
   fi
   data_dir=${data_dir:-$here/data$suffix}
   exp_dir=${exp_dir:-$here/exp$suffix}
+  depends config "$config"
 }
 
-wanted() { # number, name: whether this stage is to run now
-  if [ "$stage" -gt "$1" ] || [ "$stop_stage" -lt "$1" ]; then return 1; fi
-  if [ -f "$marks/.$2.done" ]; then log "stage $1 ($2) is done"; return 1; fi
-  log "stage $1: $2"
+# --- marks -----------------------------------------------------------------------------------------------
+# A finished stage leaves .NAME.done in $marks. The mark lists the options that the stage and those before it
+# depend on, one `depends` a line. A stage whose mark lists others runs again.
+
+made_from= # the lines of `depends` so far
+changed=   # of the stage that runs: what its earlier run was made from and this one is not; empty for the first run
+
+depends() { # name, values: all later stages of the script depend on them
+  made_from+="$1: ${*:2}"$'\n'
 }
 
-finish() { touch "$marks/.$1.done"; } # name: leave the stage's mark
+sum_of() { # file: its checksum, for `depends` on the mark of another script
+  if [ -f "$1" ]; then cksum <"$1"; else echo none; fi
+}
+
+mark_of() { # name: the mark of the stage's newest run, finished or not; fails when there is none
+  if [ -f "$marks/.$1.begun" ]; then echo "$marks/.$1.begun"; return; fi
+  [ -f "$marks/.$1.done" ] && echo "$marks/.$1.done"
+}
+
+is_done() { # name: whether the stage is finished, with the options of now
+  [ ! -f "$marks/.$1.begun" ] && [ -f "$marks/.$1.done" ] && [ "$(cat "$marks/.$1.done")" = "${made_from%$'\n'}" ]
+}
+
+other_lines() { # mark: its lines that are not those of now
+  local line
+  while IFS= read -r line; do
+    case $'\n'"$made_from" in *$'\n'"$line"$'\n'*) ;; *) echo "$line" ;; esac
+  done <"$1"
+}
+
+wanted() { # number, name: whether this stage is to run now; leaves the mark of its beginning
+  local mark
+  changed=
+  if mark=$(mark_of "$2") && [ "$(cat "$mark")" != "${made_from%$'\n'}" ]; then
+    changed=$(other_lines "$mark")
+    changed=${changed:-options that are not listed}
+  fi
+  if [ "$stage" -gt "$1" ] || [ "$stop_stage" -lt "$1" ]; then
+    if [ -n "$changed" ]; then # not what later stages of these options would have been made from
+      if [ "$stage" -gt "$1" ]; then log "stage $1 ($2) is not run again, but was made with: ${changed//$'\n'/; }"; fi
+      depends "$2" "of other options, $(sum_of "$mark")"
+    fi
+    return 1
+  fi
+  if is_done "$2"; then log "stage $1 ($2) is done"; return 1; fi
+  if [ -n "$changed" ]; then
+    log "stage $1: $2, again: it was made with ${changed//$'\n'/; }"
+  else
+    log "stage $1: $2"
+  fi
+  mkdir -p "$marks"
+  printf '%s' "$made_from" >"$marks/.$2.begun"
+}
+
+finish() { # name: leave the stage's mark
+  printf '%s' "$made_from" >"$marks/.$1.done"
+  rm -f "$marks/.$1.begun"
+}
+
+set_aside() { # folders or files: rename those that are there to NAME.1, or the next number that is free
+  local path number
+  for path in "$@"; do
+    if [ ! -e "$path" ]; then continue; fi
+    number=1
+    while [ -e "$path.$number" ]; do number=$((number + 1)); done
+    mv "$path" "$path.$number"
+    log "$path was made with other options and is now $path.$number"
+  done
+}
 
 tolerate_skips() { # exit code 3: done, but some inputs were skipped and listed; it becomes that of the script
   local code=0

@@ -44,6 +44,8 @@ from icefall_fusion.data.noise import CLEAN, COLORS, OTHER, TRAIN, Conditions
 from icefall_fusion.data.voices import SPEAKERS
 
 SUBSETS = ("small", "medium", "large")
+#: Where books of dev and of the tests go in turn: most of LibriHeavy's are in the large part.
+EVALUATION_SUBSETS = ("large", "medium", "small")
 FORMAT = 1  # part of every recording's fingerprint: raise it when the audio of the same options changes
 #: Nobody talks in the background of a whole chapter: noise without babble; the training set's is mild.
 CONDITIONS: dict[str, tuple[Conditions, ...]] = {
@@ -66,7 +68,8 @@ class LibrilikeOptions:
         text: folder of UTF-8 books, one .txt file each, as for the job prepare-text.
         out: the folder that plays the role of download/.
         hours: speech of the training subset; 0: none.
-        subset: small, medium or large: the name of the training subset, and the folder of all recordings.
+        subset: small, medium or large: the name of the training subset and the folder of its recordings.
+            Those of dev and of the tests are in all three.
         dev_hours: speech of dev; 0: none; default: a tenth of hours (at least 0.005).
         test_hours: speech of test_clean, and as much of test_other; 0: none; default: as dev_hours'.
         books_limit: use at most so many books for each set; 0: all.
@@ -188,8 +191,9 @@ def _plan(options: LibrilikeOptions, name: str, hours: float, books: Sequence[Pa
         if not target.exists() or target.read_bytes() != data:
             write_text(target, data.decode("utf-8"))
 
+    subsets = (name,) if name == options.subset else EVALUATION_SUBSETS
     planner = Planner(
-        name, options.subset, books, speakers, FIRST_SPEAKER[name], options.sizes(), options.seed, keep_text
+        name, subsets, books, speakers, FIRST_SPEAKER[name], options.sizes(), options.seed, keep_text
     )
     jobs = []
     with tqdm(total=round(hours * 3600), unit="s", desc=f"plan of {name}") as bar:

@@ -159,9 +159,44 @@ def test_recordings_are_looked_for_when_asked(tmp_path: Path) -> None:
     _download(tmp_path, [_changed(0), _changed(1, elsewhere)])
     (tmp_path / "absolute.flac").touch()
     assert run(_options(tmp_path)) == 0 and len(_cuts(tmp_path)) == 2
-    assert run(_options(tmp_path, check_audio=True)) == 3
+    assert run(_options(tmp_path, check_audio=True, max_missing=0.5)) == 3
     assert [cut.id for cut in _cuts(tmp_path)] == [f"{NAME}_1"]
     assert f"{tmp_path}/download/librilight/{NAME}.flac" in _summary(tmp_path)["skipped"][0]["error"]
+    audio = tmp_path / "download" / "librilight" / f"{NAME}.flac"
+    audio.parent.mkdir(parents=True)
+    audio.touch()
+    TOOL["_is_file"].cache_clear()
+    assert run(_options(tmp_path, check_audio=True, max_missing=0.5)) == 0  # what was missing is there
+    assert len(_cuts(tmp_path)) == 2
+
+
+def test_a_set_that_lacks_audio_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def in_part(part: str) -> Callable[[dict[str, Any]], Any]:
+        def change(row: dict[str, Any]) -> None:
+            row["id"] = row["id"].replace("small", part, 1)
+            row["recording"]["sources"][0]["source"] = f"download/librilight/{part}/1/b/c.flac"
+
+        return change
+
+    def lines(medium: int, large: int) -> list[bytes]:
+        parts = ["large"] * large + ["medium"] * medium + ["small"] * (1000 - large - medium)
+        return [_changed(number, in_part(part)) for number, part in enumerate(parts)]
+
+    audio = tmp_path / "download" / "librilight" / "small" / "1" / "b" / "c.flac"
+    audio.parent.mkdir(parents=True)
+    audio.touch()
+    checked = _options(tmp_path, subsets=("dev",), check_audio=True)
+    _download(tmp_path, lines(medium=4, large=1), "dev")
+    assert run(checked) == 3 and len(_cuts(tmp_path, "dev")) == 995
+    for medium, large, said in ((4, 2, "2 of large, 4 of medium"), (6, 0, "6 of medium")):
+        path = _download(tmp_path, lines(medium, large), "dev")
+        assert run(checked) == 2
+        error, where = capsys.readouterr().err, f"{tmp_path}/download/librilight"
+        assert f"error: dev: 6 of 1000 cuts (0.6 %) have no audio below {where}" in error
+        assert f"({said}); at most 0.5 % may be missing" in error
+        assert f"--subset {'large' if large else 'medium'}" in error
+        assert len(_cuts(tmp_path, "dev")) == 995 and path.is_file()  # what was there stays
+    assert run(dataclasses.replace(checked, max_missing=1.0)) == 3 and len(_cuts(tmp_path, "dev")) == 994
 
 
 def test_durations_subsets_and_what_is_kept(tmp_path: Path) -> None:
@@ -201,6 +236,7 @@ def test_wrong_options_are_refused(tmp_path: Path) -> None:
         ({"subsets": ()}, "subsets must name at least one subset"),
         ({"split": "a/b"}, "split must be a name without a slash, but is 'a/b'"),
         ({"min_duration": -1.0}, "min_duration must be at least 0, but is -1.0"),
+        ({"max_missing": 2.0}, "max_missing must lie in 0..1, but is 2.0"),
         ({"max_duration": 0.0}, r"max_duration must be above min_duration \(0.0\), but is 0.0"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -152,6 +152,38 @@ def test_a_download_goes_on_over_http_wherever_it_was_stopped(
         server.server_close()
 
 
+def test_an_archive_that_is_too_short_is_completed(mirror: Path, tmp_path: Path) -> None:
+    archive = tmp_path / "download" / "librilight" / "small.tar"
+    archive.parent.mkdir(parents=True)
+    whole = (mirror / "small.tar").read_bytes()
+    archive.write_bytes(whole[:-700])  # another program left it, under its final name
+    done = download(mirror, tmp_path / "download")
+    assert "small.tar is shorter than at the server: the rest is fetched" in done.stdout
+    assert archive.with_suffix(".tar.wrong").read_bytes() == whole  # but it is not Libri-Light's
+    archive.write_bytes(whole)
+    (mirror / "small.tar").unlink()
+    assert "must have the MD5 sum" in download(mirror, tmp_path / "download").stderr  # nothing was fetched
+
+
+def test_audio_that_is_there_is_not_fetched(mirror: Path, tmp_path: Path) -> None:
+    names = [f"small/1/b/{number}.flac" for number in range(3)]
+    rows = [{"recording": {"sources": [{"source": f"download/librilight/{name}"}]}} for name in names]
+    manifest = "".join(json.dumps(row) + "\n" for row in rows for _ in range(2))
+    (mirror / "libriheavy_cuts_small.jsonl.gz").write_bytes(gzip.compress(manifest.encode()))
+    to = tmp_path / "download"
+    (mirror / "small.tar").rename(tmp_path / "small.tar")
+    for name in names:
+        (to / "librilight" / name).parent.mkdir(parents=True, exist_ok=True)
+        (to / "librilight" / name).write_bytes(b"fLaC")
+    (to / "librilight" / names[1]).write_bytes(b"")
+    done = download(mirror, to)
+    assert done.returncode == 1 and "small lacks 1 recordings" in done.stdout
+    assert "cannot be fetched" in done.stderr
+    (to / "librilight" / names[1]).write_bytes(b"fLaC")
+    done = download(mirror, to)
+    assert done.returncode == 0 and "small is unpacked" in done.stdout
+
+
 def write_manifest(data: Path, split: str, rows: list[tuple[str, str, str]]) -> None:
     path = data / "manifests" / f"libriheavy_cuts_{split}.jsonl.gz"
     path.parent.mkdir(parents=True, exist_ok=True)

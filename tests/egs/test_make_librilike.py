@@ -128,15 +128,29 @@ def test_cuts_have_exactly_the_form_of_libriheavy(made: Path) -> None:
         assert shape(cut) == shape(REAL)
         supervision, recording = cut["supervisions"][0], cut["recording"]
         subset, speaker, book, chapter = recording["id"].split("/")
-        assert (subset, speaker) == ("small", supervision["speaker"]) and speaker.isdigit()
+        assert speaker == supervision["speaker"] and speaker.isdigit()
         assert re.fullmatch(re.escape(recording["id"]) + r"_\d+", cut["id"])
         assert supervision["id"] == cut["id"] and supervision["recording_id"] == recording["id"]
         assert recording["sources"][0]["source"] == f"download/librilight/{recording['id']}.flac"
         text_path = cut["custom"]["text_path"]
-        assert re.fullmatch(r"download/librilight_text/output_text_small_cleaned/[^/]+/text\.txt", text_path)
+        folder = f"download/librilight_text/output_text_{subset}_cleaned"
+        assert re.fullmatch(re.escape(folder) + r"/[^/]+/text\.txt", text_path)
         fixed = ("sampling_rate", "channel_ids")
         assert [recording[key] for key in fixed] == [REAL["recording"][key] for key in fixed]
         assert supervision["language"] == "English" and cut["type"] == "MonoCut"
+
+
+@speech
+def test_evaluation_sets_are_drawn_from_all_parts(made: Path, books: Path, tmp_path: Path) -> None:
+    def parts(folder: Path, name: str) -> set[str]:
+        return {cut["id"].partition("/")[0] for cut in cuts_of(folder, name)}
+
+    assert parts(made, "small") == {"small"}
+    assert all(parts(made, name) == {"large"} for name in SETS[1:])  # sets of one book
+    wanted = ["--hours", "0", "--dev-hours", "0.01", "--test-hours", "0", "--dev-books", "3"]
+    wanted += ["--min-minutes", "0.1", "--max-minutes", "0.25", "--mean-seconds", "4"]
+    assert main(["--text", str(books), "--out", str(tmp_path / "download"), *wanted]) == 0
+    assert parts(tmp_path, "dev") == {"small", "medium", "large"}
 
 
 @speech
@@ -209,7 +223,7 @@ def test_sets_that_nobody_asked_for_are_left_out(books: Path, tmp_path: Path) ->
     assert main(["--text", str(books), "--out", str(tmp_path), *wanted]) == 0
     names = [path.name for path in (tmp_path / "libriheavy").iterdir()]
     assert names == ["libriheavy_cuts_dev.jsonl.gz"]
-    assert [path.name for path in (tmp_path / "librilight").iterdir()] == ["medium"]
+    assert [path.name for path in (tmp_path / "librilight").iterdir()] == ["large"]
 
 
 @speech

@@ -57,17 +57,39 @@ def test_a_new_corpus_is_the_files_of_the_page(tmp_path: Path) -> None:
     llm = tiny.language_model(tmp_path / "llm", 3, pieces=False)
     environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
 
-    def run(*command: str) -> None:
+    def run(*command: str) -> str:
         done = subprocess.run(["bash", *command], cwd=recipe, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    def rows(exp: str = "exp") -> list[tuple[str, str, int]]:
+        content = json.loads((recipe / exp / "report" / "results.json").read_text())
+        return [(row["method"], row["test_set"], row["words"]) for row in content]
 
     run("prepare.sh", "--source", str(corpus), "--pieces", "40", "--workers", "1")
     run("train.sh")
     methods = "ctc-prefix,llm-delayed-shortest-ahead"
-    run("decode.sh", "--llm", str(llm), "--methods", methods, "--confirm", "2")
-    rows = json.loads((recipe / "exp" / "report" / "results.json").read_text())
-    assert [(row["method"], row["test_set"], row["words"]) for row in rows] == [
-        (method, "test", sum(len(line.split()) for line in tiny.LINES[:3])) for method in methods.split(",")
-    ]
+    decode = ("decode.sh", "--methods", methods, "--confirm", "2", "--llm")
+    run(*decode, str(llm))
+    words = sum(len(line.split()) for line in tiny.LINES[:3])
+    assert rows() == [(method, "test", words) for method in methods.split(",")]
     weights = yaml.safe_load((recipe / "exp" / "weights.yaml").read_text())["weights"]
     assert list(weights) == ["llm-delayed-shortest-ahead"]
+
+    other = tiny.language_model(tmp_path / "other-llm", 4, pieces=False)
+    said = run(*decode, str(other))
+    assert "stage 0: tune-decode, again" in said and "stage 2: decode, again" in said
+    for folder, used in (("decode.1", llm), ("decode", other)):
+        record = json.loads((recipe / "exp" / folder / "run.json").read_text())
+        assert record["options"]["llm"]["path"] == str(used)
+    said = run(*decode, str(other), "--methods", "ctc-greedy")  # beside the rows that are there
+    assert "stage 0 (tune-decode) is done" in said
+    assert {row[0] for row in rows()} == {"ctc-greedy", *methods.split(",")}
+
+    tiny.hugging_face_ctc(tmp_path / "wav2vec2")
+    said = run("decode.sh", "--llm", str(llm), "--emissions", str(tmp_path / "wav2vec2"), "--emissions-kind",
+               "huggingface", "--exp-dir", "exp-hf", "--confirm", "0")  # fmt: skip
+    assert "attention-rescoring is left out" in said and "methods with nlm are left out" in said
+    left = [row[0] for row in rows("exp-hf")]
+    assert {"ctc-prefix", "llm-nbest-rescoring", "llm-delayed-shortest"} <= set(left)
+    assert not [name for name in left if "attention" in name or "nlm" in name or "ngram" in name]

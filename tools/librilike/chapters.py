@@ -77,9 +77,10 @@ class Chapter:
 
 @dataclass
 class _Reading:
-    """A book that is being read, and by whom."""
+    """A book that is being read, in which subset, and by whom."""
 
     path: Path
+    subset: str
     book: Optional[Book] = None
     recordings: int = 0
     speaker: str = ""
@@ -97,7 +98,7 @@ class Planner:
 
     Args:
         name: of the set.
-        subset: of Libri-Light: the folder of the recordings.
+        subsets: of Libri-Light: the folders of the recordings, which the books take in turn.
         books: text files; they are read in an order that depends on the seed.
         speakers: who may read.
         first_speaker: number of the first reader.
@@ -107,14 +108,15 @@ class Planner:
     """
 
     def __init__(
-        self, name: str, subset: str, books: Sequence[Path], speakers: Speakers, first_speaker: int,
-        sizes: Sizes, seed: int, keep_text: Callable[[str, bytes], None],
+        self, name: str, subsets: Sequence[str], books: Sequence[Path], speakers: Speakers,
+        first_speaker: int, sizes: Sizes, seed: int, keep_text: Callable[[str, bytes], None],
     ) -> None:  # fmt: skip
-        self.name, self.subset, self.sizes, self.seed = name, subset, sizes, seed
+        self.name, self.sizes, self.seed = name, sizes, seed
         self._speakers, self._keep_text = speakers, keep_text
         self._numbers = map(str, itertools.count(first_speaker))
         self._rng = self._chance(name)
-        self._queue = deque(_Reading(books[index]) for index in self._rng.permutation(len(books)))
+        order = zip(self._rng.permutation(len(books)), itertools.cycle(subsets))
+        self._queue = deque(_Reading(books[index], subset) for index, subset in order)
 
     def chapters(self, seconds: float) -> Iterator[Chapter]:
         """Yield chapters until they will have so much speech.
@@ -151,7 +153,7 @@ class Planner:
 
     def _read(self, reading: _Reading, seconds: float) -> Optional[Chapter]:
         title = title_of(reading.path)
-        text_path = f"librilight_text/output_text_{self.subset}_cleaned/{title}/text.txt"
+        text_path = f"librilight_text/output_text_{reading.subset}_cleaned/{title}/text.txt"
         if reading.book is None:
             low, high = _MAX_CHARACTERS
             reading.book = Book(reading.path, int(min(high, max(low, 9 * self.sizes.max_seconds))))
@@ -159,7 +161,7 @@ class Planner:
         if reading.recordings % self.sizes.recordings_per_speaker == 0:
             reading.speaker = next(self._numbers)
         slug = re.sub(r"[^a-z0-9]+", "_", title.lower()).strip("_")
-        folder = f"{self.subset}/{reading.speaker}/{slug}_librilike"
+        folder = f"{reading.subset}/{reading.speaker}/{slug}_librilike"
         recording = f"{folder}/{reading.recordings + 1:02d}_{slug}"
         voice = self._speakers.draw(self._chance(self.name, reading.speaker))
         rate = CHARACTERS_PER_SECOND * voice.speed

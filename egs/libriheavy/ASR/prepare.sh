@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Make all data of the LibriHeavy recipe: audio, manifests, features, pieces, LM text.
 #
-#   bash prepare.sh --subset medium                    # downloads what is missing; small, medium or large
+#   bash prepare.sh --subset medium                    # trains on small or medium or large; downloads what is missing
 #   bash prepare.sh --subset large --stage 3 --stop-stage 3 --start 0 --stop 500   # one machine's share of features
 #   bash prepare.sh --config tiny                      # smoke test, on a stand-in that it makes itself
 #   bash prepare.sh --config standin --books DIR       # 20 h of stand-in, from a folder of UTF-8 books
@@ -9,7 +9,10 @@
 # Stages: 0 download, 1 manifests (text as --text says: upper, lower or cased), 2 pieces (BPE), 3 features of
 # dev, the test sets and train, 4 LM text of the NLM (training transcripts without the books of dev and test).
 # Every stage can be killed and run again: finished shards are kept. A finished stage leaves a .done mark in
-# --data-dir and is skipped; remove the mark to run it again. --config is "full" or a folder of conf/.
+# --data-dir, which lists its options, and is skipped; with other options it runs again. Remove the mark to run it
+# again with the same ones. --config is "full" or a folder of conf/.
+# The audio of dev and of the test sets is in all three parts of Libri-Light. Stage 1 refuses an evaluation set of
+# which more than --max-missing (0.005) of the cuts have none: fetch the parts that it names by local/download.sh.
 # --bpe FILE takes the pieces of another model, which train.sh can then begin with (--acoustic "--init MODEL").
 # --noise DIR (MUSAN's folder, say; its speech is left out) makes features of noise, which train.sh then mixes in;
 # --musan yes fetches MUSAN (11 GB) for that. --backend kaldifeat --device cuda computes features on a GPU (tools/install_kaldifeat.sh).
@@ -26,6 +29,7 @@ subset=small
 form=lower
 books=
 musan=no
+max_missing=0.005
 
 while [ $# -gt 0 ]; do
   data_option "$@"
@@ -35,6 +39,7 @@ while [ $# -gt 0 ]; do
     --subset) subset=$2 ;;
     --text) form=$2 ;;
     --musan) musan=$2 ;;
+    --max-missing) max_missing=$2 ;;
     --books) books=$(absolute "$2") ;;
     *) unknown_option "$1" ;;
   esac
@@ -78,6 +83,7 @@ stand_in() { # a corpus of other configurations than "full": conf/*/librilike.ya
     --workers "$workers"
 }
 
+depends subset "$subset of $download${books:+, books of $books}"
 if wanted 0 download; then
   if [ "$config" = full ]; then
     bash local/download.sh --to "$download" --subset "$subset" --musan "$musan"
@@ -89,10 +95,14 @@ fi
 if [ "$musan" = yes ] && [ "$stage" -le 0 ] && [ ! -f "$download/.musan.unpacked" ]; then
   bash local/download.sh --to "$download" --subset "$subset" --musan yes # what is there stays
 fi
+depends text "$form"
+depends max_missing "$max_missing"
 if wanted 1 manifests; then
-  cuts_of() { tolerate_skips "$python" local/libriheavy_cuts.py --download "$download" --data_dir "$data_dir" --text "$form" "$@"; }
+  cuts_of() {
+    tolerate_skips "$python" local/libriheavy_cuts.py --download "$download" --data_dir "$data_dir" --text "$form" "$@"
+  }
   # shellcheck disable=SC2086 # several names
-  cuts_of --subsets dev $test_sets --check_audio true
+  cuts_of --subsets dev $test_sets --check_audio true --max_missing "$max_missing"
   # shellcheck disable=SC2086
   cuts_of --subsets $parts --split train --pre_text false --min_duration 1 --max_duration 30
   finish manifests

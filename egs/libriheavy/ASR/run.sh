@@ -5,7 +5,7 @@
 #   bash run.sh --config tiny          # smoke test on a stand-in: minutes on 2 cores
 #   bash run.sh --config standin --books DIR     # 20 h of stand-in, MiniBooks' model sizes: hours on 2 cores
 #
-# --config, --data-dir and --exp-dir go to all three scripts; --subset, --download and --books to prepare.sh;
+# --config, --data-dir and --exp-dir go to all three scripts; --subset, --max-missing, --download and --books to prepare.sh;
 # --world-size to train.sh and decode.sh; --llm, --device and --limit to decode.sh. On a stand-in the LLM is
 # MiniBooks' shipped one. Every stage can be killed and run again.
 set -euo pipefail
@@ -21,7 +21,7 @@ while [ $# -gt 0 ]; do
   common_option "$@"
   if [ "$taken" -gt 0 ]; then shift "$taken"; continue; fi
   case "$1" in
-    --subset) prepare+=("$1" "$2") ;;
+    --subset | --max-missing) prepare+=("$1" "$2") ;;
     --download | --books) prepare+=("$1" "$(absolute "$2")") ;;
     --world-size) train+=("$1" "$2") decode+=("$1" "$2") ;;
     --device | --limit) decode+=("$1" "$2") ;;

@@ -15,7 +15,8 @@
 #
 # Stages: 0 books to utterances, 1 which of them are spoken, 2 vocabularies, 3 speech, 4 features, 5 LM text.
 # Every stage can be killed and run again: finished shards are kept. A finished stage leaves a .done mark in
-# --data-dir and is skipped; remove the mark to run it again. --config is "full" or a folder of conf/.
+# --data-dir, which lists its options, and is skipped; with other options it runs again. Remove the mark to run it
+# again with the same ones. --config is "full" or a folder of conf/.
 # Exit code 3: done, but some audio files were skipped (they are listed). Books that could not be downloaded
 # stop stage 0: run it again to fetch the rest.
 # Speech needs eSpeak NG (GPL-3): pip install espeakng-loader.
@@ -32,7 +33,7 @@ while [ $# -gt 0 ]; do
   if [ "$taken" -gt 0 ]; then shift "$taken"; continue; fi
   case "$1" in
     --text) text=$(absolute "$2"); shift 2 ;;
-    --workers) workers=$2; shift 2 ;;
+    --workers) workers=$(number "$1" "$2"); shift 2 ;;
     *) unknown_option "$1" ;;
   esac
 done
@@ -75,6 +76,7 @@ find_books() { # sets $text where --text was not given
   fi
 }
 
+depends text "${text:-the default books}"
 if wanted 0 text; then
   find_books
   run_job prepare-text --text "$text" --workers "$workers"

@@ -3,8 +3,11 @@
 #
 #   bash local/download.sh --to download --subset small    # 509 h, 35 GB (and 1 GB of manifests)
 #   bash local/download.sh --to download --subset medium   # small and medium: 5,551 h, 356 GB
-#   bash local/download.sh --to download --subset large    # all: 56,345 h, 3.4 TB
+#   bash local/download.sh --to download --subset large    # all: 56,345 h, 3.4 TB (6.1 TB while unpacking)
 #
+# Dev and the test sets are drawn from all three parts: their audio needs --subset large. What is there is taken and
+# not fetched again: a part of which --to/librilight has all recordings that the manifest names, and an archive that
+# is as large as the server's; of a shorter one the rest is fetched.
 # Audio: --to/librilight/SUBSET/SPEAKER/BOOK/CHAPTER.flac; manifests: --to/libriheavy/libriheavy_cuts_*.jsonl.gz.
 # Archives are checked against the MD5 sums that Libri-Light publishes and removed once they are unpacked
 # (--keep yes keeps them). --musan yes fetches MUSAN too (noise and music, 11 GB; no sums are published), to
@@ -57,7 +60,11 @@ md5_of() { # of data_preparation/README.md in facebookresearch/libri-light
 
 fetch() { # address, file: goes on where an earlier try ended; the file has its name only when it is whole
   local status=0 answer
-  if [ -f "$2" ]; then return; fi
+  if [ -f "$2" ]; then
+    if [ "$(size_of "$2")" -ge "$(size_at "$1")" ]; then return; fi
+    echo "$2 is shorter than at the server: the rest is fetched"
+    mv "$2" "$2.part"
+  fi
   echo "fetching $1"
   mkdir -p "$(dirname "$2")"
   answer=$(get "$1" "$2.part") || status=$?
@@ -74,6 +81,13 @@ fetch() { # address, file: goes on where an earlier try ended; the file has its 
   mv "$2.part" "$2"
 }
 
+size_of() { wc -c <"$1" | tr -d ' '; } # file: bytes
+
+size_at() { # address: bytes, or 0 where the server does not tell
+  curl --silent --fail --location --head "$1" |
+    awk 'tolower($1) == "content-length:" { size = $2 + 0 } END { printf "%.0f\n", size }' || true
+}
+
 get() { # address, file: appends what is missing; prints the status of HTTP
   curl --fail --location --retry 5 --continue-at - --output "$2" --write-out '%{http_code}' "$1"
 }
@@ -87,10 +101,21 @@ for part in $parts dev test_clean test_other test_clean_large test_other_large; 
   }
 done
 
+lacking() { # part: how many recordings of its manifest are not in --to/librilight, or are empty
+  gzip --decompress --stdout "$to/libriheavy/libriheavy_cuts_$1.jsonl.gz" |
+    awk 'match($0, /"source": *"[^"]*"/) { path = substr($0, RSTART, RLENGTH); gsub(/^"source": *"|"$/, "", path)
+      if (path != last) print last = path }' |
+    while IFS= read -r path; do if [ ! -s "$to/${path#download/}" ]; then echo; fi; done | wc -l | tr -d ' '
+}
+
 for part in $parts; do
   mark=$to/librilight/.$part.unpacked
-  if [ -f "$mark" ]; then echo "$part is unpacked"; continue; fi
   archive=$to/librilight/$part.tar
+  if [ ! -f "$mark" ] && [ ! -f "$archive" ] && [ -d "$to/librilight/$part" ]; then
+    number=$(lacking "$part")
+    if [ "$number" -eq 0 ]; then touch "$mark"; else echo "$part lacks $number recordings"; fi
+  fi
+  if [ -f "$mark" ]; then echo "$part is unpacked"; continue; fi
   fetch "$audio_url/$part.tar" "$archive"
   echo "checking $archive"
   sum=$(md5sum "$archive" | cut -d ' ' -f 1)

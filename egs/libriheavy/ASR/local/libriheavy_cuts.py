@@ -11,11 +11,12 @@ A finished manifest whose inputs and options are the same is not written again.
 A line that is no JSON or lacks a key, an empty text, a cut that reaches beyond its recording, a cut whose id
 an earlier one of the split has and, with --check_audio true, a recording that is not there are skipped;
 libriheavy_cuts_SPLIT.json beside the manifest counts them and has path, line, id and reason of the first
-1,000. A file that was cut short is no line to skip
-but a failed download: its readable cuts are kept in libriheavy_cuts_SPLIT.incomplete.jsonl.gz, which no stage
-takes for a manifest, and the exit code is 2.
+1,000. A split that lacks the audio of more than --max_missing of its cuts is refused: the evaluation sets are
+drawn from all three parts of Libri-Light. A file that was cut short is no line to skip but a failed download:
+its readable cuts are kept in libriheavy_cuts_SPLIT.incomplete.jsonl.gz, which no stage takes for a manifest.
 
-Exit codes: 0 done; 2 refused (a wrong option, a file that is missing or was cut short); 3 lines were skipped.
+Exit codes: 0 done; 2 refused (a wrong option, a file that is missing or was cut short, too much audio that is
+missing); 3 lines were skipped.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from icefall_fusion.data.manifests import SeenIds, cuts_path, join_lines
 from icefall_fusion.text.normalizer import normalize
 
 CORPUS = "libriheavy"
+PARTS = ("small", "medium", "large")  # of Libri-Light
 FORMS = ("upper", "lower", "cased")
 REFUSED, SKIPPED_SOME = 2, 3
 PREFIX = "download/"  # of all paths in the manifests: what --download stands for
@@ -63,6 +65,8 @@ class LibriheavyCutsOptions:
         pre_text: keep what is printed before each cut, a prompt for LLMs. It is most of a manifest, and
             training does without.
         check_audio: skip cuts whose recording is not there.
+        max_missing: with check_audio, the largest share of a split's cuts, 0 to 1, that may be skipped for
+            this. A WER of what is left would be of another set.
     """
 
     subsets: tuple[str, ...] = ("dev", "test_clean", "test_other", "small")
@@ -74,6 +78,7 @@ class LibriheavyCutsOptions:
     max_duration: Optional[float] = None
     pre_text: bool = True
     check_audio: bool = False
+    max_missing: float = 0.005
 
     def __post_init__(self) -> None:
         name = type(self).__name__
@@ -81,6 +86,7 @@ class LibriheavyCutsOptions:
         check("/" not in self.split, f"{name}.split", "be a name without a slash", self.split)
         check_choice(self.text, FORMS, f"{name}.text")
         check(self.min_duration >= 0, f"{name}.min_duration", "be at least 0", self.min_duration)
+        check(0 <= self.max_missing <= 1, f"{name}.max_missing", "lie in 0..1", self.max_missing)
         longest, rule = self.max_duration, f"be above min_duration ({self.min_duration})"
         check(longest is None or longest > self.min_duration, f"{name}.max_duration", rule, longest)
 
@@ -102,12 +108,16 @@ class Counts:
     too_long: int = 0
     skipped_count: int = 0
     skipped_as: dict[str, int] = field(default_factory=dict)
+    missing_audio: dict[str, int] = field(default_factory=dict)  # cuts, by part of Libri-Light
     skipped: list[dict[str, Any]] = field(default_factory=list)
 
     def skip(self, path: Path, number: int, id: Any, error: LineError) -> None:
         """Count, list and print a line that cannot be used."""
         self.skipped_count += 1
         self.skipped_as[error.kind] = self.skipped_as.get(error.kind, 0) + 1
+        if error.kind == "audio":
+            part = str(id).partition("/")[0]
+            self.missing_audio[part] = self.missing_audio.get(part, 0) + 1
         if len(self.skipped) < LISTED:
             entry = {"path": str(path), "line": number, "id": id, "kind": error.kind, "error": str(error)}
             self.skipped.append(entry)
@@ -150,7 +160,8 @@ def write_split(options: LibriheavyCutsOptions, split: str, paths: list[Path]) -
     }
     if target.is_file() and summary_path.is_file():
         summary = json.loads(summary_path.read_text(encoding="utf-8"))
-        if {name: summary.get(name) for name in made_from} == made_from:
+        same = {name: summary.get(name) for name in made_from} == made_from
+        if same and not summary.get("missing_audio"):  # it may be there by now
             print(f"{split}: already there, {target}")
             return SKIPPED_SOME if summary["skipped_count"] else 0
     counts, broken = Counts(), []
@@ -160,11 +171,28 @@ def write_split(options: LibriheavyCutsOptions, split: str, paths: list[Path]) -
         print(f"error: {broken[0]}: download it again", file=sys.stderr)
         print(f"{split}: no manifest; {totals['utterances']} cuts are kept in {partial}", file=sys.stderr)
         return REFUSED
+    missing = sum(counts.missing_audio.values())
+    if missing > options.max_missing * counts.lines:
+        print(f"error: {split}: {_what_is_missing(options, counts)}", file=sys.stderr)
+        partial.unlink()
+        return REFUSED
     os.replace(partial, target)
     write_json(summary_path, {**totals, **asdict(counts), **made_from})
     left_out = f"{counts.too_short} too short, {counts.too_long} too long, {counts.skipped_count} skipped"
     print(f"{split}: {totals['hours']:.2f} h, {totals['utterances']} cuts, {left_out} -> {target}")
     return SKIPPED_SOME if counts.skipped_count else 0
+
+
+def _what_is_missing(options: LibriheavyCutsOptions, counts: Counts) -> str:
+    missing = counts.missing_audio
+    share = 100 * sum(missing.values()) / counts.lines
+    parts = ", ".join(f"{count} of {part}" for part, count in missing.items())
+    largest = next((part for part in reversed(PARTS) if part in missing), PARTS[-1])
+    return (
+        f"{sum(missing.values())} of {counts.lines} cuts ({share:.1f} %) have no audio below "
+        f"{options.download}/librilight ({parts}); at most {100 * options.max_missing:g} % may be missing "
+        f"(max_missing). Fetch it: bash local/download.sh --to {options.download} --subset {largest}"
+    )
 
 
 def convert_files(

@@ -1,0 +1,179 @@
+# shellcheck shell=bash disable=SC2034,SC2154 # variables of who sources it
+# What the decode.sh of every recipe does: decode dev, tune, decode the test sets, report. Source it after stages.sh
+# and models.sh; it runs nothing.
+
+methods=all
+device=cpu
+limit=0
+confirm=64
+emissions=        # the user's acoustic model; empty: that of $pretrained_dir
+emissions_tokens= # its bpe.model or the folder of it, where it is not beside the model
+emissions_kind=auto
+llm=              # folder or name on the hub; empty: that of $pretrained_dir
+matched_llm=      # an LLM over the acoustic pieces; empty: that of $pretrained_dir
+llm_options=()    # further options of the LLM
+attention=        # whether the acoustic model has an attention decoder
+scoring=()        # how the test sets are scored
+models=()         # options of decode that name models
+with_k2=true      # whether to add the rows of k2, where the recipe sources k2.sh
+
+decode_option() { # as common_option
+  model_option "$@"
+  if [ "$taken" -gt 0 ]; then return; fi
+  taken=2
+  case "$1" in
+    --methods) methods=$2 ;;
+    --device) device=$2 ;;
+    --limit) limit=$(number "$1" "$2") ;;     # utterances of each set to decode; 0: all
+    --confirm) confirm=$(number "$1" "$2") ;; # utterances of dev that tuning decodes; 0: it takes N-best lists alone
+    --test-sets) test_sets=$2 ;;
+    --printed-wer) scoring=(--printed_wer "$2") ;;
+    --k2) if declare -F k2_stages >/dev/null; then with_k2=$2; else taken=0; fi ;;
+    --emissions) emissions=$(path_or_name "$2") ;;
+    --emissions-tokens) emissions_tokens=$(absolute "$2") ;;
+    --emissions-kind) emissions_kind=$2 ;;
+    --llm) llm=$(path_or_name "$2") ;;
+    --matched-llm) matched_llm=$(path_or_name "$2") ;;
+    --llm-text) llm_options+=(--llm.text "$2") ;;
+    --llm-context) llm_options+=(--llm.context "$2") ;;
+    --llm-quantization) llm_options+=(--llm.quantization "$2") ;;
+    --llm-device-map) llm_options+=(--llm.device_map "$2") ;;
+    *) taken=0 ;;
+  esac
+}
+
+# All of a decode.sh: takes the options, names the models, runs the stages, ends the script. $corpus, $dev_set,
+# $test_sets and $stop_stage are set. $published is a folder of models for those who have not trained any.
+decode_recipe() {
+  local given
+  while [ $# -gt 0 ]; do
+    decode_option "$@"
+    if [ "$taken" -eq 0 ]; then unknown_option "$1"; fi
+    shift "$taken"
+  done
+  cd "$here" || exit
+  set_folders
+  marks=$exp_dir
+  given=$pretrained_dir
+  pretrained_dir=${pretrained_dir:-$exp_dir/pretrained}
+  if [ -z "$given" ] && [ "$config" = full ] && [ ! -d "$pretrained_dir" ]; then
+    pretrained_dir=${published:-$pretrained_dir}
+  fi
+  log "models of $pretrained_dir"
+  name_models "$given"
+  decode_stages
+  exit "$skipped"
+}
+
+# Sets $models and $scores (second passes but that of the attention decoder) from the models that are there.
+name_models() { # --pretrained-dir: with --emissions only then its LMs over acoustic pieces are taken
+  local name path own=yes
+  if [ -n "$emissions" ] && [ -z "$1" ]; then own=no; fi
+  emissions=${emissions:-$pretrained_dir/ctc_aed}
+  if [ -z "$llm" ] && [ -d "$pretrained_dir/llm" ]; then llm=$pretrained_dir/llm; fi
+  if [ -z "$llm" ]; then
+    echo "$script: --llm must name a language model (see --help)" >&2
+    exit 2
+  fi
+  models=(--emissions.model "$emissions" --emissions.kind "$emissions_kind")
+  if [ -n "$emissions_tokens" ]; then models+=(--emissions.tokens "$emissions_tokens"); fi
+  models+=(--llm.path "$llm" ${llm_options[@]+"${llm_options[@]}"})
+  scores="llm-nbest-rescoring"
+  path=$pretrained_dir/matched_llm
+  if [ -z "$matched_llm" ] && [ "$own" = yes ] && [ -d "$path" ]; then matched_llm=$path; fi
+  if [ -n "$matched_llm" ]; then
+    models+=(--matched_llm.path "$matched_llm")
+    scores+=+matched-nbest-rescoring
+  fi
+  for name in nlm ngram; do
+    path=$pretrained_dir/nlm
+    if [ "$name" = ngram ]; then path=$pretrained_dir/ngram.arpa.gz; fi
+    if [ "$own" = no ]; then
+      log "methods with $name are left out: with --emissions, --pretrained-dir must name LMs over its pieces"
+    elif [ -e "$path" ]; then
+      models+=("--$name.path" "$path")
+      scores+=+$name-nbest-rescoring
+    else
+      log "methods with $name are left out: there is no $path (train.sh makes it)"
+    fi
+  done
+}
+
+find_attention() { # sets $attention, yes or no: whether the acoustic model, which is loaded for it, has such a decoder
+  if [ -n "$attention" ]; then return; fi
+  attention=$("$python" -c '
+import sys
+from icefall_fusion.acoustic.sources import EmissionOptions, open_source
+try:
+    print("no" if open_source(EmissionOptions(*sys.argv[1:])).model is None else "yes")
+except (ValueError, OSError) as error:
+    sys.exit(f"error: {error}")' "$emissions" "$emissions_kind" "$emissions_tokens") || exit 2
+  if [ "$attention" = yes ]; then
+    scores=attention-rescoring+$scores
+  else
+    log "attention-rescoring is left out: $emissions has no attention decoder"
+  fi
+}
+
+cuts() { echo "$data_dir/fbank/${corpus}_cuts_$1.jsonl.gz"; }
+
+decode_job() { # output folder, options: by all processes; what was skipped is told by exit code or run.json
+  local out=$1
+  shift
+  tolerate_skips launch decode --config "$conf_file" "${models[@]}" --limit "$limit" --out "$out" "$@"
+  if ! grep -q '"skipped": \[\]' "$out/run.json"; then skipped=3; fi
+}
+
+confirm_in() { # folder, options of decode: sets $confirmation, options of tune, so that it decodes as stage 2 does
+  local folder=$1 option
+  shift
+  confirmation=()
+  if [ "$confirm" -eq 0 ]; then return; fi
+  { echo "confirm:"; sed 's/^/  /' "$conf_file"; } >"$folder/confirm.yaml"
+  confirmation=(--config "$folder/confirm.yaml")
+  for option in "$@"; do confirmation+=("${option/#--/--confirm.}"); done
+  confirmation+=(--confirm.test_sets "{$dev_set: $(cuts "$dev_set")}" --confirm.limit "$confirm")
+  confirmation+=(--confirm.out "$folder")
+}
+
+decode_stages() {
+  local weights=$exp_dir/weights.yaml tuning=$exp_dir/tune sets=() name
+  conf_file=$conf/decode.yaml
+  [ -f "$conf_file" ] || conf_file=conf/decode.yaml
+  mkdir -p "$exp_dir"
+  depends data "$data_dir $(sum_of "$data_dir/.features.done")"
+  depends training "$(sum_of "$(dirname "$pretrained_dir")/.export.done")"
+  depends models "${models[@]}"
+  depends limit "$limit"
+  models+=(--emissions.device "$device")
+  # One search without LM, a wide beam, and every source's score of every hypothesis.
+  if wanted 0 tune-decode; then
+    if [ -n "$changed" ]; then set_aside "$tuning"; fi
+    find_attention
+    decode_job "$tuning" "--test_sets.$dev_set" "$(cuts "$dev_set")" --methods "$scores" --search.beam 20
+    finish tune-decode
+  fi
+  depends confirm "$confirm"
+  depends methods "$methods"
+  if wanted 1 tune; then
+    find_attention
+    confirm_in "$tuning" "${models[@]}"
+    job tune --nbest "[$tuning/nbest-$dev_set-$scores.jsonl]" --ref "$(cuts "$dev_set")" --methods "$methods" \
+      --out "$weights" ${confirmation[@]+"${confirmation[@]}"}
+    finish tune
+  fi
+  depends test_sets "$test_sets"
+  depends scoring ${scoring[@]+"${scoring[@]}"}
+  if wanted 2 decode; then
+    if grep -qvE '^((methods|test_sets|scoring|tune): .*)?$' <<<"$changed"; then set_aside "$exp_dir/decode"; fi
+    for name in $test_sets; do sets+=("--test_sets.$name" "$(cuts "$name")"); done
+    decode_job "$exp_dir/decode" "${sets[@]}" --methods "$methods" --weights "$weights" ${scoring[@]+"${scoring[@]}"}
+    finish decode
+  fi
+  if declare -F k2_stages >/dev/null && [ "$with_k2" = true ]; then k2_stages 2; fi
+  if wanted 3 report; then
+    job report --runs "[$exp_dir/decode]" --out "$exp_dir/report"
+    finish report
+  fi
+  log "finished: $exp_dir"
+}
