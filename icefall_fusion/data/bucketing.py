@@ -1,9 +1,10 @@
 """Knows: batches of like duration from the lines of a manifest, in lhotse's order, resumable at once.
 Must not know: JSON of cuts, features, audio, models.
 
-`Epoch` gives what lhotse's DynamicBucketingSampler gives (shuffled, the same bucket for all processes; a test
-compares them), but holds lines instead of cuts, which is 3 to 5 times as fast, and can say where it is in a
-few numbers: lhotse's own resumes by making all batches of the epoch once more.
+`Epoch` makes the batches of lhotse's DynamicBucketingSampler from the same cuts (shuffled, the same bucket
+for all processes; a test compares them). It holds lines instead of cuts, which is 3 to 5 times as fast. Its
+position is a few numbers: lhotse's own resumes by making all batches of the epoch once more. Unlike lhotse's,
+epochs differ in the order of buckets and in the order in which the manifest is read.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ from icefall_fusion.common.checks import check
 from icefall_fusion.common.files import fingerprint
 from icefall_fusion.data.cut_lines import CutLine, cut_line, read_cut_lines, read_lines
 
-BUFFER = 20_000  # cuts held in all buckets together, as lhotse does
 BINS_FROM = 10_000  # cuts, the first ones, whose durations part the buckets
 SNAPSHOT_EVERY = 500  # groups of batches; to resume, fewer than these are made once more
-_BUCKET_SEED = 1234  # of lhotse's choice of buckets, which all processes share
+BLOCK = 100  # lines of the manifest that stay together when it is shuffled
+_BUCKET_SEED = 1234  # of lhotse's choice of buckets, which all processes share; seed and epoch are added
 Group = list[list[CutLine]]
 
 
@@ -45,6 +46,7 @@ class Rules:
         max_duration: seconds of audio in a batch, padding included.
         num_buckets: groups of like duration.
         seed: of the order.
+        buffer: cuts held in all buckets together, from which batches are drawn.
         world: processes that share the batches: each group has one for every process.
     """
 
@@ -53,6 +55,7 @@ class Rules:
     max_duration: float
     num_buckets: int
     seed: int
+    buffer: int = 20_000  # as lhotse's
     world: int = 1
 
     def key(self, manifest: Path) -> str:
@@ -68,6 +71,24 @@ def process() -> tuple[int, int]:
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
+
+
+def epoch_lines(manifest: Path, seed: int, epoch: int) -> Iterator[tuple[int, bytes]]:
+    """Yield (number, line) of a manifest in the order of an epoch; nothing is held in memory.
+
+    Epoch 0 has the order of the file. Later ones read it twice: by lot, each block of lines has its turn in
+    the first or in the second pass.
+    """
+    if epoch == 0:
+        yield from read_lines(manifest)
+        return
+    for turn in (0, 1):
+        chance = random.Random(f"{seed} {epoch}")  # both passes draw the same
+        for number, line in read_lines(manifest):
+            if number % BLOCK == 1:
+                drawn = chance.randrange(2)
+            if drawn == turn:
+                yield number, line
 
 
 class Epoch:
@@ -89,12 +110,13 @@ class Epoch:
         self._manifest, self._rules = manifest, rules
         self._bins = self._find_bins()
         self._buckets: list[list[CutLine]] = [[] for _ in range(len(self._bins) + 1)]
-        self._rng, self._bucket_rng = random.Random(rules.seed + epoch), random.Random(_BUCKET_SEED)
+        self._rng = random.Random(rules.seed + epoch)
+        self._bucket_rng = random.Random(_BUCKET_SEED + rules.seed + epoch)
+        self._lines = epoch_lines(manifest, rules.seed, epoch)
         self._chosen, self._uses = 0, rules.world  # used up: the first batch chooses anew
         self.groups, self._read = 0, 0
         if position is None:
-            self._lines = filter(self._is_kept, read_cut_lines(manifest))
-            self._fill(BUFFER)
+            self._fill(rules.buffer)
         else:
             self._go_to(position)
 
@@ -128,14 +150,11 @@ class Epoch:
         for rng, state in zip((self._rng, self._bucket_rng), position["rng"]):
             rng.setstate((random.Random.VERSION, tuple(state), None))
         wanted = {number for bucket in position["buckets"] for number in bucket}
-        held, lines = {}, read_lines(self._manifest)
-        for number, line in itertools.islice(lines, self._read):
+        held = {}
+        for number, line in itertools.islice(self._lines, self._read):
             if number in wanted:
                 held[number] = cut_line(number, line, self._manifest)
         self._buckets = [[held[number] for number in bucket] for bucket in position["buckets"]]
-        self._lines = filter(
-            self._is_kept, (cut_line(number, line, self._manifest) for number, line in lines)
-        )
 
     def _is_kept(self, cut: CutLine) -> bool:
         return self._rules.shortest <= cut.duration <= self._rules.longest
@@ -150,9 +169,12 @@ class Epoch:
         return [float(bin) for bin in estimate_duration_buckets(first, rules.num_buckets, constraint)]
 
     def _fill(self, count: int) -> None:
-        for cut in itertools.islice(self._lines, count):
-            self._buckets[bisect_left(self._bins, cut.duration)].append(cut)
-            self._read = cut.number
+        while count > 0 and (line := next(self._lines, None)) is not None:
+            self._read += 1
+            cut = cut_line(*line, self._manifest)
+            if self._is_kept(cut):
+                self._buckets[bisect_left(self._bins, cut.duration)].append(cut)
+                count -= 1
 
     def _next_batch(self) -> list[CutLine]:
         """Take a batch from a bucket that has enough for one or else any; fill up what was taken."""

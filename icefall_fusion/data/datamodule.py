@@ -42,6 +42,7 @@ class DataOptions:
         max_duration: seconds of audio in a training batch.
         eval_duration: seconds of audio, padding included, in an evaluation batch.
         num_buckets: groups of like duration, from each of which batches are made.
+        buffer: training utterances that are shuffled at a time, in all buckets together.
         min_seconds: shorter training utterances are left out.
         max_seconds: longer training utterances are left out.
         workers: processes that load features; 0 loads in the main process. Batches do not depend on it.
@@ -66,6 +67,7 @@ class DataOptions:
     max_duration: float = 200.0
     eval_duration: float = 200.0
     num_buckets: int = 20
+    buffer: int = 20_000
     min_seconds: float = 1.0
     max_seconds: float = 25.0
     workers: int = 1
@@ -91,6 +93,7 @@ class DataOptions:
         for name in ("min_seconds", "workers", "time_warp", "feature_masks", "frame_masks"):
             check(getattr(self, name) >= 0, f"DataOptions.{name}", "be at least 0", getattr(self, name))
         check(self.num_buckets >= 2, "DataOptions.num_buckets", "be at least 2", self.num_buckets)
+        check(self.buffer >= 1, "DataOptions.buffer", "be at least 1", self.buffer)
         check(self.prefetch >= 1, "DataOptions.prefetch", "be at least 1", self.prefetch)
         for name in ("frame_mask_fraction", "spec_augment_share", "noise_share"):
             check(0 <= getattr(self, name) <= 1, f"DataOptions.{name}", "lie in 0..1", getattr(self, name))
@@ -127,8 +130,9 @@ class TrainBatches:
         self.skipped: list[dict[str, str]] = []
         self._told: set[str] = set()  # ids in it: epoch by epoch they would be the same
         rules = Rules(
-            options.min_seconds, options.max_seconds, options.max_duration, options.num_buckets, options.seed
-        )
+            options.min_seconds, options.max_seconds, options.max_duration, options.num_buckets, options.seed,
+            options.buffer,
+        )  # fmt: skip
         self.order = Order(_existing(manifest), rules)
         self._loader = _loader(_Loading(encode, options), self.order, options)
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import runpy
 from pathlib import Path
@@ -18,8 +19,8 @@ from lhotse.dataset import DynamicBucketingSampler
 
 from icefall_fusion.data import bucketing
 from icefall_fusion.data.audio import AudioError, load_audio
-from icefall_fusion.data.bucketing import Epoch, Rules
-from icefall_fusion.data.cut_lines import CutLine, TruncatedError, read_cut_lines
+from icefall_fusion.data.bucketing import Epoch, Rules, epoch_lines
+from icefall_fusion.data.cut_lines import CutLine, TruncatedError, cut_line, read_cut_lines
 from icefall_fusion.data.datamodule import DataOptions, EvalBatches, TrainBatches
 from icefall_fusion.data.fbank import FbankOptions, extract, run
 from icefall_fusion.data.frequency_warp import warp_frequencies
@@ -28,6 +29,9 @@ from icefall_fusion.data.manifests import cut_of, cuts_path, spread, write_cuts
 OPTIONS = DataOptions(
     max_duration=6, eval_duration=6, num_buckets=2, min_seconds=0.1, max_seconds=3, workers=0
 )
+
+
+LONG = {"max_duration": 60, "max_seconds": 25, "num_buckets": 5}
 
 
 @pytest.fixture(scope="module")
@@ -163,11 +167,12 @@ def test_order_is_that_of_lhotse(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: int, max_duration: float
 ) -> None:
     manifest = _described(tmp_path / "cuts.jsonl.gz", 500)
-    monkeypatch.setattr(bucketing, "BUFFER", 60)
-    rules = Rules(2.0, 18.0, max_duration, 5, seed=3, world=world)
+    monkeypatch.setattr(bucketing, "_BUCKET_SEED", 1234 - 3 - 2)  # lhotse's is the same in all epochs
+    rules = Rules(2.0, 18.0, max_duration, 5, seed=3, buffer=60, world=world)
     groups = list(Epoch(manifest, rules, epoch=2))
+    read = [cut_line(*line, manifest).cut() for line in epoch_lines(manifest, 3, 2)]
     for rank in range(world):
-        kept = CutSet.from_jsonl_lazy(manifest).filter(lambda cut: 2 <= cut.duration <= 18)
+        kept = CutSet.from_cuts(read).filter(lambda cut: 2 <= cut.duration <= 18)
         theirs = DynamicBucketingSampler(
             kept, max_duration=max_duration, num_buckets=5, shuffle=True, seed=3, buffer_size=60,
             world_size=world, rank=rank,
@@ -177,17 +182,51 @@ def test_order_is_that_of_lhotse(
         assert [[line.cut().id for line in group[rank]] for group in groups] == expected
 
 
+def test_epochs_differ_in_what_is_read_together_and_in_buckets(tmp_path: Path) -> None:
+    manifest = _described(tmp_path / "cuts.jsonl.gz", 2000)
+    rules = Rules(1.0, 25.0, 60.0, 5, seed=3, buffer=100)
+
+    def neighbors(epoch: int) -> set[frozenset[int]]:
+        """Return the pairs of blocks of the manifest that met in a batch."""
+        groups = Epoch(manifest, rules, epoch)
+        met = [{cut.number // bucketing.BLOCK for cut in batch} for group in groups for batch in group]
+        return {frozenset(pair) for blocks in met for pair in itertools.combinations(blocks, 2)}
+
+    orders = [[number for number, _ in epoch_lines(manifest, 3, epoch)] for epoch in range(4)]
+    assert orders[0] == list(range(1, 2001)) and all(sorted(order) == orders[0] for order in orders)
+    assert len({tuple(order) for order in orders}) == 4
+    assert orders[1] == [number for number, _ in epoch_lines(manifest, 3, 1)]
+    assert orders[1] != [number for number, _ in epoch_lines(manifest, 4, 1)]
+    assert len(neighbors(1) - neighbors(0)) > 5 and len(neighbors(2) - neighbors(1)) > 5
+    longest = [[max(cut.duration for cut in group[0]) for group in Epoch(manifest, rules, e)] for e in (1, 2)]
+    buckets = [np.searchsorted(Epoch(manifest, rules, 0)._bins, one[:100]).tolist() for one in longest]
+    assert buckets[0] != buckets[1]
+
+
+def test_a_larger_buffer_shuffles_farther(tmp_path: Path) -> None:
+    manifest = _described(tmp_path / "cuts.jsonl.gz", 2000)
+
+    def farthest(buffer: int) -> int:
+        batches = TrainBatches(manifest, dataclasses.replace(OPTIONS, **LONG, buffer=buffer))
+        return max(cuts[-1].number - cuts[0].number for _, cuts in batches.order)
+
+    assert DataOptions().buffer == 20_000 and farthest(2000) > 2 * farthest(100)
+    with pytest.raises(ValueError, match="DataOptions.buffer must be at least 1, but is 0"):
+        DataOptions(buffer=0)
+
+
+@pytest.mark.parametrize("number", [0, 1])
 @pytest.mark.parametrize("world", [1, 3])
-def test_a_position_leads_to_the_same_batches(tmp_path: Path, world: int) -> None:
+def test_a_position_leads_to_the_same_batches(tmp_path: Path, world: int, number: int) -> None:
     manifest = _described(tmp_path / "cuts.jsonl.gz", 300)
-    rules = Rules(2.0, 18.0, 60.0, 5, seed=3, world=world)
-    epoch = Epoch(manifest, rules, 1)
+    rules = Rules(2.0, 18.0, 60.0, 5, seed=3, buffer=50, world=world)
+    epoch = Epoch(manifest, rules, number)
     positions, groups = [epoch.position()], []
     for group in epoch:
         groups.append(group)
         positions.append(json.loads(json.dumps(epoch.position())))
-    for number in (0, 1, len(groups) // 2, len(groups)):
-        assert list(Epoch(manifest, rules, 1, positions[number])) == groups[number:]
+    for place in (0, 1, len(groups) // 2, len(groups)):
+        assert list(Epoch(manifest, rules, number, positions[place])) == groups[place:]
 
 
 def test_resuming_does_not_make_all_batches_again(
@@ -195,8 +234,7 @@ def test_resuming_does_not_make_all_batches_again(
 ) -> None:
     manifest = _described(tmp_path / "cuts.jsonl.gz", 300)
     monkeypatch.setattr(bucketing, "SNAPSHOT_EVERY", 8)
-    monkeypatch.setattr(bucketing, "BUFFER", 50)
-    options = DataOptions(max_duration=60, num_buckets=5, workers=0)
+    options = DataOptions(max_duration=60, num_buckets=5, workers=0, buffer=50)
     whole = list(TrainBatches(manifest, options).order)
     killed = TrainBatches(manifest, options)
     ahead = iter(killed.order)
