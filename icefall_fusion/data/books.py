@@ -1,10 +1,9 @@
 """Books to utterances: splits by book, paragraphs to sentences to clauses that take 2-20 s to say.
-Knows: plain-text books (also hard-wrapped ones, and Project Gutenberg's marks), JSON lines.
+Knows: plain-text books, their paragraphs, JSON lines.
 Must not know: audio, tokenizers, models.
 """
 from __future__ import annotations
 
-import itertools
 import json
 import multiprocessing
 import re
@@ -16,6 +15,7 @@ from tqdm import tqdm
 
 from icefall_fusion.common.checks import check
 from icefall_fusion.common.files import PathLike, atomic_path
+from icefall_fusion.data.paragraphs import gutenberg_body, is_hard_wrapped, paragraphs
 from icefall_fusion.text.normalizer import normalize
 
 SPLITS = ("train", "dev", "test")
@@ -146,101 +146,6 @@ def book_utterances(text: str, book: str, options: PrepareTextOptions) -> list[d
     return utterances
 
 
-def paragraphs(text: str) -> list[str]:
-    """Return the paragraphs of a book: its lines or, where it is hard-wrapped, the joined lines of blocks.
-
-    A block is what stands between blank lines. One whose lines are mostly not full (verse, a title page, a
-    table of contents) stays as it is even there.
-    """
-    lines = gutenberg_body(text).splitlines()
-    if not is_hard_wrapped(lines):
-        return lines
-    width = _width(_inner_lines(lines))
-    words = frozenset(_WORD.findall("\n".join(lines).lower()))
-    found: list[str] = []
-    for block in _blocks(lines):
-        full = [_is_full(line, after, width) for line, after in _inner_lines(block)]
-        found.extend([_join(block, words)] if 2 * sum(full) >= len(full) else block)
-    return found
-
-
-def is_hard_wrapped(lines: Sequence[str]) -> bool:
-    """Return whether lines end where the page did, not where a paragraph or a sentence does.
-
-    So it is when 19 of 20 lines have at most 90 characters and, of the lines that another one follows
-    directly, at least 4 of 5 are full and fewer than 4 of 5 end a sentence. A line is full when it would be
-    longer than 80 % of the usual width with the first word of the next; that width is at least 40.
-    """
-    inner = _inner_lines(lines)
-    if not inner:
-        return False
-    lengths = [len(line.rstrip()) for line in lines if line.strip()]
-    width = _width(inner)
-    return (
-        sum(length <= _WIDEST for length in lengths) >= 0.95 * len(lengths)
-        and width >= _NARROWEST
-        and sum(_is_full(line, after, width) for line, after in inner) >= 0.8 * len(inner)
-        and sum(_LINE_ENDS_SENTENCE.search(line) is not None for line, _ in inner) < 0.8 * len(inner)
-    )
-
-
-def gutenberg_body(text: str) -> str:
-    """Return what stands between Project Gutenberg's marks, without its credits and its _italics_.
-
-    Text without such marks is returned as it is. Before 2004 the header ended with the "small print".
-    """
-    start = _START.search(text) or _SMALL_PRINT.search(text, 0, len(text) // 2)
-    end = _END.search(text, start.end() if start else 0)
-    if start is None:
-        return text[: end.start()] if end else text
-    body = text[start.end() : end.start() if end else None]
-    return _CREDITS.sub("", body, count=1).replace("_", "")
-
-
-def _blocks(lines: Sequence[str]) -> list[list[str]]:
-    return [list(block) for blank, block in itertools.groupby(lines, _is_blank) if not blank]
-
-
-def _is_blank(line: str) -> bool:
-    return not line.strip()
-
-
-def _inner_lines(lines: Sequence[str]) -> list[tuple[str, str]]:
-    """Return the lines that another one follows directly, each with that one."""
-    pairs = zip(lines, lines[1:])
-    return [(line, after) for line, after in pairs if not (_is_blank(line) or _is_blank(after))]
-
-
-def _width(inner: Sequence[tuple[str, str]]) -> int:
-    """Return the usual width: a length that 1 of 20 inner lines may exceed (tables do)."""
-    lengths = sorted(len(line.rstrip()) for line, _ in inner)
-    return lengths[int(0.95 * (len(lengths) - 1))]
-
-
-def _is_full(line: str, after: str, width: int) -> bool:
-    return len(line.rstrip()) + 1 + len(after.split()[0]) > 0.8 * width
-
-
-def _join(block: Sequence[str], words: frozenset[str]) -> str:
-    """Join the lines of a paragraph; ``words``, those of the book, tell what a hyphen at a line's end means.
-
-    "exam-" and "ple" are "example" where the book has this word and not "exam-ple". Other words keep the
-    hyphen, without a space ("spring-cart") but before and, or, to ("two- and threefold").
-    """
-    joined = [block[0].strip()]
-    for line in block[1:]:
-        line = line.strip()
-        first, second = _HYPHENATED.search(joined[-1]), _WORD.match(line)
-        if first is None or second is None or second.group() in ("and", "or", "to"):
-            joined.append(" ")
-        else:
-            parts = first.group(1).lower(), second.group().lower()
-            if "".join(parts) in words and "-".join(parts) not in words:
-                joined[-1] = joined[-1][:-1]
-        joined.append(line)
-    return "".join(joined)
-
-
 def paragraph_utterances(paragraph: str, min_characters: int, max_characters: int) -> list[str]:
     """Return the sentences and clauses of a paragraph, each within the two bounds; none for a heading."""
     paragraph = " ".join(_DASHES.sub(" ", paragraph).split())
@@ -288,23 +193,6 @@ def split_sentence(sentence: str, min_characters: int, max_characters: int) -> l
     return []
 
 
-_WIDEST, _NARROWEST = 90, 40  # characters: longer lines are paragraphs, shorter ones verse or lists
-_LINE_ENDS_SENTENCE = re.compile(r"""[.!?]["'’”)\]_]*\s*$""")
-_WORD = re.compile(r"[^\W\d_]+(?:-[^\W\d_]+)*")
-_HYPHENATED = re.compile(r"\b([^\W\d_]+(?:-[^\W\d_]+)*)-$")
-_START = re.compile(
-    r"^[ \t]*\*\*\* ?START OF\b.*(?:GUTENBERG|E-?BOOK|E-?TEXT)(?:[^*\n]*\n?[^*\n]*\*\*\*|.*$)", re.M
-)
-_SMALL_PRINT = re.compile(r"^\*END ?\*? ?THE SMALL PRINT!.*$", re.M)
-_END = re.compile(
-    r"^[ \t]*(?:\*\*\* ?END OF\b.*(?:GUTENBERG|E-?BOOK|E-?TEXT)|End of (?:the |this )?Project Gutenberg)",
-    re.M | re.I,
-)
-_CREDITS = re.compile(
-    r"\A\s*(?:(?:This )?(?:e-?text |e-?book )?(?:was )?(?:produced|prepared) by|transcribed (?:from|by))\b"
-    r".*?\n\s*?\n",
-    re.S | re.I,
-)
 _DASHES = re.compile("[—–]|--+")
 _SENTENCE_END = re.compile(r"""([.!?])["'’”)\]]*\s+(?=["'‘“(\[]*[A-Z])""")
 _NOT_AN_END = re.compile(

@@ -103,7 +103,8 @@ def _available(options: TuneOptions, lists: Sequence[NBest]) -> set[str]:
     scored = {source for nbest in lists for hypothesis in nbest for source in hypothesis.scores}
     if options.confirm is None:
         lattices = {"graph", "word_ngram"} if "hlg" in scored else set()
-        return scored | lattices | {"ngram"}  # look-ahead has no score
+        ahead = set() if options.methods == "all" else {"ngram"}  # look-ahead of a named method has no score
+        return scored | lattices | ahead
     named = {source for source in (*LM_SOURCES, "ngram") if getattr(options.confirm, source).path}
     return (scored & (named | {"attention"})) | options.confirm.k2.sources()
 

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from icefall_fusion.__main__ import main
-from icefall_fusion.data import books, lm_text, selection, tokenizers
+from icefall_fusion.data import books, lm_text, paragraphs, selection, tokenizers
 from icefall_fusion.text.normalizer import normalize
 
 WORDS = "the old house by the river was dark and nobody had seen its master since the winter came".split()
@@ -93,26 +93,26 @@ def test_hard_wrapped_books_give_the_same_utterances(seed: int, least: int, widt
     lines = random_paragraphs(seed, least)
     options = books.PrepareTextOptions("unused")
     expected = books.book_utterances("\n".join(lines), "b", options)
-    assert len(expected) > 10 and books.paragraphs("\n".join(lines)) == lines
+    assert len(expected) > 10 and paragraphs.paragraphs("\n".join(lines)) == lines
     wrapped = "\n\n".join(textwrap.fill(line, width) for line in lines)
-    assert books.is_hard_wrapped(wrapped.splitlines())
+    assert paragraphs.is_hard_wrapped(wrapped.splitlines())
     assert books.book_utterances(wrapped, "b", options) == expected
     assert books.book_utterances(wrapped.replace("\n", "\r\n"), "b", options) == expected
 
 
 def test_a_sentence_a_line_is_not_hard_wrapped() -> None:
     stories = Path(__file__).resolve().parents[2] / "tools" / "demo" / "stories.txt"
-    assert not books.is_hard_wrapped(stories.read_text(encoding="utf-8").splitlines())
+    assert not paragraphs.is_hard_wrapped(stories.read_text(encoding="utf-8").splitlines())
     generator = random.Random(0)
     lines = [" ".join(generator.choices(WORDS, k=generator.randint(9, 16))) for _ in range(200)]
-    assert not books.is_hard_wrapped([line + "." for line in lines])
-    assert not books.is_hard_wrapped(lines)
-    assert not books.is_hard_wrapped([])
+    assert not paragraphs.is_hard_wrapped([line + "." for line in lines])
+    assert not paragraphs.is_hard_wrapped(lines)
+    assert not paragraphs.is_hard_wrapped([])
 
 
 def test_hyphens_at_line_ends_are_joined_where_the_book_tells_how() -> None:
     words = frozenset({"example", "today", "to-day"})
-    join = lambda text: books._join(text.split("/"), words)  # noqa: E731
+    join = lambda text: paragraphs._join(text.split("/"), words)  # noqa: E731
     assert join("an exam-/ple of that") == "an example of that"
     assert join("even to-/day, they say") == "even to-day, they say"
     assert join("in a spring-/cart") == "in a spring-cart"
@@ -122,7 +122,7 @@ def test_hyphens_at_line_ends_are_joined_where_the_book_tells_how() -> None:
 def test_verse_in_a_hard_wrapped_book_keeps_its_lines() -> None:
     prose = [textwrap.fill(line, 72) for line in random_paragraphs(1, 20)]
     verse = "The river ran so deep and wide,\nAnd nobody had seen\nThe house upon the other side."
-    found = books.paragraphs("\n\n".join([*prose, verse, *prose]))
+    found = paragraphs.paragraphs("\n\n".join([*prose, verse, *prose]))
     assert set(verse.splitlines()) < set(found) and verse.replace("\n", " ") not in found
 
 
@@ -141,8 +141,8 @@ START, END = "*** START OF THE PROJECT GUTENBERG EBOOK", "*** END OF THE PROJECT
 )  # fmt: skip
 def test_headers_and_footers_of_gutenberg_are_left_out(head: str, foot: str) -> None:
     body = "It was\n\n*** END OF PART ONE ***\n\nthe end of it all."
-    assert books.gutenberg_body(f"{head}\n{body}\n\n\n{foot}").strip() == body
-    assert books.gutenberg_body(body) == body
+    assert paragraphs.gutenberg_body(f"{head}\n{body}\n\n\n{foot}").strip() == body
+    assert paragraphs.gutenberg_body(body) == body
 
 
 def test_splits_are_whole_books_by_alphabet(data: Path) -> None:

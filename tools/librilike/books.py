@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Iterator, Optional
 
-from icefall_fusion.data.books import PrepareTextOptions, book_utterances, paragraphs
+from icefall_fusion.data.books import PrepareTextOptions, book_utterances
+from icefall_fusion.data.paragraphs import paragraphs
 from icefall_fusion.data.selection import is_speakable
 from icefall_fusion.text.normalizer import normalize
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from icefall_fusion.common.files import write_text
-from icefall_fusion.data.books import paragraphs
+from icefall_fusion.data.paragraphs import paragraphs
 
 SERVER = "https://www.gutenberg.org"
 CATALOG = "cache/epub/feeds/pg_catalog.csv"
