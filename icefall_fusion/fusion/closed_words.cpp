@@ -15,14 +15,14 @@ using icefall::guarded;
 
 namespace {
 
-struct Saying {  // what pieces between two boundaries add to a text
+struct Spelling {  // pieces between two boundaries: their tokens, and how many words they are
   std::vector<int64_t> ids;
   int64_t words;
 };
 
 // Pieces (and whether they begin a text, or go on after a prompt) -> tokens of the language model.
-struct SayingTable {
-  std::unordered_map<std::string, Saying> sayings;
+struct SpellingTable {
+  std::unordered_map<std::string, Spelling> spellings;
   static std::string key(const int64_t *pieces, size_t count, bool begins, bool prompted) {
     std::string text(reinterpret_cast<const char *>(pieces), count * sizeof(int64_t));
     text.push_back(char(begins + 2 * prompted));
@@ -44,19 +44,19 @@ struct Histories {
 
 extern "C" {
 
-void *sayings_open() {
-  return icefall::guarded_pointer([]() -> void * { return new SayingTable(); });
+void *spellings_open() {
+  return icefall::guarded_pointer([]() -> void * { return new SpellingTable(); });
 }
 
-void sayings_close(void *table) { delete static_cast<SayingTable *>(table); }
+void spellings_close(void *table) { delete static_cast<SpellingTable *>(table); }
 
 // What is known is forgotten when it is more than `most`: it is asked for again then.
-int sayings_learn(void *table, const int64_t *pieces, int64_t count, int begins, int prompted, const int64_t *ids,
+int spellings_learn(void *table, const int64_t *pieces, int64_t count, int begins, int prompted, const int64_t *ids,
                   int64_t tokens, int64_t words, int64_t most) {
-  auto &sayings = static_cast<SayingTable *>(table)->sayings;
+  auto &spellings = static_cast<SpellingTable *>(table)->spellings;
   return guarded([&] {
-    if (int64_t(sayings.size()) >= most) sayings.clear();
-    sayings[SayingTable::key(pieces, size_t(count), begins, prompted)] = {{ids, ids + tokens}, words};
+    if (int64_t(spellings.size()) >= most) spellings.clear();
+    spellings[SpellingTable::key(pieces, size_t(count), begins, prompted)] = {{ids, ids + tokens}, words};
     return 0;
   });
 }
@@ -82,15 +82,15 @@ int64_t histories_count(const void *histories) {
 // Find the tree node, and the number of words, of all words of prefixes: arena nodes `places`, of which `parents`,
 // `pieces` and `boundaries` tell (arena.py). `asked` counts the words that were looked up.
 //
-// Return 0: done; 1: a saying is not known, `missing` has its pieces behind their number, whether it begins a text,
-// and the utterance (room: 3 + `room`); 2: the tree has no room; 3: a saying has more than `room` pieces. After
+// Return 0: done; 1: a spelling is not known, `missing` has its pieces behind their number, whether it begins a text,
+// and the utterance (room: 3 + `room`); 2: the tree has no room; 3: a spelling has more than `room` pieces. After
 // 1 and 2 the call is to be repeated.
 int histories_place(void *handle, const void *table, void *tree_, const int64_t *places, int64_t count,
                     const int64_t *parents, const int64_t *piece_of, const int64_t *boundaries,
                     const uint8_t *prompted, int64_t *nodes, int64_t *words, int64_t *missing, int64_t room,
                     int64_t *asked) {
   auto &own = *static_cast<Histories *>(handle);
-  const auto &sayings = static_cast<const SayingTable *>(table)->sayings;
+  const auto &spellings = static_cast<const SpellingTable *>(table)->spellings;
   auto &tree = *static_cast<icefall::TokenTree *>(tree_);
   return guarded([&] {
     for (int64_t i = 0; i < count; ++i) {
@@ -108,18 +108,19 @@ int histories_place(void *handle, const void *table, void *tree_, const int64_t 
         for (int64_t at = after; at != before; at = parents[at]) own.pieces.push_back(piece_of[at]);
         std::reverse(own.pieces.begin(), own.pieces.end());
         const bool begins = history.words == 0, goes_on = prompted[history.utterance] != 0;
-        const auto saying = sayings.find(SayingTable::key(own.pieces.data(), own.pieces.size(), begins, goes_on));
-        if (saying == sayings.end()) {
+        const auto key = SpellingTable::key(own.pieces.data(), own.pieces.size(), begins, goes_on);
+        const auto spelling = spellings.find(key);
+        if (spelling == spellings.end()) {
           if (int64_t(own.pieces.size()) > room) return 3;
           missing[0] = int64_t(own.pieces.size()), missing[1] = begins, missing[2] = history.utterance;
           std::copy(own.pieces.begin(), own.pieces.end(), missing + 3);
           return 1;
         }
         int64_t node = history.node;
-        for (const int64_t id : saying->second.ids)
+        for (const int64_t id : spelling->second.ids)
           if ((node = tree.child(node, id)) < 0) return 2;
-        *asked += saying->second.words;
-        history = {node, history.words + saying->second.words, history.utterance};
+        *asked += spelling->second.words;
+        history = {node, history.words + spelling->second.words, history.utterance};
         own.known.emplace(after, history);
       }
       nodes[i] = history.node, words[i] = history.words;

@@ -123,7 +123,7 @@ class NativePlacer:
         self._library, self._tree, self._arena, self._tokens = library, scorer.tree, arena, tokens
         self._tokenizer, self._ids = tokenizer, ids
         self._prompted = np.array(prompted, np.uint8)
-        self._table = _sayings(library, tokenizer, tokens)
+        self._table = _spellings(library, tokenizer, tokens)
         roots = np.array([arena.root(b) for b in range(arena.batch)], np.int64)
         nodes = np.ascontiguousarray(scorer.roots().numpy())
         self._handle = library.histories_open(arena.batch, roots.ctypes.data, nodes.ctypes.data)
@@ -175,7 +175,7 @@ class NativePlacer:
         return placed[0]
 
     def _learn(self) -> bool:
-        """Find the tokens of the saying that is missing; return whether that can be done word by word."""
+        """Find the tokens of the spelling that is missing; return whether that can be done word by word."""
         count, begins, utterance = self._missing[:3].tolist()
         pieces, prompted = self._missing[3 : 3 + count], bool(self._prompted[utterance])
         words = self._tokens.words(pieces.tolist())
@@ -193,30 +193,30 @@ class NativePlacer:
         self._asked[0] -= self._tokenizer.misses - misses
         tokens = np.array(ids, np.int64)
         self._tree.check_tokens(tokens)
-        self._library.sayings_learn(
+        self._library.spellings_learn(
             self._table.handle, pieces.ctypes.data, count, begins, int(prompted), tokens.ctypes.data,
             len(tokens), len(words), MOST_WORDS,
         )  # fmt: skip
         return True
 
 
-class _Sayings:
+class _Spellings:
     """A table in the library; freed with this object."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        self.handle = library.sayings_open()
-        weakref.finalize(self, library.sayings_close, self.handle)
+        self.handle = library.spellings_open()
+        weakref.finalize(self, library.spellings_close, self.handle)
 
 
 # by tokenizer, then by the vocabulary itself: two may have the same pieces and say other words with them
-_SAYINGS: MutableMapping[Any, MutableMapping[Any, _Sayings]] = weakref.WeakKeyDictionary()
+_SPELLINGS: MutableMapping[Any, MutableMapping[Any, _Spellings]] = weakref.WeakKeyDictionary()
 
 
-def _sayings(library: ctypes.CDLL, tokenizer: WordTokenizer, tokens: Any) -> _Sayings:
+def _spellings(library: ctypes.CDLL, tokenizer: WordTokenizer, tokens: Any) -> _Spellings:
     """Return the table of a tokenizer and an acoustic vocabulary; made once."""
-    tables = _SAYINGS.setdefault(tokenizer, weakref.WeakKeyDictionary())
+    tables = _SPELLINGS.setdefault(tokenizer, weakref.WeakKeyDictionary())
     if tokens not in tables:
-        tables[tokens] = _Sayings(library)
+        tables[tokens] = _Spellings(library)
     return tables[tokens]
 
 

@@ -113,7 +113,7 @@ def test_a_word_that_cannot_be_spelled_names_its_utterance(llm, monkeypatch):  #
         ctc_prefix_search(log_probs, lens, None, strange, [fusion], ids=["one", "two"])
 
 
-def test_many_nodes_and_many_sayings_find_room(tokens):  # noqa: F811
+def test_many_nodes_and_many_spellings_find_room(tokens):  # noqa: F811
     tokenizer = byte_tokenizer()
     lm = CausalLm(tiny_model(len(tokenizer), 3), Vocabulary(tokenizer, None, 0, 1), "new", self_check=False)
     log_probs, lens = emissions(batch=4, frames=60, seed=9, peak=1.0)
