@@ -32,12 +32,12 @@ OWNERS = {
     "bitsandbytes": {"lm/causal_lm"},
     "torchao": {"lm/causal_lm"},
     "triton": {"search/engines/gpu_kernel", "lm/fused_kernels"},
-}  # fmt: skip
+}
 #: Files that must stay importable with Python 3.9 and torch 1.13.
 OLD_PYTHON = (
     "nbest", "common/", "text/", "ngram/", "search/", "fusion/", "lattice/", "acoustic/emissions",
     "acoustic/saved", "__main__",
-)  # fmt: skip
+)
 
 FILES = sorted(path.relative_to(PACKAGE).with_suffix("").as_posix() for path in PACKAGE.rglob("*.py"))
 

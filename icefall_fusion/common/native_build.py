@@ -161,7 +161,7 @@ _FUNCTIONS = {  # what each returns and takes
     "histories_count": (_NUMBER, [_POINTER]),
     "histories_place": (_INT, [*[_POINTER] * 3, *_PAIR, *[_POINTER] * 7, _NUMBER, _POINTER]),
     "histories_keep": (_INT, [_POINTER, *_PAIR, _POINTER]),
-}  # fmt: skip
+}
 
 
 def _memory_was_there(result: Any, function: Any, arguments: tuple[Any, ...]) -> Any:

@@ -89,7 +89,7 @@ def run(options: DemoOptions) -> int:
     seconds = sum(rows[i]["audio_seconds"] for i in (0, len(rows) // 2))
     wall = time.monotonic() - begun
     print(f"{len(sentences)} sentences, {seconds / 60:.1f} minutes of audio, {wall:.0f} s in all; "
-          f"{out / 'results.json'}, {out / 'wer-vs-speed.png'}")  # fmt: skip
+          f"{out / 'results.json'}, {out / 'wer-vs-speed.png'}")
     return SKIPPED_SOME if skipped else 0
 
 
@@ -99,7 +99,7 @@ def _decode_options(options: DemoOptions, out: Path, name: str, manifest: str) -
         out=str(out / "decode" / name), test_sets={name: manifest}, methods=options.methods,
         search=options.search, nlm=lm, llm=lm, matched_llm=lm, batch_size=options.batch_size,
         threads=options.threads, restart=True,
-    )  # fmt: skip
+    )
     return with_pretrained(decode, options.pretrained, "name a folder that has one (--pretrained)")
 
 
@@ -151,7 +151,7 @@ def speak(options: DemoOptions, data: Path, name: str, sentences: list[tuple[str
     made = synthesis.SynthesizeOptions(
         split=split, data_dir=data, input=source, seed=options.seed, workers=options.workers,
         shard_size=32, min_seconds=0.3, max_seconds=60.0,
-    )  # fmt: skip
+    )
     synthesis.run(made)
     logging.info("spoke %d sentences for %s", len(lines), name)
     return str(cuts_path(data / "manifests", split))

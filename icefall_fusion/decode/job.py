@@ -119,7 +119,7 @@ class DecodeRun:
     def _score(
         self, name: str, utterances: Sequence[Utterance], files: Mapping[str, SharedRunFile],
         received: Mapping[str, Mapping[str, Any]],
-    ) -> list[dict[str, Any]]:  # fmt: skip
+    ) -> list[dict[str, Any]]:
         """Write the WER files and the rows of a test set that is decoded."""
         references = {u.id: u.text for u in utterances}
         seconds = {u.id: u.seconds for u in utterances}

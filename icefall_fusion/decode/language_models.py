@@ -121,7 +121,7 @@ class LanguageModels:
             self._loaded[source] = CausalLm.from_pretrained(
                 options.path, dtype=dtype, device=options.device or self._device,
                 device_map=options.device_map, quantization=options.quantization,
-            )  # fmt: skip
+            )
         return self._loaded[source]
 
     def ngram(self) -> PieceNgram:

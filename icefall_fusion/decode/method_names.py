@@ -1,8 +1,8 @@
 """The table of decoding methods: a name such as ``nlm-shallow+llm-delayed-shortest`` and what it stands for.
 Knows: names, triggers, which models a method needs, weights. Must not know: models, searches, files.
 
-A name joins parts by "+". A part is a fusion that takes part in the search, or a second pass over the N-best.
-Names k2-* begin with a way to read lattices instead of the prefix search. A new part is an entry of `_PARTS`.
+A name joins components by "+": fusions of the search, and second passes over the N-best list. Names k2-*
+begin with a search of lattices instead of the prefix search. A new component is an entry of `_COMPONENTS`.
 """
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ METHODS = (
 #: Used for a method that the weights file does not name.
 DEFAULT_WEIGHTS = {
     "attention": 1.0, "nlm": 0.3, "ngram": 0.3, "llm": 0.4, "matched_llm": 0.4, "hlg": 0.5, "words": 0.5,
-}  # fmt: skip
+}
 _TABLES = {"all": METHODS, "k2-all": K2_METHODS}
 _GRAPHS = {
     "graph": "k2.graph must name a decoding graph of the job make-graph, or k2.saved lattices,",
@@ -110,7 +110,7 @@ class MethodSpec:
         return models | (needs_of(self.search) if self.of_lattices else set())
 
 
-_PARTS: dict[str, Union[FusionSpec, RescoringSpec]] = {
+_COMPONENTS: dict[str, Union[FusionSpec, RescoringSpec]] = {
     "ngram-shallow": FusionSpec("ngram"),
     "nlm-shallow": FusionSpec("nlm"),
     "llm-shallow": FusionSpec("matched_llm"),
@@ -160,13 +160,13 @@ def _parse_part(text: str, name: str) -> Union[FusionSpec, RescoringSpec]:
     if delayed:
         plain, late, ahead = delayed["plain"], int(delayed["late"] or 0), delayed["ahead"] is not None
     interval = _INTERVAL.fullmatch(plain)
-    if not interval and plain not in _PARTS:
-        known = [*METHODS, *_PARTS, *K2_METHODS, "llm-delayed-interval-N", "llm-delayed-...-late-N"]
+    if not interval and plain not in _COMPONENTS:
+        known = [*METHODS, *_COMPONENTS, *K2_METHODS, "llm-delayed-interval-N", "llm-delayed-...-late-N"]
         raise ValueError(
             f"method must be built of known parts, but {text!r} of {name!r} is none{nearest(text, known)} "
             f"(known: {known})"
         )
-    part = FusionSpec("llm", FixedInterval(int(interval.group(1)))) if interval else _PARTS[plain]
+    part = FusionSpec("llm", FixedInterval(int(interval.group(1)))) if interval else _COMPONENTS[plain]
     return replace(part, look_ahead=ahead, late=late) if delayed else part
 
 

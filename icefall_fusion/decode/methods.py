@@ -51,7 +51,7 @@ class Method:
     def __init__(
         self, name: str, weights: Mapping[str, float], search: PrefixSearchOptions, models: LanguageModels,
         lattices: Optional[LatticeSource] = None, k2: Optional[K2Options] = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.name, self.weights, self.search, self._models = name, dict(weights), search, models
         self._lattices, self._k2 = lattices, k2
         self.spec = parse_method(name)
@@ -77,7 +77,7 @@ class Method:
         return DelayedFusion(
             lm, weight, bonus, spec.trigger, options.text, prompt, options.eos, look_ahead=ahead,
             late=spec.late,
-        )  # fmt: skip
+        )
 
     def _word_bonus(self, spec: FusionSpec) -> float:
         """Return a fusion's share of the bonus a word, which makes up for what its LM takes a word."""
@@ -104,7 +104,7 @@ class Method:
         self, emissions: Emissions, model: Any = None,
         references: Optional[Mapping[str, Optional[str]]] = None,
         prompts: Optional[Mapping[str, Prompt]] = None,
-    ) -> Decoded:  # fmt: skip
+    ) -> Decoded:
         """Decode a batch.
 
         Args:
@@ -134,12 +134,12 @@ class Method:
     def _first_pass(
         self, emissions: Emissions, fusions: Sequence[Fusion],
         references: Optional[Mapping[str, Optional[str]]], counters: dict[str, float],
-    ) -> list[NBest]:  # fmt: skip
+    ) -> list[NBest]:
         if self.spec.of_lattices:
             rule = "have lattices (k2.graph or k2.saved)"
             check(self._lattices is not None, f"method {self.name!r}", rule, None)
             return decode_lattices(self.spec.search, self._lattices, self._k2.beam, emissions, self.weights,
-                                   fusions, references, counters)  # fmt: skip
+                                   fusions, references, counters)
         arguments = (emissions.log_probs, emissions.lens)
         if self.spec.search == "greedy":
             return ctc_greedy_search(*arguments, emissions.tokens, emissions.ids, emissions.frame_shift)
@@ -149,7 +149,7 @@ class Method:
     def _second_pass(
         self, spec: RescoringSpec, nbests: list[NBest], emissions: Emissions, model: Any,
         prompts: Mapping[str, Prompt], counters: dict[str, float],
-    ) -> list[NBest]:  # fmt: skip
+    ) -> list[NBest]:
         if spec.source == "attention":
             if model is None or emissions.encoder_out is None:
                 raise ValueError(NO_DECODER.format(self.name))

@@ -29,7 +29,9 @@ from icefall_fusion.lattice.source import K2Options, LatticeSource, open_lattice
 from icefall_fusion.nbest import NBest
 from icefall_fusion.search import PrefixSearchOptions
 
-_LOOSE = 60_000_000  # so many bytes more, and a CPU's allocator is asked to give back what it does not use
+#: Bytes by which a process on a CPU may grow before the C library is asked to give memory back. Asking takes
+#: some 35 ms and what it gives back is mapped anew, too much for each search of a small batch.
+_GROWTH = 60_000_000
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ class Recognizer:
     def __init__(
         self, options: RecognizerOptions, methods: Union[str, Sequence[str]],
         processes: Optional[Processes] = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         processes = processes or Processes()
         self.options = options
         self.device = device = processes.device(options.emissions.device)
@@ -214,7 +216,7 @@ class Recognizer:
     def recognize(
         self, utterances: Sequence[Utterance], done: Optional[Mapping[str, Container[str]]] = None,
         keep: Optional[Callable[[Batch], None]] = None,
-    ) -> dict[str, Recognized]:  # fmt: skip
+    ) -> dict[str, Recognized]:
         """Return what each method recognizes of utterances, by its name.
 
         Args:
@@ -261,7 +263,7 @@ class Recognizer:
         result.add(segments, nbests, cost)
 
     def _search(self, method: Method, emissions: Emissions, *context: Any) -> Decoded:
-        if not emissions.log_probs.is_cuda and memory_in_use() > self._least_memory + _LOOSE:
+        if not emissions.log_probs.is_cuda and memory_in_use() > self._least_memory + _GROWTH:
             give_back_memory()
             self._least_memory = memory_in_use()
         reset_peak_memory()

@@ -17,7 +17,7 @@ _COUNTERS = ("lm_forwards", "lm_tokens_forwarded", "lm_tokens_scored", "kv_bytes
 def make_row(
     folder: PathLike, test_set: str, file: RunFile, references: Mapping[str, str | None],
     seconds: Mapping[str, float], options: Mapping[str, Any], printed: bool = False,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Write the WER files of a finished method and return its row.
 
     Args:
@@ -80,7 +80,7 @@ def join_rows(earlier: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]])
 def _scores(
     folder: PathLike, test_set: str, method: str, file: RunFile, references: Mapping[str, str | None],
     printed: bool,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Return WER and oracle WER in percent and the number of words, of utterances that have a reference.
 
     Without words in the references both rates are None.

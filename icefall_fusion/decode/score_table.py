@@ -63,7 +63,7 @@ class ScoreTable:
         empty = sorted(utterance for utterance, found in lists.items() if not found)
         if empty:
             raise ValueError(f"N-best lists must have hypotheses with scores of {names} for every utterance, "
-                             f"but {len(empty)} have none, e.g. {empty[:3]}")  # fmt: skip
+                             f"but {len(empty)} have none, e.g. {empty[:3]}")
         most = max(len(found) for found in lists.values())
         table = np.zeros((len(lists), most, 1 + len(names)))
         table[:, :, 0] = _LOWEST

@@ -499,7 +499,7 @@ def long_cut(folder: Path, kind: str):
 
 
 KINDS = ("whole file", "declared too short", "segment", "ends a little late", "padded", "mixed",
-         "transformed", "stored features")  # fmt: skip
+         "transformed", "stored features")
 
 
 @pytest.mark.parametrize("kind", KINDS)

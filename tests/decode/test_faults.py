@@ -155,7 +155,7 @@ def test_training_goes_on_without_what_cannot_be_read_and_says_how_much(
     corpus(tmp_path, cuts[:2], "dev")
     assert fbank(tmp_path, "--shard_size", "1") == 0 and fbank(tmp_path, split="dev") == 0
     archives = {one.id: one.features.storage_path for one in
-                CutSet.from_jsonl_lazy(cuts_path(tmp_path / "fbank", "train"))}  # fmt: skip
+                CutSet.from_jsonl_lazy(cuts_path(tmp_path / "fbank", "train"))}
     Path(archives["u5"]).unlink()
     Path(archives["u6"]).write_bytes(Path(archives["u6"]).read_bytes()[:100])
     tiny.write_bpe(tmp_path / "lang_bpe_500")
@@ -166,7 +166,7 @@ def test_training_goes_on_without_what_cannot_be_read_and_says_how_much(
         "model.vocab_size": tiny.piece_count(), "model.encoder": small, "data.workers": 0,
         "model.decoder": json.dumps({"heads": 2, "feedforward": 16, "layers": 1}),
         "data.max_duration": 25, "data.num_buckets": 2, "data.time_warp": 0, "trainer": json.dumps(trainer),
-    }  # fmt: skip
+    }
     words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
     assert main(["train", *words]) == 0
     summary = json.loads((tmp_path / "exp" / "skipped.json").read_text())

@@ -110,7 +110,7 @@ def test_confirmation_gives_the_error_rate_of_a_decode_with_its_weights(tmp_path
     confirm = [f"--confirm.{option}" for option in [*options, f"out={tmp_path / 'confirm'}"]]
     lists = str(tmp_path / "dev" / f"nbest-noise-{scores}.jsonl")
     assert main(["tune", "--nbest", f"[{lists}]", "--ref", made["cuts"], "--methods", f"{method},nlm-shallow",
-                 "--out", str(weights), *confirm]) == 0  # fmt: skip
+                 "--out", str(weights), *confirm]) == 0
     assert weights.read_text() in capsys.readouterr().out
     out = tmp_path / "again"
     assert main(["decode", *as_words, "--methods", method, "--weights", str(weights), "--out", str(out)]) == 0

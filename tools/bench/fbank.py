@@ -189,7 +189,7 @@ def _job(backend: str, options: BenchOptions, folder: Path, cuts: list[MonoCut],
 def show(figures: dict[str, Any]) -> None:
     """Print the table."""
     print(f"{figures['audio_seconds'] / 60:.1f} min in {figures['cuts']} cuts; {figures['machine']}, "
-          f"torch {figures['torch']}, {figures['threads']} thread")  # fmt: skip
+          f"torch {figures['torch']}, {figures['threads']} thread")
     titles = f"{'seconds':>10}{'x real time':>14}{'core seconds':>15}{'x real time':>14}"
     print(f"{'what':10}{'backend':12}{titles}")
     for row in figures["rows"]:

@@ -38,11 +38,11 @@ METHODS = (
     "llm-shallow", "llm-nbest-rescoring", "llm-delayed-shortest", "llm-delayed-interval-8",
     "llm-delayed-interval-16", "llm-delayed-interval-32", "llm-delayed-interval-64",
     "llm-delayed-interval-128",
-)  # fmt: skip
+)
 _FAINT = 1e-3  # weight of an LLM that knows nothing
 _SUMMED = ("search_seconds", "lm_seconds", "audio_seconds", "words", "lm_tokens_forwarded", "lm_forwards")
 _KEPT = ("method", "wer", "words", "oracle_wer", "search_seconds", "lm_seconds", "lm_forwards",
-         "lm_tokens_forwarded", "kv_bytes_peak", "peak_memory_bytes", "audio_seconds")  # fmt: skip
+         "lm_tokens_forwarded", "kv_bytes_peak", "peak_memory_bytes", "audio_seconds")
 
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -56,7 +56,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
                 options = speech.decode_options(
                     args, f"{args.speech}/fusion", sets, methods=list(args.methods), search=search,
                     batch_size=batch, limit=args.limit, threads=args.threads,
-                )  # fmt: skip
+                )
                 if args.shape:
                     options = replace(options, weights={name: faint(name) for name in args.methods})
                 change: dict[str, Any] = {"dtype": args.dtype} if args.dtype else {}
@@ -129,7 +129,7 @@ def show(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         print(f"{row['method']:34}{row['wer']:8.2f}{row['rtf']:9.5f}{row['times_faster']:8.2f}x"
               f"{row['search_seconds']:10.2f}{row['lm_seconds']:8.2f}{row['lm_tokens_forwarded']:10,}"
-              f"{row['kv_bytes_peak'] / 2**20:8.1f}", flush=True)  # fmt: skip
+              f"{row['kv_bytes_peak'] / 2**20:8.1f}", flush=True)
 
 
 def main() -> None:

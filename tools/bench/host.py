@@ -38,7 +38,7 @@ from icefall_fusion.search import PrefixSearchOptions, ctc_prefix_search  # noqa
 _DEVICE = (
     (CausalLm, "tree_logits"), (tree_forward.torch, "log_softmax"), (tree_scorer, "_pick"),
     (tree_scorer.TreeScorer, "_keep_distributions"), (TreeCache, "ensure"),
-)  # fmt: skip
+)
 
 
 class Clock:
@@ -92,7 +92,7 @@ def emit(args: argparse.Namespace) -> tuple[Any, CausalLm]:
     config = transformers.LlamaConfig(
         vocab_size=shipped.vocab_size, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
         num_attention_heads=1, max_position_embeddings=4096,
-    )  # fmt: skip
+    )
     torch.manual_seed(0)
     vocabulary = Vocabulary(shipped.tokenizer, shipped.pieces, shipped.bos_id, shipped.eos_id)
     model = transformers.LlamaForCausalLM(config).eval()
@@ -117,7 +117,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
                     stats = fusion.stats()
                     row = {"code": code, "beam": beam, "trigger": name, "events": stats["events"],
                            "host_ms": 1000.0 * min(times[1:]), "hit_rate": stats["retokenize_hit_rate"],
-                           "texts": stats["histories_scored"]}  # fmt: skip
+                           "texts": stats["histories_scored"]}
                     rows.append({**row, "host_ms_an_event": row["host_ms"] / max(1, row["events"])})
     return rows
 
@@ -153,7 +153,7 @@ def main() -> None:
     print(f"{'code':10}{'beam':>6}{'trigger':>14}{titles}")
     for row in rows:
         print(f"{row['code']:10}{row['beam']:>6}{row['trigger']:>14}{row['events']:>8}{row['texts']:>8}"
-              f"{row['hit_rate']:8.3f}{row['host_ms']:10.1f}{row['host_ms_an_event']:10.2f}")  # fmt: skip
+              f"{row['hit_rate']:8.3f}{row['host_ms']:10.1f}{row['host_ms_an_event']:10.2f}")
     figures.write(args, rows)
 
 

@@ -74,7 +74,7 @@ def record(args: argparse.Namespace) -> tuple[list[tuple[int, list[Event]]], flo
     options = speech.decode_options(
         args, f"{args.speech}/decode", sets, methods=[f"llm-delayed-interval-{args.interval}"],
         search=PrefixSearchOptions(beam=args.beam), batch_size=args.batch,
-    )  # fmt: skip
+    )
     decode = DecodeRun(options)
     lm, batches = decode.recognizer.models.get("llm"), []
 
@@ -213,7 +213,7 @@ class PathCaches(Way):
         logits = lm.model(
             input_ids=tokens.to(device), position_ids=positions.to(device), past_key_values=cache,
             use_cache=True, attention_mask=mask.unsqueeze(1).to(device),
-        ).logits  # fmt: skip
+        ).logits
         log_probs = logits.float().log_softmax(-1)
         for place, (row, part) in enumerate(zip(rows, parts)):
             if not part:
@@ -279,7 +279,7 @@ class UnfusedTree(LazyTree):
 WAYS: dict[str, type[Way]] = {
     "full texts": FullTexts, "path caches": PathCaches, "eager tree": EagerTree,
     "lazy, unfused": UnfusedTree, "lazy tree": LazyTree,
-}  # fmt: skip
+}
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:
@@ -331,7 +331,7 @@ def replay(
         forwarded, forwards = forwarded + scorer.forwarded, forwards + scorer.forwards
         kv_bytes = max(kv_bytes, scorer.kv_bytes)
     row = {"way": way, "seconds": seconds, "events": events, "ms_an_event": 1000 * seconds / max(1, events),
-           "tokens_forwarded": forwarded, "forwards": forwards, "kv_mb": kv_bytes / 2**20}  # fmt: skip
+           "tokens_forwarded": forwarded, "forwards": forwards, "kv_mb": kv_bytes / 2**20}
     if figures.on_gpu(device):
         row["peak_mb"] = torch.cuda.max_memory_allocated() / 2**20
     return row, scores
@@ -383,11 +383,11 @@ def measure(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, f
             reading = weight_bytes * row["forwards"] / bandwidth
             floor = max(reading, row["tokens_forwarded"] * 2 * parameters / rate)
             row.update(model=name, parameters=parameters, floor_seconds=floor, rtf=row["seconds"] / audio,
-                       times_floor=row["seconds"] / floor)  # fmt: skip
+                       times_floor=row["seconds"] / floor)
             rows.append(row)
             print(f"{name:16}{way:14}{row['ms_an_event']:9.2f} ms an event{row['times_floor']:8.2f} x floor"
                   f"{row['tokens_forwarded']:9,} tokens{row['kv_mb']:9.1f} MB keys and values"
-                  f"  differs by {worst:.1e}{', fused' if row['fused'] else ''}", flush=True)  # fmt: skip
+                  f"  differs by {worst:.1e}{', fused' if row['fused'] else ''}", flush=True)
             if figures.on_gpu(args.device) and way == "lazy tree":
                 row["gpu_busy_share"] = busy_share(lm, batches, row["seconds"])
             figures.save(args, rows, **more)  # a time limit takes nothing back

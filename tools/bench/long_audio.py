@@ -81,7 +81,7 @@ def decode(
     options = speech.decode_options(
         args, f"{args.speech}/long/decode", {"long": manifest}, methods=method, longest=longest,
         threads=args.threads,
-    )  # fmt: skip
+    )
     llm = replace(options.llm, carry=carry, context_words=args.context_words)
     run = DecodeRun(replace(options, llm=llm))
     for _ in range(2 if figures.on_gpu(args.device) else 1):  # first kernels are compiled there
@@ -99,7 +99,7 @@ def show(row: dict[str, Any]) -> None:
     rtf = (row["search_seconds"] + row["lm_seconds"]) / row["audio_seconds"]
     print(f"{row['minutes']:8g} {row['longest']:8g} {row['carry']!s:>6} {row['method']:32}{row['wer']:8.2f}"
           f"{row['words']:8,}{rtf:9.5f}{row['wall_seconds']:8.1f}"
-          f"{row['peak_bytes'] / 2**20:9,.0f}{row['kv_bytes_peak'] / 2**20:8.1f}", flush=True)  # fmt: skip
+          f"{row['peak_bytes'] / 2**20:9,.0f}{row['kv_bytes_peak'] / 2**20:8.1f}", flush=True)
 
 
 def main() -> None:

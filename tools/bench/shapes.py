@@ -31,7 +31,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "mistral-7b": {"kind": "Mistral", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336,
                    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
                    "sliding_window": 4096, "max_position_embeddings": 32768},
-}  # fmt: skip
+}
 
 
 def make_model(name: str, device: str, dtype: str) -> CausalLm:

@@ -133,7 +133,7 @@ def measure(bench: BenchOptions, train: TrainOptions) -> dict[str, Any]:
     trainer = dataclasses.replace(
         train.trainer, max_steps=steps, max_epochs=None, accumulate=1, save_every_steps=0,
         save_every_minutes=0.0, valid_every_steps=0, tensorboard=False,
-    )  # fmt: skip
+    )
     with tempfile.TemporaryDirectory() as folder:
         Trainer(trainer, model, compute_loss, batches, [batches.batch], folder, device=device).run()
     gaps = [end - begin for begin, end in zip(batches.asked, batches.asked[1:])][bench.warmup :]
