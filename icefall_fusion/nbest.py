@@ -54,8 +54,8 @@ class Hypothesis:
         return self.scores[TOTAL]
 
     def words(self) -> list[str]:
-        """The words of the text."""
-        return self.text.split()
+        """The words of the text: what stands between single spaces, other white space included."""
+        return [word for word in self.text.split(" ") if word]
 
 
 @dataclass

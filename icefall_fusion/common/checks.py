@@ -34,14 +34,21 @@ def check_choice(value: Any, choices: Iterable[Any], name: str) -> None:
     raise ValueError(f"{name} must be one of {choices}, but is {value!r}{nearest(str(value), choices)}")
 
 
-def is_count(value: object) -> bool:
-    """Return whether a value is an integer of at least 1; True and False are none."""
-    return isinstance(value, Integral) and not isinstance(value, bool) and value >= 1
+def is_count(value: object, least: int = 1) -> bool:
+    """Return whether a value is an integer of at least ``least``; True and False are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and value >= least
 
 
 def is_number(value: object) -> bool:
     """Return whether a value is a finite real number; True and False are none."""
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def check_text(value: Any, name: str) -> None:
+    """Raise ValueError unless ``value`` is a string of whole characters (no lone surrogates)."""
+    good = isinstance(value, str)
+    good = good and not any("\ud800" <= letter <= "\udfff" for letter in value)
+    check(good, name, "be text that UTF-8 can write", value)
 
 
 def nearest(word: str, choices: Iterable[Any]) -> str:

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, Callable, Mapping, Optional, Sequence, Un
 import numpy as np
 import torch
 
-from icefall_fusion.common.checks import check
+from icefall_fusion.common.checks import check, is_count
 from icefall_fusion.fusion.base import LmFusion, live_slots
 from icefall_fusion.fusion.look_ahead import LookAhead, LookAheadRun
-from icefall_fusion.fusion.retokenize import prompt_tokens, tokenizer_for
+from icefall_fusion.fusion.retokenize import check_prompt, prompt_tokens, tokenizer_for
 from icefall_fusion.fusion.triggers import ShortestHypothesis, Trigger
 from icefall_fusion.fusion.word_nodes import WordPlacer, open_placer
 from icefall_fusion.search.fusion import AheadTerms, StopRule
@@ -48,7 +48,9 @@ class DelayedFusion(LmFusion):
 
     Args:
         lm: the language model, of any vocabulary.
-        weight: factor of its natural-log score, at least 0; 0 leaves the search as it is, bit for bit.
+        weight: factor of its natural-log score, at least 0; 0 leaves the search as it is, bit for bit. The
+            scores are reported all the same, and a word that the tokenizer cannot spell is no error then:
+            it is scored as the tokenizer has it, with unknown or missing tokens.
         word_bonus: added per scored word, in nats.
         trigger: when to score (see ``triggers.py``).
         text: how the LM sees words: ``as-is``, ``lower`` or ``sentence``.
@@ -62,8 +64,9 @@ class DelayedFusion(LmFusion):
             search meanwhile. 0: the search waits. The result depends on ``late``, never on timing.
 
     Raises:
-        ValueError: a bad weight, bonus, trigger, text style or source (see `LmFusion`). In a search: a word
-            that the tokenizer cannot spell; the message has the utterance and the word.
+        ValueError: a bad weight, bonus, trigger, text style, prompt or source (see `LmFusion`). In a search
+            with a weight above 0: a word that the tokenizer cannot spell; the message has the utterance and
+            the word.
     """
 
     def __init__(
@@ -83,10 +86,11 @@ class DelayedFusion(LmFusion):
         check(isinstance(trigger, Trigger), "DelayedFusion.trigger", "be a trigger", trigger)
         good = look_ahead is None or isinstance(look_ahead, LookAhead)
         check(good, "DelayedFusion.look_ahead", "be None or a LookAhead", look_ahead)
-        check(late >= 0, "DelayedFusion.late", "be at least 0 frames", late)
+        check(is_count(late, 0), "DelayedFusion.late", "be an integer, at least 0", late)
+        check_prompt(prompt, "DelayedFusion.prompt")
         self.late = int(late)
         self.trigger, self.text, self.prompt, self.look_ahead = trigger, text, prompt, look_ahead
-        self._tokenizer = tokenizer_for(lm, text)
+        self._tokenizer = tokenizer_for(lm, text, strict=weight > 0)
 
     def begin(self, beam: Beam, index: int, tokens: Any, ids: Sequence[str]) -> None:
         """Start a batch (see ``Fusion.begin``).

@@ -8,13 +8,12 @@ Eiden 1996; here for prefixes in a beam).
 """
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Optional
 
 import torch
 
-from icefall_fusion.common.checks import check
+from icefall_fusion.common.checks import check, is_count, is_number
 from icefall_fusion.fusion.ngram_fusion import piece_contexts
 from icefall_fusion.ngram.piece_ngram import PieceNgram
 
@@ -45,9 +44,9 @@ class LookAhead:
 
     def __post_init__(self) -> None:
         check(isinstance(self.ngram, PieceNgram), "LookAhead.ngram", "be a PieceNgram", self.ngram)
-        good = math.isfinite(self.scale) and self.scale > 0
+        good = is_number(self.scale) and self.scale > 0
         check(good, "LookAhead.scale", "be finite and above 0", self.scale)
-        check(self.every >= 1, "LookAhead.every", "be at least 1", self.every)
+        check(is_count(self.every), "LookAhead.every", "be an integer, at least 1", self.every)
 
 
 class LookAheadRun:

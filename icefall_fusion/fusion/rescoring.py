@@ -12,7 +12,7 @@ import torch
 
 from icefall_fusion.common.checks import check
 from icefall_fusion.common.counters import add_counters
-from icefall_fusion.fusion.retokenize import WordTokenizer, prompt_tokens, tokenizer_for
+from icefall_fusion.fusion.retokenize import WordTokenizer, check_prompt, prompt_tokens, tokenizer_for
 from icefall_fusion.nbest import NBest
 from icefall_fusion.ngram.piece_ngram import PieceNgram
 
@@ -50,7 +50,11 @@ def rescore_with_lm(
             end is to be scored by an LM that has no end-of-sentence token.
     """
     check(not eos or lm.eos_id is not None, "eos", "be False for an LM without an end token", eos)
+    check_prompt(prompts, "prompts")
     tokenizer = tokenizer_for(lm, text)
+    # A search checks the tokenizer on its pieces; here words with white space inside are the doubtful ones.
+    words = {word for nbest in nbests for hypothesis in nbest for word in hypothesis.words()}
+    tokenizer.check(sorted(word for word in words if word.split() != [word]))
     prompt_ids = prompt_tokens(lm, prompts, [nbest.utterance for nbest in nbests])
     prompted = [bool(ids) for ids in prompt_ids] if prompt_ids is not None else [False] * len(nbests)
     paths = [_paths(tokenizer, nbest, goes_on) for nbest, goes_on in zip(nbests, prompted)]

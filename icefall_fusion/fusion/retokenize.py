@@ -14,7 +14,7 @@ import warnings
 import weakref
 from typing import TYPE_CHECKING, Any, Iterable, Mapping, MutableMapping, Optional, Sequence, Union
 
-from icefall_fusion.common.checks import check, check_choice
+from icefall_fusion.common.checks import check, check_choice, check_text
 from icefall_fusion.fusion.sample_words import COMMON_WORDS, sample_texts, sample_words
 from icefall_fusion.text.normalizer import TEXT_STYLES, adapt, adapt_word
 
@@ -25,7 +25,7 @@ _MAX_CROSSING = 300
 _CONTEXTS = 8  # words after which a text is tried that follows a prompt
 #: Words whose ids are remembered; when there are more, all are forgotten and found again.
 MOST_WORDS = 200_000
-_MADE: MutableMapping[Any, dict[str, WordTokenizer]] = weakref.WeakKeyDictionary()
+_MADE: MutableMapping[Any, dict[tuple[str, bool], WordTokenizer]] = weakref.WeakKeyDictionary()
 
 
 class WordTokenizer:
@@ -35,14 +35,17 @@ class WordTokenizer:
         tokenizer: a Hugging Face tokenizer, or :class:`AcousticTokens` for a language model over pieces.
         style: how the language model sees words: ``as-is``, ``lower`` or ``sentence`` (see ``adapt``).
         vocabulary: more words for the check of word-by-word tokenization, e.g. :func:`sample_words`.
+        strict: refuse words that the tokenizer cannot spell; else they have the ids that it gives them.
 
     Raises:
         ValueError: the style is unknown.
     """
 
-    def __init__(self, tokenizer: Any, style: str = "as-is", vocabulary: Iterable[str] = ()) -> None:
+    def __init__(
+        self, tokenizer: Any, style: str = "as-is", vocabulary: Iterable[str] = (), strict: bool = True
+    ) -> None:
         check_choice(style, TEXT_STYLES, "text")
-        self.style = style
+        self.style, self.strict = style, strict
         self.word_by_word = True
         self._tokenizer = tokenizer
         self._acoustic = not hasattr(tokenizer, "convert_ids_to_tokens")
@@ -217,7 +220,12 @@ class WordTokenizer:
 
     def _tokenize(self, text: str) -> list[int]:
         if self._acoustic:
-            return list(self._tokenizer.encode(text))
+            try:
+                return list(self._tokenizer.encode(text))
+            except ValueError:  # a letter that no piece has
+                if self.strict:
+                    raise
+                return []
         return list(self._tokenizer.encode(text, add_special_tokens=False))
 
     def _can_spell(self, word: str) -> bool:
@@ -228,7 +236,7 @@ class WordTokenizer:
         return bool(ids) and (self._unk_id is None or self._unk_id not in ids)
 
     def _refuse_unknown(self, word: str, ids: Sequence[int]) -> None:
-        if self._acoustic:
+        if self._acoustic or not self.strict:
             return
         if self._unk_id is not None and self._unk_id in ids:
             raise ValueError(
@@ -243,12 +251,12 @@ class WordTokenizer:
             )
 
 
-def tokenizer_for(lm: Any, style: str) -> WordTokenizer:
+def tokenizer_for(lm: Any, style: str, strict: bool = True) -> WordTokenizer:
     """Return the word tokenizer of a language model and text style; made and checked once, then shared.
 
     Args:
         lm: a `CausalLm` (its acoustic pieces serve where it has no tokenizer).
-        style: see `WordTokenizer`.
+        style, strict: see `WordTokenizer`.
 
     Raises:
         ValueError: the style is unknown, or the model comes without a tokenizer.
@@ -256,9 +264,20 @@ def tokenizer_for(lm: Any, style: str) -> WordTokenizer:
     tokenizer = lm.tokenizer if lm.tokenizer is not None else lm.pieces
     check(tokenizer is not None, f"language model {lm.name!r}", "have a tokenizer or bpe.model", None)
     made = _MADE.setdefault(lm, {})
-    if style not in made:
-        made[style] = WordTokenizer(tokenizer, style)
-    return made[style]
+    if (style, strict) not in made:
+        made[style, strict] = WordTokenizer(tokenizer, style, strict=strict)
+    return made[style, strict]
+
+
+def check_prompt(prompt: Any, name: str) -> None:
+    """Raise ValueError unless ``prompt`` is None, a text, or texts by utterance id."""
+    check(prompt is None or isinstance(prompt, (str, Mapping)), name,
+          "be a text, or a mapping of utterance ids to texts", prompt)
+    if isinstance(prompt, Mapping):
+        for utterance, text in prompt.items():
+            check_text(text, f"{name}[{utterance!r}]")
+    elif prompt is not None:
+        check_text(prompt, name)
 
 
 def prompt_tokens(

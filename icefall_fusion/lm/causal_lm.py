@@ -11,11 +11,12 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from icefall_fusion.common.checks import check, check_choice
+from icefall_fusion.common.checks import check, check_choice, check_text, is_count
 from icefall_fusion.common.files import PathLike
 from icefall_fusion.common.unavailable import Unavailable
 from icefall_fusion.lm import packed_attention
 from icefall_fusion.lm.self_check import check_tree
+from icefall_fusion.lm.token_tree import integers
 from icefall_fusion.lm.tree_cache import TreeCache
 from icefall_fusion.lm.tree_scorer import TreeOptions, TreeScorer
 from icefall_fusion.lm.vocabulary import Vocabulary, check_folder
@@ -128,6 +129,7 @@ class CausalLm:
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of ``text``, no bos, no eos."""
+        check_text(text, "text")
         if self.pieces is not None:
             return self.pieces.encode(text)
         check(self.tokenizer is not None, f"model {self.name}", "have a tokenizer to score text", None)
@@ -143,6 +145,9 @@ class CausalLm:
 
     def log_probs(self, texts: Sequence[str], prompt: Optional[str] = None, eos: bool = False) -> list[float]:
         """Return `log_prob` of each text; beginnings that texts share are forwarded once."""
+        check(not isinstance(texts, str), "texts", "be a list of texts, not one text", texts)
+        if prompt is not None:
+            check_text(prompt, "prompt")
         prompts = None if prompt is None else [self.encode(prompt)]
         scorer = self.open_tree(1, prompts, TreeOptions(max_forward_tokens=512))
         ends = [scorer.insert(scorer.root(0), self.encode(text)) for text in texts]
@@ -186,7 +191,7 @@ class CausalLm:
             options: bounds on memory.
             aside: on a GPU run the model beside what the caller does (see ``TreeScorer.launch``).
         """
-        check(batch >= 1, "batch", "be at least 1", batch)
+        check(is_count(batch), "batch", "be an integer, at least 1", batch)
         prompts = [()] * batch if prompts is None else prompts
         check(len(prompts) == batch, "prompts", f"be one for each of the {batch} utterances", len(prompts))
         starts = [self._start(prompt) for prompt in prompts]
@@ -242,7 +247,8 @@ class CausalLm:
         return zeros.masked_fill_(~mask, torch.finfo(self.model.dtype).min)
 
     def _start(self, prompt: Sequence[int]) -> list[int]:
-        start = ([] if self.bos_id is None else [self.bos_id]) + [int(token) for token in prompt]
+        start = [] if self.bos_id is None else [self.bos_id]
+        start += integers(prompt, "prompt").tolist()
         check(len(start) > 0, "prompt", f"hold at least one token, as {self.name} has no bos", list(prompt))
         return start
 

@@ -3,7 +3,7 @@ Knows: numpy arrays of integers and scores. Must not know: torch, models, texts,
 """
 from __future__ import annotations
 
-from typing import Callable, Optional, Sequence
+from typing import Callable, Optional, Sequence, Union
 
 import numpy as np
 from numpy import ndarray
@@ -224,6 +224,17 @@ class TokenTree:
     def _check_tokens(self, tokens: Sequence[int]) -> None:
         wrong = [token for token in tokens if not 0 <= token < self.vocab_size]
         check(not wrong, "token ids", f"lie between 0 and {self.vocab_size - 1}", wrong[:5])
+
+
+def integers(values: Union[ndarray, Sequence[int]], name: str) -> ndarray:
+    """Return ``values`` flat, as int64 [n].
+
+    Raises:
+        ValueError: they are not integers; the message has ``name``.
+    """
+    array = np.asarray(values)
+    check(array.size == 0 or array.dtype.kind in "iu", name, "hold integers", values)
+    return array.astype(np.int64, copy=False).reshape(-1)
 
 
 def _longer(array: Optional[ndarray], size: int, dtype: type, fill: float) -> ndarray:

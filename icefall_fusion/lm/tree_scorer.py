@@ -13,9 +13,9 @@ import torch
 from numpy import ndarray
 from torch import Tensor
 
-from icefall_fusion.common.checks import check
+from icefall_fusion.common.checks import check, is_count
 from icefall_fusion.lm.native_tree import make_tree
-from icefall_fusion.lm.token_tree import NONE
+from icefall_fusion.lm.token_tree import NONE, integers
 from icefall_fusion.lm.tree_cache import DistributionStore, TreeCache
 from icefall_fusion.lm.tree_forward import TreeModel, forward, on_device, to_device
 
@@ -38,7 +38,7 @@ class TreeOptions:
     def __post_init__(self) -> None:
         for name, least in (("max_forward_tokens", 1), ("max_distribution_bytes", 0)):
             value = getattr(self, name)
-            check(value >= least, f"TreeOptions.{name}", f"be at least {least}", value)
+            check(is_count(value, least), f"TreeOptions.{name}", f"be an integer, at least {least}", value)
 
     def tokens_a_call(self, vocab_size: int) -> int:
         """Return how many tokens one model call takes, so that their distributions fit, too."""
@@ -107,7 +107,7 @@ class TreeScorer:
     def insert(self, node: int, token_ids: Sequence[int]) -> int:
         """Walk or create the path ``token_ids`` below ``node`` and return its last node; computes nothing."""
         check(0 <= node < len(self.tree), "node", f"lie between 0 and {len(self.tree) - 1}", node)
-        return self.tree.insert(int(node), token_ids)
+        return self.tree.insert(int(node), integers(token_ids, "token_ids").tolist())
 
     def child(self, nodes: Tensor, tokens: Tensor) -> Tensor:
         """Return the children [n] int64 of ``nodes`` [n] by ``tokens`` [n], made as needed.
@@ -115,7 +115,7 @@ class TreeScorer:
         Each child made here counts as one scored token (shallow fusion has read its log-prob already).
         """
         above = self._nodes(nodes)
-        found, made = self.tree.children(above, _integers(tokens))
+        found, made = self.tree.children(above, _integers(tokens, "tokens"))
         self.counters.lm_tokens_scored += made
         return torch.from_numpy(found).to(nodes.device)
 
@@ -125,7 +125,7 @@ class TreeScorer:
         Slots are reused; distributions are dropped unless they lie at a live node or between two of them.
         """
         if not isinstance(live, (Tensor, ndarray)) and len(live) and not np.isscalar(live[0]):
-            live = np.concatenate([_integers(nodes).reshape(-1) for nodes in live])
+            live = np.concatenate([_integers(nodes, "live") for nodes in live])
         with self._timed():
             self._store.free(self.tree.release(self._nodes(live)))
 
@@ -278,9 +278,9 @@ class TreeScorer:
         return np.full(count, NONE if self.model.eos_id is None else self.model.eos_id, np.int64)
 
     def _nodes(self, nodes: Nodes) -> ndarray:
-        found = _integers(nodes)
-        self.tree.check_nodes(found)
-        return found
+        wanted = _integers(nodes, "nodes")
+        self.tree.check_nodes(wanted)
+        return wanted
 
     def _like(self, nodes: Nodes, values: ndarray) -> Tensor:
         return torch.from_numpy(values).float().to(nodes.device if isinstance(nodes, Tensor) else "cpu")
@@ -298,10 +298,8 @@ class TreeScorer:
         self.counters.lm_seconds += time.perf_counter() - start
 
 
-def _integers(values: Nodes) -> ndarray:
-    if isinstance(values, Tensor):
-        values = values.detach().cpu().numpy()
-    return np.asarray(values, np.int64).reshape(-1)
+def _integers(values: Nodes, name: str) -> ndarray:
+    return integers(values.detach().cpu().numpy() if isinstance(values, Tensor) else values, name)
 
 
 def _fetch(values: Tensor) -> Callable[[], ndarray]:

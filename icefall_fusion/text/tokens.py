@@ -8,7 +8,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any, Optional, Sequence
 
-from icefall_fusion.common.checks import check
+from icefall_fusion.common.checks import check, check_text
 from icefall_fusion.common.files import PathLike
 
 WORD_START = "▁"
@@ -16,11 +16,6 @@ UNKNOWN_TEXT = "⁇"  # what an unknown piece reads as, SentencePiece's own sign
 _BLANKS = ("<blk>", "<blank>", "<pad>", "[PAD]")
 _SENTENCE_MARKS = ("<sos/eos>", "<s>", "</s>", "<sos>", "<eos>", "[CLS]", "[SEP]", "<pad>", "[PAD]")
 _UNKNOWNS = ("<unk>", "[UNK]")
-
-
-def _is_text(value: Any) -> bool:
-    """Return whether a value is text that UTF-8 can write: half of a surrogate pair is none."""
-    return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
 
 
 class AcousticTokens:
@@ -47,11 +42,11 @@ class AcousticTokens:
         check(isinstance(pieces, Sequence), "pieces", "be a sequence of text", type(pieces).__name__)
         check(len(pieces) >= 2, "pieces", "hold a blank and at least one more piece", len(pieces))
         for index, piece in enumerate(pieces):
-            check(_is_text(piece), f"pieces[{index}]", "be text that UTF-8 can write", piece)
+            check_text(piece, f"pieces[{index}]")
         good = isinstance(blank_id, Integral) and not isinstance(blank_id, bool)
         good = good and 0 <= blank_id < len(pieces)
         check(good, "blank_id", f"be in 0..{len(pieces) - 1}", blank_id)
-        check(_is_text(word_start), "word_start", "be text", word_start)
+        check_text(word_start, "word_start")
         duplicates = len(pieces) - len(set(pieces))
         check(duplicates == 0, "pieces", "differ from one another (duplicates)", duplicates)
         good = delimiter is None or (isinstance(delimiter, str) and delimiter in pieces)
@@ -72,6 +67,7 @@ class AcousticTokens:
             starts = delimiter is None and index not in silent and piece.startswith(word_start)
             text = piece[len(word_start) :] if starts else piece
             text = "" if index in silent else UNKNOWN_TEXT if index == self.unk_id else text
+            check(" " not in text, f"pieces[{index}]", "hold no space inside a word (see delimiter)", piece)
             self._texts.append(text)
             self.starts_word.append(index == self._delimiter_id or (starts and index != self.unk_id))
         self._longest = max(len(piece) for piece in self.pieces)
@@ -129,7 +125,7 @@ class AcousticTokens:
         if self._processor is not None:
             return self._processor.encode(text)
         ids: list[int] = []
-        for number, word in enumerate(text.split()):
+        for number, word in enumerate(word for word in text.split(" ") if word):
             if number > 0 and self._delimiter_id is not None:
                 ids.append(self._delimiter_id)
             ids.extend(self._encode_word(word if self._delimiter_id is not None else self._word_start + word))

@@ -5,9 +5,12 @@ Knows: tiny random language models, random log-probs. Must not know: trained mod
 from __future__ import annotations
 
 import math
+import warnings
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from icefall_fusion.fusion import (
     AtEnd,
@@ -343,6 +346,36 @@ def test_at_end_is_rescoring_of_the_final_beam(llm, tokens, eos):
     assert_same(fused, rescored)
 
 
+@settings(max_examples=25, deadline=None)
+@given(
+    more=st.lists(st.text("ab'\u00a0\u2003\u3000\u2028\x85\t\n\x1c", min_size=1, max_size=3), min_size=4,
+                  max_size=4, unique=True),
+    starts=st.lists(st.booleans(), min_size=4, max_size=4),
+    seed=st.integers(0, 10**6),
+)  # fmt: skip
+def test_words_end_at_single_spaces_alone(llm, more, starts, seed):
+    """White space inside pieces belongs to words, in the search and in rescoring of its lists."""
+    added = [("▁" if start else "") + text for text, start in zip(more, starts)]
+    pieces = [*PIECES, *(piece for piece in added if piece not in PIECES)]
+    tokens = AcousticTokens.from_pieces(pieces, 0)
+    generator = torch.Generator().manual_seed(seed)
+    log_probs = (3 * torch.randn(2, 16, len(pieces), generator=generator)).log_softmax(-1)
+    lens, options = torch.tensor([16, 9]), PrefixSearchOptions(beam=6)
+    tokenizer = Vocabulary(byte_tokenizer(), None, 0, 1)
+    lm, apart = (CausalLm(llm.model, tokenizer, "own", self_check=False) for _ in range(2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # with some pieces no word can be tokenized alone
+        fused = ctc_prefix_search(log_probs, lens, options, tokens, [DelayedFusion(lm, 0.7, 0.5, AtEnd())])
+        bare = ctc_prefix_search(log_probs, lens, options, tokens)
+        rescored = rescore_with_lm(bare, apart)
+    for hypothesis in (h for nbest in bare for h in nbest):
+        assert hypothesis.words() == tokens.words(hypothesis.tokens)
+        assert hypothesis.scores["words"] == len(hypothesis.words())
+    assert_same(fused, [nbest.reweight({"ctc": 1.0, "llm": 0.7, "words": 0.5}) for nbest in rescored])
+    for hypothesis in (h for nbest in fused for h in nbest):
+        assert hypothesis.scores["llm"] == pytest.approx(text_log_prob(lm, hypothesis.text), abs=1e-4)
+
+
 @pytest.mark.parametrize("trigger", TRIGGERS, ids=names)
 def test_a_batch_is_its_utterances_one_by_one(llm, nlm, tokens, trigger):
     log_probs, lens = emissions(batch=6, seed=5)
@@ -600,6 +633,16 @@ def test_attention_rescoring_sees_each_utterance_with_its_own_frames(monkeypatch
         ({"source": "ctc"}, "DelayedFusion.source must be a name, none of"),
         ({"text": "lowr"}, "did you mean 'lower'"),
         ({"trigger": 16}, "DelayedFusion.trigger must be a trigger, but is 16"),
+        ({"weight": "0.5"}, "DelayedFusion.weight must be finite and at least 0, but is '0.5'"),
+        ({"weight": None}, "DelayedFusion.weight must be finite and at least 0, but is None"),
+        ({"word_bonus": [1]}, "DelayedFusion.word_bonus must be finite, but is .1."),
+        ({"source": 5}, "DelayedFusion.source must be a name, none of"),
+        ({"late": 1.5}, "DelayedFusion.late must be an integer, at least 0, but is 1.5"),
+        ({"late": "2"}, "DelayedFusion.late must be an integer, at least 0, but is '2'"),
+        ({"text": 3}, "text must be one of"),
+        ({"prompt": 5}, "DelayedFusion.prompt must be a text, or a mapping of utterance ids to texts"),
+        ({"prompt": "\ud800"}, "DelayedFusion.prompt must be text that UTF-8 can write"),
+        ({"prompt": {"u": b"x"}}, "DelayedFusion.prompt.'u'. must be text that UTF-8 can write, but is b'x'"),
     ],
 )
 def test_bad_arguments_are_named(llm, change, message):
@@ -650,15 +693,20 @@ def test_delayed_fusion_needs_the_acoustic_vocabulary(llm):
         ctc_prefix_search(log_probs, lens, None, None, [DelayedFusion(llm, 0.5)])
 
 
-@pytest.mark.parametrize("trigger", [EveryFrame(), AtEnd()], ids=names)
-@pytest.mark.parametrize("word_by_word", [True, False])
-def test_an_utterance_with_a_word_that_cannot_be_spelled_is_named(tokens, trigger, word_by_word):
+def few_words_lm() -> CausalLm:
+    """Return a language model whose tokenizer knows the words "the" and "of" alone."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     raw = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "the": 2, "of": 3}, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>")
-    lm = CausalLm(tiny_model(4, 1), Vocabulary(tokenizer, None, 0, 1), "few-words", self_check=False)
+    return CausalLm(tiny_model(4, 1), Vocabulary(tokenizer, None, 0, 1), "few-words", self_check=False)
+
+
+@pytest.mark.parametrize("trigger", [EveryFrame(), AtEnd()], ids=names)
+@pytest.mark.parametrize("word_by_word", [True, False])
+def test_an_utterance_with_a_word_that_cannot_be_spelled_is_named(tokens, trigger, word_by_word):
+    lm = few_words_lm()
     fusion = DelayedFusion(lm, 0.5, trigger=trigger)
     fusion._tokenizer.word_by_word = word_by_word
     path = torch.tensor([[4, 0, 4, 0, 4], [4, 0, 5, 0, 4]])  # the the the; the se the
@@ -668,6 +716,26 @@ def test_an_utterance_with_a_word_that_cannot_be_spelled_is_named(tokens, trigge
     bare = ctc_prefix_search(log_probs, torch.tensor([5, 5]), None, tokens, ids=["first", "second"])
     with pytest.raises(ValueError, match="^utterance 'second': .* must spell every word, but 'se' has an"):
         rescore_with_lm(bare, lm)
+
+
+@pytest.mark.filterwarnings("ignore:the language model's tokenizer cannot be used word by word")
+@pytest.mark.parametrize("engine", ["native", "torch"])
+@pytest.mark.parametrize("trigger", TRIGGERS, ids=names)
+@pytest.mark.parametrize("word_by_word", [True, False])
+def test_at_weight_zero_words_that_cannot_be_spelled_change_nothing(tokens, trigger, word_by_word, engine):
+    log_probs, lens = emissions(seed=3)
+    options = PrefixSearchOptions(beam=5, engine=engine)
+    bare = ctc_prefix_search(log_probs, lens, options, tokens)
+    letters = AcousticTokens.from_pieces(["<blk>", "▁", *"these"[:3]], 0)  # without an unknown piece
+    by_letters = CausalLm(tiny_model(5, 1), Vocabulary(None, letters, 0, 1), "letters", self_check=False)
+    for lm in (few_words_lm(), by_letters):
+        fusion = DelayedFusion(lm, 0.0, trigger=trigger)
+        fusion._tokenizer.word_by_word = word_by_word
+        for one, other in zip(bare, ctc_prefix_search(log_probs, lens, options, tokens, [fusion])):
+            assert [(h.tokens, h.scores["ctc"], h.total) for h in one] == [
+                (h.tokens, h.scores["ctc"], h.total) for h in other
+            ]
+            assert all(math.isfinite(h.scores["llm"]) for h in other)
 
 
 def test_a_language_model_that_gives_nan_is_named(tokens):

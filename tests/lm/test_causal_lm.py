@@ -388,14 +388,33 @@ def test_arguments_are_checked(lm: CausalLm) -> None:
         scorer.insert(3, [1])
     with pytest.raises(ValueError, match="token ids must lie between 0 and 96"):
         scorer.insert(0, [97])
-    with pytest.raises(ValueError, match="batch must be at least 1"):
+    with pytest.raises(ValueError, match="batch must be an integer, at least 1"):
         lm.open_tree(0)
     with pytest.raises(ValueError, match="prompts must be one for each of the 2 utterances"):
         lm.open_tree(2, [[1]])
     with pytest.raises(ValueError, match="model llama must have a tokenizer"):
         lm.log_prob("text")
-    with pytest.raises(ValueError, match="TreeOptions.max_forward_tokens must be at least 1, but is 0"):
+    for bad, rule in ((5, "UTF-8 can write, but is 5"), ("a \udc00", "UTF-8 can write")):
+        with pytest.raises(ValueError, match=f"text must .* {rule}"):
+            lm.log_prob(bad)
+        with pytest.raises(ValueError, match=f"prompt must .* {rule}"):
+            lm.log_prob("text", prompt=bad)
+    with pytest.raises(ValueError, match="texts must be a list of texts, not one text, but is 'the cat'"):
+        lm.log_probs("the cat")
+    for bad in (2.5, "2", True):
+        with pytest.raises(ValueError, match="batch must be an integer, at least 1, but is"):
+            lm.open_tree(bad)
+    for bad in ("ab", [1.5], [None]):
+        with pytest.raises(ValueError, match="prompt must hold integers, but is"):
+            lm.open_tree(1, [bad])
+        with pytest.raises(ValueError, match="token_ids must hold integers, but is"):
+            scorer.insert(0, bad)
+        with pytest.raises(ValueError, match="nodes must hold integers, but is"):
+            scorer.score(bad)
+    with pytest.raises(ValueError, match="TreeOptions.max_forward_tokens must be an integer, at least 1"):
         TreeOptions(max_forward_tokens=0)
+    with pytest.raises(ValueError, match="TreeOptions.max_distribution_bytes must be an integer, at least 0"):
+        TreeOptions(max_distribution_bytes="many")
     without = CausalLm(random_model("llama"), Vocabulary(), "bare", self_check=False)
     with pytest.raises(ValueError, match="prompt must hold at least one token, as bare has no bos"):
         without.open_tree(1)

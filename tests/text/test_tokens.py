@@ -91,6 +91,9 @@ def test_errors_name_the_argument(tmp_path: Path) -> None:
         AcousticTokens.from_pieces(["<blk>", "a"], 0, delimiter="|")
     with pytest.raises(ValueError, match=r"pieces must differ from one another \(duplicates\), but is 1"):
         AcousticTokens.from_pieces(["<blk>", "a", "a"], 0)
+    for bad, rule in ((5, "be text"), ("a\ud800", "be text"), ("a b", "hold no space")):
+        with pytest.raises(ValueError, match=rf"pieces\[2\] must {rule}"):
+            AcousticTokens.from_pieces(["<blk>", "a", bad], 0)
     with pytest.raises(ValueError, match=r"ids\[1\] is 99"):
         MARKED.decode([4, 99])
     with pytest.raises(ValueError, match="no unknown piece"):
