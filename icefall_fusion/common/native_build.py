@@ -21,11 +21,8 @@ from typing import Any, Optional
 from icefall_fusion.common.unavailable import Unavailable, asked_once
 
 _PACKAGE = Path(__file__).parents[1]
-_SOURCES = [
-    _PACKAGE / name
-    for name in ("search/engines/prefix_search.cpp", "lm/token_tree.cpp", "fusion/closed_words.cpp")
-]
-_READ = [*_SOURCES, _PACKAGE / "lm/token_tree.h", _PACKAGE / "common/guarded.h"]
+_SOURCES = sorted(_PACKAGE.rglob("*.cpp"))
+_READ = [*_SOURCES, *sorted(_PACKAGE.rglob("*.h"))]
 _OUT_OF_MEMORY = -9  # as in guarded.h
 # without -fno-math-errno every exponential is a call that the compiler may not move
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-std=c++17", "-shared", "-fPIC")
@@ -127,21 +124,12 @@ def _processor() -> str:
         return f"{platform.machine()} {platform.processor()}"
 
 
-_INT, _DOUBLE = ctypes.c_int, ctypes.c_double
+_INT = ctypes.c_int
 _PAIR = [_POINTER, _NUMBER]  # an array and its stride or length
 _FUNCTIONS = {  # what each returns and takes
-    "prefix_search_open": (_POINTER, [
-        *[_NUMBER] * 3, _DOUBLE, *[_NUMBER] * 5, _INT, _INT, _DOUBLE, _POINTER, _DOUBLE, _DOUBLE,
-        _NUMBER, _INT, _POINTER, _DOUBLE, _DOUBLE, _NUMBER,
-    ]),
+    "prefix_search_open": (_POINTER, [_POINTER]),
     "prefix_search_close": (None, [_POINTER]),
-    "prefix_search_run": (_INT, [
-        _POINTER, _POINTER, _NUMBER, _NUMBER, *[_POINTER] * 3, _NUMBER, _NUMBER, _INT,
-        _NUMBER, _NUMBER, *[_POINTER] * 12,
-    ]),
-    "prefix_search_show": (None, [
-        _POINTER, _NUMBER, _NUMBER, *_PAIR, *_PAIR, _POINTER, *_PAIR, _POINTER,
-    ]),
+    "prefix_search_run": (_INT, [_POINTER, _POINTER, _NUMBER, _INT, _NUMBER, _NUMBER]),
     "ngram_open": (_POINTER, [_NUMBER, _NUMBER, _INT, *[_POINTER] * 4]),
     "ngram_close": (None, [_POINTER]),
     "token_tree_open": (_POINTER, [_NUMBER]),

@@ -25,6 +25,8 @@ HASH_FACTOR = 0x2545F4914F6CDD1D
 DEAD_HASH, ROOT_HASH, NO_PARENT_HASH = 0, 1, 2
 #: Nats by which a candidate may miss the worst survivor and is looked at all the same: more than rounding.
 ROUNDING = 1e-3
+#: Of the best mass: a child with less is forgotten (`recover_mass`; denormal numbers would be slow).
+TINY_MASS = 1e-30
 
 #: Rows of `Beam.integers`.
 NODE, LAST, HASH, PARENT_HASH, REPEATS = range(5)

@@ -4,6 +4,7 @@ Knows: search. Must not know: large language models.
 
 from __future__ import annotations
 
+import ctypes
 import math
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from icefall_fusion.common import native_build
 from icefall_fusion.common.unavailable import Unavailable
 from icefall_fusion.fusion import NgramFusion
 from icefall_fusion.ngram.piece_ngram import NgramOrder, PieceNgram
+from icefall_fusion.search.engines import native as native_engine
 
 
 @pytest.fixture(autouse=True)
@@ -199,9 +201,9 @@ def test_a_compiler_may_have_options(monkeypatch, tmp_path):
 
 def test_no_exception_leaves_compiled_code():
     library = native_build.load_native()
-    numbers = [1, 1, 2, 1e-3, 2**60, 10, 6, 0, 5, 0, 0, -1.0, None, 0.0, 0.0, 0, 0, None, 0.0, 0.0, 1]
+    settings = native_engine._Settings(batch=2**60, beam=10, pieces=6, columns=5)
     with pytest.raises(MemoryError, match="compiled part"):
-        library.prefix_search_open(*numbers)
+        library.prefix_search_open(ctypes.byref(settings))
     tree = library.token_tree_open(5)
     with pytest.raises(MemoryError, match="compiled part"):
         library.token_tree_bind(tree, 2**60, *[None] * 6)

@@ -65,6 +65,12 @@ def plan_frames(inputs: SearchInput, blank_skip: Optional[float], leave_out: boo
     return FramePlan(log_probs, best, searched, frame_map, restarts, rescale)
 
 
+def hash_keys(pieces: int, device: torch.device) -> Tensor:
+    """Return [V] int64 random numbers, one a piece, always the same."""
+    generator = torch.Generator().manual_seed(20250109)
+    return torch.randint(-(2**62), 2**62, (pieces,), generator=generator).to(device)
+
+
 def columns_needed(beam: int, pieces: int, slack: int) -> int:
     """Return C, the number of best non-blank pieces that can take part (slot 0: ``j <= K + slack``)."""
     return min(beam + slack + 1, pieces - 1)

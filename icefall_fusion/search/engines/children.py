@@ -14,10 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from icefall_fusion.search.beam import Beam
+from icefall_fusion.search.beam import TINY_MASS, Beam
 from icefall_fusion.search.engines.frame_step import Candidates, Frame
-
-_TINY = 1e-30  # of the best slot's mass; less is nothing (and would be slow: denormal numbers)
 
 
 class Children:
@@ -54,8 +52,8 @@ class Children:
         self._ended = self.total.gather(2, self._place).mul_(self._blank)
         total = self._ended + emitted
         self._remember_live(out, parent_slots, piece, emitted, total)
-        self.emitted, self.piece = torch.threshold_(emitted, _TINY, 0.0), frame.piece
-        self._candidates = torch.threshold_(total, _TINY, 0.0)
+        self.emitted, self.piece = torch.threshold_(emitted, TINY_MASS, 0.0), frame.piece
+        self._candidates = torch.threshold_(total, TINY_MASS, 0.0)
         torch.add(total.log().flatten(1), self._best, out=out.new_total)
         # in a frame that is not searched nobody is born again, whatever stands in the padding
         out.new_total.masked_fill_(frame.shift == -torch.inf, -torch.inf)
@@ -95,7 +93,7 @@ class Children:
         self.emitted = _exact_bmm(move, self.emitted)
         self.total.scatter_(2, self._place, _exact_bmm(move, self._candidates))
         if self.beam.frame % 16 == 0:
-            torch.threshold_(self.total, _TINY, 0.0)
+            torch.threshold_(self.total, TINY_MASS, 0.0)
 
 
 def _exact_bmm(left: Tensor, right: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from icefall_fusion.search.beam import (
     REPEATS,
     Beam,
 )
+from icefall_fusion.search.engines.base import hash_keys
 from icefall_fusion.search.engines.candidates import Pairs
 
 if TYPE_CHECKING:
@@ -42,12 +43,6 @@ class Frame(NamedTuple):
     piece: Tensor
     score: Tensor
     pair_score: Tensor
-
-
-def hash_keys(pieces: int, device: torch.device) -> Tensor:
-    """Return [V] int64 random numbers, one a piece, always the same."""
-    generator = torch.Generator().manual_seed(20250109)
-    return torch.randint(-(2**62), 2**62, (pieces,), generator=generator).to(device)
 
 
 class Candidates:

@@ -12,9 +12,8 @@ from torch import Tensor
 from icefall_fusion.common.devices import load_kernels
 from icefall_fusion.common.unavailable import Unavailable
 from icefall_fusion.search.beam import HASH_FACTOR
-from icefall_fusion.search.engines.base import CompiledSearch, columns_needed
+from icefall_fusion.search.engines.base import CompiledSearch, columns_needed, hash_keys
 from icefall_fusion.search.engines.candidates import frame_columns, make_pairs
-from icefall_fusion.search.engines.frame_step import hash_keys
 
 if TYPE_CHECKING:
     from icefall_fusion.ngram.piece_ngram import PieceNgram

@@ -11,14 +11,20 @@ import contextlib
 import ctypes
 import weakref
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, MutableMapping, Optional
+from typing import TYPE_CHECKING, Any, MutableMapping, Optional
 
 import torch
 
 from icefall_fusion.common.native_build import load_native
 from icefall_fusion.common.unavailable import Unavailable
-from icefall_fusion.search.beam import HASH_FACTOR, NO_PARENT_HASH, ROOT_HASH, ROUNDING, Beam
-from icefall_fusion.search.engines.base import CompiledSearch, FramePlan, columns_kept, columns_needed
+from icefall_fusion.search.beam import HASH_FACTOR, NO_PARENT_HASH, ROOT_HASH, ROUNDING, TINY_MASS, Beam
+from icefall_fusion.search.engines.base import (
+    CompiledSearch,
+    FramePlan,
+    columns_kept,
+    columns_needed,
+    hash_keys,
+)
 
 if TYPE_CHECKING:
     from icefall_fusion.ngram.piece_ngram import PieceNgram
@@ -44,6 +50,38 @@ class _NativeNgram:
 _TABLES: MutableMapping[PieceNgram, _NativeNgram] = weakref.WeakKeyDictionary()  # made once an n-gram
 
 
+def _fields(kind: Any, names: str) -> list[tuple[str, Any]]:
+    return [(name, kind) for name in names.split()]
+
+
+_NUMBER, _REAL, _POINTER = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
+
+
+class _Settings(ctypes.Structure):
+    """`Settings` of search_types.h: the same fields in the same order."""
+
+    _fields_ = [
+        *_fields(_NUMBER, "hash_factor root_hash no_parent_hash"), *_fields(_REAL, "rounding tiny_mass"),
+        ("keys", _POINTER), *_fields(_NUMBER, "batch beam pieces blank columns recover ranks"),
+        ("score_beam", _REAL), ("ngram", _POINTER), *_fields(_REAL, "weight bonus"),
+        *_fields(_NUMBER, "every unit first_length"),
+        ("ahead", _POINTER), *_fields(_REAL, "ahead_weight ahead_bonus"), ("ahead_every", _NUMBER),
+    ]  # fmt: skip
+
+
+class _Batch(ctypes.Structure):
+    """`Batch` of search_types.h: the same fields in the same order."""
+
+    _fields_ = [
+        ("log_probs", _POINTER), *_fields(_NUMBER, "row_stride frame_stride"),
+        *_fields(_POINTER, "best searched lens"), ("frames", _NUMBER),
+        *_fields(_POINTER, "parents pieces boundaries starts fused moved_from opened grew gain estimate"),
+        *_fields(_POINTER, "node last"), *_fields(_NUMBER, "node_stride last_stride"),
+        *_fields(_POINTER, "log_total log_blank"), ("mass_stride", _NUMBER),
+        *_fields(_POINTER, "offset at fired"),
+    ]  # fmt: skip
+
+
 class NativeSearch(CompiledSearch):
     """One search over one batch, on the CPU.
 
@@ -66,15 +104,21 @@ class NativeSearch(CompiledSearch):
         self.log_probs = log_probs if log_probs.stride(2) == 1 else log_probs.contiguous()
         self.best, self.searched = plan.best.contiguous(), plan.searched.contiguous()
         self.lens = beam.lens.contiguous()
+        self.keys = hash_keys(log_probs.shape[2], log_probs.device)
         self.tables = [native_tables(library, ngram) for ngram in (self.ngram, self.ahead.ngram)]
-        handles = [None if tables is None else tables.handle for tables in self.tables]
+        ngram, ahead = (None if tables is None else tables.handle for tables in self.tables)
         batch, slots = beam.node.shape
-        self.settings = (
-            ctypes.c_int64(HASH_FACTOR), ROOT_HASH, NO_PARENT_HASH, ROUNDING,
-            batch, slots, log_probs.shape[2], beam.blank, self._columns(options, log_probs.shape[2]),
-            int(options.recover_mass), int(fusions.ranks),
-            -1.0 if options.score_beam is None else options.score_beam, handles[0], *self.weights,
-            self.stops.every, self.stops.code, handles[1], *self.ahead[1:],
+        self.settings = _Settings(
+            hash_factor=HASH_FACTOR, root_hash=ROOT_HASH, no_parent_hash=NO_PARENT_HASH,
+            rounding=ROUNDING, tiny_mass=TINY_MASS, keys=self.keys.data_ptr(),
+            batch=batch, beam=slots, pieces=log_probs.shape[2], blank=beam.blank,
+            columns=self._columns(options, log_probs.shape[2]),
+            recover=options.recover_mass, ranks=fusions.ranks,
+            score_beam=-1.0 if options.score_beam is None else options.score_beam,
+            ngram=ngram, weight=self.weights[0], bonus=self.weights[1],
+            every=self.stops.every, unit=self.stops.code, first_length=self.stops.first_length,
+            ahead=ahead, ahead_weight=self.ahead.weight, ahead_bonus=self.ahead.bonus,
+            ahead_every=self.ahead.every,
         )  # fmt: skip
         # the compiled code lets go of Python's lock; within a frame there is too little to share
         threads = 1 if self.rule is None else max(1, min(torch.get_num_threads(), batch))
@@ -92,7 +136,7 @@ class NativeSearch(CompiledSearch):
 
     def run(self) -> None:
         """Search all frames; the fusions act where their rule stops utterances, or after each."""
-        self.state = self.library.prefix_search_open(*self.settings)
+        self.state = self.library.prefix_search_open(ctypes.byref(self.settings))
         try:
             with ThreadPoolExecutor(len(self.parts)) as self.pool:
                 super().run()
@@ -101,34 +145,33 @@ class NativeSearch(CompiledSearch):
 
     def _search(self, until: int) -> None:
         self.beam.fused = self.beam.fused.contiguous()
-        if len(self.parts) == 1:
-            self._search_part(until, *self.parts[0])
-        else:
-            for work in [self.pool.submit(self._search_part, until, *part) for part in self.parts]:
-                work.result()
-        self._show()
+        arrays, stops = self._batch(), int(self.rule is not None)
 
-    def _search_part(self, until: int, first: int, last: int) -> None:
-        arena, boundaries, starts = self.beam.arena, None, None
+        def search(part: tuple[int, int]) -> None:
+            self.library.prefix_search_run(self.state, ctypes.byref(arrays), until, stops, *part)
+
+        if len(self.parts) == 1:
+            search(self.parts[0])
+        else:
+            list(self.pool.map(search, self.parts))
+
+    def _batch(self) -> _Batch:
+        """Return the arrays that the compiled code reads, and those where it leaves what it has found."""
+        beam, arena, boundaries, starts = self.beam, self.beam.arena, None, None
         if arena.has_boundaries:
             boundaries, starts = arena.fields[2].data_ptr(), arena.starts_word.data_ptr()
         row_stride, frame_stride, _ = self.log_probs.stride()
-        self.library.prefix_search_run(
-            self.state, self.log_probs.data_ptr(), row_stride, frame_stride, self.best.data_ptr(),
-            self.searched.data_ptr(), self.lens.data_ptr(), self.frames, until, int(self.rule is not None),
-            first, last, arena.fields[0].data_ptr(), arena.fields[1].data_ptr(), boundaries, starts,
-            self.beam.fused.data_ptr(), self.moved_from.data_ptr(), self.grew.data_ptr(),
-            self.opened.data_ptr(), self.gain.data_ptr(), self.estimate.data_ptr(), self.at.data_ptr(),
-            self.fired.data_ptr(),
-        )  # fmt: skip
-
-    def _show(self) -> None:
-        """Bring the beam, which fusions and the export see, to what the search has."""
-        beam = self.beam
-        self.library.prefix_search_show(
-            self.state, 0, len(self.best), beam.node.data_ptr(), beam.node.stride(0), beam.last.data_ptr(),
-            beam.last.stride(0), beam.log_total.data_ptr(), beam.log_blank.data_ptr(),
-            beam.log_total.stride(0), beam.offset.data_ptr(),
+        read = {name: getattr(self, name).data_ptr() for name in ("log_probs", "best", "searched", "lens")}
+        written = ("moved_from", "opened", "grew", "gain", "estimate", "at", "fired")
+        return _Batch(
+            **read, row_stride=row_stride, frame_stride=frame_stride, frames=self.frames,
+            parents=arena.fields[0].data_ptr(), pieces=arena.fields[1].data_ptr(),
+            boundaries=boundaries, starts=starts, fused=beam.fused.data_ptr(),
+            **{name: getattr(self, name).data_ptr() for name in written},
+            node=beam.node.data_ptr(), node_stride=beam.node.stride(0),
+            last=beam.last.data_ptr(), last_stride=beam.last.stride(0),
+            log_total=beam.log_total.data_ptr(), log_blank=beam.log_blank.data_ptr(),
+            mass_stride=beam.log_total.stride(0), offset=beam.offset.data_ptr(),
         )  # fmt: skip
 
 

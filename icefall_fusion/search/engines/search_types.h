@@ -1,0 +1,113 @@
+// What the prefix search on a CPU is asked, and what it carries from frame to frame.
+
+#pragma once
+
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+#include "ngram.h"
+
+namespace icefall::search {
+
+// What a search is asked. native.py has the same fields in the same order.
+struct Settings {
+  // numbers that all engines share, see beam.py and base.py
+  uint64_t hash_factor, root_hash, no_parent_hash;
+  double rounding, tiny_mass;
+  const int64_t *keys;  // [V], of the pieces for hashes; they outlive the search
+  int64_t batch, beam, pieces, blank;
+  int64_t columns;     // pieces that may extend a prefix in a frame
+  int64_t recover;     // whether mass is recovered
+  int64_t ranks;       // whether language models take part in the ranking
+  double score_beam;   // below 0: none
+  const Ngram *ngram;  // joins at every extension; null: there is none; it outlives the search
+  double weight, bonus;
+  // The stop rule (see fusion.py): frames between two looks, 0: never; a look stops always (0), or if the shortest
+  // hypothesis has begun more words (1) or pieces (2); the length that counts as scored at the start.
+  int64_t every, unit, first_length;
+  const Ngram *ahead;  // ranks what is not scored yet; null: nothing does; it outlives the search
+  double ahead_weight, ahead_bonus;
+  int64_t ahead_every;
+};
+
+// The arrays of a batch, by name of native.py, which has the same fields in the same order. What is not const is written.
+struct Batch {
+  const float *log_probs;  // [B, T, V] by strides
+  int64_t row_stride, frame_stride;
+  const float *best;        // [B, T]
+  const uint8_t *searched;  // [B, T]
+  const int64_t *lens;      // [B]
+  int64_t frames;
+  int64_t *parents, *pieces, *boundaries;  // [rows, B, K] of the arena; boundaries may be null
+  const uint8_t *starts;                   // [V], or null
+  // of the slots [B, K]
+  float *fused;                    // in and out
+  int64_t *moved_from, *opened;    // since the last stop: slots they come from, words begun
+  uint8_t *grew;
+  float *gain, *estimate;          // raw score of the n-gram; the look-ahead's part of `fused`
+  int64_t *node, *last;            // by a stride each
+  int64_t node_stride, last_stride;
+  float *log_total, *log_blank;    // -inf for dead slots, by one stride
+  int64_t mass_stride;
+  // of the utterances [B]
+  double *offset;
+  int64_t *at;     // frames searched
+  uint8_t *fired;  // whether the rule has stopped them
+};
+
+struct Slot {  // a live prefix
+  double blank, open, total;  // mass of alignments that end in blank, of others, of all
+  uint64_t hash, parent_hash;
+  int64_t node;
+  int32_t last;     // piece
+  int32_t row;      // of children
+  int32_t context;  // state of the n-gram
+  bool repeats;     // the last piece is that before it
+  // of language models
+  bool grew;               // since the last stop
+  int32_t origin, opened;  // slot at the last stop, words begun since then
+  int32_t length;          // words or pieces begun, of which the rule asks
+  float fused;             // what they add to the ranking
+  double gain;             // raw score of the n-gram since the last stop
+  // of the look-ahead: state; estimates since the root: all, those of closed words, those of what is scored; how much
+  // of the rest `fused` holds
+  int32_t ahead_context;
+  float ahead, ahead_closed, ahead_scored, ahead_estimate;
+};
+
+struct Way {  // a way on: a stay (below K) or K + slot * columns + column
+  double key;
+  int64_t index;
+  bool operator<(const Way &other) const { return key > other.key || (key == other.key && index < other.index); }
+};
+
+struct Frames {  // of one utterance
+  const float *rows;  // log-probs
+  int64_t stride;
+  const float *best;
+  const uint8_t *searched;
+  int64_t ids, ids_a_frame;  // of the nodes born in a frame: from ids + frame * ids_a_frame
+};
+
+struct Work {  // what a frame needs and leaves nothing of
+  std::vector<double> stay_blank, stay_open, stay_total, probability, total, open, factor;
+  std::vector<int32_t> columns, column_of, column_before, was, parent, used, kept;
+  std::vector<uint8_t> struck;
+  std::vector<Way> ways;
+  std::vector<float> maxima;
+  std::vector<std::pair<float, int32_t>> found;
+  std::vector<Slot> next;
+
+  explicit Work(const Settings &set) {
+    const size_t slots = set.beam, all = slots * set.columns;
+    stay_blank.resize(slots), stay_open.resize(slots), stay_total.resize(slots), factor.resize(slots);
+    parent.resize(slots), used.resize(slots), kept.resize(slots), next.resize(slots);
+    probability.resize(set.columns), was.resize(set.columns), total.resize(all), open.resize(all), struck.resize(all);
+    columns.reserve(set.pieces), ways.reserve(slots + all), found.reserve(set.pieces);
+    column_of.assign(set.pieces, -1);
+    column_before.assign(set.pieces, set.columns);  // a column of zeros
+  }
+};
+
+}  // namespace icefall::search
