@@ -67,7 +67,7 @@ def adapt(words: Sequence[str], style: str) -> str:
 
     Args:
         words: words without spaces.
-        style: ``as-is``; ``lower``; or ``sentence`` (first word and the pronoun I capitalized).
+        style: ``as-is``; ``lower``; or ``sentence``: lower case, the first word and I capitalized.
 
     Raises:
         ValueError: the style is unknown.
@@ -87,6 +87,7 @@ def adapt_word(word: str, index: int, style: str) -> str:
         return word.lower()
     check_choice(style, TEXT_STYLES, "style")
     check(index >= 0, "index", "be at least 0", index)
+    word = word.lower()
     if index == 0 or word == "i" or word.startswith("i'"):
         return _capitalize(word)
     return word

@@ -65,6 +65,8 @@ def test_long_numbers_are_read_digit_by_digit() -> None:
 
 def test_sentence_style() -> None:
     assert adapt(["'tis", "i", "i'll", "irish"], "sentence") == "'Tis I I'll irish"
+    assert adapt("I THINK HE SAID I'M LATE".split(), "sentence") == "I think he said I'm late"
+    assert adapt("THE CAT".split(), "sentence") == "The cat"
     assert adapt(["Ab", "C"], "lower") == "ab c"
     assert adapt(["Ab", "C"], "as-is") == "Ab C"
 
