@@ -29,7 +29,7 @@ JOBS = {
     "decode": Job("decode.job", "decode test sets by any methods; WER and times"),
     "transcribe": Job("decode.transcribe", "print the text of audio files"),
     "tune": Job("decode.tune", "tune fusion weights on dev, from stored N-best scores"),
-    "score": Job("scoring.wer", "word error rate of hypotheses against references"),
+    "score": Job("scoring.score", "word error rate of hypotheses against references"),
     "report": Job("scoring.table", "collect decode runs into a table and a plot"),
     "demo": Job("decode.demo", "speak and decode the built-in stories by all methods"),
     "prepare-text": Job("data.books", "cut books into utterances"),

@@ -21,8 +21,8 @@ class DecodeOptions(RecognizerOptions):
         methods: names of the table of methods, comma-separated or a list; "all" is the comparison,
             "k2-all" that of lattices.
         limit: decode only so many utterances of each set, spread evenly over it; 0 decodes all.
-        printed_wer: count words with their case and punctuation too, beside normalized words: for acoustic
-            models of cased text.
+        printed_wer: count words of cased text too, beside normalized words: with case and punctuation
+            (wer_printed), and without both as icefall's LibriHeavy recipe does (wer_libriheavy).
         save_emissions: folder for the log-probs (float16 .npz); empty: not kept.
         threads: of torch; 0 leaves its default.
         restart: drop what an earlier run left in ``out`` instead of going on.

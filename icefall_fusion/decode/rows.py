@@ -9,7 +9,8 @@ from typing import Any, Mapping, Sequence
 
 from icefall_fusion.common.files import PathLike
 from icefall_fusion.decode.run_files import RunFile
-from icefall_fusion.scoring.wer import oracle_errors, write_wer_files
+from icefall_fusion.scoring.wer import MEASURES, oracle_errors
+from icefall_fusion.scoring.wer_files import write_wer_files
 
 _COUNTERS = ("lm_forwards", "lm_tokens_forwarded", "lm_tokens_scored", "kv_bytes_peak")
 
@@ -27,7 +28,7 @@ def make_row(
         references: text by utterance; None where there is none.
         seconds: of audio by utterance.
         options: what the method received; ``method`` is its name.
-        printed: count words with case and punctuation too (``wer_printed``).
+        printed: count words by the measures of cased text too (``wer_printed``, ``wer_libriheavy``).
     """
     audio = sum(seconds[utterance] for utterance in file)
     totals = {**dict.fromkeys(_COUNTERS, 0), **file.totals()}
@@ -97,5 +98,7 @@ def _scores(
     best = oracle_errors(texts, map(file.__getitem__, texts))
     scores = {"wer": errors.wer, "words": errors.words, "oracle_wer": best.wer}
     if printed:
-        scores["wer_printed"] = write_wer_files(folder, test_set, method, texts, hypotheses, "printed").wer
+        for measure in MEASURES[1:]:
+            more = write_wer_files(folder, test_set, method, texts, hypotheses, measure)
+            scores[f"wer_{measure}"] = more.wer
     return scores

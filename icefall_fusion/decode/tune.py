@@ -25,7 +25,8 @@ from icefall_fusion.decode.score_table import ScoreTable, coordinate_search
 from icefall_fusion.decode.segments import Recognized
 from icefall_fusion.decode.utterances import read_cuts
 from icefall_fusion.nbest import NBest, read_nbests
-from icefall_fusion.scoring.wer import read_texts, word_errors
+from icefall_fusion.scoring.score import read_texts
+from icefall_fusion.scoring.wer import word_errors
 
 #: Where a climb by decoding starts too, and its first step of the bonus (nats).
 FIRST_PASS_WEIGHT, FIRST_PASS_BONUS, BONUS_STEP = 0.4, 2.0, 1.0

@@ -10,11 +10,12 @@ import json
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Iterable, Mapping, Sequence
+from typing import Any, Callable, Iterable, Mapping, Sequence
 
 from icefall_fusion.common.checks import check
 from icefall_fusion.common.files import PathLike, write_json, write_text
 from icefall_fusion.scoring.plot import competes, plot, test_sets
+from icefall_fusion.scoring.wer import MEASURES
 
 ROW_KEYS = (
     "method", "test_set", "wer", "words", "rtf", "search_seconds", "lm_seconds", "lm_forwards",
@@ -37,7 +38,6 @@ def check_rows(rows: Iterable[Row]) -> list[Row]:
     return rows
 
 
-_PRINTED = ("printed WER %", lambda row: f"{row['wer_printed']:.2f}" if "wer_printed" in row else "-")
 _COLUMNS = (
     ("WER %", lambda row: "-" if row["wer"] is None else f"{row['wer']:.2f}"),
     ("RTF", lambda row: f"{row['rtf']:.4f}"),
@@ -51,10 +51,15 @@ _COLUMNS = (
 )
 
 
+def _wer_column(measure: str) -> tuple[str, Callable[[Row], str]]:
+    key = f"wer_{measure}"
+    return f"{measure} WER %", lambda row: f"{row[key]:.2f}" if key in row else "-"
+
+
 def table(rows: Sequence[Row], markdown: bool = False) -> str:
     """Return the rows as a table, one block a test set, the lowest WER of a block marked.
 
-    WER is that of normalized words; that of printed words has a column of its own where it was counted.
+    WER is that of normalized words. Every other measure that was counted has a column of its own.
 
     Args:
         rows: as in ``results.json``.
@@ -65,8 +70,9 @@ def table(rows: Sequence[Row], markdown: bool = False) -> str:
     for test_set in test_sets(rows):
         block = [row for row in rows if row["test_set"] == test_set]
         best = min((row["wer"] for row in block if competes(row)), default=None)
-        printed = (_PRINTED,) if any("wer_printed" in row for row in block) else ()
-        columns = (_COLUMNS[0], *printed, *_COLUMNS[1:])
+        counted = set().union(*block)
+        more = [_wer_column(measure) for measure in MEASURES[1:] if f"wer_{measure}" in counted]
+        columns = (_COLUMNS[0], *more, *_COLUMNS[1:])
         head = ["method", *(name for name, _ in columns)]
         lines = [[row["method"], *(show(row) for _, show in columns)] for row in block]
         for row, line in zip(block, lines):

@@ -258,7 +258,9 @@ def test_printed_words_are_counted_beside_normalized_ones(made, tmp_path) -> Non
         assert main([*run, "--test_sets", json.dumps({"noise": manifest})]) == 0
         rows += json.loads((out / "results.json").read_text())
         assert (out / "recogs-noise-ctc-prefix-printed.txt").exists()
+        assert (out / "recogs-noise-ctc-prefix-libriheavy.txt").exists()
     assert rows[0]["wer"] == rows[0]["wer_printed"] == rows[1]["wer"]  # the tiny corpus is normalized
+    assert rows[0]["wer"] == rows[0]["wer_libriheavy"] == rows[1]["wer_libriheavy"]
     assert rows[1]["wer_printed"] >= 100.0  # no word of the references is ever heard in capitals
 
 

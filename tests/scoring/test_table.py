@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import subprocess
 import sys
 
@@ -43,12 +44,14 @@ def test_table_has_every_row_and_marks_the_best() -> None:
     assert text.count(" *") == 2 and table(made, markdown=True).count("**") == 4
 
 
-def test_printed_words_have_a_column_of_their_own() -> None:
+def test_each_further_measure_has_a_column_of_its_own() -> None:
     assert "printed" not in table(rows())
     made = rows(sets=("clean",))
-    made[3]["wer_printed"] = 47.125
-    header, line = (table(made).splitlines()[i] for i in (2, 7))
-    assert "WER %  printed WER %" in header and line.startswith(METHODS[3]) and " 47.12 " in line
+    made[3]["wer_printed"], made[4]["wer_libriheavy"] = 47.125, 11.25
+    header, *lines = (table(made).splitlines()[i] for i in (2, 7, 8))
+    assert "WER %  printed WER %  libriheavy WER %" in header
+    assert lines[0].startswith(METHODS[3]) and re.search(r" 47.12 +- ", lines[0])
+    assert lines[1].startswith(METHODS[4]) and re.search(r" - +11.25 ", lines[1])
 
 
 def test_an_oracle_is_never_the_best() -> None:

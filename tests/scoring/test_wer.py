@@ -1,5 +1,5 @@
 """Word error rates: counts, files, oracle, one normalizer for both sides, every input form.
-Knows: icefall_fusion.scoring.wer. Must not know: models and searches.
+Knows: icefall_fusion.scoring. Must not know: models and searches.
 """
 from __future__ import annotations
 
@@ -11,14 +11,9 @@ import pytest
 
 from icefall_fusion.__main__ import main
 from icefall_fusion.nbest import Hypothesis, NBest, write_nbests
-from icefall_fusion.scoring.wer import (
-    ScoreOptions,
-    count_errors,
-    oracle_errors,
-    read_texts,
-    word_errors,
-    write_wer_files,
-)
+from icefall_fusion.scoring.score import ScoreOptions, read_texts
+from icefall_fusion.scoring.wer import count_errors, oracle_errors, word_errors, words_of
+from icefall_fusion.scoring.wer_files import write_wer_files
 from tests.reference.word_edits import word_edits
 
 
@@ -48,8 +43,22 @@ def test_printed_words_are_another_measure() -> None:
     printed = count_errors(said, heard, "printed")  # but "cats" and "and": two are too many
     assert (printed.words, printed.errors) == (10, 8)
     assert count_errors(said, f"  {said} ", "printed").errors == 0
-    with pytest.raises(ValueError, match="measure must be one of .*printed.*'cased'"):
+    with pytest.raises(ValueError, match="measure must be one of .*libriheavy.*'cased'"):
         count_errors(said, heard, "cased")
+
+
+def test_words_of_icefalls_libriheavy_recipe() -> None:
+    for printed, words in {
+        "I like this 《book>": "I LIKE THIS BOOK",
+        'Mr. Finch had 21 cats -- "good-natured" ones.': "MR FINCH HAD 21 CATS GOOD NATURED ONES",
+        "‘Don’t,’ he said": "'DON'T ' HE SAID",
+        "Café 3rd": "CAF 3RD",
+        "--": "",
+    }.items():
+        assert words_of(printed, "libriheavy") == words.split()
+    spoken = "Mister Finch had twenty one cats, good natured ones"
+    errors = count_errors('Mr. Finch had 21 cats -- "good-natured" ones.', spoken, "libriheavy")
+    assert (errors.words, errors.errors) == (8, 3)  # Mister for MR, twenty one for 21
 
 
 def test_totals_agree_with_a_plain_edit_distance() -> None:
@@ -129,5 +138,5 @@ def test_score_job(tmp_path, capsys) -> None:
     printed = capsys.readouterr().out
     assert "%WER = 100.00 [2 / 2, 0 ins, 1 del, 1 sub]" in printed and "oracle %WER = 100.00" in printed
     assert main(["score", "--ref", "missing.txt", "--hyp", "missing.txt"]) == 2
-    with pytest.raises(ValueError, match="ScoreOptions.key must be a part of a file name"):
+    with pytest.raises(ValueError, match="ScoreOptions.key must be part of a file name"):
         ScoreOptions(ref="a", hyp="b", key="x/y")
