@@ -1,7 +1,7 @@
 # shellcheck shell=bash disable=SC2034,SC2154 # variables of who sources it
-# What the decode.sh of every recipe does with k2: graphs, lattices, the methods k2-*. Source it after decoding.sh;
-# it runs nothing. k2 is taken from $python, or else from $K2_PYTHON or .venv-k2 (tools/setup_k2_ci_env.sh): then
-# log-probs go there and lattices come back. --methods other than all names no row of k2, so none is made.
+# The k2 stages of every recipe's decode.sh: graphs, lattices, the methods k2-*. Source it after decoding.sh; it runs
+# nothing. k2 is that of $python, else that of $K2_PYTHON or .venv-k2 (tools/setup_k2_ci_env.sh): then log-probs go
+# there and lattices come back. With --methods other than all there are no rows of k2.
 
 repo=$(cd "$here/../../.." && pwd)
 k2_python=
@@ -11,26 +11,22 @@ k2_prune="0,3,6"   # of the trigram in HLG
 k2_reprune="0,1,2,3" # of the 4-gram that rescores
 k2_ngram=()        # further options of train-word-ngram
 
-find_k2() { # sets $k2_python, and $k2_here if that is $python; says why not otherwise
-  local candidate
+find_k2() { # sets $k2_python to the first Python that has k2; logs why $python has none if there is none
+  local candidate reason why=
   for candidate in "$python" "${K2_PYTHON:-}" "$repo/.venv-k2/bin/python"; do
-    if [ -n "$candidate" ] && "$candidate" -c 'import k2; k2.Fsa' 2>/dev/null; then
+    if [ -z "$candidate" ]; then continue; fi
+    if reason=$("$candidate" -c 'from icefall_fusion.lattice.k2_fsas import load_k2; load_k2()' 2>&1); then
       k2_python=$candidate
       log "k2 of $k2_python"
       return 0
     fi
+    why=${why:-${reason##*Unavailable: }}
   done
-  log "the rows of k2 are left out: $("$python" -c '
-from icefall_fusion.common.unavailable import Unavailable
-from icefall_fusion.lattice.k2_fsas import load_k2
-try:
-    load_k2()
-except Unavailable as reason:
-    print(reason)'); or tools/setup_k2_ci_env.sh, for a CPU"
+  log "the rows of k2 are left out: $why; or tools/setup_k2_ci_env.sh, for a CPU"
   return 1
 }
 
-find_lmplz() { # sets $lmplz; says why not otherwise
+find_lmplz() { # sets $lmplz; logs why there is none
   if ! lmplz=$(PYTHON=$k2_python bash "$repo/tools/build_lmplz.sh"); then
     log "the rows of k2 are left out: there is no lmplz (see above)"
     return 1
@@ -58,14 +54,14 @@ lattices_of() { # test set: sets $k2_options of decode, after making lattices el
     k2_options=("${graphs[@]}")
     return
   fi
-  local folder=$exp_dir/lattices/$1 emissions=$exp_dir/emissions
-  if [ "$limit" -gt 0 ]; then folder+=-$limit emissions+=-$limit; fi # other utterances, not the first of all
+  local folder=$exp_dir/lattices/$1 saved=$exp_dir/emissions
+  if [ "$limit" -gt 0 ]; then folder+=-$limit saved+=-$limit; fi # other utterances, not the first of all
   k2_options=(--k2.saved "$folder")
   if [ ! -f "$folder/.done" ]; then
-    rm -rf "${emissions:?}/$1"
+    rm -rf "${saved:?}/$1"
     decode_job "$exp_dir/emissions-decode" "--test_sets.$1" "$(cuts "$1")" --methods ctc-greedy --restart true \
-      --save_emissions "$emissions"
-    "$k2_python" -m icefall_fusion make-lattices --emissions "$emissions/$1" \
+      --save_emissions "$saved"
+    "$k2_python" -m icefall_fusion make-lattices --emissions "$saved/$1" \
       --tokens "$k2_tokens" --out "$folder" "${graphs[@]}"
     touch "$folder/.done"
   fi
