@@ -53,13 +53,13 @@ def run_job(function: Callable[[Any], int], arguments: Iterable[str], program: s
 
 
 def exit_code(function: Callable[[Any], int], options: Any) -> int:
-    """Run a job; return its exit code, or tell what went wrong and return the code of that."""
+    """Run a job and return its exit code; an error is printed or logged and has a code too."""
     try:
         return int(function(options) or DONE)
     except KeyboardInterrupt:
         print("stopped by the keyboard", file=sys.stderr)
         return INTERRUPTED
-    except _REFUSED as error:  # a wrong input: the message says which
+    except _REFUSED as error:  # a wrong input, which the message names
         logging.debug("refused", exc_info=True)
         return refuse(_message(error))
     except OSError as error:  # a full disk, a broken one
@@ -67,7 +67,7 @@ def exit_code(function: Callable[[Any], int], options: Any) -> int:
             logging.exception("the job failed")
         else:
             logging.debug("failed", exc_info=True)
-            print(f"error: {_message(error)}; what was finished before is kept", file=sys.stderr)
+            print(f"error: {_message(error)}; results before it are kept", file=sys.stderr)
         return FAILED
     except Exception:
         logging.exception("the job failed")
@@ -75,7 +75,7 @@ def exit_code(function: Callable[[Any], int], options: Any) -> int:
 
 
 def refuse(message: str) -> int:
-    """Print an error and return the exit code of what is refused."""
+    """Print an error and return the exit code of a refused input."""
     print(f"error: {message}", file=sys.stderr)
     return REFUSED
 
@@ -181,7 +181,7 @@ def _plain_values(arguments: Iterable[str], types: Mapping[str, Any]) -> list[st
 
 
 def _keys_of_file(path: str, types: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the full names of the options that a YAML file has; what is no YAML is the parser's to refuse."""
+    """Yield the full names of the options in a YAML file; the parser refuses a file that is none."""
 
     def visit(values: Mapping[Any, Any], prefix: str) -> Iterator[str]:
         for key, value in values.items():

@@ -16,10 +16,9 @@ from icefall_fusion.common.command_line import SKIPPED_SOME
 from icefall_fusion.common.files import write_text
 from icefall_fusion.data import synthesis
 from icefall_fusion.data.manifests import cuts_path
-from icefall_fusion.decode.job import DecodeRun
+from icefall_fusion.decode.job import DecodeOptions, DecodeRun
 from icefall_fusion.decode.language_models import LmOptions
 from icefall_fusion.decode.method_names import parse_methods
-from icefall_fusion.decode.options import DecodeOptions
 from icefall_fusion.decode.pretrained import FOLDER, with_pretrained
 from icefall_fusion.scoring.table import table, write_report
 from icefall_fusion.search import PrefixSearchOptions
@@ -70,7 +69,7 @@ def run(options: DemoOptions) -> int:
     begun = time.monotonic()
     out = Path(options.out) / ("quick" if options.quick else "")
     sentences = read_sentences(options.stories)
-    _decode_options(options, out, "any", "not made yet")  # missing models are told before anything is spoken
+    _decode_options(options, out, "any", "not made yet")  # refuses missing models before anything is spoken
     if options.quick:
         sentences = sentences[:: max(1, len(sentences) // 16)][:16]
     manifests = {name: speak(options, out / "data", name, sentences) for name in SETS}
@@ -107,7 +106,7 @@ def decode_one(job: tuple[int, DecodeOptions]) -> tuple[list[dict[str, Any]], in
     """Decode one set in a process of its own; return its rows and the number of skipped utterances.
 
     Args:
-        job: the line of its progress bar, and what to decode.
+        job: the line of its progress bar, and the options.
     """
     line, options = job
     decode = DecodeRun(options, bar_line=line)
@@ -137,7 +136,7 @@ def speak(options: DemoOptions, data: Path, name: str, sentences: list[tuple[str
     Args:
         options: of the demo.
         data: folder.
-        name: clean (the sentences at even places) or other (those at odd places).
+        name: clean (the sentences of even index) or other (those of odd index).
         sentences: story and text of all.
     """
     split = SETS[name]

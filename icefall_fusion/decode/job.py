@@ -7,25 +7,28 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import hashlib
 import logging
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Mapping, Sequence
+from typing import Any, Mapping, Sequence, Union
 
 import torch
 from tqdm import tqdm
 
 from icefall_fusion.acoustic.saved import save_emissions
+from icefall_fusion.common.checks import check
 from icefall_fusion.common.command_line import SKIPPED_SOME
 from icefall_fusion.common.environment import describe_environment
 from icefall_fusion.common.files import fingerprint, write_json
 from icefall_fusion.common.processes import Processes
 from icefall_fusion.data.manifests import spread
 from icefall_fusion.decode.language_models import LM_SOURCES
+from icefall_fusion.decode.method_names import parse_methods
 from icefall_fusion.decode.methods import Method
-from icefall_fusion.decode.options import DecodeOptions
-from icefall_fusion.decode.recognizer import Batch, Recognizer
+from icefall_fusion.decode.recognizer import Batch, Recognizer, RecognizerOptions
 from icefall_fusion.decode.rows import join_rows, make_row, read_earlier_rows
 from icefall_fusion.decode.run_files import SharedRunFile
 from icefall_fusion.decode.utterances import Utterance, read_cuts
@@ -34,13 +37,49 @@ from icefall_fusion.scoring.table import table
 _SLOWEST = datetime.timedelta(days=7)  # until the last process of a decode has to be there
 
 
+@dataclass(frozen=True, kw_only=True)
+class DecodeOptions(RecognizerOptions):
+    """Decode test sets.
+
+    Args:
+        out: folder for nbest-, recogs-, errs-, wer-summary- files, results.json and run.json.
+        test_sets: manifest of cuts (with features or recordings) by name of the test set.
+        methods: names of the table of methods, comma-separated or a list; "all" is the comparison,
+            "k2-all" that of lattices.
+        limit: number of utterances of each set, spread evenly over it; 0 decodes all.
+        printed_wer: count words of cased text too, beside normalized words: with case and punctuation
+            (wer_printed), and without both as icefall's LibriHeavy recipe does (wer_libriheavy).
+        save_emissions: folder for the log-probs (float16 .npz); empty: not kept.
+        threads: of torch; 0 leaves its default.
+        restart: drop the files of an earlier run in ``out`` instead of going on.
+    """
+
+    out: str
+    test_sets: dict[str, str]
+    methods: Union[str, list[str]] = "all"
+    limit: int = 0
+    printed_wer: bool = False
+    save_emissions: str = ""
+    threads: int = 0
+    restart: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(bool(self.out), "DecodeOptions.out", "name a folder", self.out)
+        check(len(self.test_sets) > 0, "DecodeOptions.test_sets", "name a manifest at least", self.test_sets)
+        for name in self.test_sets:
+            check(name and "/" not in name, "DecodeOptions.test_sets", "have names fit for files", name)
+        check(self.limit >= 0, "DecodeOptions.limit", "be at least 0", self.limit)
+        parse_methods(self.methods)
+
+
 def run(options: DecodeOptions) -> int:
     """Run the job ``decode``."""
     decode = DecodeRun(options)
     rows = decode.decode_all()
     if decode.processes.rank == 0:
         print(table(rows) if rows else "nothing was decoded")
-    # torchrun takes every code but 0 for a crash; run.json lists what was skipped
+    # torchrun takes every code but 0 for a crash; run.json lists the skipped inputs
     return SKIPPED_SOME if decode.skipped and decode.processes.world == 1 else 0
 
 
@@ -66,7 +105,7 @@ class DecodeRun:
         self.rows: list[dict[str, Any]] = []
         self._report: dict[str, Any] = {}
         self._earlier_rows = read_earlier_rows(self._out / "results.json")
-        self._fingerprints: dict[str, str] = {}
+        self._fingerprint = functools.lru_cache(maxsize=None)(fingerprint)  # all methods and sets ask for it
         self._started = time.time()
 
     def decode_all(self) -> list[dict[str, Any]]:
@@ -99,7 +138,7 @@ class DecodeRun:
     def _decode_share(
         self, name: str, utterances: Sequence[Utterance], files: Mapping[str, SharedRunFile]
     ) -> set[str]:
-        """Decode what this process has to, and return the ids of what no process could read."""
+        """Decode the share of this process; return the ids of utterances that no process could read."""
         recognizer, begin = self.recognizer, len(self.recognizer.unreadable)
         done = {method: file.done for method, file in files.items()}
         line = {"desc": name, "unit": "utt", "smoothing": 0.05}
@@ -137,7 +176,7 @@ class DecodeRun:
         return rows
 
     def _received(self, method: Method) -> dict[str, Any]:
-        """Return what a method's result depends on, from the objects that the search receives."""
+        """Return all options that a method's result depends on, from the objects that the search receives."""
         options = self.options
         search = dataclasses.asdict(method.search)
         del search["frame_shift"]  # the acoustic model's
@@ -165,12 +204,6 @@ class DecodeRun:
             path = options.ngram.path
             received["ngram"] = {"path": path, "fingerprint": self._fingerprint(path)}
         return received
-
-    def _fingerprint(self, path: str) -> str:
-        """Return that of a model, read once: all methods and test sets ask for it."""
-        if path not in self._fingerprints:
-            self._fingerprints[path] = fingerprint(path)
-        return self._fingerprints[path]
 
     def write_run(self, status: str) -> None:
         """Write ``run.json``: options, versions, device, times per stage, counters, skipped inputs.
@@ -210,7 +243,7 @@ class _KeptEmissions:
         self._files[path] = {id for id, _, _ in whose}
 
     def drop(self, lost: set[str]) -> None:
-        """Remove the files that hold segments of utterances of which others could not be read."""
+        """Remove the files with segments of utterances of which another segment could not be read."""
         for path, ids in self._files.items():
             if ids & lost:
                 path.unlink()

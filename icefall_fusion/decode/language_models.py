@@ -1,4 +1,4 @@
-"""The language models of a decode: their options, loading on first use, what text precedes an utterance.
+"""The language models of a decode: their options, loading on first use, the earlier text of utterances.
 Knows: causal language models. Must not know: searches, fusions, files of a run.
 """
 from __future__ import annotations
@@ -34,8 +34,8 @@ class LmOptions:
         text: how the LM sees words: as-is, lower or sentence.
         prompt: earlier text, read but not scored.
         context: a custom field of the cuts, e.g. pre_text: the earlier text of each utterance, as its prompt.
-        carry: of audio that is decoded in parts, take what was recognized in the earlier ones as earlier
-            text; the parts of an utterance are then decoded one after the other.
+        carry: of audio that is decoded in segments, take the text recognized so far as earlier text; the
+            segments of an utterance are then decoded one after the other.
         context_words: number of trailing words of the earlier text to keep.
         eos: score the end of the utterance too.
     """
@@ -62,7 +62,7 @@ class LmOptions:
 
     @property
     def tracks_context(self) -> bool:
-        """Whether each utterance, or part of one, has an earlier text of its own."""
+        """Whether each utterance or segment has an earlier text of its own."""
         return bool(self.context) or self.carry
 
 
@@ -73,7 +73,7 @@ class NgramOptions:
     Args:
         path: ARPA file, gzipped or not, e.g. of the job train-ngram; empty: there is none.
         scale: in look-ahead, factor of its log-probs beside the weight of the LLM.
-        every: in look-ahead, take new pieces into account only after every so many frames.
+        every: in look-ahead, frames after which new pieces are taken into account.
     """
 
     path: str = ""
@@ -142,7 +142,7 @@ class LanguageModels:
         return LookAhead(self.ngram(), self._ngram_options.scale, self._ngram_options.every)
 
     def carry(self, sources: Container[str]) -> bool:
-        """Return whether an LM of ``sources`` wants the words of the earlier parts of long audio."""
+        """Return whether an LM of ``sources`` reads the text of earlier segments of long audio."""
         return any(options.carry for source, options in self.options.items() if source in sources)
 
     def prompts(
@@ -154,7 +154,7 @@ class LanguageModels:
 
         Args:
             customs: fields of each utterance by its id; None for a segment that is not the first of one.
-            recognized: text of the segments before such a segment, by its id.
+            recognized: text of the earlier segments of the utterance, by the id of the segment.
 
         Raises:
             ValueError: an utterance has no text in the field that an LM wants.
@@ -179,16 +179,9 @@ class LanguageModels:
             texts[name] = " ".join(text.split()[-options.context_words :])
         return texts
 
-    def loaded(self) -> dict[str, CausalLm]:
-        """Return the LMs that were asked for, by source."""
-        return dict(self._loaded)
-
     def unused_bytes(self, used: Iterable[str]) -> int:
         """Return the bytes of weights and tables that are loaded for other sources than ``used``."""
         used = set(used)
         lms = [lm for source, lm in self._loaded.items() if source not in used]
-        return sum(weight_bytes(lm.model) for lm in lms) + (0 if "ngram" in used else self.ngram_bytes())
-
-    def ngram_bytes(self) -> int:
-        """Return the bytes of the n-gram's tables, 0 if it was not asked for."""
-        return 0 if self._ngram is None else self._ngram.table_bytes
+        unused_ngram = self._ngram is not None and "ngram" not in used
+        return sum(weight_bytes(lm.model) for lm in lms) + (self._ngram.table_bytes if unused_ngram else 0)

@@ -1,4 +1,4 @@
-"""The table of decoding methods: a name such as ``nlm-shallow+llm-delayed-shortest`` and what it stands for.
+"""The table of decoding methods: names such as ``nlm-shallow+llm-delayed-shortest``, and their specs.
 Knows: names, triggers, which models a method needs, weights. Must not know: models, searches, files.
 
 A name joins components by "+": fusions of the search, and second passes over the N-best list. Names k2-*
@@ -53,13 +53,13 @@ NO_DECODER = (
 
 @dataclass(frozen=True)
 class FusionSpec:
-    """A fusion that takes part in the search.
+    """A fusion in the search.
 
     Args:
         source: of its score, and of the model.
         trigger: when delayed fusion scores; None: shallow fusion.
-        look_ahead: whether an n-gram ranks what delayed fusion has not scored yet.
-        late: frames by which the scores of delayed fusion come late.
+        look_ahead: whether an n-gram ranks words that delayed fusion has not scored yet.
+        late: frames by which the scores of delayed fusion may arrive late.
     """
 
     source: str
@@ -77,14 +77,14 @@ class RescoringSpec:
 
 @dataclass(frozen=True)
 class MethodSpec:
-    """What a name stands for.
+    """A method.
 
     Args:
-        name: of the method.
+        name: its name.
         search: ``greedy``, ``prefix``, or a search of lattices (see `lattice.methods.K2_SEARCHES`).
-        fusions: that take part in the search.
+        fusions: those of the search.
         rescorers: second passes, in their order.
-        stored: sources of scores that paths of lattices come with.
+        stored: sources of the scores that lattices bring along.
     """
 
     name: str
@@ -100,12 +100,12 @@ class MethodSpec:
     @property
     def sources(self) -> list[str]:
         """All sources of scores beside ``ctc`` and ``words``."""
-        return [*self.stored, *(part.source for part in (*self.fusions, *self.rescorers))]
+        return [*self.stored, *(spec.source for spec in (*self.fusions, *self.rescorers))]
 
     @property
     def needs(self) -> set[str]:
-        """Models it needs: sources, ``ngram`` for look-ahead, ``graph`` and ``word_ngram`` for lattices."""
-        models = {part.source for part in (*self.fusions, *self.rescorers)}
+        """Models by source, ``ngram`` for look-ahead too, ``graph`` and ``word_ngram`` for lattices."""
+        models = {spec.source for spec in (*self.fusions, *self.rescorers)}
         models |= {"ngram"} if any(fusion.look_ahead for fusion in self.fusions) else set()
         return models | (needs_of(self.search) if self.of_lattices else set())
 
@@ -119,21 +119,21 @@ _COMPONENTS: dict[str, Union[FusionSpec, RescoringSpec]] = {
     "nlm-nbest-rescoring": RescoringSpec("nlm"),
     "llm-nbest-rescoring": RescoringSpec("llm"),
     "matched-nbest-rescoring": RescoringSpec("matched_llm"),
-    # every=4: the utterances of a batch fuse in the same frames, in a quarter of the calls
+    # every=4: the utterances of a batch fuse in the same frames, with a quarter of the calls
     "llm-delayed-shortest": FusionSpec("llm", ShortestHypothesis(every=4)),
     "llm-delayed-every-frame": FusionSpec("llm", EveryFrame()),
     "llm-delayed-at-end": FusionSpec("llm", AtEnd()),
 }
-# delayed fusion: asynchronous, at most so many frames late; with look-ahead by the n-gram
+# suffixes of delayed fusion: frames by which scores may be late; look-ahead by the n-gram
 _DELAYED = re.compile(r"(?P<plain>llm-delayed-.+?)(-late-(?P<late>\d+))?(?P<ahead>-ahead)?")
 _INTERVAL = re.compile(r"llm-delayed-interval-(\d+)")
 
 
 def parse_method(name: str) -> MethodSpec:
-    """Return what a method's name stands for.
+    """Return the spec of a method's name.
 
     Raises:
-        ValueError: a part is unknown (the message gives the nearest), or a source comes twice.
+        ValueError: a component is unknown (the message gives the nearest), or a source comes twice.
     """
     if name in ("ctc-greedy", "ctc-prefix"):
         return MethodSpec(name, name.removeprefix("ctc-"))
@@ -142,9 +142,9 @@ def parse_method(name: str) -> MethodSpec:
     if of_lattices is not None:
         search, source, texts = of_lattices
         stored = (source, "ngram") if search == "nbest-ngram" else (source,)
-    parts = [_parse_part(text, name) for text in texts]
-    fusions = tuple(part for part in parts if isinstance(part, FusionSpec))
-    rescorers = tuple(part for part in parts if isinstance(part, RescoringSpec))
+    components = [_parse_component(text, name) for text in texts]
+    fusions = tuple(spec for spec in components if isinstance(spec, FusionSpec))
+    rescorers = tuple(spec for spec in components if isinstance(spec, RescoringSpec))
     spec = MethodSpec(name, search, fusions, rescorers, stored)
     sources = spec.sources
     check(len(set(sources)) == len(sources), f"method {name!r}", "use each source of scores once", sources)
@@ -154,7 +154,7 @@ def parse_method(name: str) -> MethodSpec:
     return spec
 
 
-def _parse_part(text: str, name: str) -> Union[FusionSpec, RescoringSpec]:
+def _parse_component(text: str, name: str) -> Union[FusionSpec, RescoringSpec]:
     plain, late, ahead = text, 0, False
     delayed = _DELAYED.fullmatch(text)
     if delayed:
@@ -163,39 +163,37 @@ def _parse_part(text: str, name: str) -> Union[FusionSpec, RescoringSpec]:
     if not interval and plain not in _COMPONENTS:
         known = [*METHODS, *_COMPONENTS, *K2_METHODS, "llm-delayed-interval-N", "llm-delayed-...-late-N"]
         raise ValueError(
-            f"method must be built of known parts, but {text!r} of {name!r} is none{nearest(text, known)} "
-            f"(known: {known})"
+            f"method must be built of known components, but {text!r} of {name!r} is none"
+            f"{nearest(text, known)} (known: {known})"
         )
-    part = FusionSpec("llm", FixedInterval(int(interval.group(1)))) if interval else _COMPONENTS[plain]
-    return replace(part, look_ahead=ahead, late=late) if delayed else part
+    spec = FusionSpec("llm", FixedInterval(int(interval.group(1)))) if interval else _COMPONENTS[plain]
+    return replace(spec, look_ahead=ahead, late=late) if delayed else spec
 
 
 def choose_methods(names: Union[str, Sequence[str]], available: Container[str]) -> list[str]:
-    """Return the methods as `parse_methods` does; of ``all`` those that the available models allow.
+    """Return the methods of a list; those of ``all`` and ``k2-all`` that lack a model are skipped and logged.
 
     Args:
-        names: as for `parse_methods`. Methods of ``all`` that lack a model are logged and left out.
+        names: as for `parse_methods`.
         available: models, see `MethodSpec.needs`.
 
     Raises:
-        ValueError: a method that is named lacks a model.
+        ValueError: a method that is named itself lacks a model.
     """
     named = set(_split_names(names))
-    chosen, left_out = [], {}
+    chosen = []
     for name in parse_methods(names):
         lacking = sorted(source for source in parse_method(name).needs if source not in available)
-        if lacking and name in named:
-            if lacking[0] == "attention":
-                raise ValueError(NO_DECODER.format(name))
-            if lacking[0] in _GRAPHS:
-                raise ValueError(f"{_GRAPHS[lacking[0]]} for the method {name!r}")
-            raise ValueError(f"{lacking[0]}.path must name a model for the method {name!r}, but is ''")
-        if lacking:
-            left_out[name] = lacking
-        else:
+        if not lacking:
             chosen.append(name)
-    for name, lacking in left_out.items():
-        logging.warning("%s is left out of the comparison: there is no %s", name, ", ".join(lacking))
+        elif name not in named:
+            logging.warning("%s is skipped: there is no %s", name, ", ".join(lacking))
+        elif lacking[0] == "attention":
+            raise ValueError(NO_DECODER.format(name))
+        elif lacking[0] in _GRAPHS:
+            raise ValueError(f"{_GRAPHS[lacking[0]]} for the method {name!r}")
+        else:
+            raise ValueError(f"{lacking[0]}.path must name a model for the method {name!r}, but is ''")
     return chosen
 
 
@@ -233,11 +231,11 @@ def weights_of(name: str, tuned: Mapping[str, Mapping[str, float]]) -> dict[str,
 
     Args:
         name: the method.
-        tuned: weights by method, as in the YAML file that ``tune`` writes. A method ``...-late-N`` that is
-            not named there has those of the same method without it.
+        tuned: weights by method, as in the YAML file that ``tune`` writes. A method ``...-late-N`` that it
+            does not name has the weights of the same method without ``-late-N``.
 
     Raises:
-        ValueError: a weight is negative, not a number, or of a source that the method has not.
+        ValueError: a weight is negative, not a number, or of a source that the method does not have.
     """
     sources = parse_method(name).sources
     if not sources:

@@ -1,4 +1,4 @@
-"""A decoding method, ready to run: from log-probs of a batch to N-best lists and what they cost.
+"""A decoding method, ready to run: from log-probs of a batch to N-best lists and their cost.
 Knows: searches, fusions, rescoring, lattices, weights. Must not know: manifests, files, word error rates.
 """
 from __future__ import annotations
@@ -23,10 +23,10 @@ from icefall_fusion.search import Fusion, PrefixSearchOptions, ctc_greedy_search
 
 
 class Decoded(NamedTuple):
-    """The lists of a batch, and what they cost.
+    """The lists of a batch, and their cost.
 
-    cost: ``search``, wall seconds of the search without language models; ``lm``, seconds inside language
-    models and of second passes; the counters of the fusions, by name (peaks are maxima, the rest sums).
+    ``cost`` has ``search``, the wall seconds of the search without language models; ``lm``, those of language
+    models and second passes; and the counters of the fusions by name (peaks are maxima, all others sums).
     """
 
     nbests: list[NBest]
@@ -55,7 +55,7 @@ class Method:
         self.name, self.weights, self.search, self._models = name, dict(weights), search, models
         self._lattices, self._k2 = lattices, k2
         self.spec = parse_method(name)
-        self._make_fusions({})  # so that what is wrong is told before anything is decoded
+        self._make_fusions({})  # an error is raised before anything is decoded
 
     def _make_fusions(self, prompts: Mapping[str, Prompt]) -> list[Fusion]:
         """Return the fusions for one batch."""
@@ -80,13 +80,13 @@ class Method:
         )
 
     def _word_bonus(self, spec: FusionSpec) -> float:
-        """Return a fusion's share of the bonus a word, which makes up for what its LM takes a word."""
+        """Return a fusion's share of the bonus a word, which offsets its LM's log-prob of a word."""
         total = sum(self.weights[other.source] for other in self.spec.fusions)
         share = self.weights[spec.source] / total if total else 1.0 / len(self.spec.fusions)
         return self.weights["words"] * share
 
     def describe(self) -> list[dict[str, Any]]:
-        """Return what each part received: kind, source, weight, and of a fusion its bonus and trigger."""
+        """Return each component: kind, source, weight, and of a fusion its bonus and trigger."""
         described: list[dict[str, Any]] = []
         for source in self.spec.stored:
             described.append({"kind": "lattice", "source": source, "weight": self.weights[source]})

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-from icefall_fusion.acoustic.sources import EmissionOptions
 from icefall_fusion.common.files import PathLike
 from icefall_fusion.decode.language_models import LmOptions
 from icefall_fusion.decode.recognizer import RecognizerOptions
@@ -24,12 +23,12 @@ def with_pretrained(
 ) -> Options:
     """Return options in which every model that is not named is the shipped one.
 
-    Weights come from the folder's ``weights.yaml`` when none are given and the acoustic model is shipped.
+    Where the options name no weights, those of the folder's ``weights.yaml`` are used.
 
     Args:
         options: of a recognizer.
         folder: has ``ctc_aed``, ``nlm``, ``llm``, ``matched_llm``, ``ngram.arpa.gz`` and ``weights.yaml``.
-        remedy: for the message, what else can be done than to train a model.
+        remedy: for the message, an alternative to training a model.
 
     Raises:
         FileNotFoundError: the acoustic model is not there.
@@ -51,12 +50,9 @@ def with_pretrained(
     weights = options.weights
     if not weights and (folder / WEIGHTS).is_file():
         weights = str(folder / WEIGHTS)
-    return replace(options, emissions=_model(options.emissions, folder), weights=weights, ngram=ngram, **lms)
+    emissions = replace(options.emissions, model=str(folder / "ctc_aed"))
+    return replace(options, emissions=emissions, weights=weights, ngram=ngram, **lms)
 
 
 def _path(options: LmOptions, shipped: Path) -> str:
     return options.path or (str(shipped) if (shipped / "config.json").is_file() else "")
-
-
-def _model(options: EmissionOptions, folder: Path) -> EmissionOptions:
-    return replace(options, model=str(folder / "ctc_aed"))

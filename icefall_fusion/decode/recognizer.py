@@ -49,7 +49,7 @@ class RecognizerOptions:
         weights: weight by method and source (words: the bonus a word), or a YAML file that has them.
         batch_size: utterances (or segments of long ones) in a batch.
         batch_seconds: padded audio in a batch, in seconds.
-        longest: seconds; longer utterances are decoded in segments cut at quiet places.
+        longest: seconds; longer utterances are decoded in segments cut at quiet points.
     """
 
     emissions: EmissionOptions = field(default_factory=EmissionOptions)
@@ -87,7 +87,7 @@ class Recognizer:
     Args:
         options: models and the search.
         methods: names, see `parse_methods`.
-        processes: of which this is one; each has its own GPU.
+        processes: all that decode, this one among them; each has its own GPU.
 
     Attributes:
         methods: ready to run; weights: of each, by name.
@@ -122,14 +122,14 @@ class Recognizer:
         self.methods = [self.make_method(name, self.weights[name]) for name in names]
         needed = set().union(*(method.spec.needs for method in self.methods))
         for source in sorted(needed & set(LM_SOURCES)):
-            self.models.get(source)  # of second passes too: what is wrong is told before anything is decoded
+            self.models.get(source)  # of second passes too: an error is raised before anything is decoded
         self.carries = self.models.carry({source for name in names for source in parse_method(name).sources})
         self.unreadable: list[tuple[Utterance, InputError]] = []
         self.oom_backoffs, self._most_rows = 0, options.batch_size
         self._least_memory = 0
 
     def _available(self) -> set[str]:
-        """Return the models that there are (see `MethodSpec.needs`)."""
+        """Return the models that the options name (see `MethodSpec.needs`)."""
         options = self.options
         named = {name for name in (*LM_SOURCES, "ngram") if getattr(options, name).path}
         named |= options.k2.sources()
@@ -152,7 +152,8 @@ class Recognizer:
         """Yield the segments of utterances with their log-probs; long utterances have several.
 
         Where a language model carries text from segment to segment, the first segments of all come first,
-        then the second ones, and so on. What cannot be read goes to `unreadable`, no more of it is yielded.
+        then the second ones, and so on. An utterance that cannot be read goes to `unreadable`; its further
+        segments are not yielded.
         """
         begun = time.perf_counter()
         segments = self._cut(utterances)
@@ -171,7 +172,7 @@ class Recognizer:
             try:
                 for segment in some:
                     values.append(segment.load())
-            except InputError as error:  # what was read of an utterance is worth nothing without the rest
+            except InputError as error:  # an utterance is decoded whole or not at all
                 lost = some[len(values)].utterance
                 self._note_unreadable(lost, error)
                 segments[first:] = [segment for segment in segments[first:] if segment.utterance is not lost]
@@ -217,11 +218,11 @@ class Recognizer:
         self, utterances: Sequence[Utterance], done: Optional[Mapping[str, Container[str]]] = None,
         keep: Optional[Callable[[Batch], None]] = None,
     ) -> dict[str, Recognized]:
-        """Return what each method recognizes of utterances, by its name.
+        """Return the lists of each method by its name.
 
         Args:
             utterances: a batch, see `batches`.
-            done: ids of utterances that a method is not to decode.
+            done: ids of utterances that a method does not decode.
             keep: called with the log-probs of each batch of segments.
         """
         recognized = {method.name: Recognized() for method in self.methods}
@@ -240,7 +241,7 @@ class Recognizer:
         return {name: result for name, result in recognized.items() if result.segments}
 
     def decode(self, method: Method, batch: Batch, rows: Sequence[int], result: Recognized) -> None:
-        """Decode some rows of a batch by one method, and add what is found to its ``result``."""
+        """Decode some rows of a batch by one method, and add their lists to its ``result``."""
         whole = len(rows) == len(batch.segments)
         emissions = batch.emissions if whole else batch.emissions.select(list(rows))
         segments = [batch.segments[row] for row in rows]

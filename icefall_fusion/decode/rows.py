@@ -1,4 +1,4 @@
-"""One row of ``results.json``: what a method reached on a test set and what it cost; its WER files.
+"""One row of ``results.json``: word errors and cost of a method on a test set; its WER files.
 Knows: run files, references, word errors. Must not know: models, searches, how anything was decoded.
 """
 from __future__ import annotations
@@ -27,17 +27,17 @@ def make_row(
         file: lists and cost of the method.
         references: text by utterance; None where there is none.
         seconds: of audio by utterance.
-        options: what the method received; ``method`` is its name.
+        options: of the method; ``method`` is its name.
         printed: count words by the measures of cased text too (``wer_printed``, ``wer_libriheavy``).
     """
     audio = sum(seconds[utterance] for utterance in file)
     totals = {**dict.fromkeys(_COUNTERS, 0), **file.totals()}
-    work = sum(totals.get(stage, 0.0) for stage in ("features", "encoder", "search", "lm"))
+    spent = sum(totals.get(stage, 0.0) for stage in ("features", "encoder", "search", "lm"))
     return {
         "method": options["method"],
         "test_set": test_set,
         **_scores(folder, test_set, options["method"], file, references, printed),
-        "rtf": work / audio if audio else 0.0,
+        "rtf": spent / audio if audio else 0.0,
         "search_seconds": totals.get("search", 0.0),
         "lm_seconds": totals.get("lm", 0.0),
         **{counter: int(totals[counter]) for counter in _COUNTERS},
@@ -50,7 +50,7 @@ def make_row(
 
 
 def _density(totals: Mapping[str, float]) -> dict[str, float]:
-    """Return the arcs a frame of the lattices that a method read, if it read any."""
+    """Return the arcs a frame of the lattices, if a method read any."""
     frames = totals.get("lattice_frames", 0)
     return {"lattice_density": round(totals["lattice_arcs"] / frames, 2)} if frames else {}
 
@@ -73,7 +73,7 @@ def read_earlier_rows(path: PathLike) -> list[dict[str, Any]]:
 
 
 def join_rows(earlier: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return all rows, those of an earlier call first unless the method was decoded (or found done) now."""
+    """Return all rows: first those of an earlier call that have no new row, then the new ones."""
     now = {(row["test_set"], row["method"]) for row in rows}
     return [row for row in earlier if (row["test_set"], row["method"]) not in now] + list(rows)
 

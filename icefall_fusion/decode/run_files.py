@@ -1,4 +1,4 @@
-"""The files that a decode leaves as it goes, one a method and test set; a kill loses one batch.
+"""The files that a decode writes as it goes, one a method and test set; a kill loses one batch.
 Knows: JSON lines, N-best lists, options as plain values, processes. Must not know: methods, models, searches.
 """
 from __future__ import annotations
@@ -15,7 +15,7 @@ from icefall_fusion.nbest import NBest, to_json
 
 
 class RunFile(Mapping[str, NBest]):
-    """The N-best lists of one method on one test set and what they cost, by utterance.
+    """The N-best lists of one method on one test set by utterance, and their cost.
 
     ``nbest-<test set>-<method>.jsonl``: the first line has the options, each other line a batch,
     ``{"lists": [...], "cost": {...}}``. A last line that a kill cut short is dropped on opening.
@@ -25,8 +25,8 @@ class RunFile(Mapping[str, NBest]):
         folder: of the run.
         test_set: part of the file's name.
         method: part of the file's name.
-        options: what the method received; a run goes on only under the same.
-        restart: drop what is there.
+        options: of the method; a run goes on only under the same.
+        restart: drop the lists of an earlier run.
 
     Attributes:
         costs: ids and cost of each batch.
@@ -55,7 +55,7 @@ class RunFile(Mapping[str, NBest]):
             self._file.truncate(self._end)
 
     def _read(self, options: Mapping[str, Any], method: str) -> bool:
-        """Take in what is there; return whether there is a batch (without one other options do no harm)."""
+        """Read an earlier run; return whether it has a batch (without one other options do no harm)."""
         if not self.path.exists():
             return False
         before: Mapping[str, Any] = {}
@@ -95,7 +95,7 @@ class RunFile(Mapping[str, NBest]):
         self._positions.update({name: (self._end, index) for index, name in enumerate(ids)})
 
     def append(self, nbests: Sequence[NBest], cost: Mapping[str, float]) -> None:
-        """Write the lists of a batch and what they cost."""
+        """Write the lists of a batch and their cost."""
         line = to_json({"lists": [nbest.as_plain() for nbest in nbests], "cost": cost}).encode() + b"\n"
         with name_full_disk(self.path):
             self._file.seek(self._end)
@@ -141,24 +141,24 @@ class RunFile(Mapping[str, NBest]):
 class SharedRunFile:
     """The file of one method on one test set, written by several processes.
 
-    Each process writes a file of its own in ``rank-N/`` of the folder. The first one takes what is there into
-    the folder's own file, at the start (what a killed run has left, by any number of processes) and at the
-    end; so a run can go on with more or fewer processes than it began with.
+    Each process writes a file of its own in ``rank-N/`` of the folder. The first process moves their batches
+    into the folder's own file, at the start (those of a killed run, by any number of processes) and at the
+    end. So a run can go on with more or fewer processes than it began with.
 
     Args:
         processes: all of them make this object, with the same arguments.
         folder: of the run.
         test_set: its name.
         method: its name.
-        options: what the method received.
-        restart: drop what is there.
+        options: of the method.
+        restart: drop the lists of an earlier run.
 
     Attributes:
         done: ids of the utterances that were finished before.
         whole: the folder's own file, in the first process.
 
     Raises:
-        ValueError: what is there was made with other options, or holds an utterance twice.
+        ValueError: an earlier run was made with other options, or holds an utterance twice.
     """
 
     def __init__(
@@ -180,7 +180,7 @@ class SharedRunFile:
             self._mine = RunFile(self._folder / f"rank-{processes.rank}", *self._names)
 
     def append(self, nbests: Sequence[NBest], cost: Mapping[str, float]) -> None:
-        """Write the lists of a batch and what they cost."""
+        """Write the lists of a batch and their cost."""
         self._mine.append(nbests, cost)
 
     def finish(self, wanted: Iterable[str]) -> None:
@@ -210,12 +210,12 @@ class SharedRunFile:
         return sorted(path.parent for path in self._folder.glob(f"rank-*/nbest-{test_set}-{method}.jsonl"))
 
     def _absorb(self) -> None:
-        """Take all processes' batches into the whole, then remove theirs; a kill between is harmless."""
+        """Move the batches of all processes into the whole; a kill in between is harmless."""
         known = {tuple(ids) for ids, _ in self.whole.costs}
         for folder in self._rank_folders():
             share = RunFile(folder, *self._names)
             for ids, cost in share.costs:
-                if tuple(ids) in known:  # a kill came between taking and removing
+                if tuple(ids) in known:  # a kill came between copying and removing
                     continue
                 doubled = sorted(set(ids) & self.whole.keys())
                 if doubled:

@@ -42,7 +42,7 @@ class ScoreTable:
     ) -> ScoreTable:
         """Build the table; hypotheses of the same utterance and text count once.
 
-        References without a list (audio that was skipped, a limit in decoding) are counted and left out.
+        References without a list (audio that was skipped, a limit in decoding) are left out, with a warning.
 
         Raises:
             ValueError: there are no lists, a list has no reference, or no hypothesis has all the sources.
@@ -52,27 +52,29 @@ class ScoreTable:
         for nbest in nbests:
             if nbest.utterance not in references:
                 raise ValueError(f"references must hold every utterance, but lack {nbest.utterance!r}")
-            found = lists.setdefault(nbest.utterance, {})
+            texts = lists.setdefault(nbest.utterance, {})
             for h in nbest:
                 if all(name in h.scores for name in ("ctc", *names)):
-                    found.setdefault(h.text, [h.scores[name] for name in ("ctc", *names)])
+                    texts.setdefault(h.text, [h.scores[name] for name in ("ctc", *names)])
         check(len(lists) > 0, "N-best lists", "hold an utterance at least", 0)
         if len(lists) < len(references):
             absent = sorted(set(references) - set(lists))
             logging.warning("%d references have no N-best list, e.g. %s", len(absent), absent[:3])
-        empty = sorted(utterance for utterance, found in lists.items() if not found)
+        empty = sorted(utterance for utterance, texts in lists.items() if not texts)
         if empty:
-            raise ValueError(f"N-best lists must have hypotheses with scores of {names} for every utterance, "
-                             f"but {len(empty)} have none, e.g. {empty[:3]}")
-        most = max(len(found) for found in lists.values())
+            raise ValueError(
+                f"N-best lists must have hypotheses with scores of {names} for every utterance, but "
+                f"{len(empty)} have none, e.g. {empty[:3]}"
+            )
+        most = max(map(len, lists.values()))
         table = np.zeros((len(lists), most, 1 + len(names)))
         table[:, :, 0] = _LOWEST
         errors = np.zeros((len(lists), most), dtype=np.int64)
         words = 0
-        for row, (utterance, found) in enumerate(lists.items()):
-            counts = [count_errors(references[utterance], text) for text in found]
-            table[row, : len(found)] = np.clip(list(found.values()), _LOWEST, -_LOWEST)
-            errors[row, : len(found)] = [count.errors for count in counts]
+        for row, (utterance, texts) in enumerate(lists.items()):
+            counts = [count_errors(references[utterance], text) for text in texts]
+            table[row, : len(texts)] = np.clip(list(texts.values()), _LOWEST, -_LOWEST)
+            errors[row, : len(texts)] = [count.errors for count in counts]
             words += counts[0].words
         return cls(names, table[:, :, 0], table[:, :, 1:], errors, words)
 
@@ -89,7 +91,7 @@ def coordinate_search(
     """Return the weights with the fewest errors, and their number.
 
     Each coordinate in turn takes the middle of the widest range of its grid with the fewest errors, from
-    several starts; the middle, for the count is a staircase and its edge would not carry over to other data.
+    several starts. The count is a staircase: its edge would not carry over to other data.
 
     Args:
         table: the scores.
@@ -115,7 +117,7 @@ def coordinate_search(
 
 
 def _refined(grid: np.ndarray, around: float, fineness: int) -> np.ndarray:
-    """Return the grid, in later rounds a finer one around a value inside the same bounds."""
+    """Return the grid; from the third round on a finer one around a value, inside the same bounds."""
     if fineness < 2:
         return grid
     reach = (grid[-1] - grid[0]) / 8

@@ -1,7 +1,7 @@
-"""Utterances in segments: what is decoded at once, and the lists of all segments joined again.
+"""Utterances are cut into segments that are decoded at once; the lists of all segments are joined.
 Knows: utterances, N-best lists. Must not know: models, searches, files of a run.
 
-Of a long utterance no more is held than what is looked at: where to cut it, then its parts.
+Of a long utterance one window or segment is held at a time.
 """
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from torch import Tensor
 from icefall_fusion.common.counters import add_counters
 from icefall_fusion.data.audio import SAMPLE_RATE
 from icefall_fusion.data.fbank import FRAME_SHIFT
-from icefall_fusion.decode.utterances import Utterance, join_parts
-from icefall_fusion.nbest import NBest
+from icefall_fusion.decode.utterances import Utterance
+from icefall_fusion.nbest import Hypothesis, NBest, WordTime
 
-_SMOOTHED = 20  # frames: a cut is put where so many together are quietest
+_SMOOTHED = 20  # frames whose mean loudness decides where to cut
 
 
 @dataclass
 class Segment:
-    """One of ``count`` segments of an utterance (mostly all of it): its first second, and what reads it."""
+    """One of ``count`` segments of an utterance (mostly one): the second it starts at; ``load`` reads it."""
 
     utterance: Utterance
     number: int
@@ -36,15 +36,15 @@ class Segment:
 
 
 def segments_of(utterance: Utterance, longest: float) -> list[Segment]:
-    """Return an utterance as segments of at most ``longest`` seconds, cut at quiet places.
+    """Return an utterance as segments of at most ``longest`` seconds, cut at quiet points.
 
-    A short one is read here and now; a long one in windows, and its segments when they are asked for.
+    A short utterance is read at once, a long one in windows, and its segments by their ``load``.
 
     Raises:
         InputError: it cannot be read.
     """
     if utterance.seconds <= longest or not utterance.apart:
-        values = utterance.load()  # maybe longer than was said
+        values = utterance.load()  # maybe longer than its manifest says
         rate = rate_of(values)
         ranges = list(split_long(lambda first, last: values[first:last], rate, longest))
         loads = [lambda a=a, b=b: values[a:b] for a, b in ranges]
@@ -63,7 +63,7 @@ def segments_of(utterance: Utterance, longest: float) -> list[Segment]:
 
 
 def rate_of(values: Tensor) -> int:
-    """Return how many make a second: of features [T,80] or samples [N]."""
+    """Return the number of features [T,80] or samples [N] in a second."""
     return round(1 / FRAME_SHIFT) if values.dim() == 2 else SAMPLE_RATE
 
 
@@ -72,11 +72,11 @@ def split_long(
 ) -> Iterator[tuple[int, int]]:
     """Yield the ranges into which features or samples are cut, each at most ``longest`` seconds.
 
-    A cut is put at the quietest fifth of a second in the second half of the time allowed.
+    A segment ends in the quietest fifth of a second of the second half of the longest one possible.
 
     Args:
         read: returns those from the first to before the last, fewer where they end.
-        rate: so many are a second, see `rate_of`.
+        rate: see `rate_of`.
         longest: seconds.
     """
     limit, hop, start = max(int(longest * rate), 1), round(rate * FRAME_SHIFT), 0
@@ -102,7 +102,7 @@ def _power(samples: Tensor, hop: int) -> Tensor:
 
 
 class Recognized:
-    """The N-best lists of the segments that one method has decoded of a batch, and what they cost."""
+    """The N-best lists of the segments of a batch by one method, and their cost."""
 
     def __init__(self) -> None:
         self.segments: list[tuple[Segment, NBest]] = []
@@ -122,7 +122,7 @@ class Recognized:
         return {s.id: " ".join(texts[s.utterance.id]) for s in segments if s.number}
 
     def drop(self, utterances: Container[str]) -> None:
-        """Forget what was found of utterances: a segment of them could not be read."""
+        """Remove the lists of utterances of which a segment could not be read."""
         self.segments = [
             (segment, nbest) for segment, nbest in self.segments if segment.utterance.id not in utterances
         ]
@@ -135,6 +135,34 @@ class Recognized:
         return [
             whole[0][1]
             if len(whole) == 1
-            else join_parts(utterance, [nbest for _, nbest in whole], [segment.start for segment, _ in whole])
+            else join_segments(utterance, [nbest for _, nbest in whole], [s.start for s, _ in whole])
             for utterance, whole in lists.items()
         ]
+
+
+def join_segments(utterance: str, nbests: Sequence[NBest], starts: Sequence[float]) -> NBest:
+    """Return the N-best list of an utterance that was decoded in segments.
+
+    Rank k joins the k-th hypotheses of all segments (the last where a segment has fewer); scores add up.
+
+    Args:
+        utterance: its id.
+        nbests: of the segments in order of time; each has at least one hypothesis.
+        starts: second at which each segment starts.
+    """
+    ranks = range(max(map(len, nbests)))
+    hypotheses = [_join([nbest[min(rank, len(nbest) - 1)] for nbest in nbests], starts) for rank in ranks]
+    return NBest(utterance, hypotheses, dict(nbests[0].weights))
+
+
+def _join(segments: Sequence[Hypothesis], starts: Sequence[float]) -> Hypothesis:
+    return Hypothesis(
+        tokens=[token for segment in segments for token in segment.tokens],
+        text=" ".join(segment.text for segment in segments if segment.text),
+        scores={source: sum(s.scores[source] for s in segments) for source in segments[0].scores},
+        times=[
+            WordTime(time.word, time.start + start, time.end + start)
+            for segment, start in zip(segments, starts)
+            for time in segment.times
+        ],
+    )

@@ -1,4 +1,4 @@
-"""Job ``tune``: weights and word bonuses that give the fewest word errors on dev, never on a test set.
+"""Job ``tune``: the weights and word bonuses with the fewest word errors on dev.
 Knows: stored N-best scores, references, methods; decodes dev to confirm. Must not know: test sets, searches.
 
 Weights come from stored N-best lists. Those of a fusion change the beam itself, so they are then confirmed by
@@ -17,9 +17,9 @@ from icefall_fusion.common.checks import check
 from icefall_fusion.common.command_line import SKIPPED_SOME
 from icefall_fusion.common.files import write_text
 from icefall_fusion.data.manifests import spread
+from icefall_fusion.decode.job import DecodeOptions
 from icefall_fusion.decode.language_models import LM_SOURCES
 from icefall_fusion.decode.method_names import choose_methods, parse_method, parse_methods, weights_of
-from icefall_fusion.decode.options import DecodeOptions
 from icefall_fusion.decode.recognizer import Batch, Recognizer
 from icefall_fusion.decode.score_table import ScoreTable, coordinate_search
 from icefall_fusion.decode.segments import Recognized
@@ -34,7 +34,7 @@ FIRST_PASS_WEIGHT, FIRST_PASS_BONUS, BONUS_STEP = 0.4, 2.0, 1.0
 
 @dataclass(frozen=True)
 class TuneOptions:
-    """Find the weights of methods on dev.
+    """Tune the weights of methods on dev.
 
     Args:
         nbest: files of N-best JSON lines of dev; lists of the same utterance are joined. A hypothesis needs
@@ -45,8 +45,8 @@ class TuneOptions:
         highest: largest weight tried for a language model or the attention decoder.
         bonus: word bonuses tried, from -bonus to +bonus.
         rounds: passes over all coordinates from each start.
-        confirm: decode dev around the optimum of each method that has a fusion: a decode job whose test_sets
-            name dev (its methods and weights are not used); left out: no confirmation.
+        confirm: a decode job whose test_sets name dev (its methods and weights are not used): dev is decoded
+            around the optimum of each method that has a fusion. Left out: no confirmation.
         confirm_rounds: passes over the coordinates by decoding, each with half the step of the one before.
         confirm_step: factor between neighboring weights tried by decoding, in the first pass.
     """
@@ -153,15 +153,15 @@ class _Confirmation:
     ) -> tuple[dict[str, float], float]:
         """Climb from the best of several starts, with ever smaller steps; return weights and WER in percent.
 
-        A language model in the first pass changes which hypotheses survive, so that it mostly takes larger
-        weights than a second pass over a beam that was pruned without it. Hence the further starts: a usual
-        first-pass weight, what an earlier method with the same sources ended with, and the weights of methods
-        with fewer sources beside usual ones. (A second pass over paths of a lattice, say, needs little of the
-        graph's own score, for the paths were drawn by it; a beam search along it is lost without.)
+        A language model in the first pass changes which hypotheses survive. It mostly takes larger weights
+        than a second pass over a beam that was pruned without it. So there are three more kinds of starts: a
+        usual first-pass weight; the result of earlier methods with the same sources; and the weights of
+        methods with fewer sources, beside usual ones. The last serve lattices: random paths need little of
+        the graph's own score, by which they were drawn, but a beam search along the lattice needs it.
 
         Args:
             method: its name.
-            weights: found from N-best lists.
+            weights: those from N-best lists.
             simpler: weights of methods that have some of its sources.
         """
         seen: dict[tuple[float, ...], float] = {}

@@ -1,5 +1,5 @@
-"""What is to be decoded: utterances of lhotse manifests or audio files, read late, long ones in parts.
-Knows: cuts, audio, features, N-best lists of parts. Must not know: models, searches, methods.
+"""Utterances of lhotse manifests or audio files, read when they are decoded, long ones segment by segment.
+Knows: cuts, audio, features. Must not know: models, searches, methods.
 """
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ from icefall_fusion.common.files import PathLike
 from icefall_fusion.data.audio import SAMPLE_RATE, AudioError, load_audio, resample
 from icefall_fusion.data.fbank import extract
 from icefall_fusion.data.features import DIM, FRAME_SHIFT
-from icefall_fusion.nbest import Hypothesis, NBest, WordTime
 
-_TOLERANCE = 0.1  # seconds that a file may lack of what its manifest says
-_MARGIN = 0.05  # seconds beside a part that its features depend on, and some more
+_TOLERANCE = 0.1  # seconds by which a file may be shorter than its manifest says
+_MARGIN = 0.05  # seconds on each side of a segment that its features depend on, and some more
 
 
 class InputError(ValueError):
@@ -34,10 +33,10 @@ class Utterance:
         id: unique in its test set.
         seconds: duration, as far as known before reading.
         text: the reference, or None when there is none.
-        load: reads features [T,80] or samples [N] float32, whichever was asked for: ``load()`` all of them,
-            ``load(start, seconds)`` those of a part (fewer where the utterance ends); may raise InputError.
+        load: reads features [T,80] or samples [N] float32, as was asked for: ``load()`` all of them,
+            ``load(start, seconds)`` those of a segment (fewer at the utterance's end); may raise InputError.
         custom: further fields of the cut's first supervision.
-        apart: whether parts can be read each by itself; of what is mixed or transformed they cannot.
+        apart: whether segments can be read each by itself: not those of a cut that is mixed or transformed.
     """
 
     id: str
@@ -63,9 +62,9 @@ def read_cuts(path: PathLike, wants: str) -> list[Utterance]:
         raise FileNotFoundError(f"there is no manifest of cuts at {path}")
     try:
         utterances = _of_manifest(path, wants)
-    except Exception as error:  # lhotse and gzip have many errors for what is broken
-        what = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{path} cannot be loaded as a manifest of cuts: {what}") from error
+    except Exception as error:  # lhotse and gzip have many errors for a broken file
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path} cannot be loaded as a manifest of cuts: {reason}") from error
     check(len(utterances) > 0, f"{path}", "hold at least one cut", 0)
     _check_unique(utterances, str(path))
     return utterances
@@ -85,7 +84,7 @@ def _of_manifest(path: PathLike, wants: str) -> list[Utterance]:
 
 
 def read_audio_files(paths: Iterable[PathLike], wants: str) -> list[Utterance]:
-    """Return audio files as utterances without reference; the id is the path as given."""
+    """Return audio files as utterances without reference; the id is the path."""
     utterances = [Utterance(str(path), _duration(path), None, _file_loader(path, wants)) for path in paths]
     _check_unique(utterances, "the list of files")
     return utterances
@@ -103,7 +102,7 @@ def _duration(path: PathLike) -> float:
 
     try:
         return float(soundfile.info(str(path)).duration)
-    except (OSError, RuntimeError):  # reading it will say what is wrong
+    except (OSError, RuntimeError):  # reading the file will name the error
         return 0.0
 
 
@@ -142,7 +141,7 @@ def _part_of(cut: Any, start: float, seconds: Optional[float]) -> Any:
 
 
 def _cut_audio(cut: Any, start: float, seconds: Optional[float]) -> np.ndarray:
-    """Return a cut's audio [samples] at 16 kHz; what is padded, mixed or part of a file is lhotse's work."""
+    """Return a cut's audio [samples] at 16 kHz; lhotse pads, mixes and cuts out."""
     file = _whole_file(cut)
     if file is not None:
         samples = load_audio(file, seconds is not None, start, seconds)
@@ -166,7 +165,7 @@ def _cut_audio(cut: Any, start: float, seconds: Optional[float]) -> np.ndarray:
 
 
 def _is_plain(cut: Any) -> bool:
-    """Return whether a cut is a stretch of one recording, as it was recorded: not mixed, not transformed."""
+    """Return whether a cut is one segment of one recording as it was recorded: not mixed, not transformed."""
     from lhotse import MonoCut
 
     return isinstance(cut, MonoCut) and not (cut.recording is not None and cut.recording.transforms)
@@ -185,7 +184,7 @@ def _whole_file(cut: Any) -> str | None:
 def _audio_loader(
     load: Callable[[float, Optional[float]], np.ndarray], name: Any, wants: str
 ) -> Callable[..., Tensor]:
-    """Return an utterance's ``load``, from what reads samples from a second on, all or of so many seconds."""
+    """Return an utterance's ``load`` from a function that reads samples by start and seconds (None: all)."""
 
     def read(start: float, seconds: Optional[float]) -> np.ndarray:
         try:
@@ -218,7 +217,7 @@ def batches(
         utterances: in any order.
         size: utterances in a batch at most.
         seconds: of padded audio in a batch at most (one utterance may be more).
-        longest: an utterance of more seconds is a batch of its own: it is decoded in parts.
+        longest: an utterance of more seconds is a batch of its own: it is decoded in segments.
     """
     batch: list[Utterance] = []
     for utterance in sorted(utterances, key=lambda u: (-u.seconds, u.id)):
@@ -229,31 +228,3 @@ def batches(
         batch.append(utterance)
     if batch:
         yield batch
-
-
-def join_parts(utterance: str, parts: Sequence[NBest], starts: Sequence[float]) -> NBest:
-    """Return the N-best list of an utterance that was decoded in parts.
-
-    Rank k joins the k-th hypotheses of all parts (the last where a part has fewer); scores add up.
-
-    Args:
-        utterance: its id.
-        parts: in order of time; each has at least one hypothesis.
-        starts: seconds at which each part starts.
-    """
-    ranks = range(max(len(part) for part in parts))
-    hypotheses = [_join([part[min(rank, len(part) - 1)] for part in parts], starts) for rank in ranks]
-    return NBest(utterance, hypotheses, dict(parts[0].weights))
-
-
-def _join(parts: Sequence[Hypothesis], starts: Sequence[float]) -> Hypothesis:
-    return Hypothesis(
-        tokens=[token for part in parts for token in part.tokens],
-        text=" ".join(part.text for part in parts if part.text),
-        scores={source: sum(part.scores[source] for part in parts) for source in parts[0].scores},
-        times=[
-            WordTime(time.word, time.start + start, time.end + start)
-            for part, start in zip(parts, starts)
-            for time in part.times
-        ],
-    )

@@ -14,7 +14,7 @@ Weights = Mapping[str, Mapping[str, float]]
 
 
 def read_weights(weights: Union[str, Weights]) -> Weights:
-    """Return weights by method, from a YAML file (maybe under ``weights:``) or as given."""
+    """Return weights by method; a string names a YAML file of them (maybe under ``weights:``)."""
     if not isinstance(weights, str):
         return weights
     if not weights:

@@ -28,7 +28,7 @@ from icefall_fusion.acoustic.saved import SavedSource
 from icefall_fusion.common.command_line import parse_options
 from icefall_fusion.data.fbank import extractor
 from icefall_fusion.data.manifests import cut_of, write_cuts
-from icefall_fusion.decode.job import DecodeRun
+from icefall_fusion.decode.job import DecodeOptions, DecodeRun
 from icefall_fusion.decode.method_names import (
     METHODS,
     choose_methods,
@@ -36,14 +36,12 @@ from icefall_fusion.decode.method_names import (
     parse_methods,
     weights_of,
 )
-from icefall_fusion.decode.options import DecodeOptions
 from icefall_fusion.decode.recognizer import Recognizer
-from icefall_fusion.decode.segments import rate_of, segments_of, split_long
+from icefall_fusion.decode.segments import join_segments, rate_of, segments_of, split_long
 from icefall_fusion.decode.utterances import (
     InputError,
     Utterance,
     batches,
-    join_parts,
     read_audio_files,
     read_cuts,
 )
@@ -403,7 +401,7 @@ def test_names_of_methods() -> None:
     wrong_names = ["nlm-shallow-ahead", "llm-delayed-ahead", "llm-delayed-shortest-ahead-ahead"]
     wrong_names += ["llm-delayed-late-3", "nlm-shallow-late-3", "llm-delayed-shortest-ahead-late-3"]
     for wrong in wrong_names:
-        with pytest.raises(ValueError, match="method must be built of known parts"):
+        with pytest.raises(ValueError, match="method must be built of known components"):
             parse_method(wrong)
     with pytest.raises(ValueError, match="use each source of scores once"):
         parse_method("llm-delayed-shortest+llm-nbest-rescoring")
@@ -421,7 +419,7 @@ def test_all_is_what_the_models_allow(caplog) -> None:
     assert choose_methods("all", {"attention", "nlm", "llm", "matched_llm", "ngram"}) == list(METHODS)
     found = choose_methods("all", {"llm"})
     assert "llm-delayed-shortest" in found and "ctc-greedy" in found and len(found) == 7
-    assert "llm-delayed-shortest-ahead is left out of the comparison: there is no ngram" in caplog.text
+    assert "llm-delayed-shortest-ahead is skipped: there is no ngram" in caplog.text
     with pytest.raises(ValueError, match="ngram.path must name a model for the method 'llm-.*-ahead'"):
         choose_methods("all,llm-delayed-shortest-ahead", {"llm"})
 
@@ -574,7 +572,7 @@ def test_parts_are_joined() -> None:
 
     one = NBest("u", [hypothesis("a", -1.0), hypothesis("b", -2.0)])
     two = NBest("u#1", [hypothesis("c", -4.0)])
-    joined = join_parts("u", [one, two, NBest("u#2", [hypothesis("", 0.0)])], [0.0, 10.0, 20.0])
+    joined = join_segments("u", [one, two, NBest("u#2", [hypothesis("", 0.0)])], [0.0, 10.0, 20.0])
     assert [h.text for h in joined] == ["a c", "b c"] and [h.total for h in joined] == [-5.0, -6.0]
     assert joined[0].times[1] == WordTime("c", 10.1, 10.2)
 

@@ -42,7 +42,7 @@ def test_demo_leaves_results_and_plot(workers, tmp_path, capsys) -> None:
 
 
 def test_without_models_the_demo_says_so(tmp_path, capsys) -> None:
-    from icefall_fusion.decode.options import DecodeOptions
+    from icefall_fusion.decode.job import DecodeOptions
 
     stories = tmp_path / "stories.txt"
     stories.write_text("A sentence.\n")

@@ -17,9 +17,8 @@ import torch
 
 from icefall_fusion.__main__ import main
 from icefall_fusion.acoustic.sources import CheckpointSource, EmissionOptions
-from icefall_fusion.decode.job import DecodeRun
+from icefall_fusion.decode.job import DecodeOptions, DecodeRun
 from icefall_fusion.decode.language_models import LmOptions
-from icefall_fusion.decode.options import DecodeOptions
 from icefall_fusion.decode.recognizer import Recognizer
 from icefall_fusion.nbest import read_nbests
 

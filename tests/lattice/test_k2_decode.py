@@ -14,10 +14,9 @@ from lattice_tools import ctc_lattices
 from icefall_fusion.__main__ import main
 from icefall_fusion.acoustic.saved import SavedSource
 from icefall_fusion.acoustic.sources import EmissionOptions
-from icefall_fusion.decode.job import run
+from icefall_fusion.decode.job import DecodeOptions, run
 from icefall_fusion.decode.language_models import LmOptions
 from icefall_fusion.decode.method_names import K2_METHODS, parse_method, parse_methods, weights_of
-from icefall_fusion.decode.options import DecodeOptions
 from icefall_fusion.fusion.rescoring import rescore_with_ngram
 from icefall_fusion.lattice.beam import LatticeBeamOptions
 from icefall_fusion.lattice.saved import save_lattices
@@ -171,4 +170,4 @@ def test_methods_without_lattices_are_refused_or_left_out(models, tmp_path, capl
         run(plain)
     object.__setattr__(plain, "methods", "ctc-greedy,k2-all")
     assert run(plain) == 0
-    assert "k2-1best is left out of the comparison: there is no graph" in caplog.text
+    assert "k2-1best is skipped: there is no graph" in caplog.text

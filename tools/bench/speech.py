@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from icefall_fusion.acoustic.sources import EmissionOptions
 from icefall_fusion.decode.demo import SETS, DemoOptions, read_sentences, speak
-from icefall_fusion.decode.options import DecodeOptions
+from icefall_fusion.decode.job import DecodeOptions
 from icefall_fusion.decode.pretrained import with_pretrained
 
 
