@@ -20,11 +20,11 @@ class Emissions:
 
     Args:
         ids: utterance ids.
-        log_probs: [B,T,V] natural-log; rows beyond ``lens`` mean nothing.
+        log_probs: [B,T,V] natural-log; frames beyond ``lens`` are arbitrary.
         lens: [B] frames of each utterance.
         tokens: the vocabulary, V pieces.
         frame_shift: seconds a frame.
-        encoder_out: [B,T,D], for an attention decoder; None when there is none.
+        encoder_out: [B,T,D] for an attention decoder, or None.
 
     Raises:
         ValueError: shapes or the vocabulary do not fit, or an utterance (named) has NaN or +inf.
@@ -56,7 +56,7 @@ class Emissions:
         return len(self.ids)
 
     def select(self, rows: Sequence[int]) -> Emissions:
-        """Return some utterances, without frames that only others had."""
+        """Return some utterances, cut to the longest of them."""
         index = torch.tensor(list(rows), dtype=torch.long)
         lens = self.lens[index.to(self.lens.device)]
         length = int(lens.max()) if len(rows) else 0
@@ -67,7 +67,10 @@ class Emissions:
 
 
 def pad_rows(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Return rows [n,...] of different lengths as one float32 tensor [B,T,...] and their lengths."""
+    """Return rows [n,...] of different lengths as one float32 tensor [B,T,...], zero-padded, and lengths [B].
+
+    For log-probs; batches of features are padded by `data.features.pad_features`.
+    """
     lens = torch.tensor([len(row) for row in rows], dtype=torch.long)
     return torch.nn.utils.rnn.pad_sequence([row.float() for row in rows], batch_first=True), lens
 

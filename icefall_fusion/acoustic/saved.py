@@ -39,14 +39,14 @@ class SavedSource:
 
     Args:
         path: a file, or a folder of them.
-        tokens: the vocabulary that they were made with.
-        device: where to put them.
-        frame_shift: seconds a frame; 0 takes what the files say, else 0.04.
+        tokens: the vocabulary of the log-probs.
+        device: of the returned log-probs.
+        frame_shift: seconds a frame; 0: that of the files, or 0.04 if they have none.
 
     Raises:
         FileNotFoundError: there is no file.
-        ValueError: a file is broken or was made with another vocabulary, or two files have the same utterance
-            (they are of several runs).
+        ValueError: a file is broken or of another vocabulary, or two files have the same utterance, as those
+            of several runs do.
     """
 
     wants = "nothing"
@@ -81,7 +81,7 @@ class SavedSource:
         return Emissions(list(ids), padded.to(self.device), lens, self.tokens, self.frame_shift)
 
     def _add(self, file: Path) -> None:
-        """Note what a file holds; its arrays are read when asked for."""
+        """Index a file; its arrays are read by `emit`."""
         with _reading(file):
             archive = np.load(file)
             members = [member for member in archive.files if member != _META]
@@ -124,7 +124,7 @@ class SavedSource:
 
 @contextlib.contextmanager
 def _reading(file: Path) -> Iterator[None]:
-    """Turn what numpy says of a broken archive into one ValueError that names the file."""
+    """Turn numpy's errors on a broken archive into a ValueError with the file's name."""
     try:
         yield
     except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
@@ -137,11 +137,11 @@ def save_emissions(
     half: bool = False,
     segments: Sequence[tuple[str, int, int]] = (),
 ) -> None:
-    """Write one ``.npz`` of log-probs that ``SavedSource`` reads back; whole or not at all.
+    """Write log-probs to one ``.npz`` file that ``SavedSource`` reads. A failed write leaves no file.
 
     Args:
         path: ends with ``.npz``.
-        emissions: what to write.
+        emissions: the log-probs.
         half: as float16 (half the size; log-probs below -65504 become -inf, others keep three digits).
         segments: for each row its utterance, the number of the segment (from 0) and the count of the
             utterance's segments; empty: each row is an utterance.

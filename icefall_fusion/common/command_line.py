@@ -161,9 +161,9 @@ def _plain_values(arguments: Iterable[str], types: Mapping[str, Any]) -> list[st
     while rest:
         word = rest.pop(0)
         plain.append(word)
-        if not word.startswith("--"):
-            continue
         name, _, value = word[2:].partition("=")
+        if not word.startswith("--") or (" " in name and name not in types):  # "--a 1 --b 2" is a value
+            continue
         _check_known(name.rstrip("+"), types)
         if name == "config":
             for key in _keys_of_file(value or "".join(rest[:1]), types):

@@ -1,5 +1,5 @@
-"""Knows: audio files in, mono float32 at 16 kHz out; what can be wrong with a file.
-Must not know: features, manifests, models.
+"""Audio files in, mono float32 at 16 kHz out.
+Knows: formats and damages of audio files. Must not know: features, manifests, models.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from icefall_fusion.common.checks import check
 from icefall_fusion.common.files import PathLike
 
 SAMPLE_RATE = 16_000  # Hz
-UNKNOWN_LENGTH = 2**40  # frames; libsndfile says more where a header does not tell
-_UNKNOWN_SIZE = 0x7FFF_0000  # bytes; sizes above stand for "not known when the header was written"
+UNKNOWN_LENGTH = 2**40  # frames; libsndfile reports more where the header has no length
+_UNKNOWN_SIZE = 0x7FFF_0000  # bytes; a larger size was not known when the header was written
 _BLOCK = 1 << 20  # frames read at once
-_MOST = 1 << 30  # samples to make room for at once: a header may be damaged
+_MOST = 1 << 30  # samples allocated at once at most, as a header may be damaged
 
 
 class AudioError(ValueError):
@@ -28,23 +28,24 @@ class AudioError(ValueError):
 def load_audio(
     path: PathLike, allow_empty: bool = False, offset: float = 0.0, duration: Optional[float] = None
 ) -> np.ndarray:
-    """Return an audio file, or a part of it, as mono at 16 kHz.
+    """Return an audio file, or a span of it, as mono at 16 kHz.
 
-    Channels are averaged, any sampling rate is resampled, block by block: beside what is returned little is
-    held. Of a part no more is read than it needs; its samples are those that the whole has there.
+    Channels are averaged and any sampling rate is resampled, block by block. Little memory is used beside
+    that of the result. A span costs the reading of that span, and its samples are those of the whole file.
 
     Args:
         path: any file that soundfile can read (WAV, FLAC, OGG, MP3, ...).
-        allow_empty: return 0 samples for a file (or part) that holds none, instead of an error.
-        offset: seconds at which the part begins.
-        duration: its seconds; None goes on to the end. A part that reaches over the end is shorter.
+        allow_empty: return 0 samples for a file (or span) without samples, instead of an error.
+        offset: start of the span in seconds.
+        duration: length of the span in seconds; None: to the end. A span beyond the end is shorter.
 
     Returns:
         float32 [samples] in about [-1, 1].
 
     Raises:
         FileNotFoundError: no such file.
-        AudioError: the file holds no samples (there), fewer than its header says, or no audio.
+        AudioError: the file (or span) has no samples, the file has fewer than its header declares, or it is
+            no audio.
     """
     check(offset >= 0, "offset", "be at least 0 seconds", offset)
     check(duration is None or duration > 0, "duration", "be more than 0 seconds", duration)
@@ -57,30 +58,30 @@ def load_audio(
     try:
         with soundfile.SoundFile(path) as file:
             rate, declared = file.samplerate, file.frames
-            part = _Part(rate, offset, duration)
-            frames = _Frames(file, part, path)
-            end = declared if part.last is None else min(part.last, declared)
-            known = max(0, end - part.first) if declared < UNKNOWN_LENGTH else 0
+            span = _Span(rate, offset, duration)
+            frames = _Frames(file, span, path)
+            end = declared if span.last is None else min(span.last, declared)
+            known = max(0, end - span.first) if declared < UNKNOWN_LENGTH else 0
             blocks = frames if rate == SAMPLE_RATE else _resampled(frames, rate)
             samples = _joined(blocks, min(-(-known * SAMPLE_RATE // rate), _MOST))
     except (soundfile.LibsndfileError, RuntimeError) as error:
         raise AudioError(f"audio file {path} cannot be read (truncated, or no audio): {error}") from None
     if path.suffix.lower() in (".wav", ".flac") and declared < UNKNOWN_LENGTH:
-        if part.first + frames.read < end:
-            got = f"{frames.read} of {end - part.first}"
+        if span.first + frames.read < end:
+            got = f"{frames.read} of {end - span.first}"
             raise AudioError(f"audio file {path} is truncated: {got} samples could be read")
-    samples = samples[part.skipped :][: part.count]
+    samples = samples[span.skipped :][: span.count]
     if len(samples) == 0 and not allow_empty:
         where = f" after {offset} s" if offset > 0 else ""
         raise AudioError(f"audio file {path} holds no samples{where}")
     return samples
 
 
-class _Part:
-    """What to read for a part: frames ``first`` to ``last``; resampled, it begins after ``skipped`` samples.
+class _Span:
+    """The frames to read for a span: ``first`` to ``last``. Resampled, it begins after ``skipped`` samples.
 
-    The frames begin early enough, and where a frame and a sample at 16 kHz fall together, so that resampling
-    gives what it gives for the whole.
+    The first frame lies early enough, and at the time of a sample at 16 kHz, so that resampling the span
+    equals resampling the whole.
     """
 
     def __init__(self, rate: int, offset: float, duration: Optional[float]) -> None:
@@ -110,18 +111,18 @@ class _Frames:
 
     Args:
         file: open.
-        part: what to read.
+        span: the frames to read.
         path: for messages.
 
     Attributes:
-        read: how many were read, fewer where the file ends.
+        read: number of frames read so far; less than the span's at the end of the file.
     """
 
-    def __init__(self, file: soundfile.SoundFile, part: _Part, path: Path) -> None:
-        self._file, self._part, self._path, self.read = file, part, path, 0
+    def __init__(self, file: soundfile.SoundFile, span: _Span, path: Path) -> None:
+        self._file, self._span, self._path, self.read = file, span, path, 0
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        first, last, seekable = self._part.first, self._part.last, self._file.seekable()
+        first, last, seekable = self._span.first, self._span.last, self._file.seekable()
         if seekable:
             self._file.seek(min(first, self._file.frames))
         position = first if seekable else 0
@@ -130,7 +131,7 @@ class _Frames:
             block = self._file.read(size, dtype="float32", always_2d=True)
             if len(block) == 0:
                 break
-            unwanted = max(0, first - position)  # where one cannot seek
+            unwanted = max(0, first - position)  # a stream that cannot seek
             position += len(block)
             block = block[unwanted:]
             if not np.isfinite(block).all():
@@ -140,22 +141,22 @@ class _Frames:
 
 
 def _resampled(blocks: Iterable[np.ndarray], rate: int) -> Iterator[np.ndarray]:
-    """Yield the samples at 16 kHz that `resample` gives for all blocks together; few are held at a time."""
+    """Yield the samples of `resample` over all blocks together, holding few frames at a time."""
     up, down = _factors(rate)
     reach = _reach(up, down)
-    held, begin, given = np.zeros(0, np.float32), 0, 0  # frames from ``begin`` on; samples that were yielded
+    held, begin, yielded = np.zeros(0, np.float32), 0, 0  # ``held`` starts at frame ``begin``
     for block in blocks:
         held = np.concatenate((held, block))
-        ready = max(given, (begin + len(held) - 1 - reach) * up // down)
-        yield resample(held, rate)[given - begin // down * up : ready - begin // down * up]
-        given = ready
-        kept = max(begin, (given * down // up - reach) // down * down)
+        ready = max(yielded, (begin + len(held) - 1 - reach) * up // down)
+        yield resample(held, rate)[yielded - begin // down * up : ready - begin // down * up]
+        yielded = ready
+        kept = max(begin, (yielded * down // up - reach) // down * down)
         held, begin = held[kept - begin :], kept
-    yield resample(held, rate)[given - begin // down * up :]
+    yield resample(held, rate)[yielded - begin // down * up :]
 
 
 def _joined(blocks: Iterable[np.ndarray], expected: int) -> np.ndarray:
-    """Return blocks as one array; they are not held twice where there are as many samples as expected."""
+    """Return blocks as one array, without a copy if there are ``expected`` samples."""
     result, count = np.empty(expected, np.float32), 0
     for block in blocks:
         if count + len(block) > len(result):  # headers may promise less
@@ -166,14 +167,14 @@ def _joined(blocks: Iterable[np.ndarray], expected: int) -> np.ndarray:
 
 
 def _refuse_cut_wav(path: Path) -> None:
-    """Compare a WAV file's size with its header: libsndfile takes one that was cut short for a whole one."""
+    """Compare a WAV file's size with its header, as libsndfile accepts files that were cut short."""
     with path.open("rb") as file:
         header = file.read(12)
     if header[:4] != b"RIFF" or header[8:] != b"WAVE":
         return
     declared = int.from_bytes(header[4:8], "little") + 8
     size = path.stat().st_size
-    if size < declared - 1 < _UNKNOWN_SIZE:  # a last pad byte may lack; recorders into pipes write huge sizes
+    if size < declared - 1 < _UNKNOWN_SIZE:  # the pad byte may lack; pipes write huge sizes
         raise AudioError(f"audio file {path} is truncated: it has {size} of {declared} bytes")
 
 

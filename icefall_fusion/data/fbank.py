@@ -1,5 +1,5 @@
-"""Knows: log-mel filter banks (lhotse or kaldifeat) of samples and of manifests; the job `compute-fbank`.
-Must not know: models (they normalize features themselves), how audio was made.
+"""Log-mel features of audio and of manifests, by lhotse or kaldifeat; the job `compute-fbank`.
+Knows: audio, cuts, shards. Must not know: models (they normalize features themselves), how audio was made.
 """
 
 from __future__ import annotations
@@ -31,37 +31,37 @@ from icefall_fusion.data.features import DIM, FRAME_SHIFT
 from icefall_fusion.data.manifests import check_corpus, cuts_path, join_lines
 
 HOP = 160  # samples
-MARGIN = 4  # frames at both ends of a chunk that are cut away again: a frame reaches 280 samples to its right
-SHORTEST = 400  # samples in one window; shorter audio is padded with silence to give its frames
+MARGIN = 4  # frames cut off both ends of a chunk, as a frame reaches 280 samples to its right
+SHORTEST = 400  # samples of a window; shorter audio is padded with silence
 BACKENDS = ("lhotse", "kaldifeat")
 SKIPPED_SOME, UNFINISHED = 3, 4  # exit codes
-SHOWN, LISTED = 20, 10_000  # skipped cuts that are printed, and that the report has
-EVALUATION = ("dev", "test")  # what splits begin with that are neither perturbed nor shuffled
+SHOWN, LISTED = 20, 10_000  # skipped cuts: how many are printed, how many the report lists
+EVALUATION = ("dev", "test")  # splits with these prefixes are neither perturbed nor shuffled
 
 
 @dataclass(frozen=True)
 class FbankOptions:
     """Compute and store the features of manifests.
 
-    Several machines (or GPUs) that share ``data_dir`` can share the work: each takes some shards, e.g.
-    ``--start 0 --stop 500``; the one that finds all shards done joins them. What was killed goes on when
-    called again.
+    Several machines (or GPUs) with one ``data_dir`` can each compute some shards, e.g.
+    ``--start 0 --stop 500``. The run after which no shard is missing joins them. A killed run goes on when
+    it is called again.
 
     Args:
-        data_dir: where ``manifests/`` is and ``fbank/`` goes.
+        data_dir: folder of ``manifests/`` and ``fbank/``.
         splits: names of manifests.
         workers: processes. The result does not depend on it.
-        shard_size: cuts in one resumable piece of work.
+        shard_size: cuts in one shard; a killed run loses unfinished shards.
         backend: lhotse, or kaldifeat (for a GPU; tools/install_kaldifeat.sh installs it).
         device: for kaldifeat, e.g. cpu or cuda:0.
-        speed_perturb: add copies of splits (but dev and test) at 0.9 and 1.1 of their speed, as icefall does.
-            Off: synthesis already varies the speed of speech.
+        speed_perturb: add copies of all splits but dev and test at 0.9 and 1.1 of their speed, as icefall
+            does. Synthesized speech varies in speed already.
         corpus: names the manifests: ``CORPUS_cuts_SPLIT.jsonl.gz``.
         start: first shard to compute here, from 0.
-        stop: the shard before which to stop here; none goes on to the last.
-        retry: compute the shards again in which audio was skipped (it is there by now).
+        stop: one past the last shard to compute here; none: to the end.
+        retry: compute the shards again in which audio was skipped.
         shuffle: join the shards (but of dev and test) in a random order, the same each time. For a corpus
-            that is sorted by speaker and has far more than the 20,000 cuts that training shuffles at a time.
+            that is sorted by speaker and much larger than the buffer that training shuffles.
     """
 
     data_dir: Path = Path("data")
@@ -123,13 +123,13 @@ def extract(
 ) -> torch.Tensor:
     """Return the features of one channel of audio of any length.
 
-    Long audio is taken in chunks that overlap by a few frames: memory stays bounded and the frames are those
-    of the whole.
+    Long audio is processed in chunks that overlap by a few frames. Memory stays bounded, and the frames equal
+    those of the whole.
 
     Args:
         samples: float [samples] in about [-1, 1].
         rate: their sampling rate in Hz; anything but 16 kHz is resampled.
-        chunk_seconds: how much to hold at once, at least 1.
+        chunk_seconds: length of a chunk, at least 1.
         backend: lhotse or kaldifeat.
         device: where to compute.
 
@@ -150,7 +150,7 @@ def extract(
     for start in range(0, total, size):
         stop = min(start + size, total)
         first, last = max(start - MARGIN, 0), stop + MARGIN
-        if total - stop <= 2 * MARGIN:  # no crumbs at the end
+        if total - stop <= 2 * MARGIN:  # the last chunk takes a short rest
             stop, last = total, total + MARGIN
         piece = samples[first * HOP : last * HOP]
         chunks.append(_frames(compute, piece)[start - first : stop - first])
@@ -168,10 +168,10 @@ def run(options: FbankOptions) -> int:
     """Write ``fbank/CORPUS_cuts_SPLIT.jsonl.gz`` and archives.
 
     Returns:
-        0; 3 when audio was skipped (it is listed); 4 when shards of a split are missing, so that it was not
-        joined: other machines are at them, or have not begun.
+        0; 3 when audio was skipped (the report lists it); 4 when a split was not joined, because shards are
+        missing that other machines have not finished.
     """
-    extractor(options.backend, options.device)  # fails here, not in a process of its own
+    extractor(options.backend, options.device)  # fails here, not in a worker process
     return max(_run_split(options, split) for split in options.splits)
 
 
@@ -232,7 +232,7 @@ def _each(options: FbankOptions, todo: list[Shard]) -> Iterator[int]:
         return
     with ProcessPoolExecutor(
         min(options.workers, len(todo)), multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)
-    ) as pool:  # says so when a process is killed, where a multiprocessing.Pool would wait for it forever
+    ) as pool:  # raises when a process is killed; a multiprocessing.Pool would wait forever
         try:
             for future in as_completed([pool.submit(make, shard) for shard in todo]):
                 yield future.result()
@@ -242,7 +242,7 @@ def _each(options: FbankOptions, todo: list[Shard]) -> Iterator[int]:
 
 def _make_shard(options: FbankOptions, shard: Shard) -> int:
     if shard.features.exists() and not options.retry:
-        return shard.count  # another machine has done it by now
+        return shard.count  # another machine has done it
     compute = extractor(options.backend, options.device)
     made, archive = [], shard.new_archive()
     with atomic_path(archive) as temporary, LilcomChunkyWriter(str(temporary)) as writer:
@@ -279,13 +279,13 @@ def _described(cut: MonoCut, frames: int, kind: str, archive: str, key: str) -> 
 
 
 def cut_samples(cut: MonoCut) -> np.ndarray:
-    """Return the audio of a cut, [samples] at 16 kHz; only its part of the file is read.
+    """Return the audio of a cut, [samples] at 16 kHz; only its span of the file is read.
 
     Raises:
-        FileNotFoundError: the file is gone.
-        AudioError: it is broken, or shorter than the manifest says (a lack of up to 10 ms becomes silence).
+        FileNotFoundError: there is no such file.
+        AudioError: it is broken, or shorter than in the manifest by more than 10 ms (up to that is padded).
     """
-    if cut.recording.transforms:  # speed perturbation: lhotse's business
+    if cut.recording.transforms:  # speed perturbation, which lhotse applies
         try:
             return resample(cut.load_audio()[0], cut.recording.sampling_rate)
         except (AudioLoadingError, DurationMismatchError) as error:

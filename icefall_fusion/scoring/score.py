@@ -21,15 +21,15 @@ from icefall_fusion.scoring.wer_files import write_wer_files
 class ScoreOptions:
     """Print the word error rate of a file of hypotheses against a file of references.
 
-    Either file may be: lines of ``id text``; JSON lines (.jsonl, .jsonl.gz) of N-best lists, of
-    ``{"id", "text"}`` or of lhotse cuts or supervisions.
+    Either file has lines of ``id text``, or JSON lines (.jsonl, .jsonl.gz) of N-best lists, of
+    ``{"id", "text"}``, or of lhotse cuts or supervisions.
 
     Args:
         ref: the references.
-        hyp: the hypotheses; of an N-best list the first counts, and the oracle is printed too.
-        out: folder for recogs-, errs- and wer-summary- files; none are written without it.
-        test_set: part of the files' names.
-        key: part of the files' names: method and settings.
+        hyp: the hypotheses. Of an N-best list the first counts, and the oracle WER is printed too.
+        out: folder for recogs-, errs- and wer-summary- files; empty: none are written.
+        test_set: name of the test set, in the names of the files.
+        key: method and settings, in the names of the files.
         measure: normalized (spoken words), printed (words with case and punctuation), or libriheavy (as
             icefall's recipe of LibriHeavy: upper case, no punctuation, MR and digits stay).
     """
@@ -44,7 +44,7 @@ class ScoreOptions:
     def __post_init__(self) -> None:
         for name in ("test_set", "key"):
             value = getattr(self, name)
-            check(value and "/" not in value, f"ScoreOptions.{name}", "be part of a file name", value)
+            check(value and "/" not in value, f"ScoreOptions.{name}", "be usable in a file name", value)
         check_choice(self.measure, MEASURES, "ScoreOptions.measure")
 
 
@@ -64,11 +64,11 @@ def run(options: ScoreOptions) -> int:
 
 
 def read_texts(path: PathLike, nbests: bool = False) -> dict:
-    """Read texts by utterance id from any of the forms that :class:`ScoreOptions` lists.
+    """Read texts by utterance id from a file of any form in :class:`ScoreOptions`.
 
     Args:
         path: the file.
-        nbests: keep N-best lists as they are (else their first text is taken).
+        nbests: keep N-best lists; else take the text of the first hypothesis.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -98,7 +98,7 @@ def _lines(path: PathLike) -> Iterator[str]:
         try:
             yield from file
         except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
-            raise ValueError(f"{path} must be UTF-8 text, whole, but is not: {error}") from error
+            raise ValueError(f"{path} must be whole UTF-8 text, but is not: {error}") from error
 
 
 def _parse_line(line: str) -> tuple[str, str]:
@@ -108,7 +108,7 @@ def _parse_line(line: str) -> tuple[str, str]:
 
 def _parse_json(line: str) -> list[tuple[str, str | NBest]]:
     value = json.loads(line)
-    if "options" in value:  # the first line of a decode's file
+    if "options" in value:  # the first line of a run file
         return []
     if "hypotheses" in value or "lists" in value:
         nbests = map(NBest.from_plain, value.get("lists", [value]))

@@ -1,8 +1,8 @@
 """The table of methods, one row a method and test set: text, markdown, JSON.
 Knows: result rows. Must not know: models, searches, how a row was made or is drawn.
 
-Times: ``rtf`` is (features + encoder + search + LM) seconds per second of audio; ``search_seconds`` leaves
-out ``lm_seconds``, so that their sum is what a method costs beyond the encoder, rescoring included.
+``rtf`` is (features + encoder + search + LM) seconds per second of audio. ``search_seconds`` and
+``lm_seconds`` do not overlap. Their sum is the cost of a method beyond the encoder, rescoring included.
 """
 from __future__ import annotations
 
@@ -57,13 +57,13 @@ def _wer_column(measure: str) -> tuple[str, Callable[[Row], str]]:
 
 
 def table(rows: Sequence[Row], markdown: bool = False) -> str:
-    """Return the rows as a table, one block a test set, the lowest WER of a block marked.
+    """Return the rows as a table. Each test set is a block, in which the lowest WER is marked.
 
     WER is that of normalized words. Every other measure that was counted has a column of its own.
 
     Args:
         rows: as in ``results.json``.
-        markdown: with bars; else plain columns.
+        markdown: whether to separate columns by bars.
     """
     rows = check_rows(rows)
     blocks = []
@@ -108,7 +108,7 @@ class ReportOptions:
 
     Args:
         runs: folders of decode runs (searched at any depth) or ``results.json`` files.
-        out: folder for results.json, table.md and wer-vs-speed.png; nothing is written without it.
+        out: folder for results.json, table.md and wer-vs-speed.png; empty: nothing is written.
         markdown: print the table as markdown.
     """
 
@@ -130,7 +130,7 @@ def run(options: ReportOptions) -> int:
 
 
 def read_rows(runs: Iterable[PathLike]) -> list[Row]:
-    """Read the rows of runs, a later run's row of the same method and test set replacing an earlier one's.
+    """Read the rows of runs. A later row of the same method and test set replaces an earlier one.
 
     Raises:
         FileNotFoundError: a folder has no ``results.json``.

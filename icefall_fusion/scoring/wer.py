@@ -33,7 +33,7 @@ class WordErrors:
         words: words of the references.
         insertions: words of hypotheses with no counterpart.
         deletions: words of references with no counterpart.
-        substitutions: words taken for others.
+        substitutions: words of references that became other words.
     """
 
     words: int = 0
@@ -69,7 +69,7 @@ class WordErrors:
 
 
 def words_of(text: str, measure: str = "normalized") -> list[str]:
-    """Return the words that a measure counts, of references and hypotheses alike.
+    """Return the words of a reference or a hypothesis that a measure counts.
 
     Raises:
         ValueError: the measure is unknown.
@@ -82,16 +82,20 @@ def words_of(text: str, measure: str = "normalized") -> list[str]:
     return text.split()
 
 
+def compare_words(reference: Sequence[str], hypothesis: Sequence[str]) -> WordErrors:
+    """Count the errors of a list of words by Levenshtein distance."""
+    counts = kaldialign.edit_distance(reference, hypothesis)
+    return WordErrors(len(reference), counts["ins"], counts["del"], counts["sub"])
+
+
 def align_words(reference: Sequence[str], hypothesis: Sequence[str]) -> list[tuple[str, str]]:
     """Return pairs (reference word, hypothesis word) with the fewest errors; EPS where one lacks."""
     return kaldialign.align(reference, hypothesis, EPS)
 
 
 def count_errors(reference: str, hypothesis: str, measure: str = "normalized") -> WordErrors:
-    """Count the word errors of one utterance, of one of MEASURES."""
-    words = words_of(reference, measure)
-    counts = kaldialign.edit_distance(words, words_of(hypothesis, measure))
-    return WordErrors(len(words), counts["ins"], counts["del"], counts["sub"])
+    """Count the word errors of one utterance by one of MEASURES."""
+    return compare_words(words_of(reference, measure), words_of(hypothesis, measure))
 
 
 def word_errors(
@@ -101,7 +105,7 @@ def word_errors(
 
     Args:
         references: text by utterance id.
-        hypotheses: text by utterance id; every reference needs one (an empty text is one).
+        hypotheses: text by utterance id, which may be empty; every reference needs one.
         measure: one of MEASURES.
 
     Raises:
@@ -121,7 +125,7 @@ def oracle_errors(
         ValueError: an utterance has no reference or no list.
     """
     best: dict[str, WordErrors] = {}
-    for nbest in nbests:  # which may be read one by one
+    for nbest in nbests:  # may come from a generator
         text = references.get(nbest.utterance, "")
         counts = [count_errors(text, words, measure) for words in [h.text for h in nbest] or [""]]
         best[nbest.utterance] = min(counts, key=lambda errors: errors.errors)

@@ -13,7 +13,7 @@ from icefall_fusion.scoring.wer import (
     WordErrors,
     align_words,
     check_same_utterances,
-    word_errors,
+    compare_words,
     words_of,
 )
 
@@ -27,9 +27,9 @@ def write_wer_files(
     The names of files of a measure other than ``normalized`` end in ``-MEASURE.txt``.
 
     Args:
-        folder: where to; made when missing.
+        folder: of the files; made when missing.
         test_set: e.g. ``test-clean``.
-        key: method and settings, part of the file names, so that no run overwrites another's.
+        key: method and settings. They are in the file names, so that no run overwrites another's.
         references: text by utterance id.
         hypotheses: text by utterance id, for the same utterances.
         measure: one of MEASURES.
@@ -40,7 +40,7 @@ def write_wer_files(
         for utterance in sorted(references)
     }
     alignments = {u: align_words(ref, hyp) for u, (ref, hyp) in pairs.items()}
-    total = word_errors(references, hypotheses, measure)
+    total = sum((compare_words(ref, hyp) for ref, hyp in pairs.values()), WordErrors())
     folder = Path(folder)
     key = key if measure == "normalized" else f"{key}-{measure}"
     name = f"{test_set}-{key}.txt"

@@ -138,5 +138,5 @@ def test_score_job(tmp_path, capsys) -> None:
     printed = capsys.readouterr().out
     assert "%WER = 100.00 [2 / 2, 0 ins, 1 del, 1 sub]" in printed and "oracle %WER = 100.00" in printed
     assert main(["score", "--ref", "missing.txt", "--hyp", "missing.txt"]) == 2
-    with pytest.raises(ValueError, match="ScoreOptions.key must be part of a file name"):
+    with pytest.raises(ValueError, match="ScoreOptions.key must be usable in a file name"):
         ScoreOptions(ref="a", hyp="b", key="x/y")

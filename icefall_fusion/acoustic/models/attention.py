@@ -1,5 +1,5 @@
 """Multi-head attention with rotary positions, shared by the encoder and the decoder.
-Knows: tensors. Must not know: data, search, fusion, what the frames or tokens mean.
+Knows: tensors. Must not know: data, search, fusion, the meaning of frames or tokens.
 
 Legend: B utterances, T frames or tokens, H heads, D model size, E head size.
 """
@@ -18,8 +18,8 @@ ROTARY_BASE = 10000.0
 def masked_bias(allowed: Tensor, dtype: torch.dtype) -> Tensor:
     """Return 0 where ``allowed`` (bool, any shape) and -30000 elsewhere.
 
-    Finite in every float type, so that a row without any allowed key gives finite garbage instead of NaN;
-    beside an allowed key it still underflows to an exact zero.
+    -30000 is finite in every float type, so a row without any allowed key gives no NaN. Beside an allowed key
+    its weight underflows to an exact zero.
     """
     bias = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
     return bias.masked_fill_(~allowed, -30000.0)
@@ -44,8 +44,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     """Scaled dot-product attention [B,H,Tq,E] x [B,H,Tk,E] with an additive bias [B,1,1 or Tq,Tk].
 
-    The fused kernel's backward pass on the CPU costs 2-4 times the two plain products (measured at
-    Tk = 76 to 300, bfloat16), so training on a CPU takes the plain form; the values are the same.
+    Training on a CPU takes two plain products with the same values. The fused kernel's backward pass costs
+    2-4 times as much there (measured at Tk = 76 to 300, bfloat16).
     """
     if not (q.device.type == "cpu" and q.requires_grad):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))

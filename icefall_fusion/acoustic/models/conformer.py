@@ -27,7 +27,7 @@ from icefall_fusion.common.checks import check
 
 @dataclass
 class StreamingState:
-    """Everything that the encoder keeps between two chunks; made by ``ConformerEncoder.start``."""
+    """The state of the encoder between two chunks; made by ``ConformerEncoder.start``."""
 
     chunk: ChunkOptions
     frames: int  # 40 ms frames seen so far
@@ -39,9 +39,9 @@ class StreamingState:
 class ConformerEncoder(nn.Module):
     """Conformer (Gulati et al. 2020) whose middle layers run at half the frame rate.
 
-    The middle stack adds what it changed to the 40 ms frames (temporal U-Net, Kim et al. 2022, Squeezeformer,
-    section 3.1.1): it costs half, and a quarter in attention. Features are normalized by the global mean and
-    deviation of the training data, kept with the weights.
+    The change that the middle stack makes is added to the 40 ms frames (temporal U-Net, Kim et al. 2022,
+    Squeezeformer, section 3.1.1). Its layers cost half as much, and a quarter in attention. Features are
+    normalized by the global mean and deviation of the training data, which are stored with the weights.
     """
 
     mean: Tensor
@@ -66,7 +66,7 @@ class ConformerEncoder(nn.Module):
     def forward(
         self, features: Tensor, lens: Tensor, chunk: Optional[ChunkOptions] = None
     ) -> tuple[Tensor, Tensor]:
-        """Encode whole utterances, with a chunk mask when ``chunk`` is given.
+        """Encode whole utterances, with a chunk mask if there is ``chunk``.
 
         Args:
             features: [B,T,bins] log-mel features, padded at the end with anything.

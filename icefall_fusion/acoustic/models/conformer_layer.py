@@ -75,7 +75,7 @@ class ChunkOptions:
 
 @dataclass
 class LayerCache:
-    """What one layer keeps between chunks: keys and values [B,H,P,E], convolution input [B,kernel//2,D]."""
+    """State of a layer between chunks: keys and values [B,H,P,E], convolution input [B,kernel//2,D]."""
 
     keys: Tensor
     values: Tensor
@@ -84,7 +84,7 @@ class LayerCache:
 
 @dataclass
 class Frames:
-    """What all layers of one rate share in one call."""
+    """Mask, positions and chunk size of one call, shared by all layers of one rate."""
 
     valid: Tensor  # [B,T,1] in the dtype of the frames
     bias: Tensor  # [B,1,1 or T,P+T]
@@ -95,8 +95,8 @@ class Frames:
 class ConvModule(nn.Module):
     """Gated depthwise convolution (Gulati et al. 2020, section 2.2) with layer norm and dynamic chunks.
 
-    In chunks, a frame sees the true frames on its left and only its own chunk on the right (Li et al. 2023,
-    arXiv 2304.09325): the same symmetric kernel serves whole utterances and streams.
+    In chunks, a frame sees all frames on its left, and on its right only those of its chunk (Li et al. 2023,
+    arXiv 2304.09325). The same symmetric kernel serves whole utterances and streams.
     """
 
     def __init__(self, size: int, kernel: int) -> None:
@@ -140,7 +140,7 @@ class FeedForward(nn.Sequential):
 class ConformerLayer(nn.Module):
     """Half feed-forward, self-attention, convolution, half feed-forward; pre-norm residuals.
 
-    Layer norm only (no batch norm), so that neither padding nor batch matters.
+    It has layer norm only, no batch norm, so results depend neither on padding nor on the batch.
     """
 
     def __init__(self, options: EncoderOptions) -> None:
@@ -154,7 +154,7 @@ class ConformerLayer(nn.Module):
         self.dropout = nn.Dropout(options.dropout) if options.dropout > 0 else nn.Identity()
 
     def forward(self, x: Tensor, frames: Frames, cache: Optional[LayerCache] = None) -> Tensor:
-        """Return [B,T,D]; a given cache is read and replaced."""
+        """Return [B,T,D]; ``cache`` is read and updated."""
         x = x + 0.5 * self.dropout(self.before(x))
         past = None if cache is None else (cache.keys, cache.values)
         y, seen = self.attention(self.attention_norm(x), frames.bias, frames.rotary, past)

@@ -87,8 +87,8 @@ def frames_needed(pieces: Sequence[int]) -> int:
 def greedy_pieces(log_probs: Tensor, lens: Tensor, blank_id: int) -> list[list[int]]:
     """Return the pieces of the best path: repeats merged, blanks dropped. log_probs [B,T,V]."""
     best = log_probs.argmax(dim=-1).tolist()
-    found = []
+    pieces = []
     for row, length in zip(best, lens.tolist()):
         row = row[:length]
-        found.append([p for p, before in zip(row, [blank_id] + row) if p != before and p != blank_id])
-    return found
+        pieces.append([p for p, before in zip(row, [blank_id] + row) if p != before and p != blank_id])
+    return pieces

@@ -1,4 +1,4 @@
-"""CTC and attention encoder-decoder: joint loss, N-best scores, model folders.
+"""CTC and attention encoder-decoder: loss, N-best scores, model folders.
 Knows: features and piece ids. Must not know: data, search, fusion.
 
 Legend: B utterances, N token lists an utterance, U tokens, T frames, D model size, V pieces.
@@ -28,12 +28,12 @@ from icefall_fusion.common.files import PathLike, atomic_path, write_json
 from icefall_fusion.text.tokens import AcousticTokens
 
 MODEL_TYPE = "icefall_fusion_ctc_aed"
-IGNORED = -100  # target id that the decoder's loss passes over
+IGNORED = -100  # target id that the decoder's loss skips
 
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """The acoustic model and its joint loss.
+    """The acoustic model and its loss.
 
     Args:
         vocab_size: V, blank included.
@@ -41,11 +41,11 @@ class ModelOptions:
         sos_eos_id: id that starts and ends the decoder's text.
         encoder: shape of the encoder.
         decoder: shape of the attention decoder.
-        ctc_weight: share of CTC in the loss, the rest is the attention decoder's.
-        middle_weight: share of the CTC loss that is taken from the encoder's middle (80 ms frames).
+        ctc_weight: share of CTC in the loss; the rest is the attention decoder's.
+        middle_weight: share of the encoder's middle (80 ms frames) in the CTC loss.
         label_smoothing: probability spread over all pieces in the decoder's targets.
         chunk_probability: share of training batches that see a random chunk mask.
-        chunk_sizes: chunk sizes (40 ms frames) drawn from in such batches.
+        chunk_sizes: chunk sizes (40 ms frames), one of which is drawn for such a batch.
     """
 
     vocab_size: int = 500
@@ -87,7 +87,7 @@ class CtcAed(nn.Module):
 
     Args:
         options: shape and loss.
-        bpe: the SentencePiece model (file or folder) whose pieces it writes, if known; ``save`` adds it.
+        bpe: the SentencePiece model (file or folder) of its pieces, if known; ``save`` copies it.
 
     Attributes:
         tokens: the vocabulary of ``bpe``, or None.
@@ -110,7 +110,7 @@ class CtcAed(nn.Module):
     def forward(
         self, features: Tensor, lens: Tensor, targets: Sequence[Sequence[int]]
     ) -> tuple[Tensor, dict]:
-        """As ``loss``: what a DDP wrapper calls."""
+        """Return ``loss``; a DDP wrapper calls ``forward``."""
         return self.loss(features, lens, targets)
 
     def ctc_log_probs(self, encoder_out: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ class CtcAed(nn.Module):
         return self.ctc(encoder_out)
 
     def loss(self, features: Tensor, lens: Tensor, targets: Sequence[Sequence[int]]) -> tuple[Tensor, dict]:
-        """Return the joint loss a token and its parts.
+        """Return the loss a token (CTC and attention) and its terms.
 
         Args:
             features: [B,T,bins]; lens: [B].
@@ -134,16 +134,16 @@ class CtcAed(nn.Module):
         ctc, impossible = self.ctc.loss(frames, out_lens, targets)
         ctc = ctc / tokens
         total = ctc
-        parts = {"ctc": ctc}
+        terms = {"ctc": ctc}
         if options.middle_weight > 0:
             half_lens = torch.div(out_lens + 1, 2, rounding_mode="floor")
             inner, _ = self.middle_ctc.loss(self.middle_norm(middle), half_lens, targets)
-            parts["ctc_middle"] = inner / tokens
-            total = (1 - options.middle_weight) * ctc + options.middle_weight * parts["ctc_middle"]
+            terms["ctc_middle"] = inner / tokens
+            total = (1 - options.middle_weight) * ctc + options.middle_weight * terms["ctc_middle"]
         if options.ctc_weight < 1:
-            parts["attention"] = self.decoder_loss(frames, out_lens, targets)
-            total = options.ctc_weight * total + (1 - options.ctc_weight) * parts["attention"]
-        info: dict[str, Any] = {name: value.detach() for name, value in {"loss": total, **parts}.items()}
+            terms["attention"] = self.decoder_loss(frames, out_lens, targets)
+            total = options.ctc_weight * total + (1 - options.ctc_weight) * terms["attention"]
+        info: dict[str, Any] = {name: value.detach() for name, value in {"loss": total, **terms}.items()}
         info.update(tokens=tokens, frames=int(lens.sum()), impossible=impossible)
         return total, info
 

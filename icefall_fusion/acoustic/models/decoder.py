@@ -104,7 +104,7 @@ class AttentionDecoder(nn.Module):
         causal_bias = masked_bias(causal[None, None], x.dtype)
         real = torch.arange(memory.shape[1], device=x.device) < lens.to(x.device)[:, None]
         memory_bias = masked_bias(real[:, None, None, :], x.dtype)
-        if memory.shape[1] == 0:  # nothing was heard: attention over one zero frame
+        if memory.shape[1] == 0:  # no frames: attend to one zero frame
             memory, memory_bias = (
                 memory.new_zeros(x.shape[0], 1, x.shape[3]),
                 x.new_zeros(x.shape[0], 1, 1, 1),

@@ -9,15 +9,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 FACTOR = 4
-HISTORY = 3  # earlier feature frames that the first output frame of a chunk looks at
+HISTORY = 3  # earlier feature frames that the first output frame of a chunk sees
 
 
 class Subsampling(nn.Module):
     """Two convolutions over time, kernel 3, stride 2, all mel bins at once (as in Whisper's stem).
 
-    Written as windows times a matrix: on a CPU a 2-D convolution in front costs more than six Conformer
-    layers (measured), this one less than half a layer. Output frame t sees input frames 4t-3 .. 4t+3, so a
-    chunk of n output frames needs exactly its own 4n input frames and HISTORY older ones.
+    It multiplies windows by a matrix. On a CPU this costs less than half a Conformer layer; a 2-D convolution
+    costs more than six (measured). Output frame t sees input frames 4t-3 .. 4t+3, so a chunk of n output
+    frames needs its own 4n input frames and HISTORY older ones.
 
     Args:
         bins: mel bins of a feature frame.

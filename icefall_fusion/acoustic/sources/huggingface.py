@@ -21,7 +21,11 @@ _NOT_TRAINED = "masked_spec_embed"  # wav2vec 2.0 and its kin use it in training
 
 
 class HuggingFaceSource:
-    """Any ``AutoModelForCTC`` with a feature extractor and a vocabulary (wav2vec 2.0, HuBERT, ...)."""
+    """Any ``AutoModelForCTC`` with a feature extractor and a vocabulary (wav2vec 2.0, HuBERT, ...).
+
+    Raises:
+        ValueError: the model is broken, out of reach, without a CTC head, or not of 16 kHz audio.
+    """
 
     wants = "audio"
     model = None
@@ -48,22 +52,19 @@ class HuggingFaceSource:
                 tokenizer = AutoTokenizer.from_pretrained(options.model)
             self.tokens = _tokens_of(tokenizer, self.network.config)
         self.frame_shift = options.frame_shift
-        # Models normalized over time (wav2vec 2.0 base) hear padding and take no mask: one at a time then.
+        # Models normalized over time (wav2vec 2.0 base) take no mask, so padding would change results.
         self.can_batch = bool(getattr(self.extractor, "return_attention_mask", False))
 
     @torch.no_grad()
     def emit(self, ids: Sequence[str], inputs: Sequence[Tensor]) -> Emissions:
         shift = self.frame_shift or self._frame_shift()
         rows = [row for row, audio in enumerate(inputs) if self._frames(len(audio)) > 0]
-        outs: dict[int, Tensor] = {}
-        step = max(1, len(rows)) if self.can_batch else 1
-        for start in range(0, len(rows), step):
-            part = rows[start : start + step]
-            for row, log_probs in zip(part, self._forward([inputs[row] for row in part])):
-                outs[row] = log_probs
-        if not outs:
+        if not rows:
             return no_frames(ids, self.tokens, shift)
-        nothing = next(iter(outs.values()))[:0]
+        outs: dict[int, Tensor] = {}
+        for group in [rows] if self.can_batch else [[row] for row in rows]:
+            outs.update(zip(group, self._forward([inputs[row] for row in group])))
+        nothing = outs[rows[0]][:0]
         padded, lens = pad_rows([outs.get(row, nothing) for row in range(len(ids))])
         return Emissions(list(ids), padded, lens, self.tokens, shift)
 
@@ -81,17 +82,17 @@ class HuggingFaceSource:
         return [row[:frames] for row, frames in zip(logits, lens)]
 
     def _frames(self, samples: int) -> int:
-        """Return the number of output frames of so many samples."""
+        """Return the number of output frames for a number of samples."""
         length = torch.tensor([samples])
         for name in ("_get_feat_extract_output_lengths", "_get_subsampling_output_length"):
             lengths = getattr(self.network, name, None)
             if lengths is not None:
-                if self.extractor.model_input_names[0] != "input_values":  # it counts feature frames
+                if self.extractor.model_input_names[0] != "input_values":  # its input is feature frames
                     hop = getattr(self.extractor, "hop_length", round(self.sample_rate * FRAME_SHIFT))
                     length = length // hop // int(getattr(self.extractor, "stride", 1))
                 return max(0, int(lengths(length)[0]))
         name = type(self.network).__name__
-        raise ValueError(f"EmissionOptions.model: a {name} does not tell its number of frames")
+        raise ValueError(f"EmissionOptions.model: a {name} has no method for its number of frames")
 
     def _frame_shift(self) -> float:
         seconds = 100
