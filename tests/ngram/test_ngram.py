@@ -16,17 +16,11 @@ from hypothesis import strategies as st
 from icefall_fusion.__main__ import main
 from icefall_fusion.fusion import DelayedFusion, LookAhead, NgramFusion, ShallowFusion
 from icefall_fusion.fusion.rescoring import rescore_with_ngram
-from icefall_fusion.ngram.piece_ngram import (
-    NOTHING,
-    NgramOrder,
-    PieceNgram,
-    _read_lines,
-    _read_plain_lines,
-    piece_ids,
-)
+from icefall_fusion.ngram.arpa import _read_lines, _read_uniform_lines, piece_ids, write_arpa
+from icefall_fusion.ngram.kneser_ney import count_ngrams, kneser_ney
+from icefall_fusion.ngram.piece_ngram import NOTHING, NgramOrder, PieceNgram
 from icefall_fusion.search import PrefixSearchOptions, ctc_prefix_search
 from icefall_fusion.search.engines import native as native_search
-from icefall_fusion.train.piece_ngram import count_ngrams, kneser_ney, write_arpa
 from tests.fusion.test_fusion import (
     PIECES,
     SLOW_TRIGGERS,
@@ -147,11 +141,11 @@ ngram 2=3
             PieceNgram.load(tmp_path / name, ["<blk>", "a", "b", "<unk>"])
     whole = (tmp_path / "hand.arpa.gz").read_bytes()
     (tmp_path / "cut.gz").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match="cut.gz must be an ARPA file, but reading says"):
+    with pytest.raises(ValueError, match="cut.gz must be an ARPA file, but cannot be read"):
         PieceNgram.load(tmp_path / "cut.gz", ["<blk>", "a", "b", "<unk>"])
     with pytest.raises(FileNotFoundError, match="no ARPA file at"):
         PieceNgram.load(tmp_path / "absent", LETTERS)
-    for pieces, message in ((["a", "a"], "pieces must differ"), (["a", "b c"], "hold white space")):
+    for pieces, message in ((["a", "a"], "pieces must differ"), (["a", "b c"], "have white space")):
         with pytest.raises(ValueError, match=message):
             PieceNgram.load(tmp_path / "hand.arpa", pieces)
     (tmp_path / "damaged.gz").write_bytes(whole[:20] + b"damage" + whole[26:])
@@ -249,7 +243,7 @@ def test_lines_of_one_form_are_read_as_all_others(rows, longest, odd):
     if odd is not None:
         lines.append(f"-1\t{odd}\t0\n")
     ids = piece_ids(LETTERS)
-    quick = _read_plain_lines(lines, 2, ids, 8)
+    quick = _read_uniform_lines(lines, 2, ids, 8)
     keys, values = _read_lines(lines, 2, ids, 8, "here", "file")
     assert (quick is None) == (odd is not None)
     if quick is not None:
