@@ -40,8 +40,8 @@ class Emissions:
     def __post_init__(self) -> None:
         check(self.log_probs.dim() == 3, "log_probs", "be [B,T,V]", tuple(self.log_probs.shape))
         batch, frames, pieces = self.log_probs.shape
-        check(len(self.ids) == batch == len(self.lens), "ids and lens", f"have {batch} rows",
-              (len(self.ids), len(self.lens)))  # fmt: skip
+        rows = len(self.ids), len(self.lens)
+        check(rows == (batch, batch), "ids and lens", f"have {batch} rows", rows)
         if pieces != self.tokens.size:
             raise ValueError(f"the vocabulary has {self.tokens.size} pieces, but the log-probs have {pieces}")
         check(bool((self.lens <= frames).all()), "lens", f"be at most T = {frames}", self.lens.tolist())
@@ -49,8 +49,8 @@ class Emissions:
         highest = self.log_probs.amax(dim=2).cpu() if frames else torch.zeros(batch, 0)
         bad = (inside & ~(highest < math.inf)).any(dim=1)  # NaN wins amax and fails the comparison
         if bool(bad.any()):
-            raise ValueError(f"log_probs must not hold NaN or +inf, but utterance "
-                             f"{self.ids[int(bad.int().argmax())]} does")  # fmt: skip
+            name = self.ids[int(bad.int().argmax())]
+            raise ValueError(f"log_probs must not hold NaN or +inf, but utterance {name} does")
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -50,8 +50,7 @@ class SavedSource:
     """
 
     wants = "nothing"
-    sample_rate = 16000
-    model = network = None
+    model = None
 
     def __init__(
         self, path: PathLike, tokens: AcousticTokens, device: str = "cpu", frame_shift: float = 0.0
@@ -116,9 +115,10 @@ class SavedSource:
             with _reading(segment.file):
                 arrays.append(np.asarray(segment.archive[segment.member], dtype=np.float32))
             check(arrays[-1].ndim == 2, f"saved log-probs of {name}", "be [T,V]", arrays[-1].shape)
-            if arrays[-1].shape[1] != self.tokens.size:
-                raise ValueError(f"the vocabulary has {self.tokens.size} pieces, but the log-probs of {name} "
-                                 f"have {arrays[-1].shape[1]}")  # fmt: skip
+            pieces = arrays[-1].shape[1]
+            if pieces != self.tokens.size:
+                has = f"the vocabulary has {self.tokens.size} pieces"
+                raise ValueError(f"{has}, but the log-probs of {name} have {pieces}")
         return np.concatenate(arrays)
 
 

@@ -162,7 +162,7 @@ def _plain_values(arguments: Iterable[str], types: Mapping[str, Any]) -> list[st
         word = rest.pop(0)
         plain.append(word)
         name, _, value = word[2:].partition("=")
-        if not word.startswith("--") or (" " in name and name not in types):  # "--a 1 --b 2" is a value
+        if not word.startswith("--") or (" " in word and name not in types):  # "--a 1 --b 2" is a value
             continue
         _check_known(name.rstrip("+"), types)
         if name == "config":

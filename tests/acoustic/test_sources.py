@@ -137,7 +137,7 @@ def test_plain_npz_of_others(tmp_path) -> None:
 def test_what_is_no_model_is_refused(tmp_path) -> None:
     with pytest.raises(ValueError, match="EmissionOptions.model must name"):
         open_source(EmissionOptions())
-    with pytest.raises(FileNotFoundError, match="nowhere"):
+    with pytest.raises(FileNotFoundError, match="nowhere.*--emissions.kind huggingface"):
         open_source(EmissionOptions(model=str(tmp_path / "nowhere")))
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="must be a model folder"):
@@ -282,7 +282,7 @@ def test_our_checkpoint_keeps_to_its_own_pieces(tmp_path, bpe) -> None:
 def test_any_hugging_face_ctc_model(tmp_path, masked) -> None:
     letters = tiny.hugging_face_ctc(tmp_path, masked)
     source = open_source(EmissionOptions(model=str(tmp_path)))
-    assert (source.wants, source.sample_rate, source.tokens.size) == ("audio", 16000, len(letters))
+    assert (source.wants, source.tokens.size) == ("audio", len(letters))
     assert source.tokens.blank_id == 0
     assert source.tokens.decode([letters.index(c) for c in "AB|C"]) == "AB C"
     made = same_one_by_one(source, [torch.randn(n) for n in (4000, 1600, 5, 0)], 1e-4)

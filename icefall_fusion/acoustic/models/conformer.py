@@ -92,12 +92,8 @@ class ConformerEncoder(nn.Module):
         full = self._whole_frames(x, lens, None if chunk is None else chunk.size, chunk)
         half_lens = torch.div(lens + 1, 2, rounding_mode="floor")
         half_length = (x.shape[1] + 1) // 2
-        half = self._whole_frames(
-            x.new_empty(x.shape[0], half_length, 0),
-            half_lens,
-            None if chunk is None else chunk.size // 2,
-            chunk,
-        )
+        half_size = None if chunk is None else chunk.size // 2
+        half = self._whole_frames(x.new_empty(x.shape[0], half_length, 0), half_lens, half_size, chunk)
         x, middle = self._run(x, full, half, None)
         return x, lens, middle
 
@@ -197,9 +193,7 @@ class ConformerEncoder(nn.Module):
         if state.chunk.left_chunks is None:
             return
         keep = [state.chunk.left_chunks * state.chunk.size // (rate + 1) for rate in range(2)]
-        state.valid = [
-            valid[:, max(valid.shape[1] - keep[rate], 0) :] for rate, valid in enumerate(state.valid)
-        ]
+        state.valid = [valid[:, max(valid.shape[1] - most, 0) :] for most, valid in zip(keep, state.valid)]
         first, second = self.options.layers[0], sum(self.options.layers[:2])
         for index, cache in enumerate(state.layers):
             drop = max(cache.keys.shape[2] - keep[int(first <= index < second)], 0)

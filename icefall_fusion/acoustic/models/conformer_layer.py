@@ -45,12 +45,8 @@ class EncoderOptions:
         even = self.size % (2 * self.heads) == 0
         check(even, "EncoderOptions.size", f"be a multiple of {2 * self.heads}", self.size)
         object.__setattr__(self, "layers", tuple(self.layers))
-        check(
-            len(self.layers) == 3 and min(self.layers) >= 0 and sum(self.layers) > 0,
-            "EncoderOptions.layers",
-            "be three counts, not all zero",
-            self.layers,
-        )
+        good = len(self.layers) == 3 and min(self.layers) >= 0 and sum(self.layers) > 0
+        check(good, "EncoderOptions.layers", "be three counts, not all zero", self.layers)
         check(self.kernel % 2 == 1, "EncoderOptions.kernel", "be odd", self.kernel)
         check(0 <= self.dropout < 1, "EncoderOptions.dropout", "be in [0, 1)", self.dropout)
 

@@ -62,12 +62,8 @@ class ModelOptions:
     def __post_init__(self) -> None:
         check(self.vocab_size >= 2, "ModelOptions.vocab_size", "be at least 2", self.vocab_size)
         for name in ("blank_id", "sos_eos_id"):
-            check(
-                0 <= getattr(self, name) < self.vocab_size,
-                f"ModelOptions.{name}",
-                f"be in 0..{self.vocab_size - 1}",
-                getattr(self, name),
-            )
+            value, last = getattr(self, name), self.vocab_size - 1
+            check(0 <= value <= last, f"ModelOptions.{name}", f"be in 0..{last}", value)
         for name in ("ctc_weight", "middle_weight", "label_smoothing", "chunk_probability"):
             check(0 <= getattr(self, name) <= 1, f"ModelOptions.{name}", "be in [0, 1]", getattr(self, name))
         object.__setattr__(self, "chunk_sizes", tuple(self.chunk_sizes))
@@ -176,12 +172,8 @@ class CtcAed(nn.Module):
         Returns:
             for each utterance a float32 tensor [N] on the CPU.
         """
-        check(
-            len(token_lists) == len(encoder_out),
-            "token_lists",
-            f"hold {len(encoder_out)} utterances",
-            len(token_lists),
-        )
+        count = len(encoder_out)
+        check(len(token_lists) == count, "token_lists", f"hold {count} utterances", len(token_lists))
         most = max((len(lists) for lists in token_lists), default=0)
         if most == 0:
             return [torch.zeros(0) for _ in token_lists]
@@ -215,12 +207,10 @@ class CtcAed(nn.Module):
 def check_vocabulary(options: ModelOptions, size: int, blank_id: int, what: str) -> None:
     """Raise ValueError, with both sizes, unless a vocabulary fits the model."""
     if size != options.vocab_size:
-        raise ValueError(
-            f"{what} have {size} pieces, but the acoustic model has {options.vocab_size} outputs"
-        )
-    check(
-        blank_id == options.blank_id, "blank_id", f"be {options.blank_id} as in the acoustic model", blank_id
-    )
+        outputs = options.vocab_size
+        raise ValueError(f"{what} have {size} pieces, but the acoustic model has {outputs} outputs")
+    rule = f"be {options.blank_id} as in the acoustic model"
+    check(blank_id == options.blank_id, "blank_id", rule, blank_id)
 
 
 def save(model: CtcAed, folder: PathLike, dtype: Optional[torch.dtype] = None) -> None:
@@ -234,9 +224,7 @@ def save(model: CtcAed, folder: PathLike, dtype: Optional[torch.dtype] = None) -
     weights = {}
     for name, value in model.state_dict().items():
         keep = dtype is None or name in ("encoder.mean", "encoder.deviation")
-        weights[name] = (
-            value.detach().cpu().contiguous() if keep else value.detach().cpu().to(dtype).contiguous()
-        )
+        weights[name] = value.detach().cpu().to(value.dtype if keep else dtype).contiguous()
     config = {"model_type": MODEL_TYPE, "options": dataclasses.asdict(model.options)}
     if model.bpe is not None and model.tokens is not None:
         config["bpe_fingerprint"] = model.tokens.fingerprint()
@@ -271,9 +259,7 @@ def load(folder: PathLike, device: str = "cpu") -> CtcAed:
     model = CtcAed(options, bpe if bpe.is_file() else None)
     wanted = config.get("bpe_fingerprint")
     if wanted is not None and (model.tokens is None or model.tokens.fingerprint() != wanted):
-        raise ValueError(
-            f"{bpe} must be the SentencePiece model of the training, but it is missing or differs"
-        )
+        raise ValueError(f"{bpe} must be the SentencePiece model of the training, but is missing or differs")
     try:
         weights = load_file(folder / "model.safetensors")
         model.load_state_dict({name: value.float() for name, value in weights.items()})

@@ -77,12 +77,8 @@ class AttentionDecoder(nn.Module):
 
     def __init__(self, size: int, vocab_size: int, options: DecoderOptions) -> None:
         super().__init__()
-        check(
-            size % (2 * options.heads) == 0,
-            "DecoderOptions.heads",
-            f"divide {size} into even sizes",
-            options.heads,
-        )
+        even = size % (2 * options.heads) == 0
+        check(even, "DecoderOptions.heads", f"divide {size} into even sizes", options.heads)
         self.head_size = size // options.heads
         self.embedding = nn.Embedding(vocab_size, size)
         nn.init.normal_(self.embedding.weight, std=size**-0.5)
@@ -105,10 +101,8 @@ class AttentionDecoder(nn.Module):
         real = torch.arange(memory.shape[1], device=x.device) < lens.to(x.device)[:, None]
         memory_bias = masked_bias(real[:, None, None, :], x.dtype)
         if memory.shape[1] == 0:  # no frames: attend to one zero frame
-            memory, memory_bias = (
-                memory.new_zeros(x.shape[0], 1, x.shape[3]),
-                x.new_zeros(x.shape[0], 1, 1, 1),
-            )
+            memory = memory.new_zeros(x.shape[0], 1, x.shape[3])
+            memory_bias = x.new_zeros(x.shape[0], 1, 1, 1)
         rotary = rotary_table(0, length, self.head_size, x)
         for layer in self.layers:
             x = layer(x, causal_bias, rotary, memory, memory_bias)

@@ -7,7 +7,7 @@ import contextlib
 import pickle
 import textwrap
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Iterator, Optional, Protocol, Sequence
+from typing import TYPE_CHECKING, Any, Iterator, Protocol, Sequence
 
 import torch
 from safetensors import SafetensorError
@@ -21,7 +21,6 @@ from icefall_fusion.text.tokens import AcousticTokens
 if TYPE_CHECKING:
     from icefall_fusion.acoustic.sources import EmissionOptions
 
-SAMPLE_RATE = 16_000  # Hz, of the audio of every source
 _TEN_SECONDS = round(10 / FRAME_SHIFT)  # feature frames
 _BROKEN = (
     OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError,
@@ -33,20 +32,16 @@ class EmissionSource(Protocol):
     """Turns a batch of inputs into CTC log-probs.
 
     Attributes:
-        wants: what the inputs are: ``features`` [T,80] log-mel, ``audio`` [samples] at ``sample_rate`` Hz, or
-            ``nothing`` (saved log-probs need ids only).
-        sample_rate: Hz.
+        wants: kind of input: ``features`` [T,80] log-mel, ``audio`` [samples] at 16 kHz, or ``nothing``
+            (saved log-probs need ids only).
         tokens: the vocabulary.
         model: scores token lists by an attention decoder
             (``score_tokens(encoder_out, lens, token_lists)``), or None.
-        network: the module that holds the weights, or None.
     """
 
     wants: str
-    sample_rate: int
     tokens: AcousticTokens
     model: Any
-    network: Optional[torch.nn.Module]
 
     def emit(self, ids: Sequence[str], inputs: Sequence[Tensor]) -> Emissions:
         """Return the log-probs of a batch; an input too short for one output frame gets none."""
@@ -56,14 +51,12 @@ class EmissionSource(Protocol):
 class FeatureSource:
     """A source over log-mel features; a subclass says how features become frames and frames log-probs.
 
-    A subclass sets ``tokens``, ``device``, ``frame_shift`` (seconds an output frame) and ``network``.
+    A subclass sets ``tokens``, ``device`` and ``frame_shift`` (seconds an output frame).
     """
 
     wants = "features"
-    sample_rate = SAMPLE_RATE
     least_frames = 1  # shorter utterances have no output frame
     model: Any = None
-    network: Optional[torch.nn.Module] = None
     tokens: AcousticTokens
     device: torch.device
     frame_shift: float

@@ -20,7 +20,7 @@ class CheckpointSource(FeatureSource):
     """Our CTC-AED from a folder that ``models.save`` wrote (the job ``export``)."""
 
     def __init__(self, options: EmissionOptions) -> None:
-        self.model = self.network = load(options.model, options.device)
+        self.model = load(options.model, options.device)
         own = self.model.tokens
         self.tokens = tokens_of(options) if options.tokens or own is None else own
         what = f"the pieces of {options.tokens or options.model}"

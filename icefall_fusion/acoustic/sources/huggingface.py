@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from icefall_fusion.acoustic.emissions import Emissions, no_frames, pad_rows
-from icefall_fusion.acoustic.sources.base import SAMPLE_RATE, loading
+from icefall_fusion.acoustic.sources.base import loading
 from icefall_fusion.common.checks import check
+from icefall_fusion.data.audio import SAMPLE_RATE
 from icefall_fusion.data.features import FRAME_SHIFT
 from icefall_fusion.text.tokens import AcousticTokens
 
@@ -38,13 +39,13 @@ class HuggingFaceSource:
             network, info = AutoModelForCTC.from_pretrained(options.model, output_loading_info=True)
         with loading(options.model, "a feature extractor"):
             self.extractor = AutoFeatureExtractor.from_pretrained(options.model)
-            self.sample_rate = int(self.extractor.sampling_rate)
+            rate = int(self.extractor.sampling_rate)
         missing = sorted(name for name in info["missing_keys"] if not name.endswith(_NOT_TRAINED))
         rule = "be complete, CTC head included, but these are missing"
         check(not missing, f"weights of {options.model}", rule, missing[:5])
         self.network = network.to(self.device).eval()
         rule = f"take audio of {SAMPLE_RATE} Hz ({options.model})"
-        check(self.sample_rate == SAMPLE_RATE, "EmissionOptions.model", rule, self.sample_rate)
+        check(rate == SAMPLE_RATE, "EmissionOptions.model", rule, rate)
         if options.tokens:
             self.tokens = AcousticTokens.load(options.tokens)
         else:
@@ -71,7 +72,7 @@ class HuggingFaceSource:
     def _forward(self, audios: Sequence[Tensor]) -> list[Tensor]:
         batch = self.extractor(
             [audio.numpy() for audio in audios],
-            sampling_rate=self.sample_rate,
+            sampling_rate=SAMPLE_RATE,
             padding=True,
             return_tensors="pt",
         ).to(self.device)
@@ -88,7 +89,7 @@ class HuggingFaceSource:
             lengths = getattr(self.network, name, None)
             if lengths is not None:
                 if self.extractor.model_input_names[0] != "input_values":  # its input is feature frames
-                    hop = getattr(self.extractor, "hop_length", round(self.sample_rate * FRAME_SHIFT))
+                    hop = getattr(self.extractor, "hop_length", round(SAMPLE_RATE * FRAME_SHIFT))
                     length = length // hop // int(getattr(self.extractor, "stride", 1))
                 return max(0, int(lengths(length)[0]))
         name = type(self.network).__name__
@@ -96,7 +97,7 @@ class HuggingFaceSource:
 
     def _frame_shift(self) -> float:
         seconds = 100
-        return round(seconds / max(1, self._frames(seconds * self.sample_rate)), 3)
+        return round(seconds / max(1, self._frames(seconds * SAMPLE_RATE)), 3)
 
 
 def _tokens_of(tokenizer: Any, config: Any) -> AcousticTokens:

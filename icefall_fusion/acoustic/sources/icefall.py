@@ -103,8 +103,8 @@ class _AttentionScorer:
         Returns:
             for each utterance a float32 tensor [N] on the CPU.
         """
-        check(len(token_lists) == len(encoder_out), "token_lists", f"hold {len(encoder_out)} utterances",
-              len(token_lists))  # fmt: skip
+        count = len(encoder_out)
+        check(len(token_lists) == count, "token_lists", f"hold {count} utterances", len(token_lists))
         scores = []
         for frames, length, lists in zip(encoder_out, lens.tolist(), token_lists):
             if not lists:

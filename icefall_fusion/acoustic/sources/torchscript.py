@@ -32,8 +32,8 @@ class TorchScriptSource(FeatureSource):
             self.network = torch.jit.load(options.model, map_location=self.device).eval()
         missing = [name for name in ("encoder", "ctc_output") if not hasattr(self.network, name)]
         if missing:
-            raise ValueError(f"EmissionOptions.model must have encoder and ctc_output, but {options.model!r} "
-                             f"lacks {missing}")  # fmt: skip
+            rule = "EmissionOptions.model must have encoder and ctc_output"
+            raise ValueError(f"{rule}, but {options.model!r} lacks {missing}")
         measured = self.measured_frame_shift(options.model)
         self.frame_shift = options.frame_shift or measured
 
