@@ -10,8 +10,9 @@ Measures, never mixed:
 """
 from __future__ import annotations
 
+import operator
 import re
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Iterable, Mapping, Sequence
 
 import kaldialign
@@ -54,12 +55,7 @@ class WordErrors:
         return 100.0 * self.errors / self.words
 
     def __add__(self, other: WordErrors) -> WordErrors:
-        return WordErrors(
-            self.words + other.words,
-            self.insertions + other.insertions,
-            self.deletions + other.deletions,
-            self.substitutions + other.substitutions,
-        )
+        return WordErrors(*map(operator.add, astuple(self), astuple(other)))
 
     def __str__(self) -> str:
         return (
@@ -126,8 +122,9 @@ def oracle_errors(
     """
     best: dict[str, WordErrors] = {}
     for nbest in nbests:  # may come from a generator
-        text = references.get(nbest.utterance, "")
-        counts = [count_errors(text, words, measure) for words in [h.text for h in nbest] or [""]]
+        reference = words_of(references.get(nbest.utterance, ""), measure)
+        texts = [hypothesis.text for hypothesis in nbest] or [""]
+        counts = [compare_words(reference, words_of(text, measure)) for text in texts]
         best[nbest.utterance] = min(counts, key=lambda errors: errors.errors)
     check_same_utterances(references, best)
     return sum(best.values(), WordErrors())

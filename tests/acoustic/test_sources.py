@@ -183,8 +183,8 @@ def test_torchscript_export(tmp_path, bpe) -> None:
     assert made.lens.tolist() == [10, 25, 0, 0] and made.frame_shift == 0.04
     for frames in (9, 11, 0):  # two frames of eleven would be 60 ms each
         assert source.emit(["u"], [torch.randn(frames, 80)]).frame_shift == 0.04
-    given = open_source(EmissionOptions(model=str(path), tokens=str(bpe), frame_shift=0.02))
-    assert given.frame_shift == given.emit(["u"], [torch.randn(40, 80)]).frame_shift == 0.02
+    named = open_source(EmissionOptions(model=str(path), tokens=str(bpe), frame_shift=0.02))
+    assert named.frame_shift == named.emit(["u"], [torch.randn(40, 80)]).frame_shift == 0.02
     torch.jit.script(ToyEncoder()).save(str(path))
     with pytest.raises(ValueError, match=r"lacks \['encoder', 'ctc_output'\]"):
         open_source(EmissionOptions(model=str(path), tokens=str(bpe)))
@@ -321,7 +321,7 @@ def without(name):
 
 
 def config(**values):
-    """Return what puts values into config.json (takes away what is None)."""
+    """Return a function that sets values of config.json, and deletes those that are None."""
 
     def damage(folder) -> None:
         changed = {**json.loads((folder / "config.json").read_text()), **values}
@@ -364,7 +364,7 @@ BROKEN = {
     "ours, no options": (OURS, config(options=None), "must have options"),
     "ours, options a list": (OURS, config(options=[3]), "as an acoustic model"),
     "ours, unknown option": (OURS, config(options={"depth": 3}), "as an acoustic model: .*'depth'"),
-    "ours, unknown option of a part": (OURS, config(options={"encoder": {"depth": 3}}), "model: .*'depth'"),
+    "ours, unknown encoder option": (OURS, config(options={"encoder": {"depth": 3}}), "model: .*'depth'"),
     "ours, bad option": (OURS, config(options={"vocab_size": 1}), "model: .*must be at least 2, but is 1"),
     "ours, config cut short": (OURS, cut_short("config.json"), "as a JSON object"),
     "ours, config a list": (OURS, content("config.json", b"[]"), "as a JSON object"),
@@ -392,11 +392,11 @@ def test_what_is_broken_is_refused_with_its_path(kind, tmp_path) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
     make(folder)
-    given = "" if make in (tiny.acoustic_model, tiny.hugging_face_ctc) else str(tokens)
-    open_source(EmissionOptions(str(folder / name), tokens=given))
+    pieces = "" if make in (tiny.acoustic_model, tiny.hugging_face_ctc) else str(tokens)
+    open_source(EmissionOptions(str(folder / name), tokens=pieces))
     damage(folder)
     with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
-        open_source(EmissionOptions(str(folder / name), tokens=given))
+        open_source(EmissionOptions(str(folder / name), tokens=pieces))
     assert str(folder) in str(caught.value) and len(str(caught.value)) < 1000
 
 

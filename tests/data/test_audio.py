@@ -1,4 +1,4 @@
-"""Long audio files: read and resampled block by block, to the samples and in the memory that are stated.
+"""Long audio files: reading and resampling by blocks equals that of the whole, in bounded memory.
 Knows: icefall_fusion.data.audio. Must not know: features, manifests.
 """
 from __future__ import annotations
@@ -22,9 +22,9 @@ def test_blocks_give_what_the_whole_gives(
     samples = np.random.default_rng(rate).uniform(-0.5, 0.5, 3 * rate + 17).astype(np.float32)
     soundfile.write(tmp_path / "a.wav", samples, rate, subtype="FLOAT")
     monkeypatch.setattr(audio, "_BLOCK", block)
-    found, expected = load_audio(tmp_path / "a.wav"), resample(samples, rate)
-    assert found.dtype == np.float32 and found.shape == expected.shape
-    np.testing.assert_allclose(found, expected, atol=1e-6)
+    samples_read, expected = load_audio(tmp_path / "a.wav"), resample(samples, rate)
+    assert samples_read.dtype == np.float32 and samples_read.shape == expected.shape
+    np.testing.assert_allclose(samples_read, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("rate", [16_000, 44_100])

@@ -38,13 +38,14 @@ def test_reference_and_hypothesis_meet_the_same_normalizer() -> None:
 
 
 def test_printed_words_are_another_measure() -> None:
-    said, heard = 'The 2 cats -- "Tom" and Mr. Finch -- sat.', 'the two cats tom and mister finch sat'
-    assert count_errors(said, heard).errors == 0
-    printed = count_errors(said, heard, "printed")  # but "cats" and "and": two are too many
+    reference = 'The 2 cats -- "Tom" and Mr. Finch -- sat.'
+    hypothesis = "the two cats tom and mister finch sat"
+    assert count_errors(reference, hypothesis).errors == 0
+    printed = count_errors(reference, hypothesis, "printed")  # but "cats" and "and": two are too many
     assert (printed.words, printed.errors) == (10, 8)
-    assert count_errors(said, f"  {said} ", "printed").errors == 0
+    assert count_errors(reference, f"  {reference} ", "printed").errors == 0
     with pytest.raises(ValueError, match="measure must be one of .*libriheavy.*'cased'"):
-        count_errors(said, heard, "cased")
+        count_errors(reference, hypothesis, "cased")
 
 
 def test_words_of_icefalls_libriheavy_recipe() -> None:
