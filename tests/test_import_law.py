@@ -26,11 +26,11 @@ OWNERS = {
     "tensorboard": {"train/training_log"},
     "transformers": {
         "data/tokenizers", "acoustic/sources/huggingface", "train/llama",
-        "lm/causal_lm", "lm/packed_attention", "lm/tree_cache", "lm/vocabulary",
+        "lm/loading", "lm/tree_forward", "lm/tree_memory",
     },
-    "accelerate": {"lm/causal_lm"},  # transformers import these two; we ask whether they are there
-    "bitsandbytes": {"lm/causal_lm"},
-    "torchao": {"lm/causal_lm"},
+    "accelerate": {"lm/loading"},  # transformers import these two; we ask whether they are there
+    "bitsandbytes": {"lm/loading"},
+    "torchao": {"lm/loading"},
     "triton": {"search/engines/gpu_kernel", "lm/fused_kernels"},
 }
 #: Files that must stay importable with Python 3.9 and torch 1.13.

@@ -13,7 +13,7 @@ from numpy import ndarray
 from icefall_fusion.common.native_build import load_native
 from icefall_fusion.fusion.retokenize import MOST_WORDS
 from icefall_fusion.fusion.words import ClosedWords, History
-from icefall_fusion.lm.native_tree import NativeTokenTree
+from icefall_fusion.lm.token_tree import NativeTokenTree
 
 if TYPE_CHECKING:
     from icefall_fusion.fusion.retokenize import WordTokenizer

@@ -3,7 +3,8 @@ Knows: Hugging Face causal LMs and token ids. Must not know: acoustic models, se
 """
 from __future__ import annotations
 
-from icefall_fusion.lm.causal_lm import QUANTIZATIONS, CausalLm
+from icefall_fusion.lm.causal_lm import CausalLm
+from icefall_fusion.lm.loading import QUANTIZATIONS
 from icefall_fusion.lm.tree_scorer import TreeOptions, TreeScorer
 
 __all__ = ["QUANTIZATIONS", "CausalLm", "TreeOptions", "TreeScorer"]

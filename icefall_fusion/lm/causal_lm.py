@@ -4,28 +4,28 @@ Knows: transformers, tokens, devices. Must not know: acoustic models, search, fu
 from __future__ import annotations
 
 import logging
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Optional, Sequence, Union
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
-from icefall_fusion.common.checks import check, check_choice, check_text, is_count
+from icefall_fusion.common.checks import check, check_text, is_count
 from icefall_fusion.common.files import PathLike
 from icefall_fusion.common.unavailable import Unavailable
-from icefall_fusion.lm import packed_attention
-from icefall_fusion.lm.self_check import check_tree
-from icefall_fusion.lm.token_tree import integers
-from icefall_fusion.lm.tree_cache import TreeCache
+from icefall_fusion.lm.loading import (
+    Vocabulary,
+    attention_window,
+    check_tree,
+    load_model,
+    longest_path,
+    use_packed_attention,
+)
+from icefall_fusion.lm.tree_forward import integers, run_packed
+from icefall_fusion.lm.tree_memory import TreeCache
 from icefall_fusion.lm.tree_scorer import TreeOptions, TreeScorer
-from icefall_fusion.lm.vocabulary import Vocabulary, check_folder
 
 if TYPE_CHECKING:
     from icefall_fusion.lm.fused import FusedModel
-
-LAYER_TYPES = {"full_attention", "sliding_attention"}
-QUANTIZATIONS = (None, "8bit", "4bit", "int8")
 
 
 class CausalLm:
@@ -54,9 +54,9 @@ class CausalLm:
         self.vocab_size = int(config.vocab_size)
         self.layers = int(config.num_hidden_layers)
         self.device = model.get_input_embeddings().weight.device
-        self.window, self._mixed = _window(config, name)
-        self.max_tokens = _max_tokens(model, config)
-        self.packed = _use_packed_attention(model)
+        self.window, self._mixed = attention_window(config, name)
+        self.max_tokens = longest_path(model, config)
+        self.packed = use_packed_attention(model)
         self.fused: Optional[FusedModel] = None
         for what, token in (("bos", self.bos_id), ("eos", self.eos_id)):
             check(token is None or 0 <= token < self.vocab_size, f"{what} id of {name}",
@@ -113,7 +113,7 @@ class CausalLm:
                 model whose tree forward differs from its plain forward (ALiBi models such as BLOOM).
             ImportError: an optional package is needed; the message says which.
         """
-        model = _load(path_or_name, dtype, device, device_map, quantization)
+        model = load_model(path_or_name, dtype, device, device_map, quantization)
         return cls(model, Vocabulary.load(path_or_name, model.config), str(path_or_name), self_check)
 
     @property
@@ -222,7 +222,7 @@ class CausalLm:
             return self.fused.logits(tokens, positions, mask, window_mask, cache, wanted)
         if plan.packed:
             arguments.update(input_ids=tokens[None], position_ids=positions[None], logits_to_keep=wanted)
-            with packed_attention.running(plan):
+            with run_packed(plan):
                 return self.model(**arguments).logits[0]
         _, _, valid, padded = plan.on(tokens.device)
         shape = (rows, width)
@@ -251,88 +251,3 @@ class CausalLm:
         start += integers(prompt, "prompt").tolist()
         check(len(start) > 0, "prompt", f"hold at least one token, as {self.name} has no bos", list(prompt))
         return start
-
-
-def _load(
-    path_or_name: PathLike, dtype: Any, device: Any, device_map: Any, quantization: Optional[str]
-) -> Any:
-    """Return the transformers model; see `CausalLm.from_pretrained`."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    name = str(path_or_name)
-    check_folder(name)
-    options = {"dtype": dtype, "device_map": device_map, **_quantization(quantization)}
-    if device_map is not None and find_spec("accelerate") is None:
-        raise ImportError("device_map needs the package accelerate: pip install accelerate")
-    if quantization is not None and device_map is None:
-        options["device_map"] = {"": device}  # quantized weights are made on their device
-    options = {key: value for key, value in options.items() if value is not None}
-    try:
-        config = AutoConfig.from_pretrained(name)
-        kind = config.model_type
-        check(not config.is_encoder_decoder, f"model {name}", "be a causal LM, not an encoder-decoder", kind)
-        model, info = AutoModelForCausalLM.from_pretrained(
-            name, config=config, output_loading_info=True, **options
-        )
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise ValueError(f"{name} cannot be loaded as a causal LM: {error}") from error
-    missing = sorted(info["missing_keys"])
-    check(not missing, f"weights of {name}", "be complete, but these are missing", missing[:5])
-    return model if "device_map" in options else model.to(device)
-
-
-def _quantization(quantization: Optional[str]) -> dict[str, Any]:
-    if quantization is None:
-        return {}
-    check_choice(quantization, QUANTIZATIONS[1:], "quantization")
-    by_torchao = quantization == "int8"
-    package = "torchao" if by_torchao else "bitsandbytes"
-    if (find_spec("torchao") if by_torchao else find_spec("bitsandbytes")) is None:
-        raise ImportError(f"quantization {quantization!r} needs {package}: pip install {package}")
-    from transformers import BitsAndBytesConfig, TorchAoConfig
-
-    if by_torchao:
-        from torchao.quantization import Int8WeightOnlyConfig
-
-        config: Any = TorchAoConfig(Int8WeightOnlyConfig())
-    elif quantization == "8bit":
-        config = BitsAndBytesConfig(load_in_8bit=True)
-    else:
-        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
-    return {"quantization_config": config}
-
-
-def _use_packed_attention(model: Any) -> bool:
-    """Switch an `sdpa` model to packed attention; return whether the model can follow."""
-    if model.config._attn_implementation not in ("sdpa", packed_attention.NAME):
-        return False
-    if getattr(model.config.get_text_config(decoder=True), "attn_logit_softcapping", None) is not None:
-        model.set_attn_implementation("eager")  # sdpa leaves the cap out; newer transformers choose this too
-        return False
-    if not getattr(model, "_supports_attention_backend", False):  # its attention is a class of its own
-        return False
-    model.set_attn_implementation(packed_attention.NAME)
-    return True
-
-
-def _window(config: Any, name: str) -> tuple[Optional[int], bool]:
-    """Return (sliding window in tokens or None, whether some layers have one and some not)."""
-    types = set(getattr(config, "layer_types", None) or ())
-    check(types <= LAYER_TYPES, f"layers of {name}", f"be of types {sorted(LAYER_TYPES)}", sorted(types))
-    alibi = getattr(config, "alibi", False) or getattr(getattr(config, "attn_config", None), "alibi", False)
-    check(not alibi, f"positions of {name}", "be given by position ids, not by ALiBi", "alibi")
-    window = getattr(config, "sliding_window", None)
-    if types:
-        return (window, len(types) > 1) if "sliding_attention" in types else (None, False)
-    return (window if getattr(config, "use_sliding_window", True) else None), False
-
-
-def _max_tokens(model: Any, config: Any) -> Optional[int]:
-    """Return the longest path: a table of positions has an end; some rotary scalings depend on the length."""
-    limit = getattr(config, "max_position_embeddings", None)
-    rope = getattr(config, "rope_parameters", None) or {}
-    if limit and rope.get("rope_type") in ("dynamic", "longrope"):
-        return int(rope.get("original_max_position_embeddings") or limit)
-    inputs = model.get_input_embeddings()
-    tables = [m for m in model.modules() if isinstance(m, torch.nn.Embedding) and m is not inputs]
-    return int(limit) if limit and any(table.num_embeddings >= limit for table in tables) else None

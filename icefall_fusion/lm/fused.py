@@ -17,7 +17,7 @@ from icefall_fusion.common.devices import kernels_run_on, load_kernels
 from icefall_fusion.common.unavailable import Unavailable
 
 if TYPE_CHECKING:
-    from icefall_fusion.lm.tree_cache import TreeCache
+    from icefall_fusion.lm.tree_memory import TreeCache
 
 #: Classes of transformers whose layers are these: RMS norm, rotary positions, gated SiLU.
 FAMILY = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")

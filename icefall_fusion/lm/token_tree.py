@@ -1,17 +1,26 @@
-"""The token tree as integers: nodes, who is scored, who is cached in which slot, who may be forgotten.
-Knows: numpy arrays of integers and scores. Must not know: torch, models, texts, search, fusion.
+"""The token tree as integers: nodes, which are scored, which are cached in which slot, which may be freed.
+Knows: numpy arrays of integers and scores, the compiled library. Must not know: models, texts, search.
+
+`TokenTree` is all Python. `NativeTokenTree` grows and climbs in compiled code, with the same results.
 """
 from __future__ import annotations
 
-from typing import Callable, Optional, Sequence, Union
+import ctypes
+import weakref
+from typing import Callable, Sequence
 
 import numpy as np
 from numpy import ndarray
 
 from icefall_fusion.common.checks import check
-from icefall_fusion.lm.slots import SlotTable
+from icefall_fusion.common.native_build import load_native
+from icefall_fusion.common.unavailable import Unavailable
+from icefall_fusion.lm.tree_memory import SlotTable
 
 NONE = -1
+#: The arrays with one entry a node, and the entry of a node that is not there yet.
+_EMPTY = {"parent": NONE, "token": NONE, "depth": 0, "utterance": NONE, "row": NONE, "score": np.nan,
+          "was_forwarded": False}  # fmt: skip
 
 
 class TokenTree:
@@ -39,10 +48,9 @@ class TokenTree:
         self._size = 0
         self._allocate(256)
         self._children: dict[int, int] = {}  # parent * vocab_size + token -> node
-        self._new: list[tuple[int, int]] = []  # (parent, token) of nodes that are not in the arrays yet
 
     def __len__(self) -> int:
-        return self._size + len(self._new)
+        return self._size
 
     # --- growing -----------------------------------------------------------------------------------------
 
@@ -50,10 +58,9 @@ class TokenTree:
         """Make the path of ``tokens`` (bos and prompt, at least one) and return its last node, the root."""
         check(len(tokens) > 0, "prompt", "hold at least one token when the model has no bos", list(tokens))
         check(self.roots[utterance] == NONE, "utterance", "have no root yet", utterance)
-        self._check_tokens(tokens)
+        self.check_tokens(np.array(tokens, np.int64))
         first = self._append_first(utterance, int(tokens[0]))
         node = self.insert(first, tokens[1:])
-        self._flush()
         self.score[first : node + 1] = 0.0
         self.roots[utterance] = node
         return node
@@ -66,23 +73,20 @@ class TokenTree:
             child = children.get(key)
             if child is None:
                 if not 0 <= token < vocab_size:
-                    self._check_tokens([token])
-                child = children[key] = self._size + len(self._new)
-                self._new.append((node, token))
+                    self.check_tokens(np.array([token]))
+                child = children[key] = self._append(node, token, self.depth[node] + 1, self.utterance[node])
             node = child
         return node
 
     def children(self, nodes: ndarray, tokens: ndarray) -> tuple[ndarray, int]:
         """Return the children [n] of ``nodes`` [n] by ``tokens`` [n], and how many had to be made."""
         before = len(self)
-        if len(tokens) and not 0 <= tokens.min() <= tokens.max() < self.vocab_size:
-            self._check_tokens(tokens.tolist())
-        found = [self.insert(node, (token,)) for node, token in zip(nodes.tolist(), tokens.tolist())]
-        return np.array(found, np.int64), len(self) - before
+        self.check_tokens(tokens)
+        made = [self.insert(node, (token,)) for node, token in zip(nodes.tolist(), tokens.tolist())]
+        return np.array(made, np.int64), len(self) - before
 
     def path(self, node: int) -> list[int]:
         """Return the tokens from just after the root down to ``node``."""
-        self._flush()
         tokens, root = [], self.roots[self.utterance[node]]
         while node != root:
             tokens.append(int(self.token[node]))
@@ -92,10 +96,15 @@ class TokenTree:
     # --- asking ------------------------------------------------------------------------------------------
 
     def check_nodes(self, nodes: ndarray) -> None:
-        """Raise ValueError unless every entry is a node; nodes just made become visible in the arrays."""
-        self._flush()
+        """Raise ValueError unless every entry is a node."""
         if len(nodes) and not 0 <= nodes.min() <= nodes.max() < self._size:
             check(False, "nodes", f"lie between 0 and {self._size - 1}", [int(nodes.min()), int(nodes.max())])
+
+    def check_tokens(self, tokens: ndarray) -> None:
+        """Raise ValueError unless all are tokens of the model."""
+        if len(tokens) and not 0 <= tokens.min() <= tokens.max() < self.vocab_size:
+            wrong = tokens[(tokens < 0) | (tokens >= self.vocab_size)]
+            check(False, "token ids", f"lie between 0 and {self.vocab_size - 1}", wrong[:5].tolist())
 
     def unscored(self, nodes: ndarray) -> ndarray:
         """Return ``nodes`` and their ancestors without a score, each once, parents before children."""
@@ -128,7 +137,6 @@ class TokenTree:
         live nodes and those between two of them; a branch above all live nodes, or below them where no live
         node follows, would need a hypothesis that is gone.
         """
-        self._flush()
         live = np.unique(live)
         anchors = np.union1d(self._nearest(live, lambda level: self.slots.of_node[level] >= 0), self.roots)
         self.slots.release(anchors[anchors != NONE], self.parent, self.utterance)
@@ -159,8 +167,6 @@ class TokenTree:
         self._marked[live] = False
         return result
 
-    # --- inside ------------------------------------------------------------------------------------------
-
     def _climb(self, nodes: ndarray, missing: Callable[[ndarray], ndarray]) -> ndarray:
         """Return the nodes at or above ``nodes`` up to the first not ``missing``, each once, sorted."""
         found, level = [], np.unique(nodes)
@@ -182,64 +188,112 @@ class TokenTree:
         return np.unique(np.concatenate(found))
 
     def _append_first(self, utterance: int, token: int) -> int:
-        self._flush()
+        return self._append(NONE, token, 0, utterance)
+
+    def _append(self, parent: int, token: int, depth: int, utterance: int) -> int:
         node = self._size
         self._ensure(node + 1)
-        self.parent[node], self.token[node] = NONE, token
-        self.depth[node], self.utterance[node] = 0, utterance
+        self.parent[node], self.token[node] = parent, token
+        self.depth[node], self.utterance[node] = depth, utterance
         self._size += 1
         return node
-
-    def _flush(self) -> None:
-        """Move the nodes made since the last call into the arrays."""
-        if not self._new:
-            return
-        start, end = self._size, self._size + len(self._new)
-        self._ensure(end)
-        new = np.array(self._new, np.int64)
-        parents = self.parent[start:end] = new[:, 0]
-        self.token[start:end] = new[:, 1]
-        depth, utterance = self.depth, self.utterance
-        for node, parent in enumerate(parents.tolist(), start):  # a parent may itself be new: in order
-            depth[node] = depth[parent] + 1
-            utterance[node] = utterance[parent]
-        self._size = end
-        self._new.clear()
 
     def _ensure(self, size: int) -> None:
         if size > len(self.parent):
             self._allocate(max(size, 2 * len(self.parent)))
 
     def _allocate(self, capacity: int) -> None:
-        self.parent = _longer(getattr(self, "parent", None), capacity, np.int64, NONE)
-        self.token = _longer(getattr(self, "token", None), capacity, np.int64, NONE)
-        self.depth = _longer(getattr(self, "depth", None), capacity, np.int64, 0)
-        self.utterance = _longer(getattr(self, "utterance", None), capacity, np.int64, NONE)
-        self.score = _longer(getattr(self, "score", None), capacity, np.float64, np.nan)
-        self.row = _longer(getattr(self, "row", None), capacity, np.int64, NONE)
-        self.was_forwarded = _longer(getattr(self, "was_forwarded", None), capacity, np.bool_, False)
+        """Make every array ``capacity`` long; nodes keep their entries."""
+        for name, fill in _EMPTY.items():
+            array = np.full(capacity, fill)
+            old = getattr(self, name, array[:0])
+            array[: len(old)] = old
+            setattr(self, name, array)
         self._marked = np.zeros(capacity, bool)
         self.slots.ensure_nodes(capacity)
 
-    def _check_tokens(self, tokens: Sequence[int]) -> None:
-        wrong = [token for token in tokens if not 0 <= token < self.vocab_size]
-        check(not wrong, "token ids", f"lie between 0 and {self.vocab_size - 1}", wrong[:5])
 
+class NativeTokenTree(TokenTree):
+    """See TokenTree.
 
-def integers(values: Union[ndarray, Sequence[int]], name: str) -> ndarray:
-    """Return ``values`` flat, as int64 [n].
+    Args:
+        library: of native_build.load_native.
+        vocab_size, utterances: see TokenTree.
 
-    Raises:
-        ValueError: they are not integers; the message has ``name``.
+    Attributes:
+        handle: the tree in the library, for what grows it there (closed words); call `grown` after that.
     """
-    array = np.asarray(values)
-    check(array.size == 0 or array.dtype.kind in "iu", name, "hold integers", values)
-    return array.astype(np.int64, copy=False).reshape(-1)
+
+    def __init__(self, library: ctypes.CDLL, vocab_size: int, utterances: int) -> None:
+        self._library = library
+        self.handle = library.token_tree_open(vocab_size)
+        weakref.finalize(self, library.token_tree_close, self.handle)
+        super().__init__(vocab_size, utterances)
+
+    def grown(self) -> None:
+        """Take note of nodes that the library made."""
+        self._size = self._library.token_tree_size(self.handle)
+
+    def make_room(self) -> None:
+        """Double the room for nodes."""
+        self._allocate(2 * len(self.parent))
+
+    def insert(self, node: int, tokens: Sequence[int]) -> int:
+        """Walk or make the path ``tokens`` below ``node`` and return its last node."""
+        ids = np.ascontiguousarray(tokens, np.int64)
+        self.check_tokens(ids)
+        last = ctypes.c_int64(node)
+        while not self._library.token_tree_insert(self.handle, ctypes.byref(last), ids.ctypes.data, len(ids)):
+            self.make_room()
+        self.grown()
+        return last.value
+
+    def children(self, nodes: ndarray, tokens: ndarray) -> tuple[ndarray, int]:
+        """Return the children [n] of ``nodes`` [n] by ``tokens`` [n], and how many had to be made."""
+        self.check_tokens(tokens)
+        nodes, tokens = np.ascontiguousarray(nodes, np.int64), np.ascontiguousarray(tokens, np.int64)
+        before, made = self._size, np.empty(len(nodes), np.int64)
+        arrays = (nodes.ctypes.data, tokens.ctypes.data, len(nodes), made.ctypes.data)
+        while not self._library.token_tree_children(self.handle, *arrays):
+            self.make_room()
+        self.grown()
+        return made, self._size - before
+
+    def unscored(self, nodes: ndarray) -> ndarray:
+        """Return ``nodes`` and their ancestors without a score, each once, parents before children."""
+        return self._climbed(nodes, 0)
+
+    def uncached(self, nodes: ndarray) -> ndarray:
+        """Return ``nodes`` (cached or not) and their ancestors without a slot, each once, parents first."""
+        return self._climbed(nodes, 1)
+
+    def set_scores(self, nodes: ndarray, log_probs: ndarray) -> None:
+        """Fill in the scores of ``nodes`` (parents first) from the log-probs of their own tokens."""
+        nodes = np.ascontiguousarray(nodes, np.int64)
+        log_probs = np.ascontiguousarray(log_probs, np.float64)
+        self._library.token_tree_set_scores(self.handle, nodes.ctypes.data, len(nodes), log_probs.ctypes.data)
+
+    def _climbed(self, nodes: ndarray, slots: int) -> ndarray:
+        nodes, found = np.ascontiguousarray(nodes, np.int64), np.empty(self._size, np.int64)
+        where = (nodes.ctypes.data, len(nodes), slots, found.ctypes.data)
+        return found[: self._library.token_tree_climb(self.handle, *where)].copy()
+
+    def _append_first(self, utterance: int, token: int) -> int:
+        self._ensure(self._size + 1)
+        node = ctypes.c_int64()
+        self._library.token_tree_first(self.handle, utterance, token, ctypes.byref(node))
+        self.grown()
+        return node.value
+
+    def _allocate(self, capacity: int) -> None:
+        super()._allocate(capacity)
+        arrays = (self.parent, self.token, self.depth, self.utterance, self.score, self.slots.of_node)
+        self._library.token_tree_bind(self.handle, capacity, *(array.ctypes.data for array in arrays))
 
 
-def _longer(array: Optional[ndarray], size: int, dtype: type, fill: float) -> ndarray:
-    """Return a copy of ``array`` with room for ``size`` entries, the new ones filled."""
-    longer = np.full(size, fill, dtype)
-    if array is not None:
-        longer[: len(array)] = array
-    return longer
+def make_tree(vocab_size: int, utterances: int) -> TokenTree:
+    """Return an empty tree, the compiled one where it can be had."""
+    try:
+        return NativeTokenTree(load_native(), vocab_size, utterances)
+    except Unavailable:
+        return TokenTree(vocab_size, utterances)

@@ -1,20 +1,61 @@
 """One model call over tree nodes: lays tokens, positions, slots and masks out, returns log-probs.
-Knows: the tree's integers, the cache's plan. Must not know: which model it is, when to call, search, fusion.
+Knows: the tree's integers, transformers' attention. Must not know: which model it is, when to call, search.
+
+Linear layers see packed tokens [1, Q], without padding; attention sees [R, W], an utterance a row. Legend:
+Q new tokens of the forward, R utterances that have some, W the most of one utterance, S slots.
 """
 from __future__ import annotations
 
-from typing import Optional, Protocol, Sequence
+import contextlib
+import threading
+from typing import Callable, Iterator, Optional, Protocol, Sequence, Union
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy import ndarray
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
 
-from icefall_fusion.lm.slots import SLOT_BUCKET, rank_within
+from icefall_fusion.common.checks import check
 from icefall_fusion.lm.token_tree import TokenTree
-from icefall_fusion.lm.tree_cache import ForwardPlan, TreeCache
+from icefall_fusion.lm.tree_memory import SLOT_BUCKET, TreeCache, rank_within
 
+PACKED_ATTENTION = "icefall_tree"  # its name in transformers
 TOKEN_BUCKET = 8  # packed tokens are padded to a multiple: matrix kernels are made once for each size
+_running = threading.local()  # the interface passes no argument of ours through every model
+
+
+class ForwardPlan:
+    """Where the tokens of one forward go: shared by all layers.
+
+    Args:
+        cells: [Q] utterance * slots_per_utterance + slot, where each token's keys and values are written.
+        utterances: [R] rows of the buffers that are read; None when all are, in order.
+        valid: index of each token in the R * W padded places; [Q], or [Q + a few] when packed.
+        padded: [R * W] index of each padded place in the Q tokens (0 for padding).
+        slots: how many slots are read (at least those in use).
+        packed: tokens come as one row [1, Q + a few] (the few are padding), else as [R, W].
+    """
+
+    def __init__(
+        self,
+        cells: Tensor,
+        utterances: Optional[Tensor],
+        valid: Tensor,
+        padded: Tensor,
+        slots: int,
+        packed: bool,
+    ) -> None:
+        self.tensors = {cells.device: (cells, utterances, valid, padded)}
+        self.slots, self.packed = slots, packed
+
+    def on(self, device: torch.device) -> tuple[Tensor, Optional[Tensor], Tensor, Tensor]:
+        """Return (cells, utterances, valid, padded) on ``device`` (layers may lie on several)."""
+        if device not in self.tensors:
+            first = next(iter(self.tensors.values()))
+            self.tensors[device] = tuple(None if x is None else x.to(device) for x in first)
+        return self.tensors[device]
 
 
 class TreeModel(Protocol):
@@ -106,3 +147,97 @@ def _spread(seen: ndarray, valid: ndarray, shape: tuple[int, ...]) -> Tensor:
     mask = np.zeros((shape[0] * shape[2], shape[3]), bool)
     mask[valid] = seen
     return torch.from_numpy(mask).view(shape)
+
+
+def integers(values: Union[Tensor, ndarray, Sequence[int]], name: str) -> ndarray:
+    """Return ``values`` flat, as int64 [n] on the host.
+
+    Raises:
+        ValueError: they are not integers; the message has ``name``.
+    """
+    array = np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values)
+    check(array.size == 0 or array.dtype.kind in "iu", name, "hold integers", values)
+    return array.astype(np.int64, copy=False).reshape(-1)
+
+
+def fetch(values: Tensor) -> Callable[[], ndarray]:
+    """Start to bring values to the host; return what waits for them, the event's only wait."""
+    if not values.is_cuda:
+        return values.numpy
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    host.copy_(values, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record(torch.cuda.current_stream(values.device))
+
+    def wait() -> ndarray:
+        copied.synchronize()
+        return host.numpy()
+
+    return wait
+
+
+def pick(log_probs: Tensor, rows: ndarray, tokens: ndarray) -> Tensor:
+    """Return ``log_probs[rows, tokens]`` [n]."""
+    rows_, tokens_ = to_device(log_probs.device, rows, tokens)
+    return log_probs[rows_, tokens_]
+
+
+# --- packed attention --------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def run_packed(plan: ForwardPlan) -> Iterator[None]:
+    """Let `packed_attention` use ``plan`` inside the block (this thread only)."""
+    _running.plan = plan
+    try:
+        yield
+    finally:
+        _running.plan = None
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Optional[Tensor],
+    dropout: float = 0.0,
+    scaling: Optional[float] = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """Attend from packed queries to each utterance's own slots; plain `sdpa` outside of a tree forward.
+
+    Padding costs only here and not in the linear layers, which hold most of the work. Query heads that share
+    a key head are laid beside one another in the query dimension, so that no key is copied for them.
+
+    Args:
+        query: [1, G * H, Q, D], G query heads for each of H key heads.
+        key, value: [R, H, S, D] from `TreeLayer.update`.
+        attention_mask: [R, 1, W, S] bool.
+    Returns:
+        [1, Q, G * H, D], None
+    """
+    plan = getattr(_running, "plan", None)
+    if plan is None:
+        sdpa = AttentionInterface._global_mapping["sdpa"]
+        return sdpa(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+    for name in ("position_bias", "softcap", "s_aux"):
+        if kwargs.get(name) is not None:
+            raise ValueError(f"{type(module).__name__} gives {name} to attention, which a token tree lacks")
+    _, _, valid, padded = plan.on(query.device)
+    rows, key_heads = key.shape[:2]
+    heads, width = query.shape[1], attention_mask.shape[2]
+    groups = heads // key_heads
+    spread = query[0].transpose(0, 1).index_select(0, padded)  # [R * W, G * H, D]
+    spread = spread.view(rows, width, key_heads, groups, -1).permute(0, 2, 3, 1, 4)  # [R, H, G, W, D]
+    if groups > 1:
+        attention_mask = attention_mask.repeat(1, 1, groups, 1)
+    output = F.scaled_dot_product_attention(
+        spread.flatten(2, 3), key, value, attn_mask=attention_mask, scale=scaling
+    )  # [R, H, G * W, D]
+    output = output.view(rows, key_heads, groups, width, -1).permute(0, 3, 1, 2, 4)  # [R, W, H, G, D]
+    return output.reshape(rows * width, heads, -1).index_select(0, valid).unsqueeze(0), None
+
+
+AttentionInterface.register(PACKED_ATTENTION, packed_attention)
+AttentionMaskInterface.register(PACKED_ATTENTION, AttentionMaskInterface._global_mapping["sdpa"])

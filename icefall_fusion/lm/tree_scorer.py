@@ -14,10 +14,9 @@ from numpy import ndarray
 from torch import Tensor
 
 from icefall_fusion.common.checks import check, is_count
-from icefall_fusion.lm.native_tree import make_tree
-from icefall_fusion.lm.token_tree import NONE, integers
-from icefall_fusion.lm.tree_cache import DistributionStore, TreeCache
-from icefall_fusion.lm.tree_forward import TreeModel, forward, on_device, to_device
+from icefall_fusion.lm.token_tree import NONE, make_tree
+from icefall_fusion.lm.tree_forward import TreeModel, fetch, forward, integers, on_device, pick
+from icefall_fusion.lm.tree_memory import DistributionStore, TreeCache
 
 Nodes = Union[Tensor, ndarray, Sequence[int]]
 
@@ -115,7 +114,7 @@ class TreeScorer:
         Each child made here counts as one scored token (shallow fusion has read its log-prob already).
         """
         above = self._nodes(nodes)
-        found, made = self.tree.children(above, _integers(tokens, "tokens"))
+        found, made = self.tree.children(above, integers(tokens, "tokens"))
         self.counters.lm_tokens_scored += made
         return torch.from_numpy(found).to(nodes.device)
 
@@ -125,7 +124,7 @@ class TreeScorer:
         Slots are reused; distributions are dropped unless they lie at a live node or between two of them.
         """
         if not isinstance(live, (Tensor, ndarray)) and len(live) and not np.isscalar(live[0]):
-            live = np.concatenate([_integers(nodes, "live") for nodes in live])
+            live = np.concatenate([integers(nodes, "live") for nodes in live])
         with self._timed():
             self._store.free(self.tree.release(self._nodes(live)))
 
@@ -152,14 +151,14 @@ class TreeScorer:
             new = tree.unscored(wanted)
             at, tokens = tree.parent[new], tree.token[new]
             ends = np.unique(wanted) if eos else wanted[:0]
-            fetch = self._launch_log_probs(
+            wait = self._launch_log_probs(
                 np.concatenate([at, ends]), np.concatenate([tokens, self._eos(len(ends))])
             )
             self.counters.lm_tokens_scored += len(new)
 
         def finish() -> Tensor:
             with self._timed(wait=False):
-                log_probs = fetch()
+                log_probs = wait()
                 tree.set_scores(new, log_probs[: len(new)])
                 totals = tree.score[wanted]
                 if eos:
@@ -210,11 +209,11 @@ class TreeScorer:
         """
         with self._aside():
             order, values = self._device_log_probs(at, tokens)
-            fetch = _fetch(values)
+            wait = fetch(values)
 
         def finish() -> ndarray:
             result = np.empty(len(at))
-            result[order] = fetch()
+            result[order] = wait()
             return result
 
         return finish
@@ -223,12 +222,12 @@ class TreeScorer:
         """Return them [n] float64 on the device in some order, and that order [n]."""
         rows = self.tree.row[at]
         known, missing = np.flatnonzero(rows >= 0), np.flatnonzero(rows < 0)
-        index, values = [known], [_pick(self._store.log_probs, rows[known], tokens[known])]
+        index, values = [known], [pick(self._store.log_probs, rows[known], tokens[known])]
         for nodes, log_probs in self._distributions(np.unique(at[missing])):
             place = np.minimum(np.searchsorted(nodes, at[missing]), len(nodes) - 1)
             here = nodes[place] == at[missing]
             index.append(missing[here])
-            values.append(_pick(log_probs, place[here], tokens[missing[here]]))
+            values.append(pick(log_probs, place[here], tokens[missing[here]]))
             if self._store.in_use + len(nodes) <= self._store.max_rows:
                 self._keep_distributions(nodes, log_probs)
         return np.concatenate(index), torch.cat(values).double()
@@ -278,7 +277,7 @@ class TreeScorer:
         return np.full(count, NONE if self.model.eos_id is None else self.model.eos_id, np.int64)
 
     def _nodes(self, nodes: Nodes) -> ndarray:
-        wanted = _integers(nodes, "nodes")
+        wanted = integers(nodes, "nodes")
         self.tree.check_nodes(wanted)
         return wanted
 
@@ -296,29 +295,3 @@ class TreeScorer:
         if wait and self.model.device.type == "cuda":
             torch.cuda.synchronize(self.model.device)
         self.counters.lm_seconds += time.perf_counter() - start
-
-
-def _integers(values: Nodes, name: str) -> ndarray:
-    return integers(values.detach().cpu().numpy() if isinstance(values, Tensor) else values, name)
-
-
-def _fetch(values: Tensor) -> Callable[[], ndarray]:
-    """Start to bring values to the host; return what waits for them, the event's only wait."""
-    if not values.is_cuda:
-        return values.numpy
-    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-    host.copy_(values, non_blocking=True)
-    copied = torch.cuda.Event()
-    copied.record(torch.cuda.current_stream(values.device))
-
-    def wait() -> ndarray:
-        copied.synchronize()
-        return host.numpy()
-
-    return wait
-
-
-def _pick(log_probs: Tensor, rows: ndarray, tokens: ndarray) -> Tensor:
-    """Return ``log_probs[rows, tokens]`` [n]."""
-    rows_, tokens_ = to_device(log_probs.device, rows, tokens)
-    return log_probs[rows_, tokens_]

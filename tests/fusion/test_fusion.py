@@ -28,7 +28,7 @@ from tests.reference.fused_search import SlowFusion, fused_search
 
 transformers = pytest.importorskip("transformers")
 from icefall_fusion.lm import CausalLm  # noqa: E402
-from icefall_fusion.lm.vocabulary import Vocabulary  # noqa: E402
+from icefall_fusion.lm.loading import Vocabulary  # noqa: E402
 
 PIECES = ["<blk>", "<sos/eos>", "<unk>", "▁a", "▁the", "▁se", "a", "d", "▁", "▁b", "ing", "▁i", "t"]
 TRIGGERS = [

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from icefall_fusion.fusion import DelayedFusion, FixedInterval, ShortestHypothesis, delayed
 from icefall_fusion.fusion import word_nodes as placing
 from icefall_fusion.lm import CausalLm
-from icefall_fusion.lm.vocabulary import Vocabulary
+from icefall_fusion.lm.loading import Vocabulary
 from icefall_fusion.search import PrefixSearchOptions, ctc_prefix_search
 from icefall_fusion.text.tokens import AcousticTokens
 from tests.fusion.test_fusion import (

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from icefall_fusion.common.devices import weight_bytes
 from icefall_fusion.lm import CausalLm
+from icefall_fusion.lm.loading import Vocabulary
 from icefall_fusion.lm.tree_scorer import TreeOptions
-from icefall_fusion.lm.vocabulary import Vocabulary
 from tests import tiny
 
 VOCAB, WINDOW = 97, 5
@@ -446,7 +446,7 @@ def test_options_that_need_absent_packages_or_names(tmp_path: Path, monkeypatch)
     with pytest.raises(ValueError, match="quantization must be one of"):
         CausalLm.from_pretrained(folder, quantization="3bit")
     for package, name in (("bitsandbytes", "4bit"), ("torchao", "int8")):
-        monkeypatch.setattr("icefall_fusion.lm.causal_lm.find_spec", lambda asked: None)
+        monkeypatch.setattr("icefall_fusion.lm.loading.find_spec", lambda asked: None)
         with pytest.raises(ImportError, match=f"needs {package}: pip install {package}"):
             CausalLm.from_pretrained(folder, quantization=name)
     monkeypatch.undo()

@@ -19,8 +19,7 @@ pytest.importorskip("triton")
 from icefall_fusion.common.unavailable import Unavailable  # noqa: E402
 from icefall_fusion.lm import CausalLm  # noqa: E402
 from icefall_fusion.lm.fused import FusedModel, check_fusible  # noqa: E402
-from icefall_fusion.lm.self_check import check_tree  # noqa: E402
-from icefall_fusion.lm.vocabulary import Vocabulary  # noqa: E402
+from icefall_fusion.lm.loading import Vocabulary, check_tree  # noqa: E402
 from tests.lm.test_causal_lm import SIZES, WINDOW, random_model  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from icefall_fusion.common.native_build import load_native
-from icefall_fusion.lm.native_tree import NativeTokenTree, make_tree
-from icefall_fusion.lm.token_tree import TokenTree
+from icefall_fusion.lm.token_tree import NativeTokenTree, TokenTree, make_tree
 
 VOCAB = 4
 paths = st.lists(st.integers(0, VOCAB - 1), max_size=6).map(tuple)

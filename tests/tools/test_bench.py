@@ -19,7 +19,7 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 from icefall_fusion.lm import CausalLm  # noqa: E402
-from icefall_fusion.lm.vocabulary import Vocabulary  # noqa: E402
+from icefall_fusion.lm.loading import Vocabulary  # noqa: E402
 
 BENCH = Path(__file__).resolve().parents[2] / "tools" / "bench"
 

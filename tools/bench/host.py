@@ -31,12 +31,12 @@ from icefall_fusion.common.native_build import load_native  # noqa: E402
 from icefall_fusion.decode.utterances import read_cuts  # noqa: E402
 from icefall_fusion.fusion import DelayedFusion, FixedInterval, ShortestHypothesis  # noqa: E402
 from icefall_fusion.lm import CausalLm, tree_forward, tree_scorer  # noqa: E402
-from icefall_fusion.lm.tree_cache import TreeCache  # noqa: E402
-from icefall_fusion.lm.vocabulary import Vocabulary  # noqa: E402
+from icefall_fusion.lm.loading import Vocabulary  # noqa: E402
+from icefall_fusion.lm.tree_memory import TreeCache  # noqa: E402
 from icefall_fusion.search import PrefixSearchOptions, ctc_prefix_search  # noqa: E402
 
 _DEVICE = (
-    (CausalLm, "tree_logits"), (tree_forward.torch, "log_softmax"), (tree_scorer, "_pick"),
+    (CausalLm, "tree_logits"), (tree_forward.torch, "log_softmax"), (tree_scorer, "pick"),
     (tree_scorer.TreeScorer, "_keep_distributions"), (TreeCache, "ensure"),
 )
 

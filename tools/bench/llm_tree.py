@@ -40,7 +40,8 @@ from shapes import SHAPES, make_model  # noqa: E402
 
 from icefall_fusion.decode.job import DecodeRun  # noqa: E402
 from icefall_fusion.lm import CausalLm  # noqa: E402
-from icefall_fusion.lm.tree_cache import ForwardPlan, TreeCache  # noqa: E402
+from icefall_fusion.lm.tree_forward import ForwardPlan  # noqa: E402
+from icefall_fusion.lm.tree_memory import TreeCache  # noqa: E402
 from icefall_fusion.lm.tree_scorer import TreeOptions, TreeScorer  # noqa: E402
 
 _TOKENS_AT_ONCE = 2048  # of full texts and path caches, as many as the trees' limit

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from icefall_fusion.decode.pretrained import FOLDER
 from icefall_fusion.lm import CausalLm
-from icefall_fusion.lm.vocabulary import Vocabulary
+from icefall_fusion.lm.loading import Vocabulary
 
 _LLAMA = {"kind": "Llama", "vocab_size": 32000, "max_position_embeddings": 2048}
 #: Configurations by name.

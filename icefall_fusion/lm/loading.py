@@ -1,0 +1,261 @@
+"""Load a language model: its weights, its vocabulary, what its config says, and a check of its tree scores.
+Knows: transformers, files of a model folder, a model's tree. Must not know: search, fusion.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Optional
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+
+from icefall_fusion.common.checks import check, check_choice
+from icefall_fusion.common.files import PathLike
+from icefall_fusion.lm.tree_forward import PACKED_ATTENTION
+from icefall_fusion.text.tokens import AcousticTokens
+
+if TYPE_CHECKING:
+    from icefall_fusion.lm.causal_lm import CausalLm
+
+QUANTIZATIONS = (None, "8bit", "4bit", "int8")
+LAYER_TYPES = {"full_attention", "sliding_attention"}
+PROBES = ("hello world", "the cat sat on the mat", "it's a long way", "Good morning, Mrs. Smith!")
+SENTENCE_PIECE_FILES = ("tokenizer.model", "spiece.model")
+TOKENIZER_FILES = (*SENTENCE_PIECE_FILES, "tokenizer.json", "tokenizer_config.json", "vocab.json")
+CHECK_SEED = 7
+CHECK_ROUNDS = 3
+TOLERANCE_FLOAT32 = 2e-4  # natural log a token
+TOLERANCE_HALF = 0.2  # bfloat16 rounds a logit of 16 by 0.06; a wrong mask or position is off by more
+
+# --- weights and what the config says -------------------------------------------------------------------
+
+
+def load_model(
+    path_or_name: PathLike, dtype: Any, device: Any, device_map: Any, quantization: Optional[str]
+) -> Any:
+    """Return the transformers model; see `CausalLm.from_pretrained`."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    name = str(path_or_name)
+    _check_folder(name)
+    options = {"dtype": dtype, "device_map": device_map, **_quantization(quantization)}
+    if device_map is not None and find_spec("accelerate") is None:
+        raise ImportError("device_map needs the package accelerate: pip install accelerate")
+    if quantization is not None and device_map is None:
+        options["device_map"] = {"": device}  # quantized weights are made on their device
+    options = {key: value for key, value in options.items() if value is not None}
+    try:
+        config = AutoConfig.from_pretrained(name)
+        kind = config.model_type
+        check(not config.is_encoder_decoder, f"model {name}", "be a causal LM, not an encoder-decoder", kind)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            name, config=config, output_loading_info=True, **options
+        )
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise ValueError(f"{name} cannot be loaded as a causal LM: {error}") from error
+    missing = sorted(info["missing_keys"])
+    check(not missing, f"weights of {name}", "be complete, but these are missing", missing[:5])
+    return model if "device_map" in options else model.to(device)
+
+
+def _quantization(quantization: Optional[str]) -> dict[str, Any]:
+    if quantization is None:
+        return {}
+    check_choice(quantization, QUANTIZATIONS[1:], "quantization")
+    by_torchao = quantization == "int8"
+    package = "torchao" if by_torchao else "bitsandbytes"
+    if (find_spec("torchao") if by_torchao else find_spec("bitsandbytes")) is None:
+        raise ImportError(f"quantization {quantization!r} needs {package}: pip install {package}")
+    from transformers import BitsAndBytesConfig, TorchAoConfig
+
+    if by_torchao:
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        config: Any = TorchAoConfig(Int8WeightOnlyConfig())
+    elif quantization == "8bit":
+        config = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
+    return {"quantization_config": config}
+
+
+def use_packed_attention(model: Any) -> bool:
+    """Switch an `sdpa` model to packed attention; return whether the model can follow."""
+    if model.config._attn_implementation not in ("sdpa", PACKED_ATTENTION):
+        return False
+    if getattr(model.config.get_text_config(decoder=True), "attn_logit_softcapping", None) is not None:
+        model.set_attn_implementation("eager")  # sdpa leaves the cap out; newer transformers choose this too
+        return False
+    if not getattr(model, "_supports_attention_backend", False):  # its attention is a class of its own
+        return False
+    model.set_attn_implementation(PACKED_ATTENTION)
+    return True
+
+
+def attention_window(config: Any, name: str) -> tuple[Optional[int], bool]:
+    """Return (sliding window in tokens or None, whether some layers have one and some not)."""
+    types = set(getattr(config, "layer_types", None) or ())
+    check(types <= LAYER_TYPES, f"layers of {name}", f"be of types {sorted(LAYER_TYPES)}", sorted(types))
+    alibi = getattr(config, "alibi", False) or getattr(getattr(config, "attn_config", None), "alibi", False)
+    check(not alibi, f"positions of {name}", "be given by position ids, not by ALiBi", "alibi")
+    window = getattr(config, "sliding_window", None)
+    if types:
+        return (window, len(types) > 1) if "sliding_attention" in types else (None, False)
+    return (window if getattr(config, "use_sliding_window", True) else None), False
+
+
+def longest_path(model: Any, config: Any) -> Optional[int]:
+    """Return the longest path: a table of positions has an end; some rotary scalings depend on the length."""
+    limit = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if limit and rope.get("rope_type") in ("dynamic", "longrope"):
+        return int(rope.get("original_max_position_embeddings") or limit)
+    inputs = model.get_input_embeddings()
+    tables = [m for m in model.modules() if isinstance(m, torch.nn.Embedding) and m is not inputs]
+    return int(limit) if limit and any(table.num_embeddings >= limit for table in tables) else None
+
+
+def _check_folder(name: str) -> None:
+    """Raise FileNotFoundError when ``name`` lacks config.json, or looks like a path and is none."""
+    folder = Path(name)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(f"model folder must hold a config.json, but {name!r} does not")
+    elif folder.exists() or folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise FileNotFoundError(f"model must be a folder or a hub name, but {name!r} is neither")
+
+
+# --- the vocabulary -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What a folder says about tokens.
+
+    Args:
+        tokenizer: Hugging Face tokenizer, or None.
+        pieces: acoustic pieces (the folder has ``bpe.model``), or None.
+        bos_id: start of a text, or None.
+        eos_id: end of a text, or None.
+    """
+
+    tokenizer: Any = None
+    pieces: Optional[AcousticTokens] = None
+    bos_id: Optional[int] = None
+    eos_id: Optional[int] = None
+
+    @classmethod
+    def load(cls, path_or_name: PathLike, config: Any) -> Vocabulary:
+        """Read the tokens beside a model.
+
+        Args:
+            path_or_name: model folder or hub name.
+            config: the model's config, whose bos and eos serve when the tokenizer names none.
+        Raises:
+            ValueError: the tokenizer contradicts the SentencePiece model beside it.
+        """
+        folder = Path(path_or_name)
+        config = config.get_text_config(decoder=True)
+        bos_id, eos_id = _first(config.bos_token_id), _first(config.eos_token_id)
+        if (folder / "bpe.model").is_file():
+            pieces = AcousticTokens.load(folder)
+            mark = pieces.sos_eos_id
+            return cls(None, pieces, bos_id if mark is None else mark, eos_id if mark is None else mark)
+        if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+            return cls(None, None, bos_id, eos_id)
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(path_or_name))
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(f"the tokenizer of {path_or_name} cannot be loaded: {error}") from error
+        _check_against_sentence_piece(folder, tokenizer)
+        bos_id = bos_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        eos_id = eos_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+        return cls(tokenizer, None, bos_id, eos_id)
+
+
+def _first(token: Any) -> Optional[int]:
+    """Return an id that may be None, one number or a list of them."""
+    return token[0] if isinstance(token, (list, tuple)) and token else token or (0 if token == 0 else None)
+
+
+def _check_against_sentence_piece(folder: Path, tokenizer: Any) -> None:
+    """Raise ValueError when the loaded tokenizer gives other ids than the SentencePiece model beside it.
+
+    transformers 5 builds a tokenizer without the leading space from a folder that has ``tokenizer.model``
+    alone: the first word of every text then gets ids that the model never saw.
+    """
+    files = [folder / name for name in SENTENCE_PIECE_FILES]
+    files += [Path(getattr(tokenizer, "vocab_file", None) or folder / "none")]  # of a hub name: in its cache
+    files = [file for file in files if file.suffix == ".model" and file.is_file()]
+    if not files:
+        return
+    import sentencepiece
+
+    processor = sentencepiece.SentencePieceProcessor()
+    try:
+        processor.Load(str(files[0]))
+    except (OSError, RuntimeError):
+        return  # not a SentencePiece model: other tokenizers use the same file name
+    for text in PROBES:
+        expected, found = processor.EncodeAsIds(text), tokenizer(text, add_special_tokens=False)["input_ids"]
+        if expected != found:
+            raise ValueError(
+                f"tokenizer of {folder} must agree with its {files[0].name}, but {text!r} is "
+                f"{tokenizer.convert_ids_to_tokens(found)} instead of {processor.EncodeAsPieces(text)}; "
+                "put the model's own tokenizer.json beside it"
+            )
+
+
+# --- the self-check -----------------------------------------------------------------------------------
+
+
+def check_tree(lm: CausalLm) -> None:
+    """Raise ValueError unless a random tree scores like plain forwards over each of its paths.
+
+    The tree grows in three events with branches, dead ends and reused slots, in two utterances.
+    """
+    refusal = f"model {lm.name} cannot be used in a token tree"
+    try:
+        worst = _worst_difference(lm)
+    except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{refusal}: {type(error).__name__}: {error}") from error
+    full = {p.dtype for p in lm.model.parameters()} == {torch.float32}
+    allowed = TOLERANCE_FLOAT32 if full else TOLERANCE_HALF
+    if not worst <= allowed:  # also catches nan
+        raise ValueError(
+            f"{refusal}: its scores must differ from plain forwards by at most {allowed:g} a token, but "
+            f"differ by {worst:.3g} (it ignores given positions or masks, as ALiBi models such as BLOOM do)"
+        )
+
+
+def _worst_difference(lm: CausalLm) -> float:
+    """Return the largest difference between tree and plain scores, natural log a token."""
+    rng = np.random.default_rng(CHECK_SEED)
+    prompts = [rng.integers(0, lm.vocab_size, size).tolist() for size in (1, 4)]
+    scorer, eos = lm.open_tree(2, prompts), lm.eos_id is not None
+    alive: list[list[list[int]]] = [[[]], [[]]]  # of each utterance: paths that may still grow
+    worst = 0.0
+    for _ in range(CHECK_ROUNDS):
+        alive = [_branch(paths, lm.vocab_size, rng) for paths in alive]
+        nodes = [[scorer.insert(scorer.root(b), path) for path in paths] for b, paths in enumerate(alive)]
+        found = scorer.score(nodes[0] + nodes[1], eos=eos).tolist()
+        for b, paths in enumerate(alive):
+            for path, tokens in zip(paths, lm.token_log_probs(paths, prompts[b], eos)):
+                worst = max(worst, abs(found.pop(0) - sum(tokens)) / (len(path) + 1), key=_nan_last)
+        alive = [paths[1::2] for paths in alive]
+        scorer.keep([some[1::2] for some in nodes])
+    return worst
+
+
+def _branch(paths: list[list[int]], vocab_size: int, rng: np.random.Generator) -> list[list[int]]:
+    """Return each path and two that continue it."""
+    return [path + rng.integers(0, vocab_size, more).tolist() for path in paths for more in (0, 1, 3)]
+
+
+def _nan_last(value: float) -> float:
+    return float("inf") if value != value else value
