@@ -3,7 +3,9 @@ Knows: plain lattices, N-best lists, their files. Must not know: k2, language mo
 """
 from __future__ import annotations
 
+import hashlib
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Mapping, MutableMapping, NamedTuple, Sequence
 
@@ -20,6 +22,8 @@ from icefall_fusion.lattice.npz import array_text, open_npz, text_array, write_n
 from icefall_fusion.nbest import NBest, to_json
 from icefall_fusion.text.tokens import AcousticTokens
 
+_NAME = "saved lattices"  # in messages
+
 
 def save_lattices(
     path: PathLike, lattices: Lattices, lists: Mapping[str, Sequence[NBest]], labels: Labels,
@@ -35,12 +39,13 @@ def save_lattices(
         tokens: the acoustic pieces.
         seconds: that ``lattices`` and each kind of lists took.
     """
+    outputs = "\n".join(labels.pieces) if isinstance(labels, WordTokens) else ""
     head = {
         "ids": lattices.ids, "fingerprint": tokens.fingerprint(), "lists": sorted(lists),
-        "seconds": dict(seconds), "outputs": labels.pieces if isinstance(labels, WordTokens) else None,
+        "seconds": dict(seconds), "outputs": hashlib.sha1(outputs.encode("utf-8")).hexdigest(),
     }
     arrays = {name: _small(values.cpu().numpy()) for name, values in lattices.arcs().items()}
-    arrays.update(lens=lattices.lens.numpy(), bounds=lattices.bounds.numpy())
+    arrays.update(lens=lattices.lens.numpy(), bounds=lattices.bounds.numpy(), outputs=text_array(outputs))
     for kind, nbests in lists.items():
         arrays[f"list_{kind}"] = text_array("\n".join(to_json(nbest.as_plain()) for nbest in nbests))
     write_npz(path, head, arrays, compress=True)
@@ -77,17 +82,20 @@ class SavedLattices:
         self.device, self.folder = device, Path(folder)
         self._rows: dict[str, tuple[Path, int]] = {}
         self._file = None
-        heads = {path: _read_head(path) for path in _files_of(folder)}
-        outputs = next(iter(heads.values()))["outputs"]
-        hash_ = tokens.fingerprint()
-        for path, head in heads.items():
-            rule = f"be made for the acoustic pieces with the hash {hash_[:12]}: make them again"
-            check(head["fingerprint"] == hash_, f"{path}", rule, head["fingerprint"][:12])
-            check(head["outputs"] == outputs, f"{path}", "be of one graph with the others", "another")
+        paths = _files_of(folder)
+        with open_npz(paths[0], _NAME) as (head, arrays):
+            wanted, outputs = head["outputs"], array_text(arrays["outputs"])
+        pieces = tokens.fingerprint()
+        for path in paths:
+            head = _read_head(path)
+            rule = f"be made for the acoustic pieces with the hash {pieces[:12]}: make them again"
+            check(head["fingerprint"] == pieces, f"{path}", rule, head["fingerprint"][:12])
+            rule = f"be of the graph of {paths[0]}, with the output labels {wanted[:12]}"
+            check(head["outputs"] == wanted, f"{path}", rule, head["outputs"][:12])
             for row, name in enumerate(head["ids"]):
                 check(name not in self._rows, f"{path}", "hold other utterances than the others", name)
                 self._rows[name] = (path, row)
-        self.labels: Labels = tokens if outputs is None else WordTokens.from_texts(outputs)
+        self.labels: Labels = WordTokens.from_texts(outputs.split("\n")) if outputs else tokens
 
     def lattices(self, emissions: Emissions, counters: MutableMapping[str, float]) -> Lattices:
         """Return the lattices of a batch."""
@@ -129,11 +137,10 @@ class SavedLattices:
         for kind in kinds:
             rule = f"have {kind!r} lists: make them with an n-gram"
             check(kind in file.lists, f"the lattices of {self.folder}", rule, sorted(file.lists))
-        seconds = sum(file.seconds[part] for part in ("lattices", *kinds)) / len(file.lattices)
+        seconds = sum(file.seconds[step] for step in ("lattices", *kinds)) / len(file.lattices)
         frames, arcs = int(file.lattices.lens[row]), int(file.lattices.counts[row])
-        add_counters(
-            counters, {"lattice_arcs": arcs, "lattice_frames": frames, "lattice_seconds": seconds}
-        )
+        more = {"lattice_arcs": arcs, "lattice_frames": frames, "lattice_seconds": seconds}
+        add_counters(counters, more)
         return file, row
 
 
@@ -152,17 +159,17 @@ def _files_of(folder: PathLike) -> list[Path]:
 
 
 def _read_head(path: Path) -> dict[str, Any]:
-    with open_npz(path, "saved lattices") as (head, _):
+    with open_npz(path, _NAME) as (head, _):
         return head
 
 
 def _read(path: Path) -> _File:
-    with open_npz(path, "saved lattices") as (head, arrays):
+    with open_npz(path, _NAME) as (head, arrays):
         lists = {}
         for kind in head["lists"]:
             lines = array_text(arrays[f"list_{kind}"]).split("\n")
             lists[kind] = [NBest.from_plain(json.loads(line)) for line in lines]
-        names = [name for name in arrays if name != "head" and not name.startswith("list_")]
+        names = [field.name for field in fields(Lattices) if field.name != "ids"]
         tensors = {name: torch.from_numpy(arrays[name]) for name in names}
         whole = {name: x.long() if x.dtype == torch.int32 else x for name, x in tensors.items()}
         return _File(path, Lattices(head["ids"], **whole), lists, head["seconds"])

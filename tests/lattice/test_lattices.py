@@ -17,7 +17,7 @@ from search_tools import WordLengths
 from icefall_fusion.acoustic.emissions import Emissions
 from icefall_fusion.common.unavailable import Unavailable
 from icefall_fusion.lattice.beam import LatticeBeamOptions
-from icefall_fusion.lattice.graph import load_graph, save_graph
+from icefall_fusion.lattice.graph import WordTokens, load_graph, save_graph
 from icefall_fusion.lattice.k2_lattice import LatticeOptions
 from icefall_fusion.lattice.methods import K2_SEARCHES, decode_lattices, split_name
 from icefall_fusion.lattice.npz import text_array
@@ -227,6 +227,15 @@ def test_saved_lattices_of_something_else_are_refused(saved) -> None:
     other = AcousticTokens.from_pieces([*TOKENS.pieces[:-1], "x"], 0)
     with pytest.raises(ValueError, match="must be made for the acoustic pieces with the hash"):
         open_lattices(K2Options(saved=str(folder)), other, "cpu")
+    more = batch(7, (3,))
+    lattices = ctc_lattices(more.log_probs, more.lens, ["other"])
+    labels = WordTokens(WORDS, [(), (1,), (2,), (3,), (4, 5)])
+    save_lattices(folder / "lattices-1.npz", lattices, {}, labels, TOKENS, {"lattices": 1.0})
+    with pytest.raises(ValueError, match="lattices-1.npz must be of the graph of .*lattices-0.npz"):
+        open_lattices(K2Options(saved=str(folder)), TOKENS, "cpu")
+    save_lattices(folder / "lattices-1.npz", source.lattices(emissions, {}), {}, TOKENS, TOKENS, {})
+    with pytest.raises(ValueError, match="lattices-1.npz must hold other utterances than the others, but is"):
+        open_lattices(K2Options(saved=str(folder)), TOKENS, "cpu")
     (folder / "lattices-1.npz").write_bytes(b"PK no archive")
     with pytest.raises(ValueError, match="lattices-1.npz cannot be loaded as saved lattices"):
         open_lattices(K2Options(saved=str(folder)), TOKENS, "cpu")
