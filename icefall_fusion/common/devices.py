@@ -1,15 +1,13 @@
-"""Devices and kernels, checked before anything is loaded; processes that find each other and part.
+"""Devices and kernels, checked before anything is loaded; the bytes of a model's weights.
 Knows: torch. Must not know: models, data, jobs.
 """
 from __future__ import annotations
 
-import atexit
 import importlib
 import os
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from icefall_fusion.common.checks import check
 from icefall_fusion.common.unavailable import Unavailable, asked_once
@@ -48,26 +46,6 @@ def load_kernels(module: str) -> Any:
 def kernels_run_on(device: torch.device) -> bool:
     """Return whether Triton kernels run on a device: a GPU, or any in Triton's interpreter."""
     return device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def join_processes(backend: str, **options: Any) -> None:
-    """Meet the other processes that torchrun has started; part from them when this one ends.
-
-    Without parting, an exit while threads of the backend still run may abort a process that has done all its
-    work (seen with gloo), and torchrun takes that for a failure.
-
-    Args:
-        backend: gloo or nccl.
-        options: of torch.distributed.init_process_group.
-    """
-    if not dist.is_initialized():
-        dist.init_process_group(backend, **options)
-        atexit.register(_part)
-
-
-def _part() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def weight_bytes(model: torch.nn.Module) -> int:

@@ -3,6 +3,7 @@ Knows: torch.distributed. Must not know: models, data, options.
 """
 from __future__ import annotations
 
+import atexit
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from icefall_fusion.common.checks import check
-from icefall_fusion.common.devices import check_device, join_processes
+from icefall_fusion.common.devices import check_device
 
 Item = TypeVar("Item")
 
@@ -43,7 +44,7 @@ class Processes:
         """
         made = cls.of_environment()
         if made.world > 1:
-            join_processes(backend, **options)
+            _join(backend, **options)
         return made
 
     @classmethod
@@ -63,6 +64,26 @@ class Processes:
     def gather(self, value: Any) -> list[Any]:
         """Return the values of all processes, by rank; it waits for all."""
         return gather_over_processes(value) if self.world > 1 else [value]
+
+
+def _join(backend: str, **options: Any) -> None:
+    """Meet the other processes that torchrun has started; part from them when this one ends.
+
+    Without parting, an exit while threads of the backend still run may abort a process that has done all its
+    work (seen with gloo), and torchrun takes that for a failure.
+
+    Args:
+        backend: gloo or nccl.
+        options: of torch.distributed.init_process_group.
+    """
+    if not dist.is_initialized():
+        dist.init_process_group(backend, **options)
+        atexit.register(_part)
+
+
+def _part() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def init_distributed(device: str = "auto") -> tuple[int, int, torch.device]:

@@ -14,7 +14,7 @@ from icefall_fusion.fusion.delayed import Prompt
 from icefall_fusion.fusion.look_ahead import SCALE, LookAhead
 from icefall_fusion.lm import QUANTIZATIONS, CausalLm
 from icefall_fusion.ngram.piece_ngram import PieceNgram
-from icefall_fusion.text.normalizer import adapt
+from icefall_fusion.text.styles import adapt
 from icefall_fusion.text.tokens import AcousticTokens
 
 #: LM of a score: (source) -> field of the options.

@@ -64,7 +64,6 @@ class LookAheadRun:
         device = beam.node.device
         self._every, self._ngram = ahead.every, ahead.ngram.to(device)
         self._weight, self._bonus = ahead.weight, ahead.bonus
-        self._starts = beam.arena.starts_word
         # Of each node: all estimates since the root; those until the boundary that was scored last; and how
         # much of the difference ``beam.fused`` holds.
         roots = beam.arena.row_size
@@ -120,7 +119,7 @@ class LookAheadRun:
         """Return what prefixes ``before`` get for growing by ``piece``, both [B, K]."""
         score = self._ngram.score(piece_contexts(arena, before, self._ngram), piece)
         first = before < arena.row_size  # a root: the first piece begins a word, marked or not
-        return self._weight * score + self._bonus * (self._starts[piece] | first)
+        return self._weight * score + self._bonus * arena.begins_word(piece, first)
 
 
 def _longer(values: Tensor, size: int) -> Tensor:

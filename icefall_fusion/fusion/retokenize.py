@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Iterable, Mapping, MutableMapping, Option
 
 from icefall_fusion.common.checks import check, check_choice, check_text
 from icefall_fusion.fusion.sample_words import COMMON_WORDS, sample_texts, sample_words
-from icefall_fusion.text.normalizer import TEXT_STYLES, adapt, adapt_word
+from icefall_fusion.text.styles import TEXT_STYLES, adapt, adapt_word
 
 if TYPE_CHECKING:
     from icefall_fusion.text.tokens import AcousticTokens

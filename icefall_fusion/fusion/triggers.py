@@ -29,7 +29,7 @@ class Trigger:
 
     def start(self, beam: Beam, tokens: Any) -> StopRuleRun:
         """Open a run over a batch that begins; ``tokens`` is the acoustic vocabulary."""
-        return StopRuleRun(self.rule(), beam, tokens)
+        return StopRuleRun(self.rule(), beam)
 
 
 @dataclass(frozen=True)

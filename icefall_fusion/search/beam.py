@@ -52,7 +52,7 @@ class PrefixArena:
                  starts_word: Optional[Tensor] = None, rows: int = 64) -> None:
         self.batch, self.beam, self.row_size = batch, beam, batch * beam
         self.rows = 1
-        self._starts_word = None if starts_word is None else starts_word.to(device)
+        self.starts_word = None if starts_word is None else starts_word.to(device)
         size = (max(2, rows), batch, beam)
         self._parent = torch.zeros(size, dtype=torch.int64, device=device)
         self._piece = torch.zeros(size, dtype=torch.int64, device=device)
@@ -64,15 +64,6 @@ class PrefixArena:
         if starts_word is not None:
             self._boundary[0] = self.first_ids
         self._host: dict[str, Any] = {}
-
-    @property
-    def has_boundaries(self) -> bool:
-        return self._starts_word is not None
-
-    @property
-    def starts_word(self) -> Optional[Tensor]:
-        """[V] bool, or None."""
-        return self._starts_word
 
     @property
     def fields(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -99,8 +90,12 @@ class PrefixArena:
         So the closed words of a prefix are all words of its boundary, and a boundary's own boundary is
         exactly one word shorter (no word shorter where a vocabulary allows empty words).
         """
-        check(self.has_boundaries, "tokens", "be given when word boundaries are asked for", None)
+        check(self.starts_word is not None, "tokens", "be given when word boundaries are asked for", None)
         return self._boundary.view(-1)[nodes]
+
+    def begins_word(self, pieces: Tensor, first: Tensor) -> Tensor:
+        """Return which pieces begin a word: those that are marked so, and the first of a prefix anyway."""
+        return self.starts_word[pieces] | first
 
     # -- host side
     def pieces(self, node: int) -> list[int]:
@@ -156,9 +151,9 @@ class PrefixArena:
             self._grow()
         self._parent[row].copy_(parents)
         self._piece[row].copy_(pieces)
-        if self._starts_word is not None:
+        if self.starts_word is not None:
             closed = self._boundary.view(-1)[parents]
-            self._boundary[row].copy_(torch.where(self._starts_word[pieces], parents, closed))
+            self._boundary[row].copy_(torch.where(self.starts_word[pieces], parents, closed))
         self.rows = row + 1
         return self.first_ids + row * self.row_size
 

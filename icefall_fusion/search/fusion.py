@@ -253,13 +253,11 @@ class StopRuleRun:
     Args:
         rule: whose ``ahead`` is not looked at.
         beam: before the first frame.
-        tokens: the acoustic vocabulary, where words are counted.
     """
 
-    def __init__(self, rule: StopRule, beam: Beam, tokens: Any) -> None:
+    def __init__(self, rule: StopRule, beam: Beam) -> None:
         self.rule: Optional[StopRule] = rule
-        self._rule, device = rule, beam.node.device
-        self._starts = torch.tensor(tokens.starts_word, device=device) if rule.unit == "words" else None
+        self._rule = rule
         self._begun = torch.zeros_like(beam.node)  # [B, K] words or pieces begun, the open one included
         # [B] length of the shortest hypothesis at the last event
         self._fused_at = torch.full_like(self._begun[:, 0], rule.first_length)
@@ -269,9 +267,8 @@ class StopRuleRun:
         if self._rule.unit is None:
             return
         begun = self._begun.gather(1, source)
-        if self._starts is not None:
-            # The first piece begins a word, whether it is marked so or not.
-            grew = grew & (self._starts[beam.last] | (begun == 0))
+        if self._rule.unit == "words":
+            grew = grew & beam.arena.begins_word(beam.last, begun == 0)
         self._begun = begun + grew
 
     def fires(self, beam: Beam, frame: int, active: Tensor) -> Optional[Tensor]:

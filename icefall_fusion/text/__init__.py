@@ -1,9 +1,9 @@
-"""Text: the normalizer, acoustic tokens, the lexicon.
+"""Text: words, their spellings by acoustic pieces, the forms that language models read.
 Knows: words and pieces. Must not know: audio, models.
+
+    normalizer.py   written text to spoken words, for references and hypotheses alike
+    styles.py       words as a language model reads them: as-is, lower, sentence
+    tokens.py       pieces of an acoustic model: which begin a word, text to ids and back
+    lexicon.py      words and their spellings, for decoding graphs
 """
 from __future__ import annotations
-
-from icefall_fusion.text.normalizer import adapt, normalize
-from icefall_fusion.text.tokens import AcousticTokens
-
-__all__ = ["AcousticTokens", "adapt", "normalize"]

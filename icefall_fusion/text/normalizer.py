@@ -1,4 +1,4 @@
-"""Written text: one normalizer for references and hypotheses alike, and the forms that an LLM reads.
+"""Written text: one normalizer for references and hypotheses alike.
 Knows: characters, words, spelling of numbers. Must not know: torch, pieces, models, files.
 """
 from __future__ import annotations
@@ -6,11 +6,6 @@ from __future__ import annotations
 import functools
 import re
 import unicodedata
-from typing import Sequence
-
-from icefall_fusion.common.checks import check, check_choice
-
-TEXT_STYLES = ("as-is", "lower", "sentence")
 
 _QUOTES = str.maketrans(dict.fromkeys("’‘ʼ‛´ʹ", "'"))
 _FRACTIONS = str.maketrans({"½": " 1/2", "¼": " 1/4", "¾": " 3/4", "⅓": " 1/3", "⅔": " 2/3", "⅛": " 1/8"})
@@ -60,44 +55,6 @@ def normalize(text: str) -> str:
     if "''" in text:
         text = _OPENING_QUOTES.sub("'", text)
     return " ".join(_clean_words(_NOT_TEXT.sub(" ", text).split()))
-
-
-def adapt(words: Sequence[str], style: str) -> str:
-    """Return normalized words as the text that an LLM is asked to score.
-
-    Args:
-        words: words without spaces.
-        style: ``as-is``; ``lower``; or ``sentence``: lower case, the first word and I capitalized.
-
-    Raises:
-        ValueError: the style is unknown.
-    """
-    return " ".join([adapt_word(word, index, style) for index, word in enumerate(words)])
-
-
-def adapt_word(word: str, index: int, style: str) -> str:
-    """Return one word as `adapt` writes it at position ``index`` (0 is the first word of the utterance).
-
-    Raises:
-        ValueError: the style is unknown or the index negative.
-    """
-    if style == "as-is":
-        return word
-    if style == "lower":
-        return word.lower()
-    check_choice(style, TEXT_STYLES, "style")
-    check(index >= 0, "index", "be at least 0", index)
-    word = word.lower()
-    if index == 0 or word == "i" or word.startswith("i'"):
-        return _capitalize(word)
-    return word
-
-
-def _capitalize(word: str) -> str:
-    for position, letter in enumerate(word):
-        if letter.isalpha():
-            return word[:position] + letter.upper() + word[position + 1 :]
-    return word
 
 
 def _to_ascii(text: str) -> str:

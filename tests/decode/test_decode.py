@@ -50,7 +50,7 @@ from icefall_fusion.lm import CausalLm
 from icefall_fusion.nbest import Hypothesis, NBest, WordTime, read_nbests
 from icefall_fusion.scoring.table import ROW_KEYS
 from icefall_fusion.search import ctc_prefix_search
-from icefall_fusion.text.normalizer import adapt
+from icefall_fusion.text.styles import adapt
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from icefall_fusion.data.tokenizers import train_llm_tokenizer
 from icefall_fusion.fusion.retokenize import WordTokenizer, sample_words
-from icefall_fusion.text.normalizer import adapt
+from icefall_fusion.text.styles import adapt
 from icefall_fusion.text.tokens import AcousticTokens
 
 tokenizers = pytest.importorskip("tokenizers")

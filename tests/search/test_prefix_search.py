@@ -4,7 +4,10 @@ Knows: search, nbest, tokens. Must not know: large language models.
 from __future__ import annotations
 
 import math
+import os
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -338,3 +341,30 @@ def test_random_order_of_utterances_changes_nothing():
     plain = search(log_probs)
     shuffled = search(log_probs[order])
     assert [shuffled[order.index(b)].hypotheses for b in range(6)] == [n.hypotheses for n in plain]
+
+
+_FORK = """
+import faulthandler, os, sys
+import torch
+from search_tools import TOKENS, emissions
+from icefall_fusion.search import PrefixSearchOptions, ctc_prefix_search
+
+torch.set_num_threads(2)
+log_probs = emissions(1, 24, 400, 6)
+def search():
+    options = PrefixSearchOptions(engine=sys.argv[1])
+    return ctc_prefix_search(log_probs, torch.full((24,), 400), options, TOKENS)
+before = search()
+child = os.fork()
+if child == 0:
+    torch.set_num_threads(1)
+    os._exit(0 if search() == before else 1)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+def test_a_forked_child_searches_with_one_thread(each_engine):  # noqa: F811
+    """With more threads any large operation of PyTorch would wait for ever: its threads do not come along."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", _FORK, each_engine], env=environment, check=True)

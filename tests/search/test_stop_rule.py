@@ -121,7 +121,7 @@ def test_another_condition_is_asked_not_the_rule_of_its_parent(llm, tokens):  # 
 
     class FewFrames(FixedInterval):
         def start(self, beam, tokens):
-            run = StepsOfItsOwn(self.rule(), beam, tokens)
+            run = StepsOfItsOwn(self.rule(), beam)
             run.rule = None
             return run
 

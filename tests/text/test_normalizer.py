@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from icefall_fusion.text.normalizer import TEXT_STYLES, adapt, adapt_word, normalize
+from icefall_fusion.text.normalizer import normalize
+from icefall_fusion.text.styles import TEXT_STYLES, adapt, adapt_word
 
 EXAMPLES = {
     "Mr. and Mrs. Smith met Dr. Brown at St. Paul's.": (

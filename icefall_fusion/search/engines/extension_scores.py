@@ -27,9 +27,6 @@ class ExtensionScores:
         self.ceiling = sum(f.weight * f.ceiling + max(0.0, f.word_bonus) for f in fusions.shallow)
         self._raw: list[Tensor] = []
         self._opens: Optional[Tensor] = None
-        self._starts_word: Optional[Tensor] = None
-        if fusions.tokens is not None and fusions.shallow:
-            self._starts_word = torch.tensor(fusions.tokens.starts_word, device=beam.lens.device)
 
     def rank(self, out: Candidates, piece: Tensor, active: Optional[Tensor]) -> Tensor:
         """Return what ranks the candidates, [B, K + P]: mass and language models together.
@@ -56,9 +53,9 @@ class ExtensionScores:
         active = self._ask(out, active, extra)
         at = slot * out.pairs.columns + column
         self._opens = None
-        if self._starts_word is not None:
-            at_root = (beam.last == beam.blank).index_select(1, slot)
-            self._opens = self._starts_word[piece].index_select(1, column) | at_root
+        if beam.arena.starts_word is not None:
+            first = (beam.last == beam.blank).index_select(1, slot)
+            self._opens = beam.arena.begins_word(piece.index_select(1, column), first)
         self._raw = []
         anyone = bool(active.any())  # waits for the device
         for fusion in self.fusions.shallow:

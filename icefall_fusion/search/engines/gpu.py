@@ -136,7 +136,7 @@ class GpuSearch(CompiledSearch):
             "K": slots, "KP": wide, "C": columns, "NP": width, "WIDE": columns > 62,
             "CP": _LEAST if shallow == 2 else _block(columns),
             "ROOT": beam.blank, "RANKS": fusions.ranks, "PACED": self.rule is not None,
-            "UNIT": self.stops.code, "BOUNDARIES": arena.has_boundaries,
+            "UNIT": self.stops.code, "BOUNDARIES": arena.starts_word is not None,
             "SCORE_BEAM": options.score_beam is not None, "ORDER": order, "BASE": base,
             "SHALLOW": shallow, "AHEAD_EVERY": 0 if self.ahead.ngram is None else self.ahead.every,
             "I": kernel.INTEGERS, "F": kernel.NUMBERS, "W": kernel.COUNTS,

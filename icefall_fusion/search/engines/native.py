@@ -158,7 +158,7 @@ class NativeSearch(CompiledSearch):
     def _batch(self) -> _Batch:
         """Return the arrays that the compiled code reads, and those where it leaves what it has found."""
         beam, arena, boundaries, starts = self.beam, self.beam.arena, None, None
-        if arena.has_boundaries:
+        if arena.starts_word is not None:
             boundaries, starts = arena.fields[2].data_ptr(), arena.starts_word.data_ptr()
         row_stride, frame_stride, _ = self.log_probs.stride()
         read = {name: getattr(self, name).data_ptr() for name in ("log_probs", "best", "searched", "lens")}
