@@ -6,9 +6,9 @@ methods=all
 device=cpu
 limit=0
 confirm=64
-emissions=        # the user's acoustic model; empty: that of $pretrained_dir
-emissions_tokens= # its bpe.model or the folder of it, where it is not beside the model
-emissions_kind=auto
+emissions=         # the user's acoustic model; empty: that of $pretrained_dir
+emission_options=() # further ones of it: kind K tokens T ...
+k2_tokens=         # its bpe.model, where that is not beside it
 llm=              # folder or name on the hub; empty: that of $pretrained_dir
 matched_llm=      # an LLM over the acoustic pieces; empty: that of $pretrained_dir
 llm_options=()    # further options of the LLM
@@ -30,8 +30,10 @@ decode_option() { # as common_option
     --printed-wer) scoring=(--printed_wer "$2") ;;
     --k2) if declare -F k2_stages >/dev/null; then with_k2=$2; else taken=0; fi ;;
     --emissions) emissions=$(path_or_name "$2") ;;
-    --emissions-tokens) emissions_tokens=$(absolute "$2") ;;
-    --emissions-kind) emissions_kind=$2 ;;
+    --emissions-kind) emission_options+=(kind "$2") ;;
+    --emissions-tokens) k2_tokens=$(absolute "$2") emission_options+=(tokens "$k2_tokens") ;;
+    --emissions-recipe) emission_options+=(recipe "$(absolute "$2")") ;;
+    --emissions-recipe-options) emission_options+=(recipe_options "$2") ;;
     --llm) llm=$(path_or_name "$2") ;;
     --matched-llm) matched_llm=$(path_or_name "$2") ;;
     --llm-text) llm_options+=(--llm.text "$2") ;;
@@ -67,7 +69,7 @@ decode_recipe() {
 
 # Sets $models and $scores (second passes but that of the attention decoder) from the models that are there.
 name_models() { # --pretrained-dir: with --emissions only then its LMs over acoustic pieces are taken
-  local name path own=yes
+  local i name path own=yes
   if [ -n "$emissions" ] && [ -z "$1" ]; then own=no; fi
   emissions=${emissions:-$pretrained_dir/ctc_aed}
   if [ -z "$llm" ] && [ -d "$pretrained_dir/llm" ]; then llm=$pretrained_dir/llm; fi
@@ -75,8 +77,11 @@ name_models() { # --pretrained-dir: with --emissions only then its LMs over acou
     echo "$script: --llm must name a language model (see --help)" >&2
     exit 2
   fi
-  models=(--emissions.model "$emissions" --emissions.kind "$emissions_kind")
-  if [ -n "$emissions_tokens" ]; then models+=(--emissions.tokens "$emissions_tokens"); fi
+  emission_options=(model "$emissions" ${emission_options[@]+"${emission_options[@]}"})
+  models=()
+  for ((i = 0; i < ${#emission_options[@]}; i += 2)); do
+    models+=("--emissions.${emission_options[i]}" "${emission_options[i + 1]}")
+  done
   models+=(--llm.path "$llm" ${llm_options[@]+"${llm_options[@]}"})
   scores="llm-nbest-rescoring"
   path=$pretrained_dir/matched_llm
@@ -105,9 +110,10 @@ find_attention() { # sets $attention, yes or no: whether the acoustic model, whi
 import sys
 from icefall_fusion.acoustic.sources import EmissionOptions, open_source
 try:
-    print("no" if open_source(EmissionOptions(*sys.argv[1:])).model is None else "yes")
+    options = EmissionOptions(**dict(zip(sys.argv[1::2], sys.argv[2::2])))
+    print("no" if open_source(options).model is None else "yes")
 except (ValueError, OSError) as error:
-    sys.exit(f"error: {error}")' "$emissions" "$emissions_kind" "$emissions_tokens") || exit 2
+    sys.exit(f"error: {error}")' "${emission_options[@]}") || exit 2
   if [ "$attention" = yes ]; then
     scores=attention-rescoring+$scores
   else

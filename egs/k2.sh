@@ -5,7 +5,6 @@
 
 repo=$(cd "$here/../../.." && pwd)
 k2_python=
-k2_tokens=           # bpe.model of the acoustic model, or its folder
 k2_word_count=8    # words that count less in the training text are not in the lexicon
 k2_prune="0,3,6"   # of the trigram in HLG
 k2_reprune="0,1,2,3" # of the 4-gram that rescores
@@ -76,7 +75,7 @@ k2_stages() { # number
     log "the rows of k2 are left out: --methods $methods"
     return
   fi
-  k2_tokens=${emissions_tokens:-$emissions}
+  k2_tokens=${k2_tokens:-$emissions}
   if [ ! -f "$k2_tokens" ] && [ ! -f "$k2_tokens/bpe.model" ]; then
     log "the rows of k2 are left out: there is no bpe.model in $k2_tokens (--emissions-tokens)"
     return

@@ -17,14 +17,13 @@ from typing import Iterator, Optional
 import numpy as np
 import torch
 from lhotse import Fbank, FbankConfig, Features, LilcomChunkyWriter, MonoCut
-from lhotse.audio.utils import AudioLoadingError, DurationMismatchError
 from lhotse.features.base import FeatureExtractor
-from lhotse.utils import compute_num_samples
 from tqdm import tqdm
 
 from icefall_fusion.common.checks import check, check_choice
 from icefall_fusion.common.files import atomic_path, write_json
-from icefall_fusion.data.audio import SAMPLE_RATE, AudioError, load_audio, resample
+from icefall_fusion.data.audio import SAMPLE_RATE, AudioError, resample
+from icefall_fusion.data.cut_audio import read_ahead
 from icefall_fusion.data.cut_lines import parse_cut, read_lines
 from icefall_fusion.data.feature_shards import Shard, joined_lines, plan, ranges
 from icefall_fusion.data.features import DIM, FRAME_SHIFT
@@ -50,7 +49,7 @@ class FbankOptions:
     Args:
         data_dir: folder of ``manifests/`` and ``fbank/``.
         splits: names of manifests.
-        workers: processes. The result does not depend on it.
+        workers: processes, or on a GPU threads that read audio. The result does not depend on it.
         shard_size: cuts in one shard; a killed run loses unfinished shards.
         backend: lhotse, or kaldifeat (for a GPU; tools/install_kaldifeat.sh installs it).
         device: for kaldifeat, e.g. cpu or cuda:0.
@@ -246,10 +245,12 @@ def _make_shard(options: FbankOptions, shard: Shard) -> int:
     compute = extractor(options.backend, options.device)
     made, archive = [], shard.new_archive()
     with atomic_path(archive) as temporary, LilcomChunkyWriter(str(temporary)) as writer:
-        for number, line in read_lines(shard.cuts):
-            cut = parse_cut(line, f"{shard.cuts}, line {number}")
+        cuts = (parse_cut(line, f"{shard.cuts}, line {number}") for number, line in read_lines(shard.cuts))
+        # a GPU has one process, which would wait for the disk
+        threads = 1 if options.device == "cpu" else options.workers
+        for cut, samples in read_ahead(cuts, threads):
             try:
-                features = extract(cut_samples(cut), backend=options.backend, device=options.device)
+                features = extract(samples(), backend=options.backend, device=options.device)
             except (AudioError, FileNotFoundError) as error:
                 made.append({"id": cut.id, "error": str(error)})
                 continue
@@ -276,24 +277,3 @@ def _described(cut: MonoCut, frames: int, kind: str, archive: str, key: str) -> 
         recording_id=cut.recording_id,
         channels=0,
     )
-
-
-def cut_samples(cut: MonoCut) -> np.ndarray:
-    """Return the audio of a cut, [samples] at 16 kHz; only its span of the file is read.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        AudioError: it is broken, or shorter than in the manifest by more than 10 ms (up to that is padded).
-    """
-    if cut.recording.transforms:  # speed perturbation, which lhotse applies
-        try:
-            return resample(cut.load_audio()[0], cut.recording.sampling_rate)
-        except (AudioLoadingError, DurationMismatchError) as error:
-            raise AudioError(str(error)) from error
-    path = cut.recording.sources[0].source
-    samples = load_audio(path, allow_empty=True, offset=cut.start, duration=cut.duration)
-    first, count = round(cut.start * SAMPLE_RATE), compute_num_samples(cut.duration, SAMPLE_RATE)
-    if len(samples) < count - HOP:
-        there = f"{first + len(samples)} samples at 16 kHz" if len(samples) else "too few samples"
-        raise AudioError(f"audio file {path} is truncated: {there}, the manifest needs {first + count}")
-    return np.pad(samples[:count], (0, count - len(samples[:count])))

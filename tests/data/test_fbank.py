@@ -8,6 +8,7 @@ import dataclasses
 import gzip
 import json
 import os
+import threading
 import time
 from pathlib import Path
 
@@ -17,9 +18,10 @@ import soundfile
 import torch
 from lhotse import CutSet, MonoCut, Recording, SupervisionSegment
 
-from icefall_fusion.data import fbank, feature_shards
+from icefall_fusion.data import cut_audio, fbank, feature_shards
 from icefall_fusion.data.audio import AudioError, load_audio
-from icefall_fusion.data.fbank import FbankOptions, cut_samples, extract, num_frames, run
+from icefall_fusion.data.cut_audio import cut_samples
+from icefall_fusion.data.fbank import FbankOptions, extract, num_frames, run
 from icefall_fusion.data.features import DIM
 from icefall_fusion.data.manifests import cuts_path, write_cuts
 
@@ -265,6 +267,21 @@ def test_audio_that_comes_later(corpus: FbankOptions) -> None:
 
 def test_workers_do_not_change_features(corpus: FbankOptions) -> None:
     assert run(dataclasses.replace(corpus, workers=2)) == 0
+    _assert_whole(corpus)
+
+
+def test_on_a_gpu_workers_are_threads_that_read(
+    corpus: FbankOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = threading.Barrier(2)
+
+    def read(cut: MonoCut) -> np.ndarray:
+        if cut.id in ("c0", "c1"):
+            both.wait(60)  # passed only while two threads read
+        return cut_samples(cut)
+
+    monkeypatch.setattr(cut_audio, "cut_samples", read)
+    assert run(dataclasses.replace(corpus, workers=2, device="cpu:0")) == 0  # any device but "cpu" is one GPU
     _assert_whole(corpus)
 
 

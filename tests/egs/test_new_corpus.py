@@ -57,9 +57,9 @@ def test_a_new_corpus_is_the_files_of_the_page(tmp_path: Path) -> None:
     llm = tiny.language_model(tmp_path / "llm", 3, pieces=False)
     environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
 
-    def run(*command: str) -> str:
+    def run(*command: str, code: int = 0) -> str:
         done = subprocess.run(["bash", *command], cwd=recipe, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.returncode == code, done.stdout + done.stderr
         return done.stdout + done.stderr
 
     def rows(exp: str = "exp") -> list[tuple[str, str, int]]:
@@ -67,7 +67,15 @@ def test_a_new_corpus_is_the_files_of_the_page(tmp_path: Path) -> None:
         return [(row["method"], row["test_set"], row["words"]) for row in content]
 
     run("prepare.sh", "--source", str(corpus), "--pieces", "40", "--workers", "1")
+    options = ("--stop-stage", "0", "--world-size", "2", "--", "--trainer.max_minutes", "0.001")
+    assert "the training was stopped" in run("train.sh", *options, code=4)  # torchrun itself ends with 1
+    assert not (recipe / "exp" / ".ctc_aed.done").exists()
     run("train.sh")
+    steps = [json.loads(line)["step"] for line in (recipe / "exp" / "ctc_aed" / "log.jsonl").open()]
+    assert max(steps) == 2 and "stage 0 (ctc_aed) is done" in run("train.sh")
+    said = run("train.sh", "--acoustic", "--model.ctc_weight 0.4")
+    assert "stage 0: ctc_aed, again" in said
+    assert (recipe / "exp" / "ctc_aed.1" / "log.jsonl").exists()
     methods = "ctc-prefix,llm-delayed-shortest-ahead"
     decode = ("decode.sh", "--methods", methods, "--confirm", "2", "--llm")
     run(*decode, str(llm))

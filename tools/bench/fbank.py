@@ -37,8 +37,9 @@ from tqdm import tqdm  # noqa: E402
 from icefall_fusion.common.checks import check, check_choice  # noqa: E402
 from icefall_fusion.common.command_line import parse_options  # noqa: E402
 from icefall_fusion.common.files import write_json  # noqa: E402
+from icefall_fusion.data.cut_audio import cut_samples  # noqa: E402
 from icefall_fusion.data.espeak import ACCENTS, SAMPLE_RATE, Voice, speak  # noqa: E402
-from icefall_fusion.data.fbank import BACKENDS, FbankOptions, cut_samples, extract, run  # noqa: E402
+from icefall_fusion.data.fbank import BACKENDS, FbankOptions, extract, run  # noqa: E402
 from icefall_fusion.data.manifests import cuts_path, write_cuts  # noqa: E402
 
 REFUSED = 2

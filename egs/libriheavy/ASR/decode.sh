@@ -14,9 +14,9 @@
 # again, and what was made with the old ones is kept as NAME.1. Remove the mark to run a stage again.
 #
 # Methods are those that the models allow. --emissions takes the acoustic model of others: our folder, an icefall
-# TorchScript file, a Hugging Face CTC model or saved log-probs (--emissions-kind, where the file does not tell;
-# --emissions-tokens: its bpe.model). LMs over acoustic pieces (NLM, n-gram) are then taken only from a
-# --pretrained-dir that is named. --llm: any causal LM of the Hugging Face hub, or a folder. --llm-text says how it
+# TorchScript file, icefall weights with --emissions-recipe (and --emissions-recipe-options), a Hugging Face CTC model
+# or saved log-probs; --emissions-kind says which, where the file does not tell, and --emissions-tokens names its
+# bpe.model. LMs over acoustic pieces (NLM, n-gram) are then taken only from a --pretrained-dir that is named. --llm: any causal LM of the Hugging Face hub, or a folder. --llm-text says how it
 # sees words (as-is, lower, sentence), --llm-quantization 8bit, 4bit or int8, --llm-device-map auto spreads it over
 # GPUs. --matched-llm names an LM over the acoustic pieces, for llm-shallow.
 #
