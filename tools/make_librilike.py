@@ -8,12 +8,13 @@ Must not know: features, models.
 Writes, below --out, which plays the role of the recipe's folder "download":
 
     librilight/SUBSET/SPEAKER/BOOK/CHAPTER.flac                             16 kHz, 5-15 minutes of one reader
-    librilight_text/output_text_SUBSET_cleaned/TITLE/text.txt               what begin_byte and end_byte count
+    librilight_text/output_text_SUBSET_cleaned/TITLE/text.txt               begin_byte and end_byte are of it
     libriheavy/libriheavy_cuts_{SUBSET,dev,test_clean,test_other}.jsonl.gz
 
-The cuts are LibriHeavy's JSON to the key. It can be killed and run again: finished recordings are kept, and
-the result does not depend on that, nor on the number of workers. What is synthetic: the voices, and that the
-"ASR" form of the text has no errors.
+The cuts have all keys of LibriHeavy's JSON. Recordings of dev and of the tests are spread over small, medium
+and large, as in LibriHeavy. It can be killed and run again: finished recordings are kept, and the result does
+not depend on that, nor on the number of workers. Here voices are synthetic, and the "ASR" text
+has no errors.
 """
 from __future__ import annotations
 
@@ -47,7 +48,7 @@ SUBSETS = ("small", "medium", "large")
 #: Where books of dev and of the tests go in turn: most of LibriHeavy's are in the large part.
 EVALUATION_SUBSETS = ("large", "medium", "small")
 FORMAT = 1  # part of every recording's fingerprint: raise it when the audio of the same options changes
-#: Nobody talks in the background of a whole chapter: noise without babble; the training set's is mild.
+#: Noise without babble, as nobody talks in the background of a whole chapter; the training set's is mild.
 CONDITIONS: dict[str, tuple[Conditions, ...]] = {
     "train": (replace(TRAIN, noises=COLORS, snr=(5.0, 25.0), mild_share=0.5),),
     "dev": (CLEAN, OTHER),
@@ -72,15 +73,15 @@ class LibrilikeOptions:
             Those of dev and of the tests are in all three.
         dev_hours: speech of dev; 0: none; default: a tenth of hours (at least 0.005).
         test_hours: speech of test_clean, and as much of test_other; 0: none; default: as dev_hours'.
-        books_limit: use at most so many books for each set; 0: all.
-        test_books: how many books, the last of the alphabet, are for the tests, which share none;
+        books_limit: largest number of books of each set; 0: all.
+        test_books: number of books, the last of the alphabet, for the tests, which share none;
             default: 12, or a tenth of them (at least 2).
-        dev_books: how many books before those are for dev; default: 8, or a fifteenth (at least 1).
-        min_minutes: recordings are at least so long, unless a book or the hours end before.
-        max_minutes: recordings are at most about so long.
+        dev_books: number of books before those, for dev; default: 8, or a fifteenth (at least 1).
+        min_minutes: shortest recording, unless a book or the hours end before.
+        max_minutes: longest recording, about.
         mean_seconds: of utterances; short paragraphs make them a little shorter.
         max_seconds: longer utterances are spoken, but have no cut.
-        recordings_per_speaker: then another speaker goes on with the book.
+        recordings_per_speaker: after them another speaker goes on with the book.
         seed: of texts, speakers, pauses, noise and rooms.
         workers: processes. The result does not depend on it.
     """

@@ -34,7 +34,7 @@ class PrepareTextOptions:
         test_books: how many books, the last of the alphabet, are for test.
         dev_books: how many books before those are for dev.
         min_characters: shorter sentences are joined with the next of their paragraph, or left out.
-        max_characters: longer sentences are split at their joints (14.5 characters take about a second).
+        max_characters: longer sentences are split between clauses (14.5 characters take about a second).
         workers: processes; the result does not depend on it.
     """
 
@@ -167,24 +167,24 @@ def paragraph_utterances(paragraph: str, min_characters: int, max_characters: in
 
 def sentences(paragraph: str) -> list[str]:
     """Split a paragraph after sentence marks that a capital follows; titles and initials do not end one."""
-    found = []
+    parts = []
     start = 0
     for match in _SENTENCE_END.finditer(paragraph):
         if match.group(1) == "." and _NOT_AN_END.search(paragraph[max(0, match.start() - 8) : match.start()]):
             continue
-        found.append(paragraph[start : match.end()].strip())
+        parts.append(paragraph[start : match.end()].strip())
         start = match.end()
-    found.append(paragraph[start:].strip())
-    return [sentence for sentence in found if sentence]
+    parts.append(paragraph[start:].strip())
+    return [sentence for sentence in parts if sentence]
 
 
 def split_sentence(sentence: str, min_characters: int, max_characters: int) -> list[str]:
-    """Split a sentence at the joint nearest its middle until every part fits; none if it has no joint."""
+    """Split a sentence between clauses, nearest its middle, until all parts fit; [] if it cannot be."""
     if len(sentence) <= max_characters:
         return [sentence]
     middle = len(sentence) / 2
-    for joints in _JOINTS:
-        cuts = [match.end() for match in joints.finditer(sentence)]
+    for ends in _CLAUSE_ENDS:
+        cuts = [match.end() for match in ends.finditer(sentence)]
         cuts = [cut for cut in cuts if min_characters <= cut <= len(sentence) - min_characters]
         if cuts:
             cut = min(cuts, key=lambda cut: abs(cut - middle))
@@ -198,8 +198,8 @@ _SENTENCE_END = re.compile(r"""([.!?])["'’”)\]]*\s+(?=["'‘“(\[]*[A-Z])""
 _NOT_AN_END = re.compile(
     r"(?:^|[^A-Za-z])(?:[A-Za-z]|Mr|Mrs|Dr|St|Messrs|Mme|Mlle|Capt|Col|Gen|Lieut|Lt|Sergt|Prof|Rev|Hon|No|Vol)$"
 )
-#: From the best place to breathe to the last resort; a cut is made at the end of the match.
-_JOINTS = (
+#: Where a reader can breathe, the best first; a cut is made at the end of the match.
+_CLAUSE_ENDS = (
     re.compile(r"""[;:]["'’”)]*\s"""),
     re.compile(r"""[,.!?]["'’”)]*\s"""),
     re.compile(r"\s(?=(?:and|but|or|for|nor|yet|so|which|who|that|when|where|while|as|if|because|than)\s)"),

@@ -1,4 +1,4 @@
-"""Knows: batches of like duration from the lines of a manifest, in lhotse's order, resumable at once.
+"""Knows: batches of like duration from the lines of a manifest, in lhotse's order; how they resume.
 Must not know: JSON of cuts, features, audio, models.
 
 `Epoch` makes the batches of lhotse's DynamicBucketingSampler from the same cuts (shuffled, the same bucket
@@ -65,7 +65,7 @@ class Rules:
 
 
 def process() -> tuple[int, int]:
-    """Return (rank, number of processes), found as lhotse's samplers find them."""
+    """Return (rank, number of processes), as lhotse's samplers determine them."""
     if "WORLD_SIZE" in os.environ and "RANK" in os.environ:
         return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if dist.is_available() and dist.is_initialized():
@@ -98,10 +98,10 @@ class Epoch:
         manifest: of cuts, read line by line.
         rules: see there.
         epoch: number of the epoch, part of the seed.
-        position: what `position` returned when the next group was the one to begin with; None: the first.
+        position: of the group to begin with, as `position` returned it there; None: the first group.
 
     Attributes:
-        groups: how many were given before.
+        groups: how many were made before.
     """
 
     def __init__(
@@ -177,7 +177,7 @@ class Epoch:
                 count -= 1
 
     def _next_batch(self) -> list[CutLine]:
-        """Take a batch from a bucket that has enough for one or else any; fill up what was taken."""
+        """Take a batch from a bucket that has enough for one, or else from any; refill the buckets."""
         if self._uses >= self._rules.world:
             self._chosen, self._uses = self._bucket_rng.randrange(len(self._buckets)), 0
         self._uses += 1
@@ -232,7 +232,7 @@ class Order:
         self._positions: dict[int, dict[str, Any]] = {}  # by number of the next batch; some lie ahead of it
 
     def go_to(self, epoch: int, used: int = 0, position: Optional[dict[str, Any]] = None) -> None:
-        """Go to a batch; ``position`` is what `position` returned there, where it is known."""
+        """Go to a batch; ``position`` is the value of `position` there, if known."""
         self.epoch, self.used = epoch, used
         self._positions = {position["groups"]: position} if position else {}
 

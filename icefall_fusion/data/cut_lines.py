@@ -15,12 +15,12 @@ from lhotse.serialization import deserialize_item
 
 from icefall_fusion.common.files import PathLike
 
-#: How lhotse begins the line of a cut: what follows the id needs no parsing to be found.
+#: How lhotse begins the line of a cut: the duration is read without parsing the JSON.
 _HEAD = re.compile(rb'\{"id": "(?:[^"\\]|\\.)*", "start": [^,"{}]*, "duration": ([0-9.eE+-]+), ')
 
 
 class TruncatedError(ValueError):
-    """A gzipped file ends before its end, or is damaged: what came before could be read."""
+    """A gzipped file was cut short or is damaged; the lines before that were read."""
 
 
 class CutLine(NamedTuple):
@@ -69,7 +69,7 @@ def read_stream(file: BinaryIO, path: PathLike) -> Iterator[tuple[int, bytes]]:
 
 
 def read_cut_lines(path: PathLike) -> Iterator[CutLine]:
-    """Yield the cuts of a manifest without parsing what lhotse wrote.
+    """Yield the cuts of a manifest; lines that lhotse wrote are not parsed.
 
     Raises:
         TruncatedError: see `read_lines`.

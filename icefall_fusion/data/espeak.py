@@ -80,10 +80,9 @@ class Voice:
 class Engine:
     """eSpeak NG, started afresh for every utterance. Not thread-safe; take it from :func:`engine`.
 
-    The library keeps flutter, echo and noise positions in static variables, so what it says depends on all
-    that it said before. To make audio a function of text, voice and seed alone, the library is unloaded after
-    every utterance and loaded again for the next one (about 3 ms), and the C library's random numbers are
-    seeded.
+    The library keeps flutter, echo and noise positions in static variables, so its speech depends on all that
+    it spoke before. To make audio a function of text, voice and seed alone, the library is loaded anew for
+    every utterance (about 3 ms), and the C library's random numbers are seeded.
     """
 
     def __init__(self) -> None:
@@ -140,7 +139,7 @@ class Engine:
 
 
 def _loader() -> Any:
-    """Return the module espeakng_loader, or raise ModuleNotFoundError that says what to install."""
+    """Return the module espeakng_loader, or raise ModuleNotFoundError with the remedy."""
     try:
         import espeakng_loader
     except ModuleNotFoundError:
@@ -178,7 +177,7 @@ def speak(text: str, voice: Voice, seed: int = 0) -> np.ndarray:
     The same text, voice and seed give the same samples, whatever was spoken before.
 
     Args:
-        text: what to say; punctuation shapes the melody.
+        text: is spoken; punctuation shapes the melody.
         voice: who says it.
         seed: of the voice's breath and flutter, any int.
 

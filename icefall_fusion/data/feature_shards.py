@@ -4,11 +4,11 @@ Must not know: how features are computed, models.
 Of a manifest ``manifests/CORPUS_cuts_SPLIT.jsonl.gz`` there are
 
     manifests/.parts/CORPUS_cuts_SPLIT/NUMBER-AUDIO-LINES.jsonl.gz   the cuts of a shard, and plan-KEY.json
-    fbank/.parts/SPLIT/NUMBER-AUDIO.jsonl.gz                         what became of each: features or an error
+    fbank/.parts/SPLIT/NUMBER-AUDIO.jsonl.gz                         of each cut: features or an error
     fbank/SPLIT/NUMBER-AUDIO-TOKEN.lca                               the features; TOKEN is new every time
 
-AUDIO and LINES are digests of what the features depend on and of all that the manifest says: features stay
-good when texts change. Everything is renamed into place when it is whole, no name is ever written twice with
+AUDIO is a digest of all that the features depend on, LINES of all lines of the manifest: features stay
+good when texts change. Each file gets its name when it is whole, no name is ever written twice with
 other content, and a shard's list of features is the last of its files: machines that share the folder may
 compute the same shard, and any one may be killed. Memory does not depend on the number of cuts.
 """
@@ -42,7 +42,7 @@ class Shard:
     """A piece of work.
 
     Attributes:
-        number: its place in the manifest.
+        number: of the shard in the manifest, from 0.
         count: number of cuts.
         cuts: their manifest.
         features: JSON lines, one for each cut: {"id", "features"} or {"id", "error"}; there when all is done.
@@ -62,8 +62,8 @@ class Shard:
         """Write the list of the features in ``archive``; drop that where another process was faster.
 
         Args:
-            made: what `features` is to hold.
-            archive: what they refer to.
+            made: lines of `features`.
+            archive: that they refer to.
             again: replace a list that is there (its archive stays: a joined manifest may refer to it).
         """
         if self.features.exists() and not again:
@@ -84,7 +84,7 @@ def plan(source: Path, fbank: Path, split: str, size: int, kind: str, perturb: b
         fbank: the folder of features.
         split: its folder there.
         size: cuts of the manifest in a shard.
-        kind: of the features; another kind gets other names.
+        kind: of the features; other kinds have other names.
         perturb: add a copy of every cut at each of SPEEDS.
 
     Raises:
@@ -131,7 +131,7 @@ def _split(
 def _copies(
     line: bytes, where: str, speeds: Sequence[float], seen: SeenIds
 ) -> Iterator[tuple[bytes, bytes]]:
-    """Yield (what the features depend on, line) of a cut and of its copies at other speeds."""
+    """Yield (all that the features depend on, line) of a cut and of its copies at other speeds."""
     try:
         data = json.loads(line)
         recording = data["recording"]
@@ -171,13 +171,13 @@ def joined_lines(shards: Sequence[Shard], skip: Callable[[str, str], None]) -> I
 
 def ranges(numbers: Iterable[int]) -> str:
     """Return ascending numbers as text: "3-5, 7"."""
-    found: list[list[int]] = []
+    runs: list[list[int]] = []
     for number in numbers:
-        if found and number == found[-1][1] + 1:
-            found[-1][1] = number
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
         else:
-            found.append([number, number])
-    return ", ".join(f"{first}-{last}" if last > first else f"{first}" for first, last in found)
+            runs.append([number, number])
+    return ", ".join(f"{first}-{last}" if last > first else f"{first}" for first, last in runs)
 
 
 def _sweep(*folders: Path) -> None:

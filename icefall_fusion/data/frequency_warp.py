@@ -32,13 +32,13 @@ def _sources(bins: int, factor: float) -> tuple[Tensor, Tensor, Tensor]:
     """Return for each filter the two filters that its value lies between, and where [bins] (0..1)."""
     bottom, top = _mel(torch.tensor(LOWEST)), _mel(torch.tensor(HIGHEST))
     step = (top - bottom) / (bins + 1)
-    heard = 700.0 * (torch.exp((bottom + step * torch.arange(1, bins + 1)) / 1127.0) - 1)  # centers in Hz
+    warped = 700.0 * (torch.exp((bottom + step * torch.arange(1, bins + 1)) / 1127.0) - 1)  # centers in Hz
     knee = KNEE * min(factor, 1.0)
-    above = HIGHEST - (HIGHEST - heard) * (HIGHEST - knee / factor) / (HIGHEST - knee)
-    spoken = torch.where(heard <= knee, heard / factor, above)
-    place = ((_mel(spoken) - bottom) / step - 1).clamp(0, bins - 1)
-    low = place.floor().long().clamp(max=max(bins - 2, 0))
-    return low, (low + 1).clamp(max=bins - 1), place - low
+    above = HIGHEST - (HIGHEST - warped) * (HIGHEST - knee / factor) / (HIGHEST - knee)
+    source = torch.where(warped <= knee, warped / factor, above)
+    position = ((_mel(source) - bottom) / step - 1).clamp(0, bins - 1)
+    low = position.floor().long().clamp(max=max(bins - 2, 0))
+    return low, (low + 1).clamp(max=bins - 1), position - low
 
 
 def _mel(frequency: Tensor) -> Tensor:

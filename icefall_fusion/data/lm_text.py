@@ -41,13 +41,13 @@ class LmTextOptions:
     """Options of ``prepare-lm-text``.
 
     Args:
-        data_dir: has ``text/*.jsonl`` and both vocabularies; gets ``lm/{nlm,llm,matched_llm}/*.npy``.
+        data_dir: has ``text/*.jsonl`` and both vocabularies; ``lm/{nlm,llm,matched_llm}/*.npy`` is written.
         pieces: size of the acoustic vocabulary (names its folder).
         spoken_train: utterances of the NLM: those of the acoustic training audio (JSON lines, in data_dir).
         spoken_dev: the NLM's dev utterances (JSON lines, in data_dir).
         streams: which are made, of nlm, llm and matched_llm.
         max_group: longest document, in consecutive utterances; half of the documents are one utterance.
-        cased_share: share of the training books' documents that the LLM also gets as printed, with case and
+        cased_share: share of the training books' documents that the LLM also sees as printed, with case and
             punctuation (0 to 1). The normalized copy is always whole.
         seed: of groups and order.
         workers: processes; the result does not depend on it.
@@ -179,7 +179,7 @@ def piece_tokenizer(folder: Path) -> Callable[[list[str]], Documents]:
 
     path = folder / "bpe.model"
     if not path.is_file():
-        raise FileNotFoundError(f"acoustic pieces not found: {str(path)!r}; run train-tokenizers first")
+        raise FileNotFoundError(f"no acoustic pieces at {str(path)!r}: run train-tokenizers first")
     processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
     sos_eos = processor.piece_to_id("<sos/eos>")
     return lambda texts: _lay_out(texts, processor.encode(texts, num_threads=1), sos_eos, sos_eos)
@@ -191,7 +191,7 @@ def llm_tokenizer(folder: Path) -> Callable[[list[str]], Documents]:
 
     path = folder / "tokenizer.json"
     if not path.is_file():
-        raise FileNotFoundError(f"LLM tokenizer not found: {str(path)!r}; run train-tokenizers first")
+        raise FileNotFoundError(f"no LLM tokenizer at {str(path)!r}: run train-tokenizers first")
     tokenizer = Tokenizer.from_file(str(path))
     bos, eos = tokenizer.token_to_id("<s>"), tokenizer.token_to_id("</s>")
 
@@ -228,9 +228,9 @@ def _start_worker(options: LmTextOptions, split: str) -> None:
 
 def _tokenize_book(utterances: list[dict]) -> dict[str, Documents]:
     normalized, cased = book_documents(utterances, _worker["split"], _worker["options"])
-    found = {}
+    streams = {}
     if "matched_llm" in _worker["options"].streams:
-        found["pieces"] = _worker["pieces"](normalized)
+        streams["pieces"] = _worker["pieces"](normalized)
     if "llm" in _worker["options"].streams:
-        found.update(normalized=_worker["llm"](normalized), cased=_worker["llm"](cased))
-    return found
+        streams.update(normalized=_worker["llm"](normalized), cased=_worker["llm"](cased))
+    return streams

@@ -69,8 +69,8 @@ class SeenIds:
     def add(self, id: str) -> bool:
         """Return whether the id is new, and remember it."""
         digest = int.from_bytes(hashlib.blake2b(id.encode(), digest_size=8).digest(), "little")
-        place = int(np.searchsorted(self._sorted, np.uint64(digest)))
-        if digest in self._recent or (place < len(self._sorted) and int(self._sorted[place]) == digest):
+        index = int(np.searchsorted(self._sorted, np.uint64(digest)))
+        if digest in self._recent or (index < len(self._sorted) and int(self._sorted[index]) == digest):
             return False
         self._recent.add(digest)
         if len(self._recent) == self._RECENT:

@@ -1,4 +1,4 @@
-"""Knows: what rooms, noise and channels do to samples; numpy, scipy and seeds only.
+"""Knows: the effects of rooms, noise and channels on samples; numpy, scipy and seeds only.
 Must not know: files, manifests, synthesis, models.
 """
 
@@ -17,7 +17,7 @@ SAMPLE_RATE = 16_000  # Hz
 COLORS = ("white", "pink", "brown", "speech")
 NOISES = (*COLORS, "babble")
 SPEECH_CORNER = 500.0  # Hz: the long-term spectrum of speech is flat below, falls by 9 dB an octave above
-LOWEST = 50.0  # Hz: noise is flat below, so that brown noise is heard and not just felt
+LOWEST = 50.0  # Hz: noise is flat below, so that brown noise is audible
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Conditions:
 
 #: Broad, for training: 40 % mild, the rest down to 0 dB and rooms up to 0.6 s.
 TRAIN = Conditions()
-#: A quiet place that is still not a studio.
+#: A quiet room that is not a studio.
 CLEAN = Conditions(
     snr=(10.0, 20.0),
     mild_share=0.0,
@@ -119,7 +119,7 @@ def colored_noise(count: int, color: str, rng: np.random.Generator) -> np.ndarra
 
 
 def babble(count: int, voices: Sequence[np.ndarray], talkers: int, rng: np.random.Generator) -> np.ndarray:
-    """Return the sum of ``talkers`` random voices, each at a random place and level, with unit RMS.
+    """Return the sum of ``talkers`` random voices, each at a random position and level, with unit RMS.
 
     Args:
         count: number of samples.
@@ -162,13 +162,13 @@ def room_response(rt60: float, direct_to_reverb: float, rng: np.random.Generator
 
 
 def reverberate(samples: np.ndarray, response: np.ndarray) -> np.ndarray:
-    """Return ``samples`` heard through ``response``, with the same length (last echoes are cut) and RMS."""
+    """Return ``samples`` filtered by ``response``, with the same length (last echoes are cut) and RMS."""
     wet = oaconvolve(samples, response)[: len(samples)].astype(np.float32)
     return wet * (_rms(samples) / max(_rms(wet), 1e-9))
 
 
 def band_limit(samples: np.ndarray, edge: float) -> np.ndarray:
-    """Return ``samples`` without what lies above ``edge`` Hz (a soft edge of 400 Hz)."""
+    """Return ``samples`` without frequencies above ``edge`` Hz (a soft edge of 400 Hz)."""
     size = next_fast_len(len(samples) + SAMPLE_RATE // 10, real=True)
     frequency = np.fft.rfftfreq(size, 1 / SAMPLE_RATE)
     gain = (1 / (1 + np.exp(np.clip((frequency - edge) / 100.0, -50, 50)))).astype(np.float32)
@@ -197,7 +197,7 @@ def distort(
     rng: np.random.Generator,
     voices: Optional[Sequence[np.ndarray]] = None,
 ) -> tuple[np.ndarray, dict[str, Any]]:
-    """Return ``samples`` under conditions drawn from ``conditions``, and what was drawn.
+    """Return ``samples`` under conditions drawn from ``conditions``, and the draw.
 
     Args:
         samples: float32 [samples] at 16 kHz.

@@ -27,7 +27,7 @@ class NoiseCutsOptions:
 
     Args:
         folder: of recordings, searched at any depth (.wav, .flac, .ogg, .mp3).
-        data_dir: gets ``manifests/CORPUS_cuts_SPLIT.jsonl.gz``.
+        data_dir: ``manifests/CORPUS_cuts_SPLIT.jsonl.gz`` is written there.
         corpus: name that the manifest begins with.
         split: name that it ends with.
         leave_out: folders of this name are not entered; MUSAN's speech would be a second talker.
@@ -71,9 +71,9 @@ def run(options: NoiseCutsOptions) -> int:
 
 def _files(options: NoiseCutsOptions) -> list[Path]:
     folder = Path(options.folder)
-    found = (path for path in folder.rglob("*") if path.suffix.lower() in AUDIO and path.is_file())
+    audio = (path for path in folder.rglob("*") if path.suffix.lower() in AUDIO and path.is_file())
     left_out = set(options.leave_out)
-    return sorted(path for path in found if not left_out & set(path.relative_to(folder).parts[:-1]))
+    return sorted(path for path in audio if not left_out & set(path.relative_to(folder).parts[:-1]))
 
 
 def _cuts(options: NoiseCutsOptions, path: Path, skipped: list[str]) -> Iterator[MonoCut]:
@@ -95,5 +95,5 @@ def _cuts(options: NoiseCutsOptions, path: Path, skipped: list[str]) -> Iterator
     seconds = math.floor(1000 * about.duration / count) / 1000
     for number in range(count):
         id = f"{name}-{number:04d}"
-        said = SupervisionSegment(id, name, 0.0, seconds, text="")
-        yield MonoCut(id, number * seconds, seconds, 0, recording=recording, supervisions=[said])
+        supervision = SupervisionSegment(id, name, 0.0, seconds, text="")
+        yield MonoCut(id, number * seconds, seconds, 0, recording=recording, supervisions=[supervision])

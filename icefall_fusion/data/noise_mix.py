@@ -53,8 +53,8 @@ def mix(speech: Tensor, noise: Tensor, begin: float, snr: float) -> Tensor:
     """
     if len(speech) == 0 or len(noise) == 0:
         return speech
-    places = (torch.arange(len(speech)) + int(begin * len(noise))) % len(noise)
-    noise = noise[places]
+    indexes = (torch.arange(len(speech)) + int(begin * len(noise))) % len(noise)
+    noise = noise[indexes]
     gain = _log_energy(speech) - _log_energy(noise) - snr * math.log(10.0) / 10.0
     return torch.logaddexp(speech, noise + gain)
 

@@ -29,7 +29,7 @@ _CREDITS = re.compile(
 def paragraphs(text: str) -> list[str]:
     """Return the paragraphs of a book: its lines or, where it is hard-wrapped, the joined lines of blocks.
 
-    A block is what stands between blank lines. One whose lines are mostly not full (verse, a title page, a
+    A block is the lines between two blank ones. One whose lines are mostly not full (verse, a title page, a
     table of contents) stays as it is even there.
     """
     lines = gutenberg_body(text).splitlines()
@@ -37,11 +37,11 @@ def paragraphs(text: str) -> list[str]:
         return lines
     width = _width(_inner_lines(lines))
     words = frozenset(_WORD.findall("\n".join(lines).lower()))
-    found: list[str] = []
+    joined: list[str] = []
     for block in _blocks(lines):
         full = [_is_full(line, after, width) for line, after in _inner_lines(block)]
-        found.extend([_join(block, words)] if 2 * sum(full) >= len(full) else block)
-    return found
+        joined.extend([_join(block, words)] if 2 * sum(full) >= len(full) else block)
+    return joined
 
 
 def is_hard_wrapped(lines: Sequence[str]) -> bool:
@@ -65,7 +65,7 @@ def is_hard_wrapped(lines: Sequence[str]) -> bool:
 
 
 def gutenberg_body(text: str) -> str:
-    """Return what stands between Project Gutenberg's marks, without its credits and its _italics_.
+    """Return the text between Project Gutenberg's marks, without its credits and its _italics_.
 
     Text without such marks is returned as it is. Before 2004 the header ended with the "small print".
     """

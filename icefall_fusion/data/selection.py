@@ -18,7 +18,7 @@ class SelectOptions:
     """Options of ``select-utterances``.
 
     Args:
-        data_dir: has ``text/{train,dev,test}.jsonl``; gets ``text/selected_*.jsonl`` for train, dev,
+        data_dir: has ``text/{train,dev,test}.jsonl``; ``text/selected_*.jsonl`` is written for train, dev,
             test-clean and test-other.
         train_hours: speech for training, estimated from characters.
         dev_hours: speech for development.
@@ -73,7 +73,7 @@ def select_utterances(
 
     Args:
         books: the utterances of each book.
-        hours: what each set needs.
+        hours: of each set.
         used: texts that may not be taken; those that are taken are added.
         options: seed and reading speed.
 

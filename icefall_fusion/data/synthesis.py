@@ -91,13 +91,13 @@ class SynthesizeOptions:
 
 @dataclass
 class Synthesizer:
-    """Speaks utterances of one population under given conditions; chance depends on seed and id alone.
+    """Speaks utterances of one population; chance depends on seed and id alone.
 
     Args:
         speakers: who may speak.
         conditions: one is taken by lot for every utterance.
         seed: any non-negative int.
-        babble_texts: what the talkers in the background say; no texts, no babble.
+        babble_texts: of the talkers in the background; without any there is no babble.
         prosody: see SynthesizeOptions.
     """
 
@@ -181,7 +181,7 @@ class _Shard:
 
 
 def _plan(options: SynthesizeOptions, utterances: list[dict[str, Any]], parts: Path) -> list[_Shard]:
-    """Cut the work into shards, each named by what goes into it: changed options or texts are never mixed.
+    """Cut the work into shards, each named by a digest of its input, so that changed options never mix.
 
     What other talkers say in the background and the names of the voices go into all of them.
     """

@@ -29,7 +29,7 @@ class TokenizerOptions:
     punctuation) and ``cased`` (the same words as printed); ``prepare-text`` writes it.
 
     Args:
-        data_dir: has ``text/train.jsonl``; gets ``lang_bpe_<pieces>/`` and ``llm_tokenizer/``.
+        data_dir: has ``text/train.jsonl``; ``lang_bpe_<pieces>/`` and ``llm_tokenizer/`` are written.
         pieces: size of the acoustic vocabulary, blank included.
         pieces_from: a SentencePiece model, or its folder, whose pieces are taken instead of learning them:
             those of a model that is to be trained on (``train --init``); empty: none.
@@ -99,15 +99,15 @@ def sample_fields(path: Path, plans: Sequence[tuple[str, int, int]]) -> list[lis
     names = tuple(dict.fromkeys(name for name, _, _ in plans))
     total = sum(1 for _ in tqdm(read_jsonl(path, names), unit="utt", desc="count"))
     samples: list[list[str]] = []
-    places: list[dict[int, int]] = []  # of each sample: number of a line -> its place
+    positions: list[dict[int, int]] = []  # of each sample: number of a line -> its index
     for _, count, seed in plans:
         chosen = range(total) if total <= count else random.Random(seed).sample(range(total), count)
-        places.append({line: place for place, line in enumerate(chosen)})
+        positions.append({line: index for index, line in enumerate(chosen)})
         samples.append([""] * len(chosen))
     for number, utterance in enumerate(tqdm(read_jsonl(path, names), total=total, unit="utt", desc="sample")):
-        for (name, _, _), place, sample in zip(plans, places, samples):
-            if number in place:
-                sample[place[number]] = utterance[name]
+        for (name, _, _), index, sample in zip(plans, positions, samples):
+            if number in index:
+                sample[index[number]] = utterance[name]
     return samples
 
 
@@ -140,15 +140,15 @@ def train_pieces(lines: list[str], size: int, folder: Path) -> None:
     write_table([processor.id_to_piece(index) for index in range(processor.get_piece_size())], folder)
 
 
-def take_pieces(given: str, size: int, folder: Path) -> None:
+def take_pieces(model: str, size: int, folder: Path) -> None:
     """Write the pieces of another model as `train_pieces` writes new ones.
 
     Raises:
         FileNotFoundError, ValueError: there is no SentencePiece model, or one of another size.
     """
-    tokens = AcousticTokens.load(given)
-    check(tokens.size == size, "TokenizerOptions.pieces", f"be {tokens.size}, as {given} has it", size)
-    path = Path(given) / "bpe.model" if Path(given).is_dir() else Path(given)
+    tokens = AcousticTokens.load(model)
+    check(tokens.size == size, "TokenizerOptions.pieces", f"be {tokens.size}, as {model} has it", size)
+    path = Path(model) / "bpe.model" if Path(model).is_dir() else Path(model)
     with atomic_path(folder / "bpe.model") as target:
         target.write_bytes(path.read_bytes())
     write_table(tokens.pieces, folder)

@@ -24,7 +24,7 @@ class TranscriptsOptions:
     book of the test sets, and a language model must not have seen their words.
 
     Args:
-        data_dir: has ``manifests/CORPUS_cuts_SPLIT.jsonl.gz``; gets ``text/``.
+        data_dir: has ``manifests/CORPUS_cuts_SPLIT.jsonl.gz``; ``text/`` is written there.
         corpus: name that the manifests begin with.
         train: the split that becomes train.jsonl.
         dev: the split that becomes dev.jsonl.
@@ -42,7 +42,7 @@ class TranscriptsOptions:
 
 
 def run(options: TranscriptsOptions) -> int:
-    """Write both files and say what was left out; return 0.
+    """Write both files and print which books were left out; return 0.
 
     Raises:
         FileNotFoundError: a manifest is missing.
@@ -74,9 +74,10 @@ def _texts(options: TranscriptsOptions, split: str) -> Iterator[dict[str, Any]]:
         raise FileNotFoundError(f"no manifest at {path}: make it first (the recipe's local script)")
     for number, line in tqdm(read_lines(path), desc=split, unit="cut"):
         cut = json.loads(line)
-        said = (cut.get("supervisions") or [{}])[0]
-        check(isinstance(said.get("text"), str), f"{path}, line {number}, cut {cut.get('id')!r}",
-              "have a supervision with a text", said.get("text"))
-        custom = said.get("custom") or {}
-        row = {"id": cut["id"], "text": said["text"], "cased": custom.get("cased", said["text"])}
+        supervision = (cut.get("supervisions") or [{}])[0]
+        check(isinstance(supervision.get("text"), str), f"{path}, line {number}, cut {cut.get('id')!r}",
+              "have a supervision with a text", supervision.get("text"))
+        custom = supervision.get("custom") or {}
+        text = supervision["text"]
+        row = {"id": cut["id"], "text": text, "cased": custom.get("cased", text)}
         yield {**row, "book": custom["book"]} if "book" in custom else row

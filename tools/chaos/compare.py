@@ -1,4 +1,4 @@
-"""Knows: what fbank, training and decoding leave behind; says where two runs differ, and how far a run is.
+"""Knows: the files of fbank, training and decoding; tells where two runs differ, and how far a run is.
 Must not know: how runs are started or killed.
 
 All functions return one line for each difference; none means that the runs are the same.
@@ -19,7 +19,7 @@ from icefall_fusion.data.datamodule import load_features
 from icefall_fusion.nbest import read_nbests
 from icefall_fusion.train.checkpoints import list_checkpoints, load_checkpoint
 
-#: Of a checkpoint and of a line of log.jsonl: what tells of time.
+#: Keys of a checkpoint and of a line of log.jsonl that depend on time.
 _TIMES = ("seconds", "minutes", "data_wait")
 #: Largest difference of a score in an N-best list, in nats; texts and error rates must be the same.
 SCORE_TOLERANCE = 1e-3
@@ -28,33 +28,33 @@ SCORE_TOLERANCE = 1e-3
 def fbank(one: Path, two: Path) -> list[str]:
     """Compare the manifests with features of two data folders line by line, and all features bit by bit."""
     names = _names(one / "fbank", two / "fbank", "*.jsonl.gz")
-    found = [*names.differences]
+    differences = [*names.differences]
     for name in names.common:
-        found += _manifests(one / "fbank" / name, two / "fbank" / name)
+        differences += _manifests(one / "fbank" / name, two / "fbank" / name)
     reports = _names(one / "fbank", two / "fbank", "compute-fbank-*.json")
-    found += reports.differences
+    differences += reports.differences
     for name in reports.common:
         if (one / "fbank" / name).read_bytes() != (two / "fbank" / name).read_bytes():
-            found.append(f"{name} differs")
+            differences.append(f"{name} differs")
     rows = (row for name in names.common for row in _rows(two / "fbank" / name))
     unused = set((two / "fbank").glob("*/*.lca")) - {Path(row["features"]["storage_path"]) for row in rows}
-    return found + [f"{path} is in no manifest" for path in sorted(unused)]
+    return differences + [f"{path} is in no manifest" for path in sorted(unused)]
 
 
 def _manifests(one: Path, two: Path) -> list[str]:
     rows = [list(_rows(path)) for path in (one, two)]
     if len(rows[0]) != len(rows[1]):
         return [f"{two} has {len(rows[1])} cuts instead of {len(rows[0])}"]
-    found = []
+    differences = []
     for number, (first, second) in enumerate(zip(*rows), 1):
         features = [load_features(parse_cut(json.dumps(row).encode(), str(two))) for row in (first, second)]
         for row in (first, second):
             row["features"]["storage_path"] = Path(row["features"]["storage_path"]).name.rpartition("-")[0]
         if first != second:
-            found.append(f"{two}, line {number}: {_first_difference(first, second)}")
+            differences.append(f"{two}, line {number}: {_first_difference(first, second)}")
         elif not torch.equal(*features):
-            found.append(f"{two}, line {number}: features of {first['id']} differ")
-    return found
+            differences.append(f"{two}, line {number}: features of {first['id']} differ")
+    return differences
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -64,27 +64,27 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
 def training(one: Path, two: Path) -> list[str]:
     """Compare two experiment folders: newest checkpoints, exports, loss curves and n-grams, bit by bit."""
     models = sorted({path.parent.name for path in one.glob("*/log.jsonl")})
-    found = [] if models else [f"{one} holds no training"]
+    differences = [] if models else [f"{one} holds no training"]
     for name in models:
         newest = [list_checkpoints(folder / name)[-1:] for folder in (one, two)]
         if not all(newest) or newest[0][0].name != newest[1][0].name:
-            found.append(f"{two / name}: newest checkpoint {newest[1]} instead of {newest[0]}")
+            differences.append(f"{two / name}: newest checkpoint {newest[1]} instead of {newest[0]}")
             continue
         states = [_without_times(load_checkpoint(path)) for (path,) in newest]
         difference = _first_difference(*states)
         if difference:
-            found.append(f"{newest[1][0]}: {difference}")
-        found += _curves(one / name / "log.jsonl", two / name / "log.jsonl")
+            differences.append(f"{newest[1][0]}: {difference}")
+        differences += _curves(one / name / "log.jsonl", two / name / "log.jsonl")
     names = _names(one, two, "**/*.safetensors")
-    found += names.differences
+    differences += names.differences
     for name in names.common:
         difference = _first_difference(load_file(one / name), load_file(two / name))
-        found += [f"{two / name}: {difference}"] if difference else []
+        differences += [f"{two / name}: {difference}"] if difference else []
     names = _names(one, two, "**/*.arpa.gz")
     for name in names.common:
         if gzip.decompress((one / name).read_bytes()) != gzip.decompress((two / name).read_bytes()):
-            found.append(f"{two / name} differs")
-    return found + names.differences
+            differences.append(f"{two / name} differs")
+    return differences + names.differences
 
 
 def _curves(one: Path, two: Path) -> list[str]:
@@ -106,25 +106,25 @@ def _curves(one: Path, two: Path) -> list[str]:
 def decoding(one: Path, two: Path) -> list[str]:
     """Compare two experiment folders: tuned weights, recognized texts, errors, rates and N-best lists."""
     names = _names(one, two, "*/recogs-*", "*/errs-*", "*/wer-summary-*", "weights.yaml")
-    found = [*names.differences] + ([] if names.common else [f"{one} holds no decoding"])
-    found += [f"{two / name} differs" for name in names.common
+    differences = [*names.differences] + ([] if names.common else [f"{one} holds no decoding"])
+    differences += [f"{two / name} differs" for name in names.common
               if (one / name).read_bytes() != (two / name).read_bytes()]  # fmt: skip
     results = _names(one, two, "*/results.json")
-    found += results.differences
+    differences += results.differences
     for name in results.common:
         rows = [{(row["test_set"], row["method"]): [row[rate] for rate in ("wer", "oracle_wer", "words")]
                  for row in json.loads((folder / name).read_text())} for folder in (one, two)]  # fmt: skip
         difference = _first_difference(*rows)
-        found += [f"{two / name}: {difference}"] if difference else []
+        differences += [f"{two / name}: {difference}"] if difference else []
     lists = _names(one, two, "*/nbest-*.jsonl")
     for name in lists.common:
-        found += _lists(one / name, two / name)
-    found += [f"{path} was left behind" for path in sorted(two.glob("*/rank-*"))]
+        differences += _lists(one / name, two / name)
+    differences += [f"{path} was left behind" for path in sorted(two.glob("*/rank-*"))]
     for path in two.glob("*/run.json"):
         run = json.loads(path.read_text())
         if run["status"] != "done" or run["skipped"]:
-            found.append(f"{path}: status {run['status']!r}, {len(run['skipped'])} skipped")
-    return found + lists.differences
+            differences.append(f"{path}: status {run['status']!r}, {len(run['skipped'])} skipped")
+    return differences + lists.differences
 
 
 def _lists(one: Path, two: Path) -> list[str]:
@@ -202,13 +202,13 @@ def _first_difference(one: Any, two: Any, where: str = "") -> str:
     if isinstance(one, Mapping) and isinstance(two, Mapping):
         if one.keys() != two.keys():
             return f"{where or 'it'} has other keys: {sorted(map(str, one.keys() ^ two.keys()))[:3]}"
-        found = (_first_difference(one[key], two[key], f"{where}[{key!r}]") for key in one)
-        return next(filter(None, found), "")
+        differences = (_first_difference(one[key], two[key], f"{where}[{key!r}]") for key in one)
+        return next(filter(None, differences), "")
     if isinstance(one, (list, tuple)) and isinstance(two, (list, tuple)):
         if len(one) != len(two):
             return f"{where} has {len(two)} parts instead of {len(one)}"
-        found = (_first_difference(*pair, f"{where}[{n}]") for n, pair in enumerate(zip(one, two)))
-        return next(filter(None, found), "")
+        differences = (_first_difference(*pair, f"{where}[{n}]") for n, pair in enumerate(zip(one, two)))
+        return next(filter(None, differences), "")
     if isinstance(one, torch.Tensor) and isinstance(two, torch.Tensor):
         return "" if torch.equal(one, two) else f"{where} are other numbers"
     if isinstance(one, np.ndarray) or isinstance(two, np.ndarray):

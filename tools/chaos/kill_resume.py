@@ -34,12 +34,12 @@ QUICK_METHODS = "attention-rescoring,ngram-shallow,llm-delayed-shortest"
 
 @dataclass(frozen=True)
 class KillResumeOptions:
-    """Kill stages of the recipe and compare what they leave, resumed, with undisturbed runs.
+    """Kill stages of the recipe, resume them and compare their files with those of undisturbed runs.
 
     Args:
         stages: of fbank, train and decode.
         trials: kills of each stage, each from a fresh start; their moments are spread over the stage's time
-            (of processors, which other jobs of the machine do not stretch).
+            (of processors: it does not depend on other jobs of the machine).
         kills: in each trial: this many times before the stage may end.
         seed: of the moments.
         earliest: part of a stage's time at whose beginning it is not killed: Python is loading there.
@@ -77,9 +77,9 @@ class Stage:
 
     Args:
         name: one of STAGES.
-        command: (folder) -> what is run, killed and run again.
+        command: (folder) -> the command that is run, killed and run again.
         result: name of the part of the folder that it fills.
-        begin: (folder) -> None: what it needs in its folder.
+        begin: (folder) -> None; writes the input of the stage there.
         compare: (undisturbed result, resumed one) -> differences.
         progress: (result) -> how far it is.
     """
@@ -186,7 +186,7 @@ class Chaos:
         return ProcessTree(command, {"PYTHON": sys.executable}, self.log)
 
     def _finish(self, command: list[str]) -> Cost:
-        """Run a command to its end; return what it took."""
+        """Run a command to its end; return its cost."""
         begun, before, tree = time.monotonic(), _cpu_of_children(), self._start(command)
         try:
             code = tree.wait()
@@ -216,10 +216,10 @@ class Chaos:
             if not trial["kills"]:
                 shutil.rmtree(folder, ignore_errors=True)
                 stage.begin(folder)
-            place = self.random.random()
+            moment = self.random.random()
             if not trial["kills"]:
-                place = (number + place) / options.trials
-            share = options.earliest + (1 - options.earliest) * place * 0.8 ** trial["missed"]
+                moment = (number + moment) / options.trials
+            share = options.earliest + (1 - options.earliest) * moment * 0.8 ** trial["missed"]
             tree = self._start(stage.command(folder))
             try:
                 reached = tree.wait_for_cpu(share * cpu_seconds)
@@ -230,7 +230,7 @@ class Chaos:
                 kill = {"cpu_seconds": share * cpu_seconds, "share": share, "processes": killed, "left": left}
                 trial["kills"].append(kill)
             elif trial["kills"]:
-                break  # what was left took less time than that
+                break  # the rest took less time than that
             elif trial["missed"] == MISSES:
                 raise RuntimeError(f"{stage.name} ends before it can be killed, see {self.log}")
             else:
@@ -239,7 +239,7 @@ class Chaos:
         reference = self.work / stage.name / "undisturbed"
         try:
             trial["differences"] = stage.compare(reference / stage.result, folder / stage.result)
-        except (OSError, ValueError, KeyError) as error:  # what can no longer be read
+        except (OSError, ValueError, KeyError) as error:  # files that can no longer be read
             trial["differences"] = [f"{type(error).__name__}: {error}"]
         left_over = [path for path in folder.rglob(".*") if path.is_file() and path.suffix != ".done"]
         trial["left_over_files"], trial["left_over_bytes"] = len(left_over), sum(

@@ -1,5 +1,5 @@
 """Knows: a command and all processes that come of it, also those that leave its group or lose their parent.
-Must not know: what the command does.
+Must not know: the purpose of the command.
 
 Every process inherits a word in its environment by which `/proc` finds it (Linux): workers of data loaders,
 of process pools and of torchrun have groups or sessions of their own, which `killpg` would leave alive.
@@ -24,7 +24,7 @@ class ProcessTree:
     Args:
         command: program and arguments.
         environment: variables beside those of this process.
-        log: file that gets what it prints, behind what is there.
+        log: file to which its output is appended.
     """
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
@@ -42,7 +42,7 @@ class ProcessTree:
 
     def processes(self) -> list[int]:
         """Return the ids of all living processes of the tree."""
-        found = []
+        numbers = []
         for folder in Path("/proc").iterdir():
             if folder.name.isdecimal():
                 try:
@@ -50,8 +50,8 @@ class ProcessTree:
                 except (PermissionError, FileNotFoundError, ProcessLookupError):  # another user's, or gone
                     continue
                 if marked:
-                    found.append(int(folder.name))
-        return found
+                    numbers.append(int(folder.name))
+        return numbers
 
     def cpu_seconds(self) -> float:
         """Return the processor time of the tree so far, of living processes and of those they waited for."""

@@ -13,7 +13,7 @@ from icefall_fusion.data.paragraphs import paragraphs
 from icefall_fusion.data.selection import is_speakable
 from icefall_fusion.text.normalizer import normalize
 
-#: What may stand between the words of a sentence, and between two that are read in one breath.
+#: Between the words of a sentence, and between two sentences that are read in one breath.
 _GAP = r"[\s—–-]+"
 _ONLY_GAP = re.compile(r"[\s—–-]*")
 
@@ -62,7 +62,7 @@ class Book:
 
     Args:
         path: UTF-8 text, as for the job ``prepare-text``.
-        max_characters: longer sentences are split at their joints.
+        max_characters: longer sentences are split between clauses.
 
     Attributes:
         data: the clean text in UTF-8: every run of white space, also between paragraphs, is one space.
@@ -86,16 +86,16 @@ class Book:
         """Return the next utterance, or None where the book has ended.
 
         Args:
-            characters: its length as near to this as whole sentences allow.
-            most: no more than this, but for a single sentence.
+            characters: length to come near to, by whole sentences.
+            most: largest length, but for a single sentence.
         """
         while True:
-            found = self._run(characters, most)
-            if found is None:
+            passage = self._run(characters, most)
+            if passage is None:
                 return None
-            printed = self.data[found.begin : found.end].decode("utf-8")
-            if normalize(printed) == " ".join([sentence.text for sentence in found.sentences]):
-                return found  # the words as printed are those that are spoken
+            printed = self.data[passage.begin : passage.end].decode("utf-8")
+            if normalize(printed) == " ".join([sentence.text for sentence in passage.sentences]):
+                return passage  # the words as printed are those that are spoken
 
     def _run(self, characters: float, most: float) -> Optional[Passage]:
         run: list[Sentence] = []
@@ -121,24 +121,24 @@ class Book:
         """Yield the sentences that can be read aloud in only one way; the others are left out."""
         start = 0  # bytes before the paragraph
         for paragraph in self._paragraphs:
-            place = 0
+            position = 0
             for utterance in book_utterances(paragraph, "", self._options):
                 cased, text = utterance["cased"], utterance["text"]
-                span = _find(cased, paragraph, place)
+                span = _find(cased, paragraph, position)
                 if span is None:
                     continue
                 if is_speakable(cased):
                     begin = start + len(paragraph[: span[0]].encode("utf-8"))
                     end = begin + len(paragraph[slice(*span)].encode("utf-8"))
                     yield Sentence(begin, end, cased, text)
-                place = span[1]
+                position = span[1]
             start += len(paragraph.encode("utf-8")) + 1
 
 
-def _find(cased: str, paragraph: str, place: int) -> Optional[tuple[int, int]]:
-    """Return where a sentence stands; ``cased`` has a space for each of its dashes."""
-    begin = paragraph.find(cased, place)
+def _find(cased: str, paragraph: str, start: int) -> Optional[tuple[int, int]]:
+    """Return the span of a sentence, from ``start`` on; ``cased`` has a space for each of its dashes."""
+    begin = paragraph.find(cased, start)
     if begin >= 0:
         return begin, begin + len(cased)
-    match = re.compile(_GAP.join(map(re.escape, cased.split()))).search(paragraph, place)
+    match = re.compile(_GAP.join(map(re.escape, cased.split()))).search(paragraph, start)
     return match.span() if match else None

@@ -19,9 +19,9 @@ from icefall_fusion.data.voices import Speakers
 from librilike.books import Book, Passage
 
 CHARACTERS_PER_SECOND = 0.107  # of a voice, for each word a minute of its speed
-_SPARE = 1.25  # more text than a recording is likely to need: it ends when it is long enough
+_SPARE = 1.25  # factor on the text of a recording, which ends when it is long enough
 _SPREAD = 0.43  # of the lengths of utterances, over their mean: as in LibriHeavy
-_SHORTEST, _LEAST = 3.0, 20.0  # seconds: of utterances; of what is left of a book
+_SHORTEST, _LEAST = 3.0, 20.0  # seconds: of utterances; of the rest of a book
 _MAX_CHARACTERS = (100, 230)  # of a sentence: bounds
 
 
@@ -30,11 +30,11 @@ class Sizes:
     """How long recordings and utterances are.
 
     Args:
-        min_minutes: recordings are at least so long, unless a book or the hours end before.
-        max_minutes: recordings are at most so long.
+        min_minutes: shortest recording, unless a book or the hours end before.
+        max_minutes: longest recording.
         mean_seconds: of utterances; short paragraphs make them a little shorter.
         max_seconds: longer utterances are spoken, but no cuts.
-        recordings_per_speaker: then another speaker goes on with the book.
+        recordings_per_speaker: after them another speaker goes on with the book.
     """
 
     min_minutes: float = 5.0
@@ -63,8 +63,8 @@ class Chapter:
         speaker: the reader's number.
         text_path: the book's clean text, below the folder that is written.
         voice: the reader's.
-        seconds: how much speech is wanted; it is less where the book ends.
-        passages: what is read; the last ones may be spare.
+        seconds: of speech; fewer where the book ends.
+        passages: are read; the last ones may be spare.
     """
 
     recording: str
@@ -94,7 +94,7 @@ def title_of(path: Path) -> str:
 class Planner:
     """Deals the books of one set out to readers, chapter by chapter.
 
-    The same arguments with more seconds give the same chapters again, but for the last two, and then more.
+    With more seconds the chapters are the same, but for the last two, and then come more.
 
     Args:
         name: of the set.
@@ -119,7 +119,7 @@ class Planner:
         self._queue = deque(_Reading(books[index], subset) for index, subset in order)
 
     def chapters(self, seconds: float) -> Iterator[Chapter]:
-        """Yield chapters until they will have so much speech.
+        """Yield chapters with ``seconds`` of speech in all.
 
         Raises:
             ValueError: the books have less text.

@@ -52,9 +52,9 @@ def record(
     """Return a recording, float32 [samples] at 16 kHz, and its cuts; chance depends on seed and id alone.
 
     Args:
-        chapter: what is read, and by whom.
+        chapter: passages and the reader.
         text: the clean text that the chapter's bytes point into.
-        conditions: one of them is taken by lot.
+        conditions: one of them is drawn.
         sizes: utterances outside of 2 s and ``max_seconds`` get no cut.
         seed: any non-negative int.
     """
