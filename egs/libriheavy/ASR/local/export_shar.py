@@ -85,7 +85,7 @@ def run(options: ExportSharOptions) -> int:
             if not chunk or number == options.stop:
                 break
             if number >= options.start and not _cuts_path(options.to, number).exists():
-                cuts = [parse_cut(line, f"{options.manifest}, line {place}") for place, line in chunk]
+                cuts = [parse_cut(line, f"{options.manifest}, line {row}") for row, line in chunk]
                 skipped += len(cuts) - _write_shard(options, number, cuts)
             bar.update(len(chunk))
     return SKIPPED_SOME if skipped else 0

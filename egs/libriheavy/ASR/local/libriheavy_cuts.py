@@ -1,19 +1,19 @@
-"""Knows: the manifests of LibriHeavy as they are downloaded, and what the recipe's own look like.
+"""Knows: the manifests of LibriHeavy as they are downloaded, and those of the recipe.
 Must not know: audio, features, vocabularies, models.
 
     python local/libriheavy_cuts.py --subsets dev test_clean test_other small --text lower
     python local/libriheavy_cuts.py --subsets small medium --split train      # one manifest of several parts
 
 Reads download/libriheavy/libriheavy_cuts_SUBSET.jsonl.gz line by line and writes
-data/manifests/libriheavy_cuts_SPLIT.jsonl.gz, whole or not at all; SPLIT is the subset, or what --split says.
+data/manifests/libriheavy_cuts_SPLIT.jsonl.gz, whole or not at all; SPLIT is the subset, or --split.
 A finished manifest whose inputs and options are the same is not written again.
 
-A line that is no JSON or lacks a key, an empty text, a cut that reaches beyond its recording, a cut whose id
-an earlier one of the split has and, with --check_audio true, a recording that is not there are skipped;
-libriheavy_cuts_SPLIT.json beside the manifest counts them and has path, line, id and reason of the first
-1,000. A split that lacks the audio of more than --max_missing of its cuts is refused: the evaluation sets are
-drawn from all three parts of Libri-Light. A file that was cut short is no line to skip but a failed download:
-its readable cuts are kept in libriheavy_cuts_SPLIT.incomplete.jsonl.gz, which no stage takes for a manifest.
+Skipped are lines that are no JSON or lack a key, empty texts, cuts that reach beyond their recording,
+repeated ids of a split and, with --check_audio true, cuts without a recording. libriheavy_cuts_SPLIT.json
+beside the manifest counts them and has path, line, id and reason of the first 1,000. A split that lacks the
+audio of more than --max_missing of its cuts is refused: the evaluation sets are drawn from all three parts of
+Libri-Light. A file that was cut short is no line to skip but a failed download: its readable cuts are kept in
+libriheavy_cuts_SPLIT.incomplete.jsonl.gz, which no stage takes for a manifest.
 
 Exit codes: 0 done; 2 refused (a wrong option, a file that is missing or was cut short, too much audio that is
 missing); 3 lines were skipped.
@@ -45,7 +45,7 @@ CORPUS = "libriheavy"
 PARTS = ("small", "medium", "large")  # of Libri-Light
 FORMS = ("upper", "lower", "cased")
 REFUSED, SKIPPED_SOME = 2, 3
-PREFIX = "download/"  # of all paths in the manifests: what --download stands for
+PREFIX = "download/"  # of all paths in the manifests; --download replaces it
 TOLERANCE = 0.01  # seconds that a cut may end after its recording: one frame
 LISTED, SHOWN = 1000, 20  # skipped lines that the summary has, and that are printed
 
@@ -62,11 +62,11 @@ class LibriheavyCutsOptions:
         text: upper or lower (normalized words), or cased (as printed).
         min_duration: seconds; shorter cuts are left out.
         max_duration: seconds; longer cuts are left out; none takes all.
-        pre_text: keep what is printed before each cut, a prompt for LLMs. It is most of a manifest, and
-            training does without.
+        pre_text: keep the text printed before each cut, a prompt for LLMs. It is most of a manifest, and
+            training does not need it.
         check_audio: skip cuts whose recording is not there.
         max_missing: with check_audio, the largest share of a split's cuts, 0 to 1, that may be skipped for
-            this. A WER of what is left would be of another set.
+            this. The WER of the rest would be that of another set.
     """
 
     subsets: tuple[str, ...] = ("dev", "test_clean", "test_other", "small")
@@ -92,7 +92,7 @@ class LibriheavyCutsOptions:
 
 
 class LineError(ValueError):
-    """A line that cannot be used; ``kind`` is what the summary counts it as."""
+    """A line that cannot be used, and of which ``kind`` it is in the summary."""
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
@@ -247,8 +247,8 @@ def convert_cut(options: LibriheavyCutsOptions, row: Any) -> dict[str, Any]:
     """
     try:
         id, start, duration, recording = str(row["id"]), row["start"], row["duration"], row["recording"]
-        (said,) = row["supervisions"]
-        printed, custom = " ".join(said["custom"]["texts"][0].split()), said["custom"]
+        (supervision,) = row["supervisions"]
+        printed, custom = " ".join(supervision["custom"]["texts"][0].split()), supervision["custom"]
         end, length = start + duration, recording["num_samples"] / recording["sampling_rate"]
         audio = audio_path(options.download, recording["sources"][0]["source"])
         recording = {**recording, "sources": [{**recording["sources"][0], "source": audio}]}
@@ -266,10 +266,11 @@ def convert_cut(options: LibriheavyCutsOptions, row: Any) -> dict[str, Any]:
     if options.check_audio and not _is_file(audio):
         raise LineError("audio", f"has no recording at {audio}")
     kept = {"cased": printed, "book": title}
+    language, speaker = supervision.get("language"), supervision.get("speaker")
     if options.pre_text:
         kept["pre_text"] = " ".join(((custom.get("pre_texts") or [""])[0]).split())
     text = {"upper": words.upper(), "lower": words, "cased": printed}[options.text]
-    about = {"text": text, "language": said.get("language"), "speaker": said.get("speaker"), "custom": kept}
+    about = {"text": text, "language": language, "speaker": speaker, "custom": kept}
     cut = {"id": id, "start": start, "duration": duration, "channel": 0}
     return {**cut, "supervisions": [{**head, **about}], "recording": recording, "type": "MonoCut"}
 

@@ -32,7 +32,7 @@ FAILED, SKIPPED_SOME = 1, 3
 
 
 def main() -> int:
-    """Download what is missing; return 0, 3 when some books were not found, 1 without a network."""
+    """Download the missing books; return 0, 3 when some are still missing, 1 without a network."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--to", type=Path, required=True, help="folder of books, one SLUG.txt each")
@@ -50,9 +50,9 @@ def main() -> int:
         catalog = read_catalog(fetch(f"{arguments.mirror}/{CATALOG}").decode("utf-8"))
     except OSError as error:
         print(
-            f"error: {arguments.mirror} cannot be reached ({error}). Without a network give a folder of "
-            "UTF-8 books, one .txt file each, a paragraph a line or hard-wrapped with blank lines between "
-            "paragraphs (as Project Gutenberg has them): prepare.sh --text DIR",
+            f"error: {arguments.mirror} cannot be reached ({error}). Without a network, name a folder of "
+            "UTF-8 books, one .txt file each, a paragraph a line, or hard-wrapped with blank lines between "
+            "paragraphs (as at Project Gutenberg): prepare.sh --text DIR",
             file=sys.stderr,
         )
         return FAILED
@@ -77,7 +77,7 @@ def main() -> int:
 
 
 def fetch(address: str) -> bytes:
-    """Return what is at ``address``; raises OSError where it cannot be had whole."""
+    """Return the content of ``address``; raises OSError where it is not sent whole."""
     request = urllib.request.Request(address, headers={"User-Agent": "icefall_fusion recipe"})
     try:
         with urllib.request.urlopen(request, timeout=60) as answer:
@@ -114,8 +114,8 @@ def find(catalog: list[tuple[int, str, str]], title: str, author: str) -> int | 
 
 def body(text: str) -> str:
     """Return the book between Project Gutenberg's marks, one paragraph a line, blank lines between."""
-    found = (" ".join(paragraph.split()) for paragraph in paragraphs(text))
-    return "\n\n".join(paragraph for paragraph in found if paragraph) + "\n"
+    joined = (" ".join(paragraph.split()) for paragraph in paragraphs(text))
+    return "\n\n".join(paragraph for paragraph in joined if paragraph) + "\n"
 
 
 if __name__ == "__main__":
