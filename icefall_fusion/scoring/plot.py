@@ -101,7 +101,11 @@ def _scale(axis: Any, values: Sequence[float]) -> None:
 
 
 def place_labels(figure: Any, axis: Any) -> None:
-    """Move the annotations of ``axis`` so that none covers another, a point or the frame, if room allows."""
+    """Move the annotations of ``axis`` so that none covers another, a point or the frame, if room allows.
+
+    Of a few dozen offsets each takes the one that covers least. adjustText was tried on the rows of
+    RESULTS.md: its labels cover points and cross the frame.
+    """
     renderer = figure.canvas.get_renderer()
     frame = axis.get_window_extent(renderer)
     notes = list(axis.texts)
@@ -110,28 +114,27 @@ def place_labels(figure: Any, axis: Any) -> None:
     scale = figure.dpi / 72
     for note, (x, y) in sorted(zip(notes, points), key=lambda pair: -pair[1][1]):
         extent = note.get_window_extent(renderer)
-        tries = [_box(x + dx * scale, y + dy * scale, extent.width, extent.height)
-                 for dx, dy in _offsets(extent.width / scale, extent.height / scale)]  # fmt: skip
+        offsets = _offsets(extent.width / scale, extent.height / scale)
+        tries = [_box(x + dx * scale, y + dy * scale, extent.width, extent.height) for dx, dy in offsets]
         costs = [(_outside(box, frame) * 10 + sum(_overlap(box, other) for other in taken)) for box in tries]
         best = min(range(len(tries)), key=lambda i: (round(costs[i]), i))
         box = tries[best]
         note.set_position(((box[0] - x) / scale, (box[1] - y) / scale))
         if abs(box[1] - y) > 3 * extent.height or best > 7:
             anchor = (min(max(x, box[0]), box[2]), box[3] if y > box[3] else box[1])
-            axis.plot(*zip(axis.transData.inverted().transform((x, y)),
-                           axis.transData.inverted().transform(anchor)),
-                      color=note.get_color(), linewidth=0.6, scalex=False, scaley=False)  # fmt: skip
+            line = axis.transData.inverted().transform([(x, y), anchor])
+            axis.plot(*line.T, color=note.get_color(), linewidth=0.6, scalex=False, scaley=False)
         taken.append(box)
 
 
 def _offsets(width: float, height: float) -> list[tuple[float, float]]:
-    """Candidate places of a label's lower left corner, from the nearest on, in points from its mark."""
-    places = []
+    """Return offsets in points of a label's lower left corner from its mark, the nearest first."""
+    offsets = []
     for step in range(8):
         up, down = 5 + step * 0.9 * height, -5 - height - step * 0.9 * height
-        places += [(8, up - height / 2), (-8 - width, up - height / 2), (8, down + height / 2)]
-        places += [(-8 - width, down + height / 2), (-width / 2, up), (-width / 2, down)]
-    return places
+        offsets += [(8, up - height / 2), (-8 - width, up - height / 2), (8, down + height / 2)]
+        offsets += [(-8 - width, down + height / 2), (-width / 2, up), (-width / 2, down)]
+    return offsets
 
 
 def _box(x: float, y: float, width: float, height: float) -> tuple[float, float, float, float]:

@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 
 from icefall_fusion.__main__ import main
@@ -24,11 +23,6 @@ from icefall_fusion.nbest import read_nbests
 
 METHODS = "ctc-prefix,llm-delayed-shortest"
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory) -> dict[str, str]:
-    return tiny.everything(tmp_path_factory.mktemp("tiny"))
 
 
 def arguments(made: dict[str, str], out: Path) -> list[str]:

@@ -1,0 +1,158 @@
+"""What is decoded, and what is refused: manifests, broken audio, saved log-probs, files, models of others.
+Knows: jobs and their files. Must not know: how a search works.
+"""
+from __future__ import annotations
+
+import gzip
+import json
+
+import numpy as np
+import pytest
+import soundfile
+import tiny
+from job_tools import arguments, assert_same, lists
+from lhotse import CutSet
+
+from icefall_fusion.__main__ import main
+from icefall_fusion.data.manifests import cut_of, write_cuts
+from icefall_fusion.lm import CausalLm
+
+
+def test_a_limit_is_spread_over_the_manifest(made, tmp_path) -> None:
+    assert main(arguments(made, tmp_path, "--methods", "ctc-greedy", "--limit", "3")) == 0
+    names = [cut.id for cut in CutSet.from_file(made["cuts"])]
+    assert set(lists(tmp_path, "ctc-greedy")) == {names[i * len(names) // 3] for i in range(3)}
+
+
+
+def test_missing_and_broken_audio_is_skipped_and_listed(made, tmp_path) -> None:
+    cuts = []
+    rng = np.random.default_rng(1)
+    for name, count in (("good", 16000), ("gone", 16000), ("short", 16000), ("empty", 0), ("tiny", 60)):
+        path = tmp_path / f"{name}.wav"
+        soundfile.write(path, rng.normal(0, 0.1, count), 16000)
+        cuts.append(cut_of({"id": name, "text": "the cat"}, path, max(count, 1), {"voice": "noise"}))
+    (tmp_path / "gone.wav").unlink()
+    (tmp_path / "short.wav").write_bytes((tmp_path / "short.wav").read_bytes()[:9000])
+    write_cuts(cuts, tmp_path / "cuts.jsonl.gz")
+    methods = "ctc-greedy,ctc-prefix,attention-rescoring,nlm-shallow+llm-delayed-shortest"
+    made = {**made, "cuts": str(tmp_path / "cuts.jsonl.gz")}
+    assert main(arguments(made, tmp_path / "out", "--methods", methods)) == 3
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert sorted(entry["id"] for entry in record["skipped"]) == ["empty", "gone", "short"]
+    for method in methods.split(","):
+        found = lists(tmp_path / "out", method)
+        assert sorted(found) == ["good", "tiny"]
+        assert found["tiny"][0].text == "" and len(found["tiny"][0].tokens) == 0
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert all(row["words"] == 4 for row in rows)
+
+
+
+def test_printed_words_are_counted_beside_normalized_ones(made, tmp_path) -> None:
+    cased = tmp_path / "cased.jsonl.gz"
+    cuts = [json.loads(line) for line in gzip.open(made["cuts"], "rt")]
+    for cut in cuts:
+        cut["supervisions"][0]["text"] = cut["supervisions"][0]["text"].upper() + "!"
+    with gzip.open(cased, "wt") as file:
+        file.writelines(json.dumps(cut) + "\n" for cut in cuts)
+    rows = []
+    for manifest in (made["cuts"], str(cased)):
+        out = tmp_path / str(len(rows))
+        run = arguments(made, out, "--methods", "ctc-prefix", "--printed_wer", "true")
+        assert main([*run, "--test_sets", json.dumps({"noise": manifest})]) == 0
+        rows += json.loads((out / "results.json").read_text())
+        assert (out / "recogs-noise-ctc-prefix-printed.txt").exists()
+        assert (out / "recogs-noise-ctc-prefix-libriheavy.txt").exists()
+    assert rows[0]["wer"] == rows[0]["wer_printed"] == rows[1]["wer"]  # the tiny corpus is normalized
+    assert rows[0]["wer"] == rows[0]["wer_libriheavy"] == rows[1]["wer_libriheavy"]
+    assert rows[1]["wer_printed"] >= 100.0  # no word of the references is ever heard in capitals
+
+
+
+def test_saved_emissions_can_be_decoded(made, tmp_path) -> None:
+    kept = tmp_path / "kept"
+    more = ["--methods", "ctc-prefix", "--save_emissions", str(kept)]
+    assert main(arguments(made, tmp_path / "one", *more)) == 0
+    again = arguments({**made, "model": str(kept / "noise")}, tmp_path / "two", "--methods", "ctc-prefix")
+    again += ["--emissions.tokens", made["model"]]
+    assert main(again) == 0
+    one, two = lists(tmp_path / "one", "ctc-prefix"), lists(tmp_path / "two", "ctc-prefix")
+    assert one.keys() == two.keys()
+    assert [n[0].scores["ctc"] for n in one.values()] == pytest.approx(
+        [two[u][0].scores["ctc"] for u in one], abs=0.1
+    )
+    assert main([*again[:-2], "--out", str(tmp_path / "three")]) == 2  # no vocabulary
+    needs = [*again, "--out", str(tmp_path / "four"), "--methods", "attention-rescoring"]
+    assert main(needs) == 2  # no attention decoder
+
+
+
+def test_wrong_models_are_refused_with_names(made, tmp_path, capsys) -> None:
+    assert main(arguments({**made, "model": str(tmp_path)}, tmp_path / "a")) == 2
+    assert "must be a model folder" in capsys.readouterr().err
+    assert main(arguments({**made, "llm": ""}, tmp_path / "b", "--methods", "llm-delayed-shortest")) == 2
+    assert "llm.path must name a model for the method 'llm-delayed-shortest'" in capsys.readouterr().err
+    assert main(arguments({**made, "nlm": made["llm"]}, tmp_path / "c", "--methods", "nlm-shallow")) == 2
+    capsys.readouterr()
+    assert main(arguments(made, tmp_path / "d", "--methods", "llm-delayd-shortest")) == 2
+    assert "did you mean 'llm-delayed-shortest'" in capsys.readouterr().err
+    weights = "{nlm-shallow: {nlm: -0.1}}"
+    assert main(arguments(made, tmp_path / "e", "--methods", "nlm-shallow", "--weights", weights)) == 2
+    assert "weights.nlm-shallow.nlm must be at least 0" in capsys.readouterr().err
+
+
+
+def test_transcribe_prints_text_and_json(made, tmp_path, capsys) -> None:
+    rng = np.random.default_rng(2)
+    kinds = (("a.wav", 44100, (44100, 2)), ("b.ogg", 8000, (12000,)), ("c.flac", 16000, (0,)))
+    for name, rate, shape in kinds:
+        soundfile.write(tmp_path / name, rng.normal(0, 0.1, shape), rate)
+    files = [str(tmp_path / name) for name in ("a.wav", "b.ogg", "c.flac", "none.mp3")]
+    models = ["--emissions.model", made["model"], "--llm.path", made["llm"]]
+    code = main(["transcribe", *models, "--json", str(tmp_path / "out.jsonl"), *files])
+    printed = capsys.readouterr()
+    assert code == 3 and "skipped" in printed.err and "none.mp3" in printed.err
+    lines = printed.out.splitlines()
+    assert [line.split("\t")[0] for line in lines[::2]] == files[:2]
+    value = json.loads(lines[1])
+    assert value["text"] == lines[0].split("\t")[1]
+    assert len(value["words"]) == len(value["text"].split())
+    assert {"ctc", "llm", "total"} <= value["scores"].keys()
+    assert [json.loads(line)["file"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+
+
+
+def test_a_hugging_face_model_decodes_with_an_llm(made, tmp_path) -> None:
+    tiny.hugging_face_ctc(tmp_path / "hf")
+    methods = "ctc-prefix,llm-delayed-shortest,llm-delayed-at-end,llm-nbest-rescoring"
+    command = arguments({**made, "model": str(tmp_path / "hf")}, tmp_path / "out", "--methods", methods)
+    assert main([*command, "--llm.text", "lower"]) == 0
+    found = {method: lists(tmp_path / "out", method) for method in methods.split(",")}
+    text = " ".join(nbest[0].text for nbest in found["llm-delayed-shortest"].values())
+    assert text and text == text.upper() and "|" not in text
+    assert_same(found["llm-delayed-at-end"], found["llm-nbest-rescoring"])
+
+
+
+def test_earlier_text_of_each_utterance_is_the_llm_s_prompt(made, tmp_path, capsys) -> None:
+    """Scores are those of a plain forward after the last words of the field; with and without a fusion."""
+    cuts = []
+    for cut in CutSet.from_file(made["cuts"]):
+        cut.supervisions[0].custom["pre_text"] = f"he spoke of the sea and {cut.id.replace('-', ' ')}"
+        cuts.append(cut)
+    write_cuts(cuts, tmp_path / "cuts.jsonl.gz")
+    named = {**made, "cuts": str(tmp_path / "cuts.jsonl.gz")}
+    methods = "llm-delayed-shortest,llm-nbest-rescoring"
+    command = arguments(named, tmp_path / "out", "--methods", methods, "--llm.context", "pre_text")
+    assert main([*command, "--llm.context_words", "3"]) == 0
+    lm = CausalLm.from_pretrained(made["llm"])
+    for method in methods.split(","):
+        for name, nbest in lists(tmp_path / "out", method).items():
+            for h in nbest:
+                prompt = "and " + name.replace("-", " ")
+                text = f" {h.text}" if h.text else ""  # it goes on after the prompt
+                assert h.scores["llm"] == pytest.approx(lm.log_prob(text, prompt, eos=True), abs=2e-3)
+    assert main(arguments(made, tmp_path / "none", "--llm.context", "pre_text")) == 2
+    assert "llm.context must name a custom field of every cut that has text" in capsys.readouterr().err
+
