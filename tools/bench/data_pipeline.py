@@ -35,12 +35,10 @@ from lhotse.dataset import DynamicBucketingSampler  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from icefall_fusion.common.checks import check  # noqa: E402
-from icefall_fusion.common.command_line import parse_options  # noqa: E402
+from icefall_fusion.common.command_line import REFUSED, parse_options  # noqa: E402
 from icefall_fusion.common.files import atomic_path, write_json  # noqa: E402
 from icefall_fusion.common.memory import memory_in_use, peak_rss_bytes  # noqa: E402
 from icefall_fusion.data.datamodule import DataOptions, TrainBatches  # noqa: E402
-
-REFUSED = 2
 
 
 @dataclass(frozen=True)

@@ -35,14 +35,13 @@ from lhotse import MonoCut, Recording, SupervisionSegment  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from icefall_fusion.common.checks import check, check_choice  # noqa: E402
-from icefall_fusion.common.command_line import parse_options  # noqa: E402
+from icefall_fusion.common.command_line import REFUSED, parse_options  # noqa: E402
 from icefall_fusion.common.files import write_json  # noqa: E402
 from icefall_fusion.data.cut_audio import cut_samples  # noqa: E402
 from icefall_fusion.data.espeak import ACCENTS, SAMPLE_RATE, Voice, speak  # noqa: E402
 from icefall_fusion.data.fbank import BACKENDS, FbankOptions, extract, run  # noqa: E402
 from icefall_fusion.data.manifests import cuts_path, write_cuts  # noqa: E402
 
-REFUSED = 2
 CHAPTER = 600.0  # seconds of one recording, as in Libri-Light
 TEXT = (
     "The lighthouse keeper counted seven ships before breakfast, and wrote their names into the old book.",

@@ -30,7 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from icefall_fusion.acoustic.models import CtcAed  # noqa: E402
 from icefall_fusion.common.checks import check, check_choice  # noqa: E402
-from icefall_fusion.common.command_line import parse_options  # noqa: E402
+from icefall_fusion.common.command_line import REFUSED, parse_options  # noqa: E402
 from icefall_fusion.common.files import write_json  # noqa: E402
 from icefall_fusion.common.memory import keep_freed_memory  # noqa: E402
 from icefall_fusion.common.processes import to_device  # noqa: E402
@@ -38,7 +38,6 @@ from icefall_fusion.train.acoustic_loss import compute_loss  # noqa: E402
 from icefall_fusion.train.acoustic_model import TrainOptions, compile_layers  # noqa: E402
 from icefall_fusion.train.loop import Trainer  # noqa: E402
 
-REFUSED = 2
 PIECES = ROOT / "egs/minibooks/ASR/pretrained/ctc_aed/bpe.model"
 RATE = 4.5  # pieces a second of read speech
 
