@@ -34,6 +34,9 @@ class IcefallSource(FeatureSource):
     model must have ``forward_encoder(features, lens)`` and ``ctc_output(frames)``. With an
     ``attention_decoder`` it scores N-best lists too, by ``nll(encoder_out, lens, token_ids)``.
 
+    A causal model (``--causal 1``) needs options with one ``--chunk-size`` and one ``--left-context-frames``.
+    icefall's ``ctc_decode.py`` appends 30 frames of silence for it; this source does not.
+
     Raises:
         FileNotFoundError: there is no recipe, no weights file or no bpe.model.
         ValueError: the recipe cannot be imported or does not make a CTC model, or the weights do not fit it.
