@@ -15,10 +15,9 @@ import torch
 from icefall_fusion.common.unavailable import Unavailable
 from icefall_fusion.fusion import AtEnd, DelayedFusion, FixedInterval, LookAhead, NgramFusion, ShallowFusion
 from icefall_fusion.fusion import ShortestHypothesis as Shortest
-from icefall_fusion.ngram.piece_ngram import NOTHING
 from icefall_fusion.search import PrefixSearchOptions, ctc_prefix_search, engines
-from icefall_fusion.search.engines import gpu, gpu_check, gpu_kernel, native
-from icefall_fusion.search.fusion import FusionSet, StopRule
+from icefall_fusion.search.engines import gpu, gpu_check, gpu_ngram, native
+from icefall_fusion.search.fusion import FusionSet
 from tests.fusion.test_fusion import assert_same as assert_same_scores
 from tests.fusion.test_fusion import emissions, llm, nlm, tokens  # noqa: F401 (fixtures)
 from tests.ngram.test_ngram import ngram  # noqa: F401 (a fixture)
@@ -47,8 +46,8 @@ def test_equals_the_search_by_tensors(beam, options):
     never[..., 0] = False
     log_probs = log_probs.masked_fill(never, -math.inf)
     lens = torch.tensor([14, 9, 0])
-    found = [decode(engine, log_probs, lens, beam=beam, **options) for engine in ("triton", "torch")]
-    for kernel, tensors in zip(*found):
+    nbests = [decode(engine, log_probs, lens, beam=beam, **options) for engine in ("triton", "torch")]
+    for kernel, tensors in zip(*nbests):
         kernel, tensors = listing(kernel), listing(tensors)
         most = max(1, min(len(kernel), len(tensors)) - 1)  # the last may tie with one that is not there
         scores = [[score for _, score in rows][:most] for rows in (kernel, tensors)]
@@ -78,12 +77,12 @@ def test_many_frames_do_not_run_out_of_numbers():
 @pytest.mark.parametrize("trigger", [AtEnd(), FixedInterval(3), Shortest(), Shortest("pieces", 2)], ids=repr)
 def test_delayed_fusion_equals_that_by_tensors(llm, ngram, tokens, trigger, every, late):  # noqa: F811
     log_probs, lens = emissions(batch=2, frames=14, seed=3, peak=2.0)
-    found = []
+    nbests = []
     for engine in ("triton", "torch"):
         look = None if every is None else LookAhead(ngram, 0.6, every)
         fusion = DelayedFusion(llm, 0.4, 0.5, trigger, look_ahead=look, late=late)
-        found.append(decode(engine, log_probs, lens, tokens, [fusion]))
-    assert_same_scores(*found, 1e-3)
+        nbests.append(decode(engine, log_probs, lens, tokens, [fusion]))
+    assert_same_scores(*nbests, 1e-3)
 
 
 @pytest.mark.parametrize(
@@ -92,16 +91,16 @@ def test_delayed_fusion_equals_that_by_tensors(llm, ngram, tokens, trigger, ever
 )
 def test_an_ngram_joins_as_by_tensors(llm, ngram, tokens, weight, bonus, delayed):  # noqa: F811
     log_probs, lens = emissions(batch=2, frames=9, seed=4, peak=2.0)
-    found = []
+    nbests = []
     for engine in ("triton", "torch"):
         fusions = [NgramFusion(ngram, weight, bonus)]
         if delayed is not None:
             fusions.append(DelayedFusion(llm, delayed, 0.5 * (delayed > 0), Shortest()))
-        found.append(decode(engine, log_probs, lens, tokens, fusions))
-    assert_same_scores(*found, 1e-3)
+        nbests.append(decode(engine, log_probs, lens, tokens, fusions))
+    assert_same_scores(*nbests, 1e-3)
 
 
-def test_fusions_without_a_pace_and_weights_of_zero(llm, tokens):  # noqa: F811
+def test_fusions_without_a_stop_rule_and_weights_of_zero(llm, tokens):  # noqa: F811
     log_probs, lens = small(5, 2, 12, 6, blank_bias=2.0), torch.tensor([12, 7])
     kernel, tensors = (
         decode(engine, log_probs, lens, TOKENS, [WordLengths(0.3, 0.2, 3)]) for engine in ("triton", "torch")
@@ -117,20 +116,19 @@ def test_fusions_without_a_pace_and_weights_of_zero(llm, tokens):  # noqa: F811
 
 
 def test_the_table_of_an_ngram_has_all_of_it(ngram):  # noqa: F811
-    table = gpu.NgramTable(ngram, torch.device("cpu"))
-    assert NOTHING == -1 and gpu_kernel.MOST_COLUMNS.value == gpu.MOST_COLUMNS
-    where = {int(key): place for place, key in enumerate(table.keys.tolist()) if key >= 0}
-    assert len(where) == sum(len(order.keys) for order in ngram.orders)
+    table, probes = gpu_ngram.table_of(ngram, torch.device("cpu"))
+    cells = {int(key): cell for cell, key in enumerate(table.key.tolist()) if key >= 0}
+    assert len(cells) == sum(len(order.keys) for order in ngram.orders)
     for order in ngram.orders:
         for key, log_prob, backoff in zip(*(x.tolist() for x in order.tensors()[:3])):
-            place = where[key * 16 + order.length]
-            first = int(table._places(torch.tensor([key * 16 + order.length])))
-            assert (place - first) & table.mask < table.probes
-            assert table.scores[place] == pytest.approx(log_prob)
-            assert table.backoffs[place] == pytest.approx(backoff)
+            cell = cells[key * 16 + order.length]
+            first = int(gpu_ngram.first_cells(torch.tensor([key * 16 + order.length]), table.mask))
+            assert (cell - first) & table.mask < probes
+            assert table.score[cell] == pytest.approx(log_prob)
+            assert table.backoff[cell] == pytest.approx(backoff)
 
 
-def test_where_it_does_not_serve_is_said(llm, nlm, ngram, tokens, monkeypatch):  # noqa: F811
+def test_a_search_that_it_does_not_serve_is_refused(llm, nlm, ngram, tokens, monkeypatch):  # noqa: F811
     log_probs, lens = emissions(batch=1, frames=5)
     for why, options, fusions in (
         ("its beam is at most 62, here 63", {"beam": 63}, []),
@@ -151,7 +149,7 @@ def test_where_it_does_not_serve_is_said(llm, nlm, ngram, tokens, monkeypatch): 
 
 
 @pytest.mark.parametrize("form", ["alone", "ranked", "ngram"])
-def test_a_device_is_tried_before_it_is_relied_on(form, monkeypatch):
+def test_a_device_is_tried_before_a_search_relies_on_it(form, monkeypatch):
     device = torch.device(DEVICE)
     gpu_check.check_kernel.cache_clear()
     gpu_check.check_kernel(device, form)
@@ -197,8 +195,8 @@ def test_a_kernel_that_cannot_be_made_leaves_the_search_to_tensors(monkeypatch, 
     monkeypatch.setattr(gpu.GpuSearch, "_launch", broken)
     monkeypatch.setattr(native, "NativeSearch", NoKernel)  # what auto takes on a CPU
     engines._tell.cache_clear()
-    found = decode("auto", log_probs, lens)
-    assert [listing(nbest) for nbest in found] == [listing(nbest) for nbest in usual]
+    nbests = decode("auto", log_probs, lens)
+    assert [listing(nbest) for nbest in nbests] == [listing(nbest) for nbest in usual]
     assert "out of resource" in caplog.text
     with pytest.raises(ValueError, match="be auto or torch: .*out of resource"):
         decode("triton", log_probs, lens)
@@ -207,20 +205,17 @@ def test_a_kernel_that_cannot_be_made_leaves_the_search_to_tensors(monkeypatch, 
 def test_a_batch_without_words_and_with_an_ngram():
     log_probs, lens = small(4, 2, 8, 40), torch.tensor([8, 5])
 
-    def trials():
-        bigram = gpu_check._random_bigram().to(torch.device(DEVICE))
-        return [gpu_check._Trial("ngram", StopRule(0), bigram), gpu_check._Trial("other", StopRule(3))]
-
-    found = [decode(engine, log_probs, lens, None, trials()) for engine in ("triton", "torch")]
-    for kernel, tensors in zip(*found):
+    bigram = gpu_check._random_bigram().to(torch.device(DEVICE))
+    nbests = [decode(name, log_probs, lens, None, [gpu_check._Trial(bigram)]) for name in ("triton", "torch")]
+    for kernel, tensors in zip(*nbests):
         assert [h.total for h in kernel] == pytest.approx([h.total for h in tensors], abs=1e-3)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device")
 @pytest.mark.parametrize("beam", [10, 33])
-def test_a_gpu_finds_what_tensors_and_a_cpu_find(llm, ngram, tokens, beam):  # noqa: F811
-    """The kernels that a decode needs, compiled for the GPU at hand: few, as each takes seconds."""
+def test_a_gpu_agrees_with_tensors_and_a_cpu(llm, ngram, tokens, beam):  # noqa: F811
+    """The kernels that a decode needs, compiled for the GPU. There are few, as each takes seconds."""
     log_probs, lens = emissions(batch=8, frames=120, seed=5, peak=2.0)
 
     def scored(weight, look=None):
@@ -232,10 +227,10 @@ def test_a_gpu_finds_what_tensors_and_a_cpu_find(llm, ngram, tokens, beam):  # n
         lambda: [scored(0.4, LookAhead(ngram, 0.6))],
         lambda: [NgramFusion(ngram, 0.3, 0.2), scored(0.3)],
     ):
-        found = [decode(name, log_probs, lens, tokens, fusions(), beam) for name in ("triton", "torch")]
+        nbests = [decode(name, log_probs, lens, tokens, fusions(), beam) for name in ("triton", "torch")]
         chosen = PrefixSearchOptions(beam=beam)
-        found.append(ctc_prefix_search(log_probs, lens, chosen, tokens, fusions()))
-        for kernel, *others in zip(*found):
+        nbests.append(ctc_prefix_search(log_probs, lens, chosen, tokens, fusions()))
+        for kernel, *others in zip(*nbests):
             for other in others:
                 totals = [[h.total for h in nbest][: beam // 2] for nbest in (kernel, other)]
                 assert totals[0] == pytest.approx(totals[1], abs=1e-2)
@@ -243,21 +238,20 @@ def test_a_gpu_finds_what_tensors_and_a_cpu_find(llm, ngram, tokens, beam):  # n
 
 
 _COMPILE = """
-import sys
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from icefall_fusion.search.engines import base
-from icefall_fusion.search.engines import gpu
-from icefall_fusion.search import beam, fusion, search_input
 from icefall_fusion.ngram.piece_ngram import NgramOrder, PieceNgram
+from icefall_fusion.search import beam, fusion, search_input
+from icefall_fusion.search.engines import base, gpu
 from icefall_fusion.search.fusion import AheadTerms, StopRule
 
-TYPES = {torch.float32: "*fp32", torch.float64: "*fp64", torch.int64: "*i64", torch.int32: "*i32",
-         torch.bool: "*i1"}
-ngram = PieceNgram(40, [NgramOrder(n, torch.arange(42) * 42 ** (n - 1) + (n > 1), torch.zeros(42),
-                                   torch.zeros(42)) for n in (1, 2, 3)], "some")
+
+class Driver:  # tells Triton's warm-up of a GPU that is not here
+    def __init__(self, capability):
+        self.get_current_target = lambda: GPUTarget("cuda", capability, 32)
+        self.get_current_device = lambda: capability
+        self.get_current_stream = lambda device: 0
 
 
 class Scores(fusion.Fusion):
@@ -271,33 +265,29 @@ class Scores(fusion.Fusion):
         return self.rule
 
 
-def compiled(slots, fusions, capability):
-    log_probs = torch.randn(2, 20, 40).log_softmax(-1)
-    given = search_input.check_input(log_probs, torch.tensor([20, 9]), 0, None, None)
+def compiled(slots, fusions, batch=2):
+    log_probs, lens = torch.randn(batch, 20, 40).log_softmax(-1), torch.tensor([20, 9, 20][:batch])
+    inputs = search_input.check_input(log_probs, lens, 0, None, None)
     together = fusion.FusionSet(fusions, type("Words", (), {"starts_word": [True] * 40}))
-    beams = beam.Beam.at_root(given, slots, torch.ones(40, dtype=torch.bool), len(fusions))
-    together.begin(beams, given.ids)
-    plan = base.plan_frames(given, None, leave_out=False)
-    search = gpu.GpuSearch(given, plan, beams, search_input.PrefixSearchOptions(slots), together)
-    kernel, constants = search.kernel.search_utterances, dict(search.constants)
-    warps = {"num_warps": constants.pop("num_warps")}
-    signature = {name: "constexpr" for name in constants}
-    for name, value in zip(kernel.arg_names, search.arguments(20)):
-        if value is None:
-            signature[name], constants[name] = "constexpr", None
-        else:
-            kinds = {int: "i32", float: "fp32"}
-            signature[name] = TYPES[value.dtype] if isinstance(value, torch.Tensor) else kinds[type(value)]
-    source = ASTSource(kernel, {name: signature[name] for name in kernel.arg_names}, constants)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=warps)
+    root = beam.Beam.at_root(inputs, slots, torch.ones(40, dtype=torch.bool), len(fusions))
+    together.begin(root, inputs.ids)
+    plan = base.plan_frames(inputs, None, leave_out=False)
+    search = gpu.GpuSearch(inputs, plan, root, search_input.PrefixSearchOptions(slots), together)
+    kernel = search.kernel.search_utterances
+    return kernel.warmup(*search.arguments(20), grid=(batch,), form=search.form, num_warps=search.warps)
 
 
+ngram = PieceNgram(40, [NgramOrder(n, torch.arange(42) * 42 ** (n - 1) + (n > 1), torch.zeros(42),
+                                   torch.zeros(42)) for n in (1, 2, 3)], "some")
 ranked = Scores(0.5, StopRule(16))
 ahead = Scores(0.5, StopRule(1, "words", AheadTerms(ngram, 0.3, 0.5, 1)))
+shallow = Scores(0.3, StopRule(0), ngram)
 for capability, slots, fusions in ((80, 10, []), (90, 10, []), (90, 50, [ranked]), (90, 10, [ranked]),
-                                   (90, 20, [ahead]),
-                                   (90, 10, [ranked, Scores(0.3, StopRule(0), ngram)])):
-    made = compiled(slots, fusions, capability)
+                                   (90, 20, [ahead]), (90, 10, [ranked, shallow])):
+    triton.runtime.driver.set_active(Driver(capability))
+    made = compiled(slots, fusions)
+    for batch in (1, 3):
+        assert compiled(slots, fusions, batch) is made, "batches of another size need another kernel"
     print(capability, slots, len(fusions), len(made.asm["cubin"]))
 """
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from icefall_fusion.ngram.piece_ngram import PieceNgram
     from icefall_fusion.search.search_input import SearchInput
 
-_RESCALE_EVERY = 64  # searched frames; the best path's own score is already taken out of every frame
+RESCALE_EVERY = 64  # searched frames; the best path's own score is already taken out of every frame
 
 
 class FramePlan(NamedTuple):
@@ -60,7 +60,7 @@ def plan_frames(inputs: SearchInput, blank_skip: Optional[float], leave_out: boo
             gaps = torch.diff(frame_map, dim=1, prepend=torch.full_like(frame_map[:, :1], -1)) > 1
             restarts = (gaps & searched).unsqueeze(2).unbind(1)
     done = searched.cumsum(1) - 1
-    due = searched & (done > 0) & (done % _RESCALE_EVERY == 0)
+    due = searched & (done > 0) & (done % RESCALE_EVERY == 0)
     rescale = {t: due[:, t] for t in due.any(0).nonzero().flatten().tolist()}
     return FramePlan(log_probs, best, searched, frame_map, restarts, rescale)
 

@@ -1,35 +1,54 @@
 """The prefix search as one GPU kernel: each program searches one utterance, many frames in one launch.
-Knows: Triton, numbers. Must not know: beams, fusions, where the numbers come from.
+Knows: Triton, the kernel's arguments. Must not know: beams, fusions, where the arguments come from.
 
-The twin of frame_step.py and candidates.py, in natural-log masses as there. The state of an utterance stays
-in registers from frame to frame; nothing waits for the host, and no program for another. K slots are padded
-to a power of two (KP), so are the columns (CP) and the candidates (NP). Only gpu.py imports this
-file: it needs Triton.
+It computes what frame_step.py and candidates.py compute, in natural-log masses as they do. The kernel is
+`search_utterances` at the end of the file. It loads the state of an utterance (gpu_layout.State) into
+registers and keeps it there from frame to frame. It waits neither for the host nor for another program. Each
+role in a frame is a function: sort, merge, choose the best, prune, extend, rescale, stop. Triton inlines them
+all. The ``form`` is known at compile time, so a feature that it lacks costs nothing. Only gpu.py imports this
+file, because it needs Triton.
 """
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
 from icefall_fusion.search.beam import DEAD_HASH, HASH_FACTOR, NO_PARENT_HASH, ROUNDING
+from icefall_fusion.search.engines import gpu_layout
+from icefall_fusion.search.engines.base import RESCALE_EVERY
+from icefall_fusion.search.engines.gpu_layout import Ahead, Candidates, Changes, Counts, Mass, Prefix, State
 
 NEVER = tl.constexpr(float("-inf"))
 DEAD, ORPHAN = tl.constexpr(DEAD_HASH), tl.constexpr(NO_PARENT_HASH)
 SLACK = tl.constexpr(ROUNDING)
 FACTOR = tl.constexpr(HASH_FACTOR)
-RESCALE = tl.constexpr(64)  # frames
+RESCALE = tl.constexpr(RESCALE_EVERY)
 LAST_PLACE = tl.constexpr(0x7FFFFFFF)
-MOST_COLUMNS = tl.constexpr(1024)  # of a search with an n-gram
+FAR = tl.constexpr(1 << 40)  # pieces, more than any hypothesis has
+BITS = tl.constexpr(62)  # columns that one number marks
+STAY = tl.constexpr(gpu_layout.STAY)
+MOST_COLUMNS = tl.constexpr(gpu_layout.MOST_COLUMNS)
 
-# rows of an utterance's state
-NODE, BOUNDARY, LAST, HASH, PARENT_HASH, REPEATS, LENGTH, CONTEXT, INTEGERS = range(9)
-TOTAL, BLANK, OPEN, FUSED, AHEAD, CLOSED, SCORED, GIVEN, NUMBERS = range(9)
-AT, FIRED, LONGEST, DONE, COUNTS = range(5)
+
+class Frame(NamedTuple):
+    """One frame of one utterance, see candidates.Frames; log_probs, piece and score are pointers."""
+
+    blank: Any
+    shift: Any
+    log_probs: Any
+    piece: Any
+    score: Any
+
+
+# -- scores as sortable keys
 
 
 @triton.jit
-def _log_add(one, other):
+def log_add(one, other):
+    """Return log(exp(one) + exp(other))."""
     high = tl.maximum(one, other)
     low = tl.minimum(one, other)
     below = tl.where(low == NEVER, NEVER, low - tl.where(low == NEVER, 0.0, high))
@@ -37,378 +56,459 @@ def _log_add(one, other):
 
 
 @triton.jit
-def _keys(score, place):
-    """Return int64 numbers that sort as the scores do, and at equal scores the first of the places first."""
-    bits = score.to(tl.int32, bitcast=True)
-    rising = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return (rising.to(tl.int64) << 32) | (place ^ LAST_PLACE).to(tl.int64)  # the more the earlier
+def ranked(mass, fused):
+    """Return the scores that rank: a dead slot stays dead, whatever the fusions add."""
+    return tl.where(mass == NEVER, NEVER, mass + fused)
 
 
 @triton.jit
-def _of_keys(keys):
+def to_keys(score, place):
+    """Return int64 keys that sort by score, and at equal scores with the earlier place as the larger key."""
+    bits = score.to(tl.int32, bitcast=True)
+    rising = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return (rising.to(tl.int64) << 32) | (place ^ LAST_PLACE).to(tl.int64)
+
+
+@triton.jit
+def from_keys(keys):
     """Return the places and the scores of keys."""
     rising = (keys >> 32).to(tl.int32)
     bits = rising ^ ((rising >> 31) & 0x7FFFFFFF)
     return (keys & LAST_PLACE).to(tl.int32) ^ LAST_PLACE, bits.to(tl.float32, bitcast=True)
 
 
+# -- the state, in memory and in registers
+
+
 @triton.jit
-def _lookup(table_keys, table_scores, table_backoffs, key, wanted, mask, probes):
-    """Return (whether it is there, log-prob, back-off weight) of n-grams by key; see NgramTable."""
+def load_state(stored, b, form: tl.constexpr):
+    """Return the state of utterance ``b``, with nothing changed in this launch."""
+    slot = tl.arange(0, form.width)
+    at = b * form.width + slot
+    counts = stored.counts
+    return State(
+        Prefix(*[tl.load(row + at) for row in stored.prefix]),
+        Mass(*[tl.load(row + at) for row in stored.mass]),
+        tl.load(stored.context + at),
+        Ahead(*[tl.load(row + at) for row in stored.ahead]),
+        Counts(
+            tl.load(counts.at + b), tl.load(counts.fired + b) != 0,
+            tl.load(counts.longest + b), tl.load(counts.searched + b),
+        ),
+        tl.load(stored.offset + b),
+        Changes(slot, slot * 0, tl.full((form.width,), 0, tl.int64), tl.full((form.width,), 0.0, tl.float32)),
+    )  # fmt: skip
+
+
+@triton.jit
+def store_rows(stored, rows, at, mask):
+    """Write each field of a named tuple to the pointer of the same field."""
+    for i in tl.static_range(len(rows)):
+        tl.store(stored[i] + at, rows[i], mask=mask)
+
+
+@triton.jit
+def store_state(stored, state, b, form: tl.constexpr):
+    """Write the state of utterance ``b``, without the fields that the form does not use."""
+    slot = tl.arange(0, form.width)
+    at = b * form.width + slot
+    real = slot < form.slots
+    store_rows(stored.prefix, state.prefix, at, None)
+    store_rows(stored.mass, state.mass, at, None)
+    if form.order > 0:
+        tl.store(stored.context + at, state.context)
+    if form.ahead_every > 0:
+        store_rows(stored.ahead, state.ahead, at, None)
+    store_rows(stored.counts, state.counts, b, None)
+    tl.store(stored.offset + b, state.offset)
+    tl.store(stored.changes.source + b * form.slots + slot, state.changes.source, mask=real)
+    tl.store(stored.changes.grew + b * form.slots + slot, state.changes.grew, mask=real)
+    if form.shallow > 0:
+        tl.store(stored.changes.words + b * form.slots + slot, state.changes.words, mask=real)
+        tl.store(stored.changes.gain + b * form.slots + slot, state.changes.gain, mask=real)
+
+
+@triton.jit
+def follow(state, source, form: tl.constexpr):
+    """Return the state in which each slot is what slot ``source`` was."""
+    context, ahead, changes = state.context, state.ahead, state.changes
+    words, gain = changes.words, changes.gain
+    if form.order > 0:
+        context = tl.gather(context, source, 0)
+    if form.ahead_every > 0:
+        ahead = Ahead(*[tl.gather(row, source, 0) for row in ahead])
+    if form.shallow > 0:
+        words = tl.gather(words, source, 0)
+        gain = tl.gather(gain, source, 0)
+    return State(
+        Prefix(*[tl.gather(row, source, 0) for row in state.prefix]),
+        Mass(*[tl.gather(row, source, 0) for row in state.mass]),
+        context,
+        ahead,
+        state.counts,
+        state.offset,
+        Changes(tl.gather(changes.source, source, 0), tl.gather(changes.grew, source, 0), words, gain),
+    )
+
+
+@triton.jit
+def sort(state, form: tl.constexpr):
+    """Sort the slots by score, as the choice of candidates requires. Fusions leave them in any order."""
+    score = ranked(state.mass.total, state.mass.fused)
+    order, _ = from_keys(tl.sort(to_keys(score, tl.arange(0, form.width)), descending=True))
+    return follow(state, order, form)
+
+
+# -- the n-gram
+
+
+@triton.jit
+def look_up(ngram, probes, key, wanted):
+    """Return whether each key is in the n-gram's table, its log-prob and its back-off weight."""
     place = key * FACTOR
-    place = (place ^ (place >> 29)) & mask
-    found = key < 0
+    place = (place ^ (place >> 29)) & ngram.mask
+    known = key < 0
     score = tl.zeros(key.shape, tl.float32)
     backoff = tl.zeros(key.shape, tl.float32)
     for _ in range(probes):
-        there = tl.load(table_keys + place, mask=wanted & ~found, other=-1) == key
-        score = tl.where(there, tl.load(table_scores + place, mask=there, other=0.0), score)
-        backoff = tl.where(there, tl.load(table_backoffs + place, mask=there, other=0.0), backoff)
-        found = found | there
-        place = (place + 1) & mask
-    return found, score, backoff
+        there = tl.load(ngram.key + place, mask=wanted & ~known, other=-1) == key
+        score = tl.where(there, tl.load(ngram.score + place, mask=there, other=0.0), score)
+        backoff = tl.where(there, tl.load(ngram.backoff + place, mask=there, other=0.0), backoff)
+        known = known | there
+        place = (place + 1) & ngram.mask
+    return known, score, backoff
 
 
 @triton.jit
-def _estimate(
-    context, piece, wanted, table_keys, table_scores, table_backoffs, mask, probes,
-    ORDER: tl.constexpr, BASE: tl.constexpr,
-):  # fmt: skip
-    """Return natural-log P(piece | context), as PieceNgram.score does; a context's digits are ids + 1."""
-    _, scores, _ = _lookup(table_keys, table_scores, table_backoffs, piece * 16 + 1, wanted, mask, probes)
+def score_piece(ngram, probes, context, piece, wanted, form: tl.constexpr):
+    """Return natural-log P(piece | context), as PieceNgram.score does."""
+    _, scores, _ = look_up(ngram, probes, piece * 16 + 1, wanted)
     history = piece * 0
     known = wanted
-    for length in tl.static_range(1, ORDER):
-        before = context % (BASE + 1) - 1
-        context = context // (BASE + 1)
+    order: tl.constexpr = form.order
+    for length in tl.static_range(1, order):
+        before = context % (form.base + 1) - 1
+        context = context // (form.base + 1)
         known = known & (before >= 0)
-        history = history + tl.maximum(before, 0) * BASE ** (length - 1)
-        found, _, backoff = _lookup(
-            table_keys, table_scores, table_backoffs, history * 16 + length, known, mask, probes
-        )
-        longer, score, _ = _lookup(
-            table_keys, table_scores, table_backoffs, (history * BASE + piece) * 16 + length + 1,
-            known, mask, probes,
-        )  # fmt: skip
-        scores = tl.where(longer, score, scores + tl.where(found, backoff, 0.0))
+        history = history + tl.maximum(before, 0) * form.base ** (length - 1)
+        seen, _, backoff = look_up(ngram, probes, history * 16 + length, known)
+        longer, score, _ = look_up(ngram, probes, (history * form.base + piece) * 16 + length + 1, known)
+        scores = tl.where(longer, score, scores + tl.where(seen, backoff, 0.0))
     return scores
 
 
+# -- the roles of a frame
+
+
 @triton.jit
-def _best_with_ngram(
-    stay_total, total, ended, fused, last, parent, context, columns, column_scores, place, starts,
-    table_keys, table_scores, table_backoffs, mask, probes, weight, bonus,
-    K: tl.constexpr, KP: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, ROOT: tl.constexpr,
-    BOUNDARIES: tl.constexpr, ORDER: tl.constexpr, BASE: tl.constexpr,
-):  # fmt: skip
-    """Return places and scores of the best KP stays and extensions, those of an n-gram included, best first.
+def read_frame(row, frames, at, b, form: tl.constexpr):
+    """Return frame ``at`` of utterance ``b``; ``row`` points to its log-probs."""
+    place = at * tl.num_programs(0) + b
+    return Frame(
+        tl.load(frames.blank + place),
+        tl.load(frames.shift + place),
+        row,
+        frames.piece + place * form.columns,
+        frames.score + place * form.columns,
+    )
 
-    Places: slot k stays at k, by column c it extends at KP + k * MOST_COLUMNS + c. Columns are looked at CP
-    at a time, the most probable pieces first, as long as one could enter the beam if the n-gram were certain
-    of it.
+
+@triton.jit
+def merge(prefix, mass, frame, form: tl.constexpr):
+    """Return the masses of the slots that stay, and the slot of each one's parent (-1: not in the beam).
+
+    If a slot's parent is in the beam, its extension by the slot's last piece is the same prefix as the slot.
+    The mass of that extension is added here.
     """
-    slot = tl.arange(0, KP)
-    entry = tl.arange(0, KP * CP)
-    from_slot = entry // CP
-    old_last = tl.gather(last, from_slot, 0)
-    whole = tl.gather(total, from_slot, 0)
-    blank = tl.gather(ended, from_slot, 0)
-    more = tl.gather(fused, from_slot, 0)
-    history = tl.gather(context, from_slot, 0)
-    links = tl.where(parent >= 0, parent.to(tl.int64) * BASE + last, -1)  # live extensions of live slots
-    kept = tl.sort(_keys(tl.where(stay_total == NEVER, NEVER, stay_total + fused), slot), descending=True)
-    most = tl.max(tl.where(total == NEVER, NEVER, total + fused), 0) + tl.maximum(bonus, 0.0) + SLACK
-    first = place * 0
-    score = tl.load(column_scores + place * C)
-    floor = tl.max(tl.where(slot == K - 1, _of_keys(kept)[1], NEVER), 0)
-    while (first < C) & (score > NEVER) & (most + score >= floor):
-        column = first + entry % CP
-        there = column < C
-        piece = tl.load(columns + place * C + column, mask=there, other=ROOT).to(tl.int64)
-        mass = tl.where(piece == old_last, blank, whole)
-        mass += tl.load(column_scores + place * C + column, mask=there, other=NEVER)
-        link = from_slot.to(tl.int64) * BASE + piece
-        struck = tl.sum((link[:, None] == links[None, :]).to(tl.int32), 1) > 0
-        hopeful = there & ~struck & (mass > NEVER)
-        gain = weight * _estimate(
-            history, piece, hopeful, table_keys, table_scores, table_backoffs, mask, probes, ORDER, BASE
-        )
-        if BOUNDARIES:
-            begins = (tl.load(starts + piece) != 0) | (old_last == ROOT)
-            gain += bonus * begins.to(tl.float32)
-        mass = tl.where(hopeful, mass + more + gain, NEVER)
-        found = tl.topk(_keys(mass, (KP + from_slot * MOST_COLUMNS + column).to(tl.int32)), KP)
-        kept = tl.topk(tl.cat(kept, found, can_reorder=True), KP)
-        floor = tl.max(tl.where(slot == K - 1, _of_keys(kept)[1], NEVER), 0)
-        first += CP
-        score = tl.load(column_scores + place * C + first, mask=first < C, other=NEVER)
-    return _of_keys(kept)
+    slot = tl.arange(0, form.width)
+    linked = (prefix.parent_hash[:, None] == prefix.hash[None, :]).to(tl.int32)
+    parent = tl.sum(linked * (slot + 1)[None, :], 1) - 1
+    at_parent = tl.maximum(parent, 0)
+    repeated = tl.gather(mass.blank, at_parent, 0)
+    brought = tl.where(prefix.repeats != 0, repeated, tl.gather(mass.total, at_parent, 0))
+    last_score = tl.load(frame.log_probs + prefix.last) + frame.shift
+    nonblank = log_add(mass.nonblank, tl.where(parent >= 0, brought, NEVER)) + last_score
+    blank = mass.total + frame.blank
+    return Mass(log_add(blank, nonblank), blank, nonblank, mass.fused), parent
 
 
-# numbers that change from launch to launch, or are 1 now and then, make no new kernel
-@triton.jit(do_not_specialize=["until", "batch", "pace_every", "score_beam", "table_mask", "table_probes",
-                               "weight", "bonus", "row_stride", "frame_stride"],
-            do_not_specialize_on_alignment=["log_probs", "lens"])  # fmt: skip
+@triton.jit
+def struck(prefix, parent, frame, candidates, form: tl.constexpr):
+    """Return which candidates are prefixes of the beam already, so that `merge` has added their mass.
+
+    Each slot strikes out one column of its parent. An int64 per slot has a bit for each column struck out.
+    """
+    slot = tl.arange(0, form.width)
+    column = tl.arange(0, form.column_block)
+    piece = tl.load(frame.piece + column, mask=column < form.columns, other=-1).to(tl.int64)
+    same = (piece[None, :] == prefix.last[:, None]).to(tl.int32)
+    last_column = tl.sum(same * (column + 1)[None, :], 1) - 1
+    strikes = (parent >= 0) & (last_column >= 0)
+    by = (parent[None, :] == slot[:, None]) & strikes[None, :]
+    bit = tl.full((form.width,), 1, tl.int64) << tl.maximum(last_column % BITS, 0).to(tl.int64)
+    low = tl.sum(tl.where(by & (last_column < BITS)[None, :], bit[None, :], 0), 1)
+    mine = candidates.column.to(tl.int64)
+    marked = (tl.gather(low, candidates.slot, 0) >> tl.maximum(mine % BITS, 0)) & 1
+    if form.columns > BITS:
+        high = tl.sum(tl.where(by & (last_column >= BITS)[None, :], bit[None, :], 0), 1)
+        marked_high = (tl.gather(high, candidates.slot, 0) >> tl.maximum(mine % BITS, 0)) & 1
+        marked = tl.where(mine < BITS, marked, marked_high)
+    return marked != 0
+
+
+@triton.jit
+def best(prefix, mass, stay, parent, frame, candidates, form: tl.constexpr):
+    """Return the best W candidates and their scores, best first."""
+    extends = candidates.column >= 0
+    piece = tl.load(frame.piece + candidates.column, mask=extends, other=-1).to(tl.int64)
+    score = tl.load(frame.score + candidates.column, mask=extends, other=NEVER)
+    repeated = piece == tl.gather(prefix.last, candidates.slot, 0)
+    blank = tl.gather(mass.blank, candidates.slot, 0)
+    carried = tl.where(repeated, blank, tl.gather(mass.total, candidates.slot, 0))
+    out = struck(prefix, parent, frame, candidates, form)
+    total = tl.where(extends & ~out, carried + score, NEVER)
+    total = tl.where(candidates.column == STAY, tl.gather(stay.total, candidates.slot, 0), total)
+    if form.ranks:
+        total = ranked(total, tl.gather(mass.fused, candidates.slot, 0))
+    candidate = tl.arange(0, form.candidates)
+    return from_keys(tl.topk(to_keys(total, candidate), form.width))
+
+
+@triton.jit
+def last_score(keys, form: tl.constexpr):
+    """Return the score of the last of K sorted keys."""
+    return tl.max(tl.where(tl.arange(0, form.width) == form.slots - 1, from_keys(keys)[1], NEVER), 0)
+
+
+@triton.jit
+def best_with_ngram(state, stay, parent, frame, pieces, ngram, probes, form: tl.constexpr):
+    """Return slot, column (or `STAY`) and score of the best W stays and extensions, with the n-gram's score.
+
+    Columns are tried in blocks, the most probable pieces first, until no piece could enter the beam even if
+    the n-gram gave it probability 1. In the keys, place k is the stay of slot k, and place
+    W + k * MOST_COLUMNS + c is its extension by column c.
+    """
+    prefix, mass = state.prefix, state.mass
+    slot = tl.arange(0, form.width)
+    entry = tl.arange(0, form.width * form.column_block)
+    from_slot = entry // form.column_block
+    last = tl.gather(prefix.last, from_slot, 0)
+    total = tl.gather(mass.total, from_slot, 0)
+    blank = tl.gather(mass.blank, from_slot, 0)
+    fused = tl.gather(mass.fused, from_slot, 0)
+    context = tl.gather(state.context, from_slot, 0)
+    links = tl.where(parent >= 0, parent.to(tl.int64) * form.base + prefix.last, -1)  # extensions in the beam
+    kept = tl.sort(to_keys(ranked(stay.total, mass.fused), slot), descending=True)
+    most = tl.max(ranked(mass.total, mass.fused), 0) + tl.maximum(ngram.bonus, 0.0) + SLACK
+    first = state.counts.at * 0
+    score = tl.load(frame.score)
+    floor = last_score(kept, form)
+    while (first < form.columns) & (score > NEVER) & (most + score >= floor):
+        column = first + entry % form.column_block
+        there = column < form.columns
+        piece = tl.load(frame.piece + column, mask=there, other=form.blank).to(tl.int64)
+        extended = tl.where(piece == last, blank, total)
+        extended += tl.load(frame.score + column, mask=there, other=NEVER)
+        link = from_slot.to(tl.int64) * form.base + piece
+        out = tl.sum((link[:, None] == links[None, :]).to(tl.int32), 1) > 0
+        hopeful = there & ~out & (extended > NEVER)
+        gain = ngram.weight * score_piece(ngram, probes, context, piece, hopeful, form)
+        if form.words:
+            begins = (tl.load(pieces.starts_word + piece) != 0) | (last == form.blank)
+            gain += ngram.bonus * begins.to(tl.float32)
+        extended = tl.where(hopeful, extended + fused + gain, NEVER)
+        place = (form.width + from_slot * MOST_COLUMNS + column).to(tl.int32)
+        new = tl.topk(to_keys(extended, place), form.width)
+        kept = tl.topk(tl.cat(kept, new, can_reorder=True), form.width)
+        floor = last_score(kept, form)
+        first += form.column_block
+        score = tl.load(frame.score + first, mask=first < form.columns, other=NEVER)
+    place, value = from_keys(kept)
+    extension = place - form.width
+    source = tl.where(extension < 0, place, extension // MOST_COLUMNS)
+    return source, tl.where(extension < 0, STAY, extension % MOST_COLUMNS), value
+
+
+@triton.jit
+def prune(value, frame, score_beam, form: tl.constexpr):
+    """Return which of the best W candidates survive: at most K, none below the score beam."""
+    alive = (tl.arange(0, form.width) < form.slots) & (value > NEVER)
+    if form.score_beam:
+        floor = tl.where(frame.shift == NEVER, NEVER, tl.max(value, 0) - score_beam)
+        alive = alive & (value >= floor)  # in a skipped frame none dies
+    return alive
+
+
+@triton.jit
+def extend(state, stay, source, column, alive, frame, pieces, arena, ngram, probes, b, form: tl.constexpr):
+    """Return the state of the chosen candidates; write the new prefixes to the arena."""
+    grew = alive & (column >= 0)
+    piece = tl.load(frame.piece + column, mask=grew, other=form.blank).to(tl.int64)
+    score = tl.load(frame.score + column, mask=grew, other=NEVER)
+    old = follow(state, source, form)
+    repeats = piece == old.prefix.last
+    stayed = Mass(*[tl.gather(row, source, 0) for row in stay])
+    carried = tl.where(repeats, old.mass.blank, old.mass.total) + score
+    total = tl.where(grew, carried, tl.where(alive, stayed.total, NEVER))
+    blank = tl.where(alive & ~grew, stayed.blank, NEVER)
+    nonblank = tl.where(grew, total, tl.where(alive, stayed.nonblank, NEVER))
+    mass = Mass(total, blank, nonblank, old.mass.fused)
+    born = ((state.counts.at + 1) * tl.num_programs(0) + b) * form.slots + tl.arange(0, form.width)
+    prefix, marked, begins = grow(old.prefix, piece, repeats, grew, alive, born, pieces, arena, form)
+    context, ahead, changes = old.context, old.ahead, old.changes
+    changes = Changes(changes.source, changes.grew | grew.to(tl.int32), changes.words, changes.gain)
+    if form.order > 0:
+        gain = tl.where(grew, score_piece(ngram, probes, context, piece, grew, form), 0.0)
+        longer = (context * (form.base + 1) + piece + 1) % (form.base + 1) ** (form.order - 1)
+        context = tl.where(grew, longer, context)
+        mass, ahead, changes = add_gain(mass, ahead, changes, gain, marked, begins, ngram, form)
+    return State(prefix, mass, context, ahead, state.counts, state.offset, changes)
+
+
+@triton.jit
+def grow(old, piece, repeats, grew, alive, born, pieces, arena, form: tl.constexpr):
+    """Return the chosen prefixes, which of them grew by a piece that is marked as a word's first, and which
+    began a word."""
+    tl.store(arena.parent + born, old.node, mask=grew)
+    tl.store(arena.piece + born, piece, mask=grew)
+    marked = grew & ~grew  # there are no words
+    begins = marked
+    boundary = old.boundary
+    if form.words:
+        marked = grew & (tl.load(pieces.starts_word + piece) != 0)
+        begins = marked | (grew & (old.last == form.blank))  # the first piece begins a word, marked or not
+        boundary = tl.where(marked, old.node, boundary)
+        tl.store(arena.boundary + born, boundary, mask=grew)
+    content = tl.where(grew, (old.hash * FACTOR) ^ tl.load(pieces.key + piece), old.hash)
+    parent_content = tl.where(grew, old.hash, old.parent_hash)
+    prefix = Prefix(
+        tl.where(grew, born, old.node),
+        boundary,
+        tl.where(grew, piece, old.last),
+        tl.where(alive, content, DEAD),
+        tl.where(alive, parent_content, ORPHAN),
+        tl.where(grew, repeats.to(tl.int64), old.repeats),
+        old.length + (begins if form.unit == 1 else grew).to(tl.int64),
+    )
+    return prefix, marked, begins
+
+
+@triton.jit
+def add_gain(mass, ahead, changes, gain, marked, begins, ngram, form: tl.constexpr):
+    """Add the n-gram's scores of new pieces to ``fused`` (shallow fusion) or to the look-ahead."""
+    weighed = ngram.weight * gain + ngram.bonus * begins.to(tl.float32)
+    if form.shallow > 0:
+        words = changes.words + begins.to(tl.int64)
+        changes = Changes(changes.source, changes.grew, words, changes.gain + gain)
+        mass = Mass(mass.total, mass.blank, mass.nonblank, mass.fused + weighed)
+    if form.ahead_every > 0:
+        closed = tl.where(marked, ahead.whole, ahead.closed)
+        ahead = Ahead(ahead.whole + weighed, closed, ahead.scored, ahead.estimate)
+    return mass, ahead, changes
+
+
+@triton.jit
+def estimate_ahead(mass, ahead, when):
+    """Where ``when``: make ``fused`` hold the look-ahead's estimate of the words that are not scored."""
+    now = ahead.whole - ahead.scored
+    fused = tl.where(when, mass.fused + (now - ahead.estimate), mass.fused)
+    ahead = Ahead(ahead.whole, ahead.closed, ahead.scored, tl.where(when, now, ahead.estimate))
+    return Mass(mass.total, mass.blank, mass.nonblank, fused), ahead
+
+
+@triton.jit
+def rescale(mass, offset, due):
+    """If ``due``, make the best mass 0 and put the difference into the offset, to keep float32 exact."""
+    if due:
+        most = tl.max(mass.total, 0)
+        most = tl.where(most > NEVER, most, 0.0)
+        mass = Mass(mass.total - most, mass.blank - most, mass.nonblank - most, mass.fused)
+        offset += most.to(tl.float64)
+    return mass, offset
+
+
+@triton.jit
+def stop(counts, length, alive, every, form: tl.constexpr):
+    """Apply the stop rule, see StopRule."""
+    fired = counts.at % every == 0
+    longest = counts.longest
+    if form.unit != 0:
+        shortest = tl.min(tl.where(alive, length, FAR), 0)
+        fired = fired & (shortest > longest) & (shortest < FAR)
+        longest = tl.where(fired, shortest, longest)
+    return Counts(counts.at, fired, longest, counts.searched)
+
+
+@triton.jit
+def end_frame(state, alive, frame, every, form: tl.constexpr):
+    """Count the frame; rescale, stop and update the look-ahead when they are due."""
+    counts, ahead = state.counts, state.ahead
+    real = frame.shift > NEVER
+    searched = counts.searched + real.to(tl.int64)
+    counts = Counts(counts.at + 1, counts.fired, counts.longest, searched)
+    mass, offset = rescale(state.mass, state.offset, real & (searched % RESCALE == 0))
+    if form.stops:
+        counts = stop(counts, state.prefix.length, alive, every, form)
+        if form.ahead_every > 0:
+            due = ~counts.fired & (counts.at % form.ahead_every == 0)
+            mass, ahead = estimate_ahead(mass, ahead, due)
+    return State(state.prefix, mass, state.context, ahead, counts, offset, state.changes)
+
+
+@triton.jit
+def go_on(state, form: tl.constexpr):
+    """Return the state after a stop: the fusion has scored the words that were closed."""
+    counts, mass, ahead = state.counts, state.mass, state.ahead
+    if form.ahead_every > 0:
+        scored = tl.where(counts.fired, ahead.closed, ahead.scored)
+        ahead = Ahead(ahead.whole, ahead.closed, scored, ahead.estimate)
+        mass, ahead = estimate_ahead(mass, ahead, counts.fired)
+    counts = Counts(counts.at, counts.at < 0, counts.longest, counts.searched)
+    return State(state.prefix, mass, state.context, ahead, counts, state.offset, state.changes)
+
+
+# Triton compiles a kernel anew for integers that are 1 or a multiple of 16, and for aligned pointers, unless
+# they are named here. Fields of named tuples cannot be named: what varies among searches is an argument.
+# The candidates are always aligned. But where the compiler knows it, each thread loads four neighbours and
+# keeps four in all that is done with candidates. That takes up to 90 registers more.
+@triton.jit(do_not_specialize=["row_stride", "frame_stride", "probes", "until", "every"],
+            do_not_specialize_on_alignment=["log_probs", "lens", "slots", "columns"])  # fmt: skip
 def search_utterances(
-    log_probs, row_stride, frame_stride,  # float [B, T, V]
-    blank_scores, shifts, columns, column_scores,  # [T, B], [T, B], int32 [T, B, C], [T, B, C]: see Frames
-    lens, until,
-    keys, starts,  # int64 [V], uint8 [V]
-    candidate_slots, candidate_columns,  # int32 [NP]: what each extends; column -1: a stay, -2: none
-    integers, numbers, counts, offsets,  # state: int64 [B, 8, KP], float [B, 8, KP], int64 [B, 4], double [B]
-    parents, pieces, boundaries,  # int64 [rows, B, K]
-    sources, grown, opened_words, gains,  # out, [B, K]: int64, bool, int64, float
-    batch,
-    pace_every, score_beam,
-    table_keys, table_scores, table_backoffs, table_mask, table_probes,
-    weight, bonus,  # of the n-gram
-    K: tl.constexpr, KP: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, NP: tl.constexpr,
-    WIDE: tl.constexpr, ROOT: tl.constexpr, RANKS: tl.constexpr, PACED: tl.constexpr, UNIT: tl.constexpr,
-    BOUNDARIES: tl.constexpr, SCORE_BEAM: tl.constexpr, ORDER: tl.constexpr, BASE: tl.constexpr,
-    SHALLOW: tl.constexpr, AHEAD_EVERY: tl.constexpr, I: tl.constexpr, F: tl.constexpr, W: tl.constexpr,
+    log_probs, row_stride, frame_stride, lens, slots, columns, frames, pieces, arena, ngram, probes, stored,
+    until, every, score_beam, form: tl.constexpr,
 ):  # fmt: skip
-    """Let each utterance go on, before frame ``until`` or its end, if PACED no further than to its stop.
+    """Search each utterance on, up to frame ``until`` or its end, or where ``form.stops`` to its next stop.
 
-    ROOT: id of blank; UNIT: see StopRule, by number; BOUNDARIES: whether words are closed;
-    SCORE_BEAM: whether there is one; ORDER: of the n-gram, 0: none;
-    SHALLOW: whether it ranks extensions (2) or is recorded (1);
-    AHEAD_EVERY: frames between two updates of its look-ahead, 0: it does none; I, F, W: rows of integers,
-    numbers, counts.
+    Args:
+        log_probs: [B, T, V] float32; row_stride, frame_stride: of utterances and frames.
+        lens: [B] int64, frames of each utterance.
+        slots, columns: [N] int32, see Candidates.
+        frames, pieces, arena, ngram, stored: Frames, Pieces, Arena, Ngram, State.
+        probes: cells of the n-gram's table to read until any key must have come up.
+        until: frames; every: frames between two looks of the stop rule; score_beam: nats; form: Form.
     """
     b = tl.program_id(0)
-    slot = tl.arange(0, KP)
-    real = slot < K
-    column = tl.arange(0, CP)
-    candidate = tl.arange(0, NP)
-    from_slot = tl.load(candidate_slots + candidate)
-    from_column = tl.load(candidate_columns + candidate)
-    stays = from_column == -1
-    extends = from_column >= 0
-
-    state = integers + b * I * KP + slot
-    node = tl.load(state)
-    boundary = tl.load(state + KP)
-    last = tl.load(state + 2 * KP)
-    content = tl.load(state + 3 * KP)
-    parent_content = tl.load(state + 4 * KP)
-    repeats = tl.load(state + 5 * KP)
-    length = tl.load(state + 6 * KP)
-    context = tl.load(state + 7 * KP)
-    mass = numbers + b * F * KP + slot
-    total = tl.load(mass)
-    ended = tl.load(mass + KP)
-    opened = tl.load(mass + 2 * KP)
-    fused = tl.load(mass + 3 * KP)
-    ahead = tl.load(mass + 4 * KP)
-    closed = tl.load(mass + 5 * KP)
-    scored = tl.load(mass + 6 * KP)
-    given = tl.load(mass + 7 * KP)
-    at = tl.load(counts + b * W)
-    fired = tl.load(counts + b * W + 1) != 0
-    longest = tl.load(counts + b * W + 2)
-    done = tl.load(counts + b * W + 3)
-    offset = tl.load(offsets + b)
+    candidate = tl.arange(0, form.candidates)
+    candidates = Candidates(tl.load(slots + candidate), tl.load(columns + candidate))
     end = tl.minimum(tl.load(lens + b), until)
-
-    origin = slot
-    grew_ever = slot < 0
-    gained = tl.zeros((KP,), tl.float32)
-    words = tl.zeros((KP,), tl.int64)
-    if AHEAD_EVERY > 0:
-        scored = tl.where(fired, closed, scored)
-        now = ahead - scored
-        fused = tl.where(fired, fused + (now - given), fused)
-        given = tl.where(fired, now, given)
-    fired = at < 0
-    disordered = at >= 0
-
-    while (at < end) & ~fired:
-        if RANKS:
-            if disordered:  # scores came: the best to the front, as the choice of candidates needs it
-                score = tl.where(total == NEVER, NEVER, total + fused)
-                order, _ = _of_keys(tl.sort(_keys(score, slot), descending=True))
-                node = tl.gather(node, order, 0)
-                boundary = tl.gather(boundary, order, 0)
-                last = tl.gather(last, order, 0)
-                content = tl.gather(content, order, 0)
-                parent_content = tl.gather(parent_content, order, 0)
-                repeats = tl.gather(repeats, order, 0)
-                length = tl.gather(length, order, 0)
-                total = tl.gather(total, order, 0)
-                ended = tl.gather(ended, order, 0)
-                opened = tl.gather(opened, order, 0)
-                fused = tl.gather(fused, order, 0)
-                origin = tl.gather(origin, order, 0)
-                grew_ever = tl.gather(grew_ever.to(tl.int32), order, 0) != 0
-                if ORDER > 0:
-                    context = tl.gather(context, order, 0)
-                if SHALLOW > 0:
-                    gained = tl.gather(gained, order, 0)
-                    words = tl.gather(words, order, 0)
-                if AHEAD_EVERY > 0:
-                    ahead = tl.gather(ahead, order, 0)
-                    closed = tl.gather(closed, order, 0)
-                    scored = tl.gather(scored, order, 0)
-                    given = tl.gather(given, order, 0)
-            disordered = (AHEAD_EVERY > 0) & (at >= 0)
-        place = at * batch + b
-        shift = tl.load(shifts + place)
-        blank_score = tl.load(blank_scores + place)
-        piece_of = tl.load(columns + place * C + column, mask=column < C, other=-1).to(tl.int64)
-        row = log_probs + b.to(tl.int64) * row_stride + at * frame_stride
-        last_score = tl.load(row + last) + shift
-
-        # stays, with what their parents' extensions bring
-        linked = (parent_content[:, None] == content[None, :]).to(tl.int32)
-        parent = tl.sum(linked * (slot + 1)[None, :], 1) - 1  # -1: none in the beam
-        has_parent = parent >= 0
-        at_parent = tl.maximum(parent, 0)
-        brought = tl.where(repeats != 0, tl.gather(ended, at_parent, 0), tl.gather(total, at_parent, 0))
-        stay_open = _log_add(opened, tl.where(has_parent, brought, NEVER)) + last_score
-        stay_ended = total + blank_score
-        stay_total = _log_add(stay_ended, stay_open)
-
-        if SHALLOW == 2:
-            chosen, value = _best_with_ngram(
-                stay_total, total, ended, fused, last, parent, context, columns, column_scores, place,
-                starts, table_keys, table_scores, table_backoffs, table_mask, table_probes, weight, bonus,
-                K, KP, C, CP, ROOT, BOUNDARIES, ORDER, BASE,
-            )  # fmt: skip
-            source = tl.where(chosen < KP, chosen, (chosen - KP) // MOST_COLUMNS)
-            took = tl.where(chosen < KP, -1, (chosen - KP) % MOST_COLUMNS)
+    state = go_on(load_state(stored, b, form), form)
+    disordered = state.counts.at >= 0
+    while (state.counts.at < end) & ~state.counts.fired:
+        if form.ranks:
+            if disordered:
+                state = sort(state, form)
+            disordered = (form.ahead_every > 0) & (state.counts.at >= 0)
+        row = log_probs + b.to(tl.int64) * row_stride + state.counts.at * frame_stride
+        frame = read_frame(row, frames, state.counts.at, b, form)
+        stay, parent = merge(state.prefix, state.mass, frame, form)
+        if form.shallow == 2:
+            source, column, value = best_with_ngram(
+                state, stay, parent, frame, pieces, ngram, probes, form
+            )
         else:
-            # those in the beam already are struck out: a bit for each column of their parents
-            same = (piece_of[None, :] == last[:, None]).to(tl.int32)
-            last_column = tl.sum(same * (column + 1)[None, :], 1) - 1
-            strikes = has_parent & (last_column >= 0)
-            struck_by = (parent[None, :] == slot[:, None]) & strikes[None, :]
-            bit = tl.full((KP,), 1, tl.int64) << tl.maximum(last_column % 62, 0).to(tl.int64)
-            low = tl.where(struck_by & (last_column < 62)[None, :], bit[None, :], 0)
-            mine = from_column.to(tl.int64)
-            struck = (tl.gather(tl.sum(low, 1), from_slot, 0) >> tl.maximum(mine % 62, 0)) & 1
-            if WIDE:  # more than 62 columns
-                high = tl.where(struck_by & (last_column >= 62)[None, :], bit[None, :], 0)
-                struck_high = (tl.gather(tl.sum(high, 1), from_slot, 0) >> tl.maximum(mine % 62, 0)) & 1
-                struck = tl.where(mine < 62, struck, struck_high)
-            new_piece = tl.load(columns + place * C + from_column, mask=extends, other=-1).to(tl.int64)
-            new_score = tl.load(column_scores + place * C + from_column, mask=extends, other=NEVER)
-            repeated = new_piece == tl.gather(last, from_slot, 0)
-            from_mass = tl.where(repeated, tl.gather(ended, from_slot, 0), tl.gather(total, from_slot, 0))
-            new_total = tl.where(extends & (struck == 0), from_mass + new_score, NEVER)
-            rank = tl.where(stays, tl.gather(stay_total, from_slot, 0), new_total)
-            if RANKS:
-                rank = tl.where(rank == NEVER, NEVER, rank + tl.gather(fused, from_slot, 0))
-            chosen, value = _of_keys(tl.topk(_keys(rank, candidate), KP))
-            source = tl.load(candidate_slots + chosen)
-            took = tl.load(candidate_columns + chosen)
-
-        # the best K of all
-        alive = real & (value > NEVER)
-        if SCORE_BEAM:
-            floor = tl.max(value, 0) - score_beam  # a skipped frame kills nobody
-            alive = alive & (value >= tl.where(shift == NEVER, NEVER, floor))
-        grew = alive & (took >= 0)
-        piece = tl.load(columns + place * C + took, mask=grew, other=ROOT).to(tl.int64)
-        old_last = tl.gather(last, source, 0)
-        old_node = tl.gather(node, source, 0)
-        old_content = tl.gather(content, source, 0)
-        old_boundary = tl.gather(boundary, source, 0)
-        taken = tl.load(column_scores + place * C + took, mask=grew, other=NEVER)
-        carried = tl.where(piece == old_last, tl.gather(ended, source, 0), tl.gather(total, source, 0))
-        total = tl.where(grew, carried + taken, tl.where(alive, tl.gather(stay_total, source, 0), NEVER))
-        ended = tl.where(alive & ~grew, tl.gather(stay_ended, source, 0), NEVER)
-        opened = tl.where(grew, total, tl.where(alive, tl.gather(stay_open, source, 0), NEVER))
-        repeats = tl.where(grew, (piece == old_last).to(tl.int64), tl.gather(repeats, source, 0))
-        born = ((at + 1) * batch + b) * K + slot
-        node = tl.where(grew, born, old_node)
-        content = tl.where(grew, (old_content * FACTOR) ^ tl.load(keys + piece), old_content)
-        content = tl.where(alive, content, DEAD)
-        parent_content = tl.where(grew, old_content, tl.gather(parent_content, source, 0))
-        parent_content = tl.where(alive, parent_content, ORPHAN)
-        last = tl.where(grew, piece, old_last)
-        fused = tl.gather(fused, source, 0)
-        origin = tl.gather(origin, source, 0)
-        grew_ever = (tl.gather(grew_ever.to(tl.int32), source, 0) != 0) | grew
-        tl.store(parents + born, old_node, mask=grew)
-        tl.store(pieces + born, piece, mask=grew)
-        length = tl.gather(length, source, 0)
-        begins = slot < 0  # there are no words
-        starting = begins
-        boundary = old_boundary
-        if BOUNDARIES:
-            starting = grew & (tl.load(starts + piece) != 0)
-            boundary = tl.where(starting, old_node, old_boundary)
-            tl.store(boundaries + born, boundary, mask=grew)
-            begins = starting | (grew & (old_last == ROOT))  # the first piece begins a word, marked or not
-        if ORDER > 0:
-            old_context = tl.gather(context, source, 0)
-            gain = _estimate(
-                old_context, piece, grew, table_keys, table_scores, table_backoffs,
-                table_mask, table_probes, ORDER, BASE,
-            )  # fmt: skip
-            gain = tl.where(grew, gain, 0.0)
-            longer = (old_context * (BASE + 1) + piece + 1) % (BASE + 1) ** (ORDER - 1)
-            context = tl.where(grew, longer, old_context)
-            weighed = weight * gain + bonus * begins.to(tl.float32)
-            if SHALLOW > 0:
-                gained = tl.gather(gained, source, 0) + gain
-                words = tl.gather(words, source, 0) + begins.to(tl.int64)
-                fused += weighed
-            if AHEAD_EVERY > 0:
-                old_ahead = tl.gather(ahead, source, 0)
-                scored = tl.gather(scored, source, 0)
-                given = tl.gather(given, source, 0)
-                closed = tl.where(starting, old_ahead, tl.gather(closed, source, 0))
-                ahead = old_ahead + weighed
-        length += (begins if UNIT == 1 else grew).to(tl.int64)
-
-        at += 1
-        searched = shift > NEVER
-        done += searched.to(tl.int64)
-        if searched & (done % RESCALE == 0):
-            best = tl.max(total, 0)
-            best = tl.where(best > NEVER, best, 0.0)
-            total -= best
-            ended -= best
-            opened -= best
-            offset += best.to(tl.float64)
-        if PACED:
-            look = at % pace_every == 0
-            if UNIT == 0:
-                fired = look
-            else:
-                shortest = tl.min(tl.where(alive, length, 1 << 40), 0)
-                fired = look & (shortest > longest) & (shortest < (1 << 40))
-                longest = tl.where(fired, shortest, longest)
-            if AHEAD_EVERY > 0:
-                update = ~fired & (at % AHEAD_EVERY == 0)
-                now = ahead - scored
-                fused = tl.where(update, fused + (now - given), fused)
-                given = tl.where(update, now, given)
-
-    tl.store(state, node)
-    tl.store(state + KP, boundary)
-    tl.store(state + 2 * KP, last)
-    tl.store(state + 3 * KP, content)
-    tl.store(state + 4 * KP, parent_content)
-    tl.store(state + 5 * KP, repeats)
-    tl.store(state + 6 * KP, length)
-    tl.store(state + 7 * KP, context)
-    tl.store(mass, total)
-    tl.store(mass + KP, ended)
-    tl.store(mass + 2 * KP, opened)
-    tl.store(mass + 3 * KP, fused)
-    tl.store(mass + 4 * KP, ahead)
-    tl.store(mass + 5 * KP, closed)
-    tl.store(mass + 6 * KP, scored)
-    tl.store(mass + 7 * KP, given)
-    tl.store(counts + b * W, at)
-    tl.store(counts + b * W + 1, fired.to(tl.int64))
-    tl.store(counts + b * W + 2, longest)
-    tl.store(counts + b * W + 3, done)
-    tl.store(offsets + b, offset)
-    tl.store(sources + b * K + slot, origin.to(tl.int64), mask=real)
-    tl.store(grown + b * K + slot, grew_ever.to(tl.uint8), mask=real)
-    if SHALLOW > 0:
-        tl.store(opened_words + b * K + slot, words, mask=real)
-        tl.store(gains + b * K + slot, gained, mask=real)
+            chosen, value = best(state.prefix, state.mass, stay, parent, frame, candidates, form)
+            source, column = tl.load(slots + chosen), tl.load(columns + chosen)
+        alive = prune(value, frame, score_beam, form)
+        state = extend(state, stay, source, column, alive, frame, pieces, arena, ngram, probes, b, form)
+        state = end_frame(state, alive, frame, every, form)
+    store_state(stored, state, b, form)
