@@ -20,7 +20,7 @@ def main() -> int:
         log_probs = torch.randn(1, 8, 5, device=device).log_softmax(-1)
         dense = k2.DenseFsaVec(log_probs, torch.tensor([[0, 0, 8]], dtype=torch.int32))
         graph = k2.ctc_graph([[1, 2, 2]], device=device)
-        found = float(k2.intersect_dense(graph, dense, output_beam=1e10).get_tot_scores(True, True)[0])
+        score = float(k2.intersect_dense(graph, dense, output_beam=1e10).get_tot_scores(True, True)[0])
     except Exception as error:  # whatever a binary for another torch may raise
         where = f"torch {torch.__version__}, Python {sys.version.split()[0]}"
         remedy = "remedy: pip uninstall k2, then bash tools/install_k2.sh"
@@ -30,8 +30,8 @@ def main() -> int:
     loss = torch.nn.functional.ctc_loss(
         log_probs.cpu().transpose(0, 1), target, lens, torch.tensor([3]), reduction="sum"
     )
-    if abs(found + float(loss)) > 1e-4:
-        print(f"k2 gives the CTC score {found}, but torch {-float(loss)}", file=sys.stderr)
+    if abs(score + float(loss)) > 1e-4:
+        print(f"k2 gives the CTC score {score}, but torch {-float(loss)}", file=sys.stderr)
         return 1
     print(f"k2 works on {device}: torch {torch.__version__}, Python {sys.version.split()[0]}")
     return 0

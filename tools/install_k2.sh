@@ -31,7 +31,7 @@ fi
 if ! found=$("$python" -c '
 import sys, torch
 print(torch.__version__.split("+")[0], torch.version.cuda or "cpu", "cp%d%d" % sys.version_info[:2])' 2>/dev/null); then
-  echo "install_k2.sh: $python has no torch: install torch first (bash tools/setup_env.sh), k2 is built for one of it" >&2
+  echo "install_k2.sh: $python has no torch: install torch first (bash tools/setup_env.sh); a wheel of k2 fits one torch" >&2
   exit 1
 fi
 read -r torch cuda tag <<<"$found"

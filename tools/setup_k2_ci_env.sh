@@ -1,13 +1,12 @@
 #!/usr/bin/env bash
-# Make or update .venv-k2: Python 3.9, torch 1.13.1, k2 1.23.4. In it everything about k2 can be tested on any
-# machine, on its CPU; for real work see tools/install_k2.sh. Idempotent: nothing is done when
-# tools/requirements-k2-ci.txt has not changed since.
+# Make or update .venv-k2: Python 3.9, torch 1.13.1, k2 1.23.4. It tests all code for k2 on the CPU of any machine.
+# For decoding, see tools/install_k2.sh. Does nothing if tools/requirements-k2-ci.txt has not changed.
 #
 #   bash tools/setup_k2_ci_env.sh             # needs Python 3.9; about 4 GB, 2 minutes
 #   PYTHON39=/opt/python3.9/bin/python bash tools/setup_k2_ci_env.sh
-#   bash tools/setup_k2_ci_env.sh --required  # no Python 3.9 is a failure (also with CI set in the environment)
+#   bash tools/setup_k2_ci_env.sh --required  # without Python 3.9: fails (also with CI set in the environment)
 #
-# Exit codes: 0 the environment is ready, 77 skipped for want of Python 3.9, others: failed.
+# Exit codes: 0 the environment is ready, 77 skipped (no Python 3.9), others: failed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source tools/common.sh
@@ -48,7 +47,7 @@ wanted=$(sha1sum <tools/requirements-k2-ci.txt)
 if [ "$(cat "$stamp" 2>/dev/null || true)" = "$wanted" ]; then
   exit 0
 fi
-echo "setup_k2_ci_env.sh: installing torch 1.13.1, k2 1.23.4 and what tests need (about 4 GB)"
+echo "setup_k2_ci_env.sh: installing torch 1.13.1, k2 1.23.4 and the packages for tests (about 4 GB)"
 ensure_pip "$venv/bin/python"
 quietly "$venv/bin/python" -m pip --disable-pip-version-check install -r tools/requirements-k2-ci.txt
 "$venv/bin/python" tools/check_k2.py

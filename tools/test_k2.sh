@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Run the tests of k2 in the environment that tools/setup_k2_ci_env.sh makes.
 #
-#   bash tools/test_k2.sh                     # skipped, and said so, where there is no Python 3.9
-#   bash tools/test_k2.sh --required          # then it fails (also with CI set in the environment)
+#   bash tools/test_k2.sh                     # without Python 3.9: skipped, with a message
+#   bash tools/test_k2.sh --required          # without Python 3.9: fails (also with CI set in the environment)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source tools/common.sh

@@ -32,11 +32,11 @@ class LatticeBeamOptions:
     """Options of the beam search along a lattice.
 
     Args:
-        beam: hypotheses kept an utterance. The same words stand in many states of a lattice at a time, so it
-            takes ten times the beam of the prefix search to keep as many different words.
+        beam: hypotheses kept per utterance. The same words are in many states of a lattice at a time, so ten
+            times the beam of the prefix search keeps as many different words.
         merge: sum: the masses of equal words in the same state add, as in the prefix search; max: the best
-            path counts, as k2's shortest path has it.
-        score_beam: hypotheses that score this many nats less than the best are dropped; none: no limit.
+            path counts, as in k2's shortest path.
+        score_beam: hypotheses more than this many nats below the best are dropped; none: no limit.
         nbest: hypotheses returned; none: all of the beam.
     """
 
@@ -76,7 +76,7 @@ def lattice_beam_search(
 
     Returns:
         One NBest per utterance, best first; scores "ctc" (with ``sum`` of all alignments that the beam kept),
-        "hlg" (of the heaviest way to these words), one per fusion, "words" and "total".
+        "hlg" (of the best path to these words), one per fusion, "words" and "total".
 
     Raises:
         ValueError: a fusion wants to score extensions (shallow fusion).

@@ -19,10 +19,11 @@ from icefall_fusion.common.files import PathLike, opener
 from icefall_fusion.common.unavailable import Unavailable
 from icefall_fusion.lattice.graph import TOPOLOGIES, DecodingGraph
 from icefall_fusion.lattice.k2_fsas import load_k2
+from icefall_fusion.ngram.arpa import END, START, UNKNOWN
 from icefall_fusion.text.lexicon import Lexicon
 from icefall_fusion.text.tokens import AcousticTokens
 
-_START, _END, _UNKNOWN, _BACKOFF = "<s>", "</s>", "<unk>", "#0"
+_BACKOFF = "#0"
 
 
 def make_h(tokens: AcousticTokens, topology: str = "standard") -> DecodingGraph:
@@ -99,7 +100,7 @@ def arpa_words(arpa: PathLike) -> list[str]:
             elif inside:
                 words.append(line.split()[1])
     check(bool(words), f"{arpa}", "have unigrams", len(words))
-    return [word for word in words if word not in (_START, _END, _UNKNOWN, "<UNK>")]
+    return [word for word in words if word not in (START, END, UNKNOWN, "<UNK>")]
 
 
 # --- steps of the composition ---------------------------------------------------------------------------
@@ -118,7 +119,7 @@ def _read_g(arpa: PathLike, words: Sequence[str], order: int) -> Any:
     check(not lacking, f"the words of {arpa}", rule, lacking[:3])
     with tempfile.TemporaryDirectory() as folder:
         table, plain = Path(folder) / "words.txt", Path(folder) / "g.arpa"
-        names = ["<eps>", *words, _BACKOFF, _START, _END]
+        names = ["<eps>", *words, _BACKOFF, START, END]
         table.write_text("".join(f"{name} {index}\n" for index, name in enumerate(names)), encoding="utf-8")
         with opener(arpa)(arpa, "rb") as source, open(plain, "wb") as target:
             shutil.copyfileobj(source, target)
@@ -167,7 +168,7 @@ def _marked(lexicon: Lexicon) -> list[tuple[int, int]]:
 
 
 def _clean(lg: Any, lexicon: Lexicon, tokens: AcousticTokens, with_backoff: bool) -> Any:
-    """Determinize, take disambiguation symbols away, and then the epsilons that back-off leaves."""
+    """Determinize; remove disambiguation symbols, then the epsilons that back-off leaves."""
     k2 = load_k2()
     lg = k2.connect(k2.determinize(lg, k2.DeterminizeWeightPushingType.kLogWeightPushing))
     pieces = [*range(tokens.size), 0, *(piece for piece, _ in _marked(lexicon)), -1]  # last: of label -1

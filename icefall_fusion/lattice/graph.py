@@ -62,7 +62,7 @@ class DecodingGraph:
         check(self.outputs[:1] == [()], "DecodingGraph.outputs", "begin with an empty one", self.outputs[:1])
 
     def check_tokens(self, tokens: AcousticTokens, name: str = "the decoding graph") -> None:
-        """Raise ValueError, with what to do, unless the graph was made for these acoustic pieces."""
+        """Raise ValueError, with the remedy, unless the graph was made for these acoustic pieces."""
         again = "make it again for this acoustic model (job make-graph, stage graph of the recipe)"
         rule = f"be over {tokens.size} acoustic pieces; {again}"
         check(self.pieces == tokens.size, name, rule, self.pieces)

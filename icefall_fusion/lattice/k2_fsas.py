@@ -13,7 +13,7 @@ from torch import Tensor
 from icefall_fusion.common.unavailable import Unavailable, asked_once
 from icefall_fusion.lattice.graph import DecodingGraph
 
-_LAST_POSTERIOR = 1e-2  # arcs above it never leave a lattice that is too large
+_LAST_POSTERIOR = 1e-2  # arcs above it are never removed
 _NO_BEAM = 1e10
 _REMEDY = "bash tools/install_k2.sh prints the line that installs the k2 that fits this torch and Python"
 
@@ -72,8 +72,8 @@ def thin_out(fsa: Any, most: int, first: float) -> Any:
 
     Args:
         fsa: one lattice.
-        most: arcs wanted at most; more stay where all are more probable than 0.01.
-        first: arcs below this posterior leave first; it is raised tenfold until the rest fits.
+        most: arcs to keep at most; more stay if all of them have a posterior above 0.01.
+        first: arcs with a smaller posterior are removed; the limit is raised tenfold until the rest fits.
     """
     k2 = load_k2()
     fsas, least = k2.create_fsa_vec([fsa]), first

@@ -26,17 +26,17 @@ class LatticeOptions:
     """How lattices are made and pruned.
 
     Args:
-        search_beam: nats below the best that a state may be in a frame.
-        output_beam: nats below the best path that a lattice keeps.
-        min_active_states: states that stay in a frame whatever their score.
-        max_active_states: states in a frame at most.
-        graph_scale: factor of the graph's own scores beside CTC's while the lattice is made.
-        max_arcs: of an utterance's lattice; larger ones lose their least probable arcs until they fit.
-        rescore_posterior: before a whole lattice is rescored, arcs that are less probable than this leave it.
-        rescore_arcs: of lattices that are rescored together, then; a larger lattice loses its least probable
-            arcs until it fits (an n-gram makes it a hundred times as large).
-        paths: random paths drawn for an N-best list.
-        path_scale: factor of all scores while paths are drawn: lower ones differ more.
+        search_beam: pruning of the states in a frame, in nats below the best state.
+        output_beam: pruning of the lattice, in nats below the best path.
+        min_active_states: number of states that are kept in a frame whatever their score.
+        max_active_states: largest number of states in a frame.
+        graph_scale: factor of the graph's scores beside CTC's while the lattice is made.
+        max_arcs: largest number of arcs of a lattice; a larger one loses its least probable arcs.
+        rescore_posterior: arcs with a smaller posterior are removed before a whole lattice is rescored.
+        rescore_arcs: largest number of arcs that are rescored together. A larger lattice loses its least
+            probable arcs until it fits, for an n-gram makes it a hundred times as large.
+        paths: number of random paths for an N-best list.
+        path_scale: factor of all scores while paths are drawn; a lower one gives more different paths.
     """
 
     search_beam: float = 15.0
@@ -55,12 +55,10 @@ class LatticeOptions:
         for field in ("search_beam", "output_beam", "path_scale"):
             check(getattr(self, field) > 0, name + field, "be above 0", getattr(self, field))
         check(self.graph_scale >= 0, name + "graph_scale", "be at least 0", self.graph_scale)
-        check(
-            self.min_active_states >= 0, name + "min_active_states", "be at least 0", self.min_active_states
-        )
-        least = max(1, self.min_active_states)
-        rule = f"be at least {least} (min_active_states)"
-        check(self.max_active_states >= least, name + "max_active_states", rule, self.max_active_states)
+        fewest, most = self.min_active_states, self.max_active_states
+        check(fewest >= 0, name + "min_active_states", "be at least 0", fewest)
+        rule = f"be at least {max(1, fewest)} (min_active_states)"
+        check(most >= max(1, fewest), name + "max_active_states", rule, most)
         posterior = self.rescore_posterior
         check(0 < posterior < 1, name + "rescore_posterior", "be between 0 and 1", posterior)
         for field in ("max_arcs", "rescore_arcs", "paths"):

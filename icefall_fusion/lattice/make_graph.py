@@ -24,11 +24,11 @@ class MakeGraphOptions:
         kind: H (pieces), HL (words of a lexicon), HLG (with an n-gram over words), or G (an n-gram over words
             for rescoring).
         arpa: the n-gram over words, for HLG and G.
-        words: file with a word a line, the lexicon; empty: the words of lexicon_arpa.
+        words: file of the lexicon, one word per line; empty: the words of lexicon_arpa.
         lexicon_arpa: ARPA file whose words are the lexicon; empty: that of arpa. A G must have the lexicon
             of the HLG that it is used with.
         topology: of CTC, standard or modified.
-        order: longest n-gram taken from arpa; -1: all.
+        order: longest n-gram of arpa to use; -1: all.
     """
 
     tokens: str

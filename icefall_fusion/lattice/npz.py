@@ -35,14 +35,14 @@ def write_npz(
 
 @contextlib.contextmanager
 def open_npz(path: PathLike, name: str) -> Iterator[tuple[dict[str, Any], Mapping[str, np.ndarray]]]:
-    """Yield the head and the arrays of a file; an array is read when it is asked for.
+    """Yield the head and the arrays of a file; an array is read when it is looked up.
 
     Args:
         path: the file.
         name: of such a file, for messages.
 
     Raises:
-        ValueError: the file is broken, or of another format; also where the block meets a broken array.
+        ValueError: the file is broken, or of another format; also if the block looks up a broken array.
     """
     try:
         with np.load(path) as archive:

@@ -68,9 +68,9 @@ class SavedLattices:
     """Lattices from the files of the job make-lattices.
 
     Args:
-        folder: of the files. Their heads are read here, a whole file when one of its utterances is wanted.
+        folder: of the files. Their heads are read here, a whole file when one of its utterances is needed.
         tokens: the acoustic pieces.
-        device: where they are wanted.
+        device: of the lattices that are returned.
 
     Raises:
         FileNotFoundError: there are none.
@@ -123,7 +123,7 @@ class SavedLattices:
         """Return the file and row of an utterance; count its arcs and its share of the seconds.
 
         Args:
-            kinds: of lists that are wanted too.
+            kinds: of lists that are needed too.
         """
         if name not in self._rows:
             raise ValueError(

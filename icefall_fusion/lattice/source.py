@@ -29,9 +29,9 @@ class K2Options:
     """Lattices, for the methods k2-*.
 
     Args:
-        graph: decoding graph of the job make-graph (H, HL or HLG); empty: there is none.
-        ngram: n-gram over words as a graph (kind G of make-graph), for rescoring; empty: there is none.
-        saved: folder that the job make-lattices wrote, taken instead of k2; empty: k2 in this process.
+        graph: decoding graph of the job make-graph (H, HL or HLG); empty: none.
+        ngram: n-gram over words as a graph (kind G of make-graph), for rescoring; empty: none.
+        saved: folder of the job make-lattices, read instead of running k2; empty: k2 in this process.
         lattice: how lattices are made.
         beam: of the beam search along lattices (k2-llm-delayed-*).
     """

@@ -31,7 +31,7 @@ class WordNgram:
         self, graph: DecodingGraph, outputs: Sequence[tuple[int, ...]], device: torch.device
     ) -> None:
         k2 = load_k2()
-        self._loops = k2.arc_sort(to_fsa(graph, device))  # each state may wait where lattices have no output
+        self._loops = k2.arc_sort(to_fsa(graph, device))  # a loop for arcs of lattices without output
         self._loops.ngram = self._loops.scores.clone()
         self._plain = k2.arc_sort(k2.remove_epsilon_self_loops(self._loops))
         for fsa in (self._loops, self._plain):
@@ -68,7 +68,7 @@ class WordNgram:
         Args:
             lattices: that have a path.
             options: ``rescore_posterior``, ``rescore_arcs``, ``graph_scale``, ``paths``.
-            counters: to which ``lattices_thinned`` is added: lattices that lost more than improbable arcs.
+            counters: to which ``lattices_thinned`` is added: lattices cut down to ``rescore_arcs``.
             scales: of the n-gram: the best path under each is returned; random ones are of the first.
         """
         k2, plain, most = load_k2(), lattices.plain, options.rescore_arcs

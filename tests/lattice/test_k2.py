@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 from lattice_tools import ARPA, TOKENS, WORDS, assert_same_pieces, log_probs, needs_k2
-from reference.lattice_paths import all_paths, graph_sentences, ngram_on_path, words_of_paths
+from reference.lattice_paths import all_paths, collapse, graph_sentences, ngram_on_path, words_of_paths
 from search_tools import WordLengths
 
 from icefall_fusion.acoustic.emissions import Emissions
@@ -95,24 +95,10 @@ def test_the_language_of_a_graph_is_that_of_brute_force(graphs, arpa, kind) -> N
 
 
 def alignments(pieces, frames, topology):
-    """Yield every way to hear pieces in so many frames."""
+    """Yield every alignment of pieces to so many frames."""
     for labels in itertools.product(range(TOKENS.size), repeat=frames):
-        if list(pieces) in _readings(labels, topology):
+        if list(pieces) in collapse(labels, topology):
             yield labels
-
-
-def _readings(labels, topology):
-    found, last = [[]], 0
-    for label in labels:
-        longer = []
-        for pieces in found:
-            again = label == last and label != 0
-            if label == 0 or again:
-                longer.append(pieces)
-            if label != 0 and (not again or topology == "modified"):
-                longer.append([*pieces, label])
-        found, last = longer, label
-    return found
 
 
 def test_homophones_are_told_apart_by_the_ngram_alone(tmp_path) -> None:

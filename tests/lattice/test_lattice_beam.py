@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lattice_tools import TOKENS, assert_same_pieces, ctc_lattices, log_probs
-from reference.lattice_paths import words_of_paths
+from reference.lattice_paths import collapse, words_of_paths
 from search_tools import Bigram, WordLengths
 
 from icefall_fusion.lattice.beam import LatticeBeamOptions, lattice_beam_search
@@ -103,8 +103,8 @@ def test_words_that_one_arc_says_together_are_the_words_that_two_arcs_say() -> N
     texts = [h.text for h in nbest]
     assert len(set(texts)) == len(texts)  # "x y" comes from 1 2 and from 3
     expected: dict[str, float] = {}
-    for said, (total, _) in words_of_paths(found, 0, 0.0).items():
-        text = " ".join(labels.words(said))
+    for outputs, (total, _) in words_of_paths(found, 0, 0.0).items():
+        text = " ".join(labels.words(outputs))
         expected[text] = log_add(expected.get(text, -math.inf), total)
     assert {h.text: h.total for h in nbest} == pytest.approx(expected, abs=1e-4)
 
@@ -145,9 +145,9 @@ def test_ctc_scores_are_sums_over_alignments(topology) -> None:
     for row, pieces in ((0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (1, 1)):
         total = -math.inf
         for path in torch.cartesian_prod(*[torch.arange(TOKENS.size)] * int(lens[row])).tolist():
-            if lists[row][pieces] in readings(path, topology):
+            if lists[row][pieces] in collapse(path, topology):
                 score = sum(float(emissions[row, frame, label]) for frame, label in enumerate(path))
-                ways = readings(path, topology).count(lists[row][pieces])
+                ways = collapse(path, topology).count(lists[row][pieces])
                 total = log_add(total, score + math.log(ways))
         assert found[row][pieces] == pytest.approx(total, abs=1e-4)
     if topology == "standard":
@@ -159,23 +159,6 @@ def test_ctc_scores_are_sums_over_alignments(topology) -> None:
 
 def log_add(one, other):
     return float(np.logaddexp(one, other))
-
-
-def readings(path, topology):
-    """Return the piece sequences that a path of labels can stand for."""
-    found = [[]]
-    last = 0
-    for label in path:
-        longer = []
-        for pieces in found:
-            if label == 0 or (label == last and topology == "standard"):
-                longer.append(pieces)
-            elif label == last:
-                longer += [pieces, [*pieces, label]]
-            else:
-                longer.append([*pieces, label])
-        found, last = longer, label
-    return found
 
 
 def test_shallow_fusion_along_a_lattice_is_refused() -> None:

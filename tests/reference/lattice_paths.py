@@ -85,3 +85,18 @@ def graph_sentences(graph, frames):
     for (_, labels, words), score in now.items():
         result[labels, words] = max(result.get((labels, words), -math.inf), score)
     return result
+
+
+def collapse(labels, topology):
+    """Return the piece sequences that the labels of frames can stand for."""
+    sequences, last = [[]], 0
+    for label in labels:
+        longer = []
+        for pieces in sequences:
+            again = label == last and label != 0
+            if label == 0 or again:
+                longer.append(pieces)
+            if label != 0 and (not again or topology == "modified"):
+                longer.append([*pieces, label])
+        sequences, last = longer, label
+    return sequences
