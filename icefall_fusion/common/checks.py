@@ -34,6 +34,13 @@ def check_choice(value: Any, choices: Iterable[Any], name: str) -> None:
     raise ValueError(f"{name} must be one of {choices}, but is {value!r}{nearest(str(value), choices)}")
 
 
+def check_at_least(least: float, options: Any, *names: str) -> None:
+    """Raise ValueError unless each named field of an options object is at least ``least``."""
+    for name in names:
+        value = getattr(options, name)
+        check(value >= least, f"{type(options).__name__}.{name}", f"be at least {least}", value)
+
+
 def is_count(value: object, least: int = 1) -> bool:
     """Return whether a value is an integer of at least ``least``; True and False are none."""
     return isinstance(value, Integral) and not isinstance(value, bool) and value >= least

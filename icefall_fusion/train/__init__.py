@@ -1,1 +1,28 @@
-"""The training loop shared by acoustic and language models."""
+"""The training loop and the jobs that train acoustic and language models.
+
+Every neural training:
+
+- ``job.py``: processes, threads, result and exit code; the check of exported weights.
+- ``loop.py``: the ``Trainer``: limits, validation, checkpoints, resume.
+- ``step.py``: one optimizer step: accumulation, bf16, data parallel, clipping.
+- ``options.py``: options of the loop and of every training job.
+- ``schedule.py``: learning rate by step. ``optimizers.py``: AdamW and Muon.
+- ``checkpoints.py``: training state on disk, averages.
+- ``training_log.py``: progress bar, tensorboard, ``log.jsonl``, signals to stop.
+
+The jobs:
+
+- ``acoustic_model.py``: job ``train``, a CTC-AED acoustic model.
+- ``acoustic_loss.py``: its losses and error rates. ``curriculum.py``: its first batches, feature statistics.
+- ``language_model.py``: job ``train-lm``, a causal language model.
+- ``llama.py``: its model, start weights and export. ``token_stream.py``: its batches.
+- ``piece_ngram.py``: job ``train-ngram``. ``word_ngram.py``: job ``train-word-ngram``.
+
+To add a training job:
+
+1. Derive its options from ``TrainingOptions``.
+2. Write a batch source (``loop.BatchSource``) and a loss function (``step.LossFunction``).
+3. Write ``make_trainer(options, device, rank, world)``, which returns a ``Trainer`` of them.
+4. Let ``run(options)`` return ``job.run_training(options, make_trainer)``.
+5. Enter the job in ``JOBS`` of ``__main__.py``.
+"""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from icefall_fusion.acoustic.models import CtcAed, ModelOptions, load, save
-from icefall_fusion.common.checks import check, check_choice
+from icefall_fusion.common.checks import check, check_at_least, check_choice
 from icefall_fusion.common.files import write_json
 from icefall_fusion.common.processes import check_compiler, gather_over_processes
 from icefall_fusion.data.datamodule import DataOptions, EvalBatches, TrainBatches
@@ -26,7 +26,7 @@ from icefall_fusion.train.job import check_export, report_size, run_training
 from icefall_fusion.train.loop import Trainer
 from icefall_fusion.train.options import TrainingOptions
 
-LISTED = 10_000  # utterances that could not be read
+LISTED = 10_000  # at most so many unreadable utterances are listed
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,13 @@ class TrainOptions(TrainingOptions):
     """Train the acoustic model; run again with the same options to go on after a stop.
 
     Args:
-        data_dir: holds ``fbank/CORPUS_cuts_SPLIT.jsonl.gz`` and ``lang_bpe_500/``.
-        corpus: name that the manifests begin with.
-        train_split: what to train on.
-        valid_split: what to validate on.
+        data_dir: folder with ``fbank/CORPUS_cuts_SPLIT.jsonl.gz`` and ``lang_bpe_500/``.
+        corpus: first word of the manifests' names.
+        train_split: split to train on.
+        valid_split: split to validate on.
         bpe: the SentencePiece model, or its folder; empty: ``lang_bpe_500`` of ``data_dir``.
-        data: how utterances become batches, SpecAugment.
-        exp: folder for checkpoints, logs and ``export/``, the average of the newest ``avg`` checkpoints.
+        data: batches and augmentation.
+        exp: folder of checkpoints, logs and ``export/``, the average of the newest ``avg`` checkpoints.
         init: acoustic model folder whose weights and feature statistics a new training starts from (set
             ``easy_batches`` to 0 then); empty: random weights.
         model: shape and loss.
@@ -77,8 +77,7 @@ class TrainOptions(TrainingOptions):
         kept = self.trainer.keep_checkpoints
         rule = f"be in 1..{kept} (trainer.keep_checkpoints)"
         check(1 <= self.avg <= kept, "TrainOptions.avg", rule, self.avg)
-        for name in ("valid_utterances", "easy_batches"):
-            check(getattr(self, name) >= 0, f"TrainOptions.{name}", "be at least 0", getattr(self, name))
+        check_at_least(0, self, "valid_utterances", "easy_batches")
         check(self.stats_seconds > 0, "TrainOptions.stats_seconds", "be above 0", self.stats_seconds)
         check_choice(self.ctc_loss, ("torch", "k2"), "TrainOptions.ctc_loss")
 
@@ -108,7 +107,7 @@ def log_probs_of_noise(model: CtcAed) -> Tensor:
 
 
 def bpe_path(options: TrainOptions) -> Path:
-    """Return where the SentencePiece model is."""
+    """Return the path of the SentencePiece model, or of its folder."""
     return Path(options.bpe) if options.bpe else Path(options.data_dir) / "lang_bpe_500"
 
 
@@ -129,23 +128,21 @@ def run(options: TrainOptions) -> int:
 def report_skipped(trainer: Trainer) -> None:
     """Write ``skipped.json``, what any process could not read, and print how much; nothing if all could."""
     path = trainer.folder / "skipped.json"
-    mine = [*trainer.train_batches.skipped, *trainer.valid_batches.skipped]
-    shares = gather_over_processes(mine)
+    shares = gather_over_processes([*trainer.train_batches.skipped, *trainer.valid_batches.skipped])
     entries = list({(e.get("kind"), e["id"]): e for share in shares for e in share}.values())
     if trainer.rank == 0 and entries:
         noise = sum(entry.get("kind") == "noise" for entry in entries)
         counts = {"utterances": len(entries) - noise, "noise": noise}
         write_json(path, {**counts, "skipped": entries[:LISTED]})
-        said = " and ".join(f"{count} {what}" for what, count in counts.items() if count)
-        print(f"{said} could not be read, see {path}", file=sys.stderr)
+        unread = " and ".join(f"{count} {what}" for what, count in counts.items() if count)
+        print(f"{unread} could not be read, see {path}", file=sys.stderr)
 
 
 def start_from(model: CtcAed, folder: str) -> None:
-    """Take over the weights of a model folder.
+    """Load the weights of a model folder into a new model.
 
     Raises:
-        FileNotFoundError, ValueError: it is no acoustic model folder, or its model has another shape or
-            vocabulary.
+        FileNotFoundError, ValueError: the folder has no acoustic model, or another shape or vocabulary.
     """
     source, name = load(folder), f"TrainOptions.init {folder}"
     for part in ("encoder", "decoder", "vocab_size", "blank_id", "sos_eos_id"):
@@ -186,7 +183,7 @@ def make_model(options: TrainOptions, device: torch.device, source: TrainBatches
         model.encoder.deviation.copy_(deviation)
     untrained = [model.decoder] if options.model.ctc_weight == 1 else []
     untrained += [model.middle_norm, model.middle_ctc] if options.model.middle_weight == 0 else []
-    for module in untrained:  # data parallel waits for the gradient of whatever asks for one
+    for module in untrained:  # data parallel waits for the gradient of every parameter that requires one
         module.requires_grad_(False)
     if options.ctc_loss == "k2":
         use_k2_loss(model)
@@ -197,7 +194,7 @@ def make_model(options: TrainOptions, device: torch.device, source: TrainBatches
 
 
 def make_trainer(options: TrainOptions, device: torch.device, rank: int = 0, world: int = 1) -> Trainer:
-    """Put together model, batches and loop."""
+    """Build the loop with its model and batches."""
     torch.manual_seed(options.trainer.seed)
     folder = Path(options.data_dir) / "fbank"
     train, valid = (

@@ -1,4 +1,4 @@
-"""Training state on disk: whole or absent files, random states, averages, safetensors.
+"""Training state on disk: checkpoints that are whole or absent, random states, averages.
 Knows: tensors and paths. Must not know: models, data, options of a job.
 """
 from __future__ import annotations
@@ -20,30 +20,29 @@ PathLike = Union[str, Path]
 
 
 def checkpoint_path(folder: PathLike, step: int) -> Path:
-    """Return the name of the checkpoint of a step."""
+    """Return the path of the checkpoint of a step."""
     return Path(folder) / f"checkpoint-{step}.pt"
 
 
 def list_checkpoints(folder: PathLike) -> list[Path]:
     """Return the checkpoints of a folder, oldest step first."""
-    found = []
+    steps = []
     for path in Path(folder).glob("checkpoint-*.pt"):
         match = re.fullmatch(r"checkpoint-(\d+)\.pt", path.name)
         if match:
-            found.append((int(match.group(1)), path))
-    return [path for _, path in sorted(found)]
+            steps.append((int(match.group(1)), path))
+    return [path for _, path in sorted(steps)]
 
 
 def newest_checkpoint(folder: PathLike) -> Optional[Path]:
     """Return the checkpoint with the highest step, or None."""
-    found = list_checkpoints(folder)
-    return found[-1] if found else None
+    return (list_checkpoints(folder) or [None])[-1]
 
 
 def save_checkpoint(state: dict[str, Any], path: PathLike, keep: int) -> None:
-    """Write a checkpoint at once and remove all but the ``keep`` newest of its folder.
+    """Write a checkpoint and remove all but the ``keep`` newest of its folder.
 
-    What a killed training has left of a checkpoint that it was writing is removed too.
+    Unfinished checkpoints of a killed training are removed too.
 
     Raises:
         OSError: it cannot be written, e.g. as the disk is full; older ones stay.
@@ -51,7 +50,7 @@ def save_checkpoint(state: dict[str, Any], path: PathLike, keep: int) -> None:
     with atomic_path(path) as temporary:
         try:
             torch.save(state, temporary)
-        except RuntimeError as error:  # torch's own writer does not say what the system says
+        except RuntimeError as error:  # torch's own writer hides the system's error
             raise OSError(errno.EIO, f"cannot be written (is the disk full?): {error}", str(path)) from error
     folder = Path(path).parent
     for old in [*list_checkpoints(folder)[:-keep], *folder.glob(".checkpoint-*.pt.*")]:
@@ -88,7 +87,7 @@ def random_states() -> dict[str, Any]:
 
 
 def set_random_states(states: dict[str, Any]) -> None:
-    """Put back what ``random_states`` returned."""
+    """Restore the states that ``random_states`` returned."""
     torch.set_rng_state(states["torch"])
     version, internal, gauss = states["python"]
     random.setstate((version, tuple(internal), gauss))

@@ -72,7 +72,7 @@ class Curriculum:
         yield from self.full
 
     def batches_in(self, epochs: float) -> int:
-        """Return the easy batches and those in so many epochs of the full source."""
+        """Return the number of batches: the easy ones, and those of ``epochs`` of the full source."""
         return self.batches + self.full.batches_in(epochs)
 
     def state_dict(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from icefall_fusion.common.checks import check
+from icefall_fusion.common.checks import check, check_at_least
 from icefall_fusion.common.processes import check_compiler
 from icefall_fusion.train.checkpoints import newest_checkpoint
 from icefall_fusion.train.job import report_size, run_training
@@ -39,7 +39,7 @@ class TrainLmOptions(TrainingOptions):
     Args:
         data: folder with ``train.npy`` and ``dev.npy``: ids of documents ``bos t1 .. tn eos`` end to end.
         tokenizer: folder of a Hugging Face tokenizer, or a folder or file of a SentencePiece ``bpe.model``.
-        exp: folder for checkpoints, logs and ``export/``, the Hugging Face folder of the newest checkpoint.
+        exp: folder of checkpoints, logs and ``export/``, the Hugging Face folder of the newest checkpoint.
         init: folder of a Llama model of the same size and vocabulary whose weights a new training starts
             from; empty: random weights.
         model: size of the model.
@@ -58,10 +58,10 @@ class TrainLmOptions(TrainingOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self.rows >= 1, "TrainLmOptions.rows", "be at least 1", self.rows)
+        check_at_least(1, self, "rows")
+        check_at_least(0, self, "valid_tokens")
         longest = self.model.max_positions
         check(2 <= self.length <= longest, "TrainLmOptions.length", f"be from 2 to {longest}", self.length)
-        check(self.valid_tokens >= 0, "TrainLmOptions.valid_tokens", "be at least 0", self.valid_tokens)
 
 
 def compute_loss(model: nn.Module, batch: TokenBatch) -> tuple[Tensor, Tensor, dict[str, Any]]:
@@ -70,7 +70,7 @@ def compute_loss(model: nn.Module, batch: TokenBatch) -> tuple[Tensor, Tensor, d
 
 
 def words_per_token(batches: TokenBatches, count_words: Any) -> tuple[float, float]:
-    """Return words and documents per predicted token of the documents of a source."""
+    """Return words a predicted token and documents a predicted token of a source."""
     words = tokens = 0
     for begin, end in batches.bounds:
         words += count_words(batches.stream[begin + 1 : end - 1].tolist())
@@ -98,7 +98,7 @@ def load_streams(
 
 
 def make_trainer(options: TrainLmOptions, device: torch.device, rank: int = 0, world: int = 1) -> Trainer:
-    """Put together model, batches and loop."""
+    """Build the loop with its model and batches."""
     vocabulary = load_vocabulary(options.tokenizer)
     train, dev = load_streams(options, vocabulary, rank, world)
     torch.manual_seed(options.trainer.seed)

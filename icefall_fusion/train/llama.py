@@ -14,7 +14,7 @@ from typing import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from icefall_fusion.common.checks import check
+from icefall_fusion.common.checks import check, check_at_least
 from icefall_fusion.common.files import PathLike, atomic_path
 from icefall_fusion.text.tokens import AcousticTokens
 from icefall_fusion.train.job import check_export
@@ -52,10 +52,9 @@ class LlamaOptions:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("hidden", "layers", "heads", "intermediate", "max_positions"):
-            check(getattr(self, name) >= 1, f"LlamaOptions.{name}", "be at least 1", getattr(self, name))
-        check(self.hidden % self.heads == 0, "LlamaOptions.hidden", f"be a multiple of heads={self.heads}",
-              self.hidden)
+        check_at_least(1, self, "hidden", "layers", "heads", "intermediate", "max_positions")
+        rule = f"be a multiple of heads={self.heads}"
+        check(self.hidden % self.heads == 0, "LlamaOptions.hidden", rule, self.hidden)
         kv_heads = self.kv_heads or self.heads
         check(self.heads % kv_heads == 0, "LlamaOptions.kv_heads", f"divide heads={self.heads}", kv_heads)
         check(0 <= self.dropout < 1, "LlamaOptions.dropout", "be in [0, 1)", self.dropout)
@@ -63,7 +62,7 @@ class LlamaOptions:
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
-    """What training must know of a tokenizer.
+    """The facts of a tokenizer that training needs.
 
     Args:
         folder: of its files.
@@ -168,10 +167,10 @@ _COMPUTES = (
 
 
 def start_from(lm: nn.Module, folder: str) -> None:
-    """Take over the weights of a Hugging Face model folder.
+    """Load the weights of a Hugging Face model folder into a new model.
 
     Raises:
-        FileNotFoundError: it is no model folder.
+        FileNotFoundError: the folder has no model.
         ValueError: its model has another shape, or computes something else from the same weights.
     """
     from transformers import AutoModelForCausalLM
@@ -191,7 +190,7 @@ def start_from(lm: nn.Module, folder: str) -> None:
 
 
 def export(lm: nn.Module, vocabulary: Vocabulary, folder: PathLike, dtype: str, sample: Tensor) -> None:
-    """Write config, weights and tokenizer as a Hugging Face folder; each file is whole or absent.
+    """Write config, weights and tokenizer as a Hugging Face folder; no file is ever half written.
 
     Args:
         lm: the trained model.

@@ -35,7 +35,7 @@ class BatchSource(Protocol):
 
     ``__iter__`` goes on from the current position to the end of the epoch; the next ``__iter__`` begins
     the next epoch. ``state_dict()``, called while batch n is in use, must lead on to batch n + 1.
-    ``batches_in(epochs)`` is how many batches one process gets in so many epochs, counted or estimated.
+    ``batches_in(epochs)`` is the number of batches of one process in ``epochs``, counted or estimated.
     """
 
     def __iter__(self) -> Iterator[Any]: ...

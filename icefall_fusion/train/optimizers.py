@@ -1,4 +1,4 @@
-"""The optimizers that the training loop can ask for.
+"""The optimizers of the training loop: AdamW, or Muon and AdamW.
 Knows: parameters of a module. Must not know: data, what a model computes.
 """
 from __future__ import annotations
@@ -15,7 +15,7 @@ class Optimizers:
     """Several optimizers, each for its own parameters, that step as one.
 
     Args:
-        parts: name -> optimizer; the names are kept in the state.
+        parts: name -> optimizer; the names are keys of the state.
     """
 
     def __init__(self, parts: dict[str, torch.optim.Optimizer]) -> None:
@@ -27,12 +27,12 @@ class Optimizers:
         return [group for part in self.parts.values() for group in part.param_groups]
 
     def step(self) -> None:
-        """Let every part step."""
+        """Do a step of every part."""
         for part in self.parts.values():
             part.step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget all gradients."""
+        """Reset all gradients."""
         for part in self.parts.values():
             part.zero_grad(set_to_none)
 
@@ -41,10 +41,10 @@ class Optimizers:
         return {name: part.state_dict() for name, part in self.parts.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what ``state_dict`` returned.
+        """Restore the state that ``state_dict`` returned.
 
         Raises:
-            ValueError: the state is of other optimizers.
+            ValueError: the state belongs to other optimizers.
         """
         if set(state) != set(self.parts):
             raise ValueError(
@@ -58,9 +58,9 @@ class Optimizers:
 def make_optimizer(model: nn.Module, options: TrainerOptions) -> Optimizers:
     """Return AdamW for everything, or Muon (Jordan et al. 2024) for hidden matrices and AdamW for the rest.
 
-    AdamW decays matrices only and is fused (one pass over memory) on CPU and CUDA alike. Muon's updates get
-    the root mean square of AdamW's (Liu et al. 2025, arXiv 2502.16982, section 2.2), so that learning rate
-    and decay mean the same in both.
+    AdamW decays matrices only and is fused (one pass over memory) on CPU and CUDA. Muon's updates are scaled
+    to the root mean square of AdamW's (Liu et al. 2025, arXiv 2502.16982, section 2.2), so both can share
+    learning rate and decay.
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     hidden = hidden_matrices(model) & set(trained) if options.optimizer == "muon" else set()
@@ -85,8 +85,8 @@ def make_optimizer(model: nn.Module, options: TrainerOptions) -> Optimizers:
 def hidden_matrices(model: nn.Module) -> set[str]:
     """Return the names of the weights of linear layers inside repeated blocks (an ``nn.ModuleList``).
 
-    Embeddings, the first layer and output layers stay outside: their rows mean symbols or filters of their
-    own, and evening out the spectrum of their updates does harm.
+    Embeddings, the first layer and output layers are not among them: each of their rows is a symbol or a
+    filter, and Muon's even spectrum of updates does harm there.
     """
     lists = {name + "." for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     return {

@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Optional
 
-from icefall_fusion.common.checks import check, check_choice
+from icefall_fusion.common.checks import check, check_at_least, check_choice
 from icefall_fusion.train.schedule import SCHEDULES, learning_rate
 
 OPTIMIZERS = ("adamw", "muon")
@@ -15,7 +15,7 @@ EXPORT_DTYPES = ("float16", "float32")
 
 @dataclasses.dataclass(frozen=True)
 class TrainerOptions:
-    """How to optimize, how long, and what to write meanwhile.
+    """Optimizer, learning rate, length, checkpoints and logs of a training.
 
     Args:
         optimizer: "adamw", or "muon": Muon for the matrices of repeated layers, AdamW for all else.
@@ -25,8 +25,8 @@ class TrainerOptions:
         warmup_epochs: epochs of linear growth, in place of ``warmup_steps`` (with ``max_epochs`` only).
         schedule: "cosine" (ends at the last step) or "inverse-sqrt".
         max_steps: optimizer steps in all; set this or ``max_epochs``.
-        max_epochs: passes over the training data; the steps in them are counted when a training starts, and a
-            run that goes on keeps that number (also with another number of processes).
+        max_epochs: passes over the training data. Their steps are counted when a training starts; a run that
+            goes on keeps that number, also with another number of processes.
         max_minutes: wall-clock limit of this run in minutes: it stops with a checkpoint; 0 = none.
         beta1: AdamW's first moment decay.
         beta2: AdamW's second moment decay.
@@ -75,7 +75,7 @@ class TrainerOptions:
         check(self.lr > 0, "TrainerOptions.lr", "be above 0", self.lr)
         check(0 <= self.min_lr <= self.lr, "TrainerOptions.min_lr", "be between 0 and lr", self.min_lr)
         if self.max_steps is not None:
-            check(self.max_steps >= 1, "TrainerOptions.max_steps", "be at least 1", self.max_steps)
+            check_at_least(1, self, "max_steps")
             rule = "not be set beside max_steps (one of them set to none leaves the other)"
             check(self.max_epochs is None, "TrainerOptions.max_epochs", rule, self.max_epochs)
         if self.max_epochs is not None:
@@ -84,11 +84,9 @@ class TrainerOptions:
             rule = f"be from 0 to max_epochs, which is {self.max_epochs}"
             good = 0 <= self.warmup_epochs <= (self.max_epochs or -1)
             check(good, "TrainerOptions.warmup_epochs", rule, self.warmup_epochs)
-        for name in ("accumulate", "keep_checkpoints", "log_every_steps", "nan_limit"):
-            check(getattr(self, name) >= 1, f"TrainerOptions.{name}", "be at least 1", getattr(self, name))
-        for name in ("warmup_steps", "max_minutes", "weight_decay", "grad_clip", "save_every_steps",
-                     "save_every_minutes", "valid_every_steps"):
-            check(getattr(self, name) >= 0, f"TrainerOptions.{name}", "be at least 0", getattr(self, name))
+        check_at_least(1, self, "accumulate", "keep_checkpoints", "log_every_steps", "nan_limit")
+        check_at_least(0, self, "warmup_steps", "max_minutes", "weight_decay", "grad_clip")
+        check_at_least(0, self, "save_every_steps", "save_every_minutes", "valid_every_steps")
         for name in ("beta1", "beta2"):
             check(0 <= getattr(self, name) < 1, f"TrainerOptions.{name}", "be in [0, 1)", getattr(self, name))
 
@@ -107,10 +105,10 @@ class TrainerOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingOptions:
-    """What every training job can be told; see `job.run_training`.
+    """Options of every training job; see `job.run_training`.
 
     Args:
-        exp: folder for checkpoints, logs and ``export/``, the exported model.
+        exp: folder of checkpoints, logs and ``export/``, the exported model.
         init: model folder whose weights a new training starts from; empty: random weights.
         trainer: optimization, limits and checkpoints.
         device: "auto", "cpu" or "cuda".
@@ -129,5 +127,5 @@ class TrainingOptions:
 
     def __post_init__(self) -> None:
         self.trainer.check_length()
-        check(self.threads >= 0, f"{type(self).__name__}.threads", "be at least 0", self.threads)
+        check_at_least(0, self, "threads")
         check_choice(self.export_dtype, EXPORT_DTYPES, f"{type(self).__name__}.export_dtype")

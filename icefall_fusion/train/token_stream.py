@@ -1,5 +1,5 @@
 """Token streams as shuffled batches of packed documents, resumable at any batch.
-Knows: arrays of token ids, where documents begin and end. Must not know: models, tokenizers, losses.
+Knows: arrays of token ids, bounds of documents. Must not know: models, tokenizers, losses.
 """
 from __future__ import annotations
 
@@ -15,18 +15,17 @@ from torch import Tensor
 
 from icefall_fusion.common.checks import check
 
-#: Document number of places that hold no token.
-NO_DOCUMENT = -1
+NO_DOCUMENT = -1  # document number of padding
 
 
 class TokenBatch(NamedTuple):
-    """R rows of L places each; a place holds a token that must see only its own document's past.
+    """R rows of L tokens of several documents; a token may attend only to its own document's past.
 
     Args:
-        tokens: [R, L] input ids (0 where there is none).
+        tokens: [R, L] input ids (0 in padding).
         targets: [R, L] the next token of the same document, -100 where there is none.
-        positions: [R, L] place within the document, from 0 at its bos.
-        documents: [R, L] number of the document within the row, NO_DOCUMENT where there is no token.
+        positions: [R, L] position within the document, from 0 at its bos.
+        documents: [R, L] number of the document within the row, NO_DOCUMENT in padding.
     """
 
     tokens: Tensor
@@ -36,14 +35,13 @@ class TokenBatch(NamedTuple):
 
 
 def attention_mask(documents: Tensor) -> Tensor:
-    """Return [R, 1, L, L] bool, True where the query may see the key: same document, not later."""
+    """Return [R, 1, L, L] bool, True where a query may attend to a key: same document, not later."""
     same = documents[:, :, None] == documents[:, None, :]
-    places = torch.arange(documents.shape[1], device=documents.device)
-    return (same & (places[:, None] >= places[None, :]))[:, None]
+    return same.tril()[:, None]
 
 
 def document_bounds(stream: np.ndarray, bos: int, eos: int, name: str = "stream") -> np.ndarray:
-    """Return [N, 2] first and one-past-last place of every document ``bos t1 .. tn eos``.
+    """Return [N, 2] first index and end (one past the last) of every document ``bos t1 .. tn eos``.
 
     Args:
         stream: [M] token ids, documents one after another.
@@ -52,7 +50,7 @@ def document_bounds(stream: np.ndarray, bos: int, eos: int, name: str = "stream"
         name: of the stream, for errors.
 
     Raises:
-        ValueError: the stream is not made of whole documents.
+        ValueError: the stream is not a sequence of whole documents.
     """
     if bos == eos:
         marks = np.flatnonzero(stream == bos)
@@ -68,11 +66,11 @@ def document_bounds(stream: np.ndarray, bos: int, eos: int, name: str = "stream"
 
 
 def pack_rows(lengths: np.ndarray, length: int) -> list[list[tuple[int, int, int]]]:
-    """Pack documents into rows of ``length`` places, best fit, longest first.
+    """Pack documents into rows of ``length`` tokens, best fit, longest first.
 
     Args:
-        lengths: [N] tokens that each document puts in (its tokens but the last).
-        length: places in a row.
+        lengths: [N] input tokens of each document (all but its last).
+        length: tokens in a row.
 
     Returns:
         rows of (document, offset within the document, tokens). Documents longer than a row are cut.
@@ -83,7 +81,7 @@ def pack_rows(lengths: np.ndarray, length: int) -> list[list[tuple[int, int, int
             pieces.append((min(length, size - offset), document, offset))
     pieces.sort(key=lambda piece: (-piece[0], piece[1], piece[2]))
     rows: list[list[tuple[int, int, int]]] = []
-    free: list[tuple[int, int]] = []  # (free places, row), sorted
+    free: list[tuple[int, int]] = []  # (free tokens, row), sorted
     for size, document, offset in pieces:
         at = bisect.bisect_left(free, (size, -1))
         if at == len(free):
@@ -100,20 +98,20 @@ def pack_rows(lengths: np.ndarray, length: int) -> list[list[tuple[int, int, int
 class TokenBatches:
     """Shuffled batches of packed documents; a BatchSource.
 
-    Each epoch is a seeded permutation of the documents, taken in blocks; a block is packed on its own, so
-    that a resumed run repeats at most the packing of one block. Every batch has the same shape.
+    Each epoch is a seeded permutation of the documents in blocks. A block is packed on its own, so a resumed
+    run repeats the packing of one block at most. All batches have the same shape.
 
     Args:
         path: ``.npy`` of token ids (memory-mapped).
         bos: id that begins a document.
         eos: id that ends one.
         rows: rows in a batch.
-        length: places in a row.
+        length: tokens in a row.
         seed: of the order.
         shuffle: False keeps the documents in the order of the file (validation).
         rank: number of this process.
         world: processes; each takes every ``world``-th batch.
-        max_tokens: use only so many tokens of the stream, spread evenly over it; 0 = all.
+        max_tokens: tokens of the stream to use (about), spread evenly over it; 0 = all.
         block: documents packed together.
     """
 
@@ -145,17 +143,17 @@ class TokenBatches:
         self.epoch = self.block_index = self.group = 0  # a group is one batch for every process
 
     def batches_in(self, epochs: float) -> int:
-        """Return about how many batches so many epochs have: as if rows were full, which they nearly are."""
+        """Estimate the batches of one process in ``epochs``: all rows count as full, which nearly holds."""
         tokens = int((self.bounds[:, 1] - self.bounds[:, 0] - 1).sum())
         return math.ceil(epochs * tokens / (self.rows * self.length * self.world))
 
     def state_dict(self) -> dict[str, Any]:
-        """Where to go on: after the batch that was given out last."""
+        """Return the position after the batch that was yielded last."""
         return {"epoch": self.epoch, "block_index": self.block_index, "group": self.group, "seed": self.seed,
                 "documents": len(self.bounds)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where ``state_dict`` was taken.
+        """Go to the position that ``state_dict`` returned.
 
         Raises:
             ValueError: the state belongs to other data or another seed.
@@ -199,21 +197,17 @@ class TokenBatches:
             at = 0
             for number, (document, offset, size) in enumerate(parts):
                 begin = self.bounds[chosen[document], 0] + offset
-                places = slice(at, at + size)
-                tokens[row, places] = self.stream[begin : begin + size]
-                targets[row, places] = self.stream[begin + 1 : begin + size + 1]
-                positions[row, places] = np.arange(offset, offset + size)
-                documents[row, places] = number
+                columns = slice(at, at + size)
+                tokens[row, columns] = self.stream[begin : begin + size]
+                targets[row, columns] = self.stream[begin + 1 : begin + size + 1]
+                positions[row, columns] = np.arange(offset, offset + size)
+                documents[row, columns] = number
                 at += size
         return TokenBatch(*(torch.from_numpy(a) for a in (tokens, targets, positions, documents)))
 
 
 class ValidationPass:
-    """One pass over a source from its beginning, again and again (validation).
-
-    Args:
-        source: has ``epoch``, ``block_index`` and ``group`` at 0 at its beginning.
-    """
+    """A source whose every iteration is the whole first epoch, for validation."""
 
     def __init__(self, source: TokenBatches) -> None:
         self.source = source

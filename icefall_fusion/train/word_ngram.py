@@ -23,12 +23,12 @@ class TrainWordNgramOptions:
     Args:
         text: JSON lines with a field "text" (text/train.jsonl of a recipe).
         out: the ARPA file to write; gzipped if it ends in .gz.
-        lmplz: the program; tools/build_lmplz.sh builds it and says where it is.
+        lmplz: the program; tools/build_lmplz.sh builds it and prints its path.
         order: longest n-gram.
-        prune: for n = 1, 2, ...: n-grams that count no more are left out; the last holds for longer ones.
-        min_count: words that count less are not in the vocabulary.
-        memory: that lmplz may take, e.g. 1G or 80%.
-        discount_fallback: take fixed discounts where there is too little text to estimate them.
+        prune: for n = 1, 2, ...: the largest count that is left out; the last holds for longer n-grams.
+        min_count: smallest count of a word in the vocabulary.
+        memory: limit for lmplz, e.g. 1G or 80%.
+        discount_fallback: use fixed discounts where the text is too small to estimate them.
     """
 
     text: str
@@ -49,22 +49,22 @@ class TrainWordNgramOptions:
 
 
 def run(options: TrainWordNgramOptions) -> int:
-    """Run the job ``train-word-ngram``; prints the sizes.
+    """Run the job ``train-word-ngram``; print the sizes.
 
     Raises:
-        FileNotFoundError: there is no text.
-        ModuleNotFoundError: there is no lmplz; with the remedy.
-        ValueError: the text has no word that counts enough, or lmplz refuses it; with what it says.
+        FileNotFoundError: the text is missing.
+        ModuleNotFoundError: lmplz is missing; with the remedy.
+        ValueError: no word of the text is frequent enough, or lmplz refuses the text; with its message.
     """
     lmplz = shutil.which(options.lmplz)
     if lmplz is None:
-        remedy = "bash tools/build_lmplz.sh builds it and says where it is"
+        remedy = "bash tools/build_lmplz.sh builds it and prints its path"
         raise ModuleNotFoundError(f"there is no program {options.lmplz}: {remedy}")
     counts: collections.Counter[str] = collections.Counter()
     for line in _texts(options.text):
         counts.update(line.split())
     words = sorted(word for word, count in counts.items() if count >= options.min_count)
-    rule = f"have a word that counts at least {options.min_count} (min_count)"
+    rule = f"have a word with a count of at least {options.min_count} (min_count)"
     check(bool(words), f"the text {options.text}", rule, len(counts))
     with tempfile.TemporaryDirectory() as folder, atomic_path(options.out) as temporary:
         vocabulary, arpa = Path(folder) / "words.txt", Path(folder) / "ngram.arpa"
@@ -84,7 +84,7 @@ def run(options: TrainWordNgramOptions) -> int:
 
 
 def _feed(command: list[str], text: str) -> None:
-    """Run lmplz on the lines of a text; what it says is told only if it fails."""
+    """Run lmplz on the lines of a text; its output is shown only if it fails."""
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as report:
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=report, encoding="utf-8"
@@ -94,12 +94,12 @@ def _feed(command: list[str], text: str) -> None:
             for line in _texts(text):
                 process.stdin.write(line + "\n")
             process.stdin.close()
-        except BrokenPipeError:  # it has ended already: the report says why
+        except BrokenPipeError:  # it has ended already: the report has the reason
             pass
         if process.wait() != 0:
             report.seek(0)
-            said = " ".join(report.read().split())[-600:]
-            raise ValueError(f"lmplz must take the text {text}, but says: {said}")
+            reason = " ".join(report.read().split())[-600:]
+            raise ValueError(f"lmplz must accept the text {text}, but refuses it: {reason}")
 
 
 def _texts(path: str) -> Iterator[str]:

@@ -57,7 +57,7 @@ def test_what_lmplz_or_the_text_cannot_give_is_told(text, tmp_path, capsys) -> N
     assert "lmplz must take the text" in capsys.readouterr().err  # too little for its discounts
     assert not (tmp_path / "x.arpa").exists()
     assert main([*job, "--text", str(text), "--min_count", "99"]) == 2
-    assert "must have a word that counts at least 99" in capsys.readouterr().err
+    assert "must have a word with a count of at least 99" in capsys.readouterr().err
     assert main([*job, "--text", str(tmp_path / "none.jsonl")]) == 2
     assert "there is no text at" in capsys.readouterr().err
     (tmp_path / "bad.jsonl").write_text("no json\n")
