@@ -147,7 +147,7 @@ _FUNCTIONS = {  # what each returns and takes
     "histories_open": (_POINTER, [_NUMBER, _POINTER, _POINTER]),
     "histories_close": (None, [_POINTER]),
     "histories_count": (_NUMBER, [_POINTER]),
-    "histories_place": (_INT, [*[_POINTER] * 3, *_PAIR, *[_POINTER] * 7, _NUMBER, _POINTER]),
+    "histories_nodes": (_INT, [*[_POINTER] * 3, *_PAIR, *[_POINTER] * 7, _NUMBER, _POINTER]),
     "histories_keep": (_INT, [_POINTER, *_PAIR, _POINTER]),
 }
 

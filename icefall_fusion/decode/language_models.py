@@ -11,7 +11,7 @@ import torch
 from icefall_fusion.common.checks import check, check_choice
 from icefall_fusion.common.devices import check_device, weight_bytes
 from icefall_fusion.fusion.delayed import Prompt
-from icefall_fusion.fusion.look_ahead import SCALE, LookAhead
+from icefall_fusion.fusion.ngram import SCALE, LookAhead
 from icefall_fusion.lm import QUANTIZATIONS, CausalLm
 from icefall_fusion.ngram.piece_ngram import PieceNgram
 from icefall_fusion.text.styles import adapt

@@ -1,14 +1,25 @@
 """Language models that take part in the search: shallow and delayed fusion, and when delayed fusion scores.
 Knows: its own files' names. Must not know: k2, acoustic models.
+
+A name is imported from its file when it is first asked for: a search with `DelayedFusion` reads no other
+fusion's file.
 """
 from __future__ import annotations
 
-from icefall_fusion.fusion.delayed import DelayedFusion
-from icefall_fusion.fusion.look_ahead import LookAhead
-from icefall_fusion.fusion.ngram_fusion import NgramFusion
-from icefall_fusion.fusion.shallow import ShallowFusion
-from icefall_fusion.fusion.triggers import AtEnd, EveryFrame, FixedInterval, ShortestHypothesis
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
+    from icefall_fusion.fusion.delayed import DelayedFusion
+    from icefall_fusion.fusion.ngram import LookAhead, NgramFusion
+    from icefall_fusion.fusion.shallow import ShallowFusion
+    from icefall_fusion.fusion.triggers import AtEnd, EveryFrame, FixedInterval, ShortestHypothesis
+
+_FILES = {
+    "AtEnd": "triggers", "DelayedFusion": "delayed", "EveryFrame": "triggers", "FixedInterval": "triggers",
+    "LookAhead": "ngram", "NgramFusion": "ngram", "ShallowFusion": "shallow",
+    "ShortestHypothesis": "triggers",
+}  # fmt: skip
 __all__ = [
     "AtEnd",
     "DelayedFusion",
@@ -19,3 +30,9 @@ __all__ = [
     "ShallowFusion",
     "ShortestHypothesis",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _FILES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_FILES[name]}"), name)

@@ -3,11 +3,13 @@ Knows: the Fusion base class, token trees. Must not know: which LM it is, words,
 """
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Optional, Sequence, Union
+import weakref
+from typing import TYPE_CHECKING, Any, Mapping, MutableMapping, Optional, Sequence, Union
 
 import torch
 
-from icefall_fusion.common.checks import check
+from icefall_fusion.common.checks import check, check_text
+from icefall_fusion.fusion.retokenize import WordTokenizer
 from icefall_fusion.search.fusion import Fusion, check_fusion
 
 if TYPE_CHECKING:
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
 #: Stands for log 0: a sum of scores stays a number, so that a weight of 0 stays without effect.
 LOG_ZERO = -1e30
+_MADE: MutableMapping[Any, dict[tuple[str, bool], WordTokenizer]] = weakref.WeakKeyDictionary()
 
 
 class LmFusion(Fusion):
@@ -100,3 +103,57 @@ def live_slots(beam: Beam, utterances: Optional[Tensor] = None) -> Tensor:
     """Return the flat indices [n] into [B, K] of live slots, of all utterances or of the marked [B]."""
     alive = beam.alive if utterances is None else beam.alive & utterances[:, None]
     return alive.reshape(-1).nonzero().squeeze(1)
+
+
+def tokenizer_for(lm: Any, style: str, strict: bool = True) -> WordTokenizer:
+    """Return the word tokenizer of a language model and text style; made and checked once, then shared.
+
+    Args:
+        lm: a `CausalLm` (its acoustic pieces serve where it has no tokenizer).
+        style, strict: see `WordTokenizer`.
+
+    Raises:
+        ValueError: the style is unknown, or the model comes without a tokenizer.
+    """
+    tokenizer = lm.tokenizer if lm.tokenizer is not None else lm.pieces
+    check(tokenizer is not None, f"language model {lm.name!r}", "have a tokenizer or bpe.model", None)
+    made = _MADE.setdefault(lm, {})
+    if (style, strict) not in made:
+        made[style, strict] = WordTokenizer(tokenizer, style, strict=strict)
+    return made[style, strict]
+
+
+def check_prompt(prompt: Any, name: str) -> None:
+    """Raise ValueError unless ``prompt`` is None, a text, or texts by utterance id."""
+    check(prompt is None or isinstance(prompt, (str, Mapping)), name,
+          "be a text, or a mapping of utterance ids to texts", prompt)
+    if isinstance(prompt, Mapping):
+        for utterance, text in prompt.items():
+            check_text(text, f"{name}[{utterance!r}]")
+    elif prompt is not None:
+        check_text(prompt, name)
+
+
+def prompt_tokens(
+    lm: Any, prompt: Union[None, str, Mapping[str, str]], ids: Sequence[str]
+) -> Optional[list[list[int]]]:
+    """Return the token ids of each utterance's prompt, or None where there is none.
+
+    Args:
+        lm: a `CausalLm`.
+        prompt: earlier text, for all utterances or by utterance id.
+        ids: the utterances.
+
+    Raises:
+        ValueError: an utterance has no prompt.
+    """
+    if prompt is None:
+        return None
+    if isinstance(prompt, str):
+        texts = [prompt] * len(ids)
+    else:
+        for name in ids:
+            check(name in prompt, "prompt", "have a text for each utterance", name)
+        texts = [prompt[name] for name in ids]
+    known = {text: list(lm.encode(text)) for text in dict.fromkeys(texts)}
+    return [known[text] for text in texts]

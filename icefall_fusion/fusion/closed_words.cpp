@@ -62,12 +62,12 @@ int spellings_learn(void *table, const int64_t *pieces, int64_t count, int begin
 }
 
 // The roots of a batch, in the arena and in the tree.
-void *histories_open(int64_t batch, const int64_t *places, const int64_t *nodes) {
+void *histories_open(int64_t batch, const int64_t *prefixes, const int64_t *nodes) {
   return icefall::guarded_pointer([&]() -> void * {
     auto histories = std::make_unique<Histories>();
     for (int64_t b = 0; b < batch; ++b) {
-      histories->roots.push_back(places[b]);
-      histories->known[places[b]] = {nodes[b], 0, b};
+      histories->roots.push_back(prefixes[b]);
+      histories->known[prefixes[b]] = {nodes[b], 0, b};
     }
     return histories.release();
   });
@@ -79,13 +79,13 @@ int64_t histories_count(const void *histories) {
   return int64_t(static_cast<const Histories *>(histories)->known.size());
 }
 
-// Find the tree node, and the number of words, of all words of prefixes: arena nodes `places`, of which `parents`,
+// Find the tree node, and the number of words, of all words of prefixes: arena nodes `prefixes`, of which `parents`,
 // `pieces` and `boundaries` tell (arena.py). `asked` counts the words that were looked up.
 //
 // Return 0: done; 1: a spelling is not known, `missing` has its pieces behind their number, whether it begins a text,
 // and the utterance (room: 3 + `room`); 2: the tree has no room; 3: a spelling has more than `room` pieces. After
 // 1 and 2 the call is to be repeated.
-int histories_place(void *handle, const void *table, void *tree_, const int64_t *places, int64_t count,
+int histories_nodes(void *handle, const void *table, void *tree_, const int64_t *prefixes, int64_t count,
                     const int64_t *parents, const int64_t *piece_of, const int64_t *boundaries,
                     const uint8_t *prompted, int64_t *nodes, int64_t *words, int64_t *missing, int64_t room,
                     int64_t *asked) {
@@ -95,11 +95,11 @@ int histories_place(void *handle, const void *table, void *tree_, const int64_t 
   return guarded([&] {
     for (int64_t i = 0; i < count; ++i) {
       own.chain.clear();
-      int64_t place = places[i];
-      auto found = own.known.find(place);
-      for (; found == own.known.end(); found = own.known.find(place)) {
-        own.chain.push_back(place);
-        place = boundaries[place];
+      int64_t prefix = prefixes[i];
+      auto found = own.known.find(prefix);
+      for (; found == own.known.end(); found = own.known.find(prefix)) {
+        own.chain.push_back(prefix);
+        prefix = boundaries[prefix];
       }
       History history = found->second;
       for (; !own.chain.empty(); own.chain.pop_back()) {
@@ -129,15 +129,15 @@ int histories_place(void *handle, const void *table, void *tree_, const int64_t 
   });
 }
 
-// Forget all but the roots, `places` (known) and what they go back to.
-int histories_keep(void *handle, const int64_t *places, int64_t count, const int64_t *boundaries) {
+// Forget all but the roots, `prefixes` (known) and what they go back to.
+int histories_keep(void *handle, const int64_t *prefixes, int64_t count, const int64_t *boundaries) {
   auto &own = *static_cast<Histories *>(handle);
   return guarded([&] {
     std::unordered_map<int64_t, History> kept;
     for (const int64_t root : own.roots) kept.emplace(root, own.known.at(root));
     for (int64_t i = 0; i < count; ++i)
-      for (int64_t place = places[i]; !kept.count(place); place = boundaries[place]) {
-        const auto found = own.known.find(place);
+      for (int64_t prefix = prefixes[i]; !kept.count(prefix); prefix = boundaries[prefix]) {
+        const auto found = own.known.find(prefix);
         if (found != own.known.end()) kept.insert(*found);
       }
     own.known.swap(kept);

@@ -13,16 +13,16 @@ import numpy as np
 import torch
 
 from icefall_fusion.common.checks import check, is_count
-from icefall_fusion.fusion.base import LmFusion, live_slots
-from icefall_fusion.fusion.look_ahead import LookAhead, LookAheadRun
-from icefall_fusion.fusion.retokenize import check_prompt, prompt_tokens, tokenizer_for
+from icefall_fusion.fusion.base import LmFusion, check_prompt, live_slots, prompt_tokens, tokenizer_for
 from icefall_fusion.fusion.triggers import ShortestHypothesis, Trigger
-from icefall_fusion.fusion.word_nodes import WordPlacer, open_placer
+from icefall_fusion.fusion.word_nodes import open_word_nodes
 from icefall_fusion.search.fusion import AheadTerms, StopRule
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from icefall_fusion.fusion.ngram import LookAhead, LookAheadRun
+    from icefall_fusion.fusion.words import WordNodes
     from icefall_fusion.lm import CausalLm
     from icefall_fusion.search.beam import Beam
 
@@ -84,8 +84,11 @@ class DelayedFusion(LmFusion):
     ) -> None:
         super().__init__(lm, weight, word_bonus, eos, source)
         check(isinstance(trigger, Trigger), "DelayedFusion.trigger", "be a trigger", trigger)
-        good = look_ahead is None or isinstance(look_ahead, LookAhead)
-        check(good, "DelayedFusion.look_ahead", "be None or a LookAhead", look_ahead)
+        if look_ahead is not None:
+            from icefall_fusion.fusion.ngram import LookAhead
+
+            good = isinstance(look_ahead, LookAhead)
+            check(good, "DelayedFusion.look_ahead", "be None or a LookAhead", look_ahead)
         check(is_count(late, 0), "DelayedFusion.late", "be an integer, at least 0", late)
         check_prompt(prompt, "DelayedFusion.prompt")
         self.late = int(late)
@@ -105,9 +108,11 @@ class DelayedFusion(LmFusion):
         self._open(beam, index, ids, prompts, aside=self.late > 0)
         self._flying: list[_Event] = []
         self._lens = beam.lens.cpu()
-        self._placing = self._tree, beam.arena, tokens, self._tokenizer, self._prompted, ids
-        # scores that come late ask for parts of texts, which compiled code does not tell
-        self._placer = WordPlacer(*self._placing) if self.late else open_placer(*self._placing)
+        self._texts = self._tree, beam.arena, tokens, self._tokenizer, self._prompted, ids
+        if self.late:  # late scores are of parts of texts, which compiled code does not tell
+            self._go_by_python()
+        else:
+            self._word_nodes = open_word_nodes(*self._texts)
         self._run = self.trigger.start(beam, tokens)
         self._ahead: Optional[LookAheadRun] = None
         self._look: Optional[AheadTerms] = None
@@ -134,6 +139,8 @@ class DelayedFusion(LmFusion):
         """Let the trigger count, and the look-ahead estimate (see ``Fusion.advance``)."""
         self._run.advance(beam, source, grew)
         if self._look is not None and self._ahead is None:
+            from icefall_fusion.fusion.ngram import LookAheadRun
+
             self._ahead = LookAheadRun(self._look, beam)
         if self._ahead is not None:
             self._ahead.advance(beam, grew)
@@ -156,7 +163,7 @@ class DelayedFusion(LmFusion):
         if not slots.numel():
             return
         self._events += 1
-        nodes, counts = self._place(beam.boundary.reshape(-1)[slots])
+        nodes, counts = self._nodes(beam.boundary.reshape(-1)[slots])
         wait = self._tree.launch(nodes)
         if self.late:
             self._flying.append(_Event(fires.cpu(), frame + self.late, wait))
@@ -194,15 +201,15 @@ class DelayedFusion(LmFusion):
         slots = live_slots(beam, landed)
         if slots.numel():
             boundaries, where = until.view(-1)[slots].cpu().unique(return_inverse=True)
-            histories = self._placer.scored_parts(boundaries.numpy())
-            nodes, counts, places = (
+            histories = self._word_nodes.scored_parts(boundaries.numpy())
+            nodes, counts, prefixes = (
                 torch.tensor([getattr(history, name) for history in histories], dtype=torch.int64)[where]
-                for name in ("node", "count", "place")
+                for name in ("node", "count", "prefix")
             )
             scores = torch.from_numpy(self._tree.known(nodes)[1]).float()
             self._write(beam, slots, scores, counts.to(slots.device))
             self._move(beam, slots, nodes)
-            until.view(-1)[slots] = places.to(slots.device)
+            until.view(-1)[slots] = prefixes.to(slots.device)
         return landed, until
 
     def finish(self, beam: Beam) -> None:
@@ -214,14 +221,14 @@ class DelayedFusion(LmFusion):
         if self._ahead is not None:
             self._ahead.finish(beam)
         self._close()
-        del self._placer, self._placing, self._run, self._ahead, self._flying
+        del self._word_nodes, self._texts, self._run, self._ahead, self._flying
 
     def _wait_for_all(self) -> None:
         for event in self._flying:
             event.wait()
 
     def _finish(self, beam: Beam, slots: Tensor) -> None:
-        nodes, counts = self._place(beam.node.reshape(-1)[slots], complete=True)
+        nodes, counts = self._nodes(beam.node.reshape(-1)[slots], complete=True)
         scores = self._tree.score(nodes, eos=self.eos)
         self._write(beam, slots, scores, counts.to(slots.device))
         self._move(beam, slots, nodes)
@@ -231,14 +238,14 @@ class DelayedFusion(LmFusion):
         own = {"events": self._events, "histories_scored": int(self._scored.sum())}
         return {**super()._count(), **own, **self._tokenizer.stats(*self._cache_before)}
 
-    def _place(self, places: Tensor, complete: bool = False) -> tuple[Tensor, Tensor]:
+    def _nodes(self, prefixes: Tensor, complete: bool = False) -> tuple[Tensor, Tensor]:
         """Return the tree nodes and numbers of words of prefixes [n] (arena nodes), int64 on the CPU."""
-        wanted = places.cpu().numpy()
-        placed = self._placer.complete(wanted) if complete else self._placer.place(wanted)
-        if placed is None:
-            self._go_by_whole_texts()
-            return self._place(places, complete)
-        nodes, counts = placed
+        wanted = prefixes.cpu().numpy()
+        known = self._word_nodes.complete(wanted) if complete else self._word_nodes.closed(wanted)
+        if known is None:
+            self._go_by_python()
+            return self._nodes(prefixes, complete)
+        nodes, counts = known
         if len(self._scored) < len(self._tree.tree):
             longer = np.zeros(2 * len(self._tree.tree), np.bool_)
             longer[: len(self._scored)] = self._scored
@@ -246,10 +253,12 @@ class DelayedFusion(LmFusion):
         self._scored[nodes[counts > 0]] = True
         return torch.from_numpy(nodes), torch.from_numpy(counts)
 
-    def _go_by_whole_texts(self) -> WordPlacer:
-        """Go on with a tokenizer that has turned out to change earlier tokens when text grows."""
-        self._placer = WordPlacer(*self._placing)
-        return self._placer
+    def _go_by_python(self) -> WordNodes:
+        """Go on in Python: it serves tokenizers that change earlier tokens when text grows, too."""
+        from icefall_fusion.fusion.words import WordNodes
+
+        self._word_nodes = WordNodes(*self._texts)
+        return self._word_nodes
 
     def _move(self, beam: Beam, slots: Tensor, nodes: Tensor) -> None:
         width = beam.state.shape[1]
@@ -260,8 +269,8 @@ class DelayedFusion(LmFusion):
         """Free what no live hypothesis can come back to, in the tree and here."""
         self._wait_for_all()
         boundaries = beam.boundary.reshape(-1)[live_slots(beam)].cpu().unique().numpy()
-        nodes = self._placer.keep(boundaries)
+        nodes = self._word_nodes.keep(boundaries)
         if nodes is None:
-            nodes = self._go_by_whole_texts().keep(boundaries)
+            nodes = self._go_by_python().keep(boundaries)
         self._tree.keep(nodes)
         self._cleaned_at = len(self._tree.tree)

@@ -12,13 +12,14 @@ import torch
 
 from icefall_fusion.common.checks import check
 from icefall_fusion.common.counters import add_counters
-from icefall_fusion.fusion.retokenize import WordTokenizer, check_prompt, prompt_tokens, tokenizer_for
+from icefall_fusion.fusion.base import check_prompt, prompt_tokens, tokenizer_for
 from icefall_fusion.nbest import NBest
 from icefall_fusion.ngram.piece_ngram import PieceNgram
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from icefall_fusion.fusion.retokenize import WordTokenizer
     from icefall_fusion.lm import CausalLm
 
 TOKENS_A_CALL = 8192  # of all hypotheses; what they share is forwarded once

@@ -8,24 +8,33 @@ A tokenizer that fails the check has each prefix tokenized whole, and a warning 
 """
 from __future__ import annotations
 
+import random
 import re
 import unicodedata
 import warnings
-import weakref
-from typing import TYPE_CHECKING, Any, Iterable, Mapping, MutableMapping, Optional, Sequence, Union
+from typing import TYPE_CHECKING, Any, Iterable, Optional, Sequence
 
-from icefall_fusion.common.checks import check, check_choice, check_text
-from icefall_fusion.fusion.sample_words import COMMON_WORDS, sample_texts, sample_words
+from icefall_fusion.common.checks import check_choice
 from icefall_fusion.text.styles import TEXT_STYLES, adapt, adapt_word
 
 if TYPE_CHECKING:
     from icefall_fusion.text.tokens import AcousticTokens
 
+#: Words that any check includes: short, long, doubled, with apostrophes.
+COMMON_WORDS = (
+    "the of and to a in that it is i i'm i'll it's don't won't o'clock he she was his with as for had you "
+    "not be at on by which have or from this him but all were my are me one their so an said them we who "
+    "would been will no when there if more out up into do any your what has man could other than our some "
+    "very time upon about may its only now like little then can made should did us such great before must "
+    "two these see know over much down after first mr good men own never most old shall day where those "
+    "came 'tis thou'rt king's boys' jabberwocky antidisestablishmentarianism xylophone zzz aaa aa ab ba "
+).split()
+_WORDS_A_TEXT = 7
+_MOST = 3000  # pieces that words are made of; larger vocabularies (of words, on lattices) are sampled
 _MAX_CROSSING = 300
 _CONTEXTS = 8  # words after which a text is tried that follows a prompt
 #: Words whose ids are remembered; when there are more, all are forgotten and found again.
 MOST_WORDS = 200_000
-_MADE: MutableMapping[Any, dict[tuple[str, bool], WordTokenizer]] = weakref.WeakKeyDictionary()
 
 
 class WordTokenizer:
@@ -251,58 +260,33 @@ class WordTokenizer:
             )
 
 
-def tokenizer_for(lm: Any, style: str, strict: bool = True) -> WordTokenizer:
-    """Return the word tokenizer of a language model and text style; made and checked once, then shared.
+def sample_words(tokens: AcousticTokens, seed: int = 0) -> list[str]:
+    """Return words made of the acoustic pieces: each piece alone, and random runs of two to four.
+
+    Of more than 3,000 pieces a random sample is taken.
 
     Args:
-        lm: a `CausalLm` (its acoustic pieces serve where it has no tokenizer).
-        style, strict: see `WordTokenizer`.
-
-    Raises:
-        ValueError: the style is unknown, or the model comes without a tokenizer.
+        tokens: the acoustic vocabulary.
+        seed: of the random runs.
     """
-    tokenizer = lm.tokenizer if lm.tokenizer is not None else lm.pieces
-    check(tokenizer is not None, f"language model {lm.name!r}", "have a tokenizer or bpe.model", None)
-    made = _MADE.setdefault(lm, {})
-    if (style, strict) not in made:
-        made[style, strict] = WordTokenizer(tokenizer, style, strict=strict)
-    return made[style, strict]
+    special = {tokens.blank_id, tokens.sos_eos_id}
+    ids = [i for i in range(tokens.size) if i not in special and not tokens.pieces[i].startswith("<")]
+    chance = random.Random(seed)
+    ids = chance.sample(ids, _MOST) if len(ids) > _MOST else ids
+    runs = [[i] for i in ids] + [chance.choices(ids, k=chance.randint(2, 4)) for _ in ids]
+    return sorted({word for run in runs for word in tokens.words(run)})
 
 
-def check_prompt(prompt: Any, name: str) -> None:
-    """Raise ValueError unless ``prompt`` is None, a text, or texts by utterance id."""
-    check(prompt is None or isinstance(prompt, (str, Mapping)), name,
-          "be a text, or a mapping of utterance ids to texts", prompt)
-    if isinstance(prompt, Mapping):
-        for utterance, text in prompt.items():
-            check_text(text, f"{name}[{utterance!r}]")
-    elif prompt is not None:
-        check_text(prompt, name)
-
-
-def prompt_tokens(
-    lm: Any, prompt: Union[None, str, Mapping[str, str]], ids: Sequence[str]
-) -> Optional[list[list[int]]]:
-    """Return the token ids of each utterance's prompt, or None where there is none.
-
-    Args:
-        lm: a `CausalLm`.
-        prompt: earlier text, for all utterances or by utterance id.
-        ids: the utterances.
-
-    Raises:
-        ValueError: an utterance has no prompt.
-    """
-    if prompt is None:
-        return None
-    if isinstance(prompt, str):
-        texts = [prompt] * len(ids)
-    else:
-        for name in ids:
-            check(name in prompt, "prompt", "have a text for each utterance", name)
-        texts = [prompt[name] for name in ids]
-    known = {text: list(lm.encode(text)) for text in dict.fromkeys(texts)}
-    return [known[text] for text in texts]
+def sample_texts(words: Sequence[str]) -> list[list[str]]:
+    """Return texts in which every word stands first, inside and last somewhere, in a fixed random order."""
+    chance = random.Random(0)
+    texts = []
+    for _ in range(2):
+        order = list(words)
+        chance.shuffle(order)
+        texts += [order[start : start + _WORDS_A_TEXT] for start in range(0, len(order), _WORDS_A_TEXT)]
+    texts += [[word, word] for word in words]
+    return texts
 
 
 def _letters(text: str) -> str:

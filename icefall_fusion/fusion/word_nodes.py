@@ -1,5 +1,7 @@
-"""From prefixes of the search to nodes of the LM's token tree: closed words, re-tokenized, each once.
+"""From prefixes of the search to nodes of the LM's token tree, in compiled code: one call an event.
 Knows: closed words, their LLM tokens, the tree. Must not know: which LM it is, scores, triggers.
+
+`words.py` does the same in Python, for every tokenizer and tree.
 """
 from __future__ import annotations
 
@@ -12,108 +14,21 @@ from numpy import ndarray
 
 from icefall_fusion.common.native_build import load_native
 from icefall_fusion.fusion.retokenize import MOST_WORDS
-from icefall_fusion.fusion.words import ClosedWords, History
 from icefall_fusion.lm.token_tree import NativeTokenTree
 
 if TYPE_CHECKING:
     from icefall_fusion.fusion.retokenize import WordTokenizer
+    from icefall_fusion.fusion.words import WordNodes
     from icefall_fusion.lm import TreeScorer
     from icefall_fusion.search.beam import PrefixArena
 
 
-class WordPlacer:
-    """Places of texts in the token tree, one batch.
+class NativeWordNodes:
+    """Tree nodes of the words of prefixes, one batch: one call of compiled code an event.
 
-    Args:
-        scorer: whose tree it is.
-        arena: the prefixes of the search.
-        tokens: the acoustic vocabulary.
-        tokenizer: words -> LM tokens.
-        prompted: of each utterance, whether its text goes on after a prompt.
-        ids: names of the utterances.
-    """
+    It serves tokenizers that go word by word, and a `NativeTokenTree`.
 
-    def __init__(self, scorer: TreeScorer, arena: PrefixArena, tokens: Any, tokenizer: WordTokenizer,
-                 prompted: Sequence[bool], ids: Sequence[str]) -> None:
-        self.scorer, self.arena, self.tokens, self.tokenizer = scorer, arena, tokens, tokenizer
-        self.prompted, self.ids = list(prompted), ids
-        self._words = ClosedWords(arena, tokens)
-        for utterance, node in enumerate(scorer.roots().tolist()):
-            self._words.root(utterance).node = node
-
-    def __len__(self) -> int:
-        """Return how many texts are remembered."""
-        return len(self._words)
-
-    def place(self, boundaries: ndarray) -> tuple[ndarray, ndarray]:
-        """Return the tree nodes [n] of the words of ``boundaries`` [n] (arena nodes), and how many words [n].
-
-        Raises:
-            ValueError: the tokenizer cannot spell a word; the message has the utterance and the word.
-        """
-        distinct, where = np.unique(boundaries, return_inverse=True)
-        return self._of_histories(self.histories(distinct), where)
-
-    def complete(self, nodes: ndarray) -> tuple[ndarray, ndarray]:
-        """Return the same of all words of prefixes, the open last one included (end of utterance)."""
-        return self._of_histories(self._words.complete(nodes.tolist()), np.arange(len(nodes)))
-
-    def keep(self, boundaries: ndarray) -> ndarray:
-        """Forget all but ``boundaries`` and what they go back to; return their tree nodes."""
-        self._words.keep(boundaries.tolist())
-        return self.place(boundaries)[0]
-
-    def histories(self, boundaries: ndarray) -> list[History]:
-        """Return the histories of boundaries, placed in the tree."""
-        found = self._words.closed(boundaries.tolist())
-        for history in found:
-            self._insert(history)
-        return found
-
-    def scored_parts(self, boundaries: ndarray) -> list[History]:
-        """Return the longest part of each boundary's history whose words have a score; the root has one."""
-        return [self._scored_part(history) for history in self.histories(boundaries)]
-
-    def _scored_part(self, history: History) -> History:
-        while not self.scorer.known([history.node])[0][0]:
-            history = history.before
-        return history
-
-    def _of_histories(self, histories: Sequence[History], where: ndarray) -> tuple[ndarray, ndarray]:
-        for history in histories:
-            self._insert(history)
-        nodes = np.array([history.node for history in histories], np.int64)
-        counts = np.array([history.count for history in histories], np.int64)
-        return nodes[where], counts[where]
-
-    def _insert(self, history: History) -> None:
-        """Find the tree node of a history and of all it goes back to."""
-        chain = []
-        while history.node < 0:
-            chain.append(history)
-            history = history.before
-        for after in reversed(chain):
-            try:
-                after.node = self._extend(history, after)
-            except ValueError as error:  # a word that the tokenizer cannot spell
-                raise ValueError(f"utterance {self.ids[after.utterance]!r}: {error}") from error
-            history = after
-
-    def _extend(self, before: History, history: History) -> int:
-        node, prompted = before.node, self.prompted[history.utterance]
-        for index, word in enumerate(history.words, before.count):
-            ids = self.tokenizer.word_ids(word, index, prompted)
-            if ids is None:  # this tokenizer may change the tokens of earlier words: walk from the root
-                whole = self.tokenizer.encode_whole(history.all_words(), prompted)
-                return self.scorer.insert(self._words.root(history.utterance).node, whole)
-            node = self.scorer.insert(node, ids)
-        return node
-
-
-class NativePlacer:
-    """The same in compiled code, for tokenizers that go word by word: one call for all prefixes of an event.
-
-    Args: see WordPlacer; the tree is a NativeTokenTree.
+    Args: see `WordNodes`.
     """
 
     _ROOM = 4096  # pieces of a word
@@ -135,25 +50,27 @@ class NativePlacer:
         """Return how many texts are remembered."""
         return self._library.histories_count(self._handle)
 
-    def place(self, boundaries: ndarray) -> Optional[tuple[ndarray, ndarray]]:
-        """Do what WordPlacer does; None: the tokenizer has turned out not to go word by word.
+    def closed(self, boundaries: ndarray) -> Optional[tuple[ndarray, ndarray]]:
+        """Return the tree nodes [n] of the words of ``boundaries`` [n] (arena nodes), and how many words [n].
+
+        None: the tokenizer has turned out not to go word by word; `WordNodes` must take over.
 
         Raises:
-            ValueError: see WordPlacer.
+            ValueError: the tokenizer cannot spell a word; the message has the utterance and the word.
         """
-        if not self._tokenizer.word_by_word:  # found out by somebody else
+        if not self._tokenizer.word_by_word:  # another user of the tokenizer has seen it
             return None
-        places = np.ascontiguousarray(boundaries, np.int64)
-        nodes, words = np.empty(len(places), np.int64), np.empty(len(places), np.int64)
+        prefixes = np.ascontiguousarray(boundaries, np.int64)
+        nodes, words = np.empty(len(prefixes), np.int64), np.empty(len(prefixes), np.int64)
         arrays = [self._arena.on_host(name) for name in ("parent", "piece", "boundary")]
         arguments = (
-            self._handle, self._table.handle, self._tree.handle, places.ctypes.data, len(places),
+            self._handle, self._table.handle, self._tree.handle, prefixes.ctypes.data, len(prefixes),
             *(array.ctypes.data for array in arrays), self._prompted.ctypes.data, nodes.ctypes.data,
             words.ctypes.data, self._missing.ctypes.data, self._ROOM, self._asked.ctypes.data,
         )  # fmt: skip
         state = -1
         while state != 0:
-            state = self._library.histories_place(*arguments)
+            state = self._library.histories_nodes(*arguments)
             if state == 2:
                 self._tree.make_room()
             elif state == 3 or (state == 1 and not self._learn()):
@@ -163,16 +80,16 @@ class NativePlacer:
         self._asked[0] = 0
         return nodes, words
 
-    complete = place
+    complete = closed
 
     def keep(self, boundaries: ndarray) -> Optional[ndarray]:
-        """Do what WordPlacer does."""
-        placed = self.place(boundaries)
-        if placed is None:
+        """Forget all but ``boundaries`` and what they go back to; return their nodes, or None (see `closed`)."""
+        known = self.closed(boundaries)
+        if known is None:
             return None
-        places, above = np.ascontiguousarray(boundaries, np.int64), self._arena.on_host("boundary")
-        self._library.histories_keep(self._handle, places.ctypes.data, len(places), above.ctypes.data)
-        return placed[0]
+        prefixes, above = np.ascontiguousarray(boundaries, np.int64), self._arena.on_host("boundary")
+        self._library.histories_keep(self._handle, prefixes.ctypes.data, len(prefixes), above.ctypes.data)
+        return known[0]
 
     def _learn(self) -> bool:
         """Find the tokens of the spelling that is missing; return whether that can be done word by word."""
@@ -220,10 +137,12 @@ def _spellings(library: ctypes.CDLL, tokenizer: WordTokenizer, tokens: Any) -> _
     return tables[tokens]
 
 
-def open_placer(scorer: TreeScorer, arena: PrefixArena, tokens: Any, tokenizer: WordTokenizer,
-                prompted: Sequence[bool], ids: Sequence[str]) -> NativePlacer | WordPlacer:
-    """Return the placer of a batch: the compiled one where it serves."""
+def open_word_nodes(scorer: TreeScorer, arena: PrefixArena, tokens: Any, tokenizer: WordTokenizer,
+                prompted: Sequence[bool], ids: Sequence[str]) -> NativeWordNodes | WordNodes:
+    """Return what knows the tree nodes of a batch's words: compiled code where it serves."""
     arguments = (scorer, arena, tokens, tokenizer, prompted, ids)
     if tokenizer.word_by_word and isinstance(scorer.tree, NativeTokenTree):
-        return NativePlacer(load_native(), *arguments)
-    return WordPlacer(*arguments)
+        return NativeWordNodes(load_native(), *arguments)
+    from icefall_fusion.fusion.words import WordNodes
+
+    return WordNodes(*arguments)

@@ -1,13 +1,17 @@
-"""Closed words: which words of a prefix are complete, found once for each distinct boundary.
-Knows: the prefix arena and the acoustic pieces. Must not know: LMs, their tokenizers, scores.
+"""Closed words of prefixes, and their nodes in the LM's token tree, each once: the way of all tokenizers.
+Knows: the prefix arena, acoustic pieces, LLM tokens, the tree. Must not know: which LM it is, triggers.
 """
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Optional, Sequence
 
+import numpy as np
 import torch
+from numpy import ndarray
 
 if TYPE_CHECKING:
+    from icefall_fusion.fusion.retokenize import WordTokenizer
+    from icefall_fusion.lm import TreeScorer
     from icefall_fusion.search.beam import PrefixArena
 
 
@@ -19,18 +23,18 @@ class History:
         words: what this one adds.
         count: number of words in all.
         utterance: whose words they are.
-        place: the arena node whose words these are (the boundary of prefixes).
-        node: a place for the one who asks: the LM's tree node, -1 as long as it is unknown.
+        prefix: the arena node whose words these are (the boundary of prefixes).
+        node: the LM's tree node, -1 as long as it is unknown.
     """
 
-    __slots__ = ("before", "words", "count", "utterance", "place", "node")
+    __slots__ = ("before", "words", "count", "utterance", "prefix", "node")
 
     def __init__(
-        self, before: Optional[History], words: Sequence[str], utterance: int, place: int
+        self, before: Optional[History], words: Sequence[str], utterance: int, prefix: int
     ) -> None:
         self.before = before
         self.words = tuple(words)
-        self.utterance, self.place = utterance, place
+        self.utterance, self.prefix = utterance, prefix
         self.count = (before.count if before is not None else 0) + len(self.words)
         self.node = -1
 
@@ -115,3 +119,92 @@ class ClosedWords:
     def _after(self, before: History, node: int, boundary: int) -> History:
         words = self._tokens.words(self._arena.pieces_between(node, boundary))
         return History(before, words, before.utterance, node)
+
+
+class WordNodes:
+    """Tree nodes of the words of prefixes, one batch: in Python, for every tokenizer.
+
+    Args:
+        scorer: whose tree it is.
+        arena: the prefixes of the search.
+        tokens: the acoustic vocabulary.
+        tokenizer: words -> LM tokens.
+        prompted: of each utterance, whether its text goes on after a prompt.
+        ids: names of the utterances.
+    """
+
+    def __init__(self, scorer: TreeScorer, arena: PrefixArena, tokens: Any, tokenizer: WordTokenizer,
+                 prompted: Sequence[bool], ids: Sequence[str]) -> None:
+        self.scorer, self.arena, self.tokens, self.tokenizer = scorer, arena, tokens, tokenizer
+        self.prompted, self.ids = list(prompted), ids
+        self._words = ClosedWords(arena, tokens)
+        for utterance, node in enumerate(scorer.roots().tolist()):
+            self._words.root(utterance).node = node
+
+    def __len__(self) -> int:
+        """Return how many texts are remembered."""
+        return len(self._words)
+
+    def closed(self, boundaries: ndarray) -> tuple[ndarray, ndarray]:
+        """Return the tree nodes [n] of the words of ``boundaries`` [n] (arena nodes), and how many words [n].
+
+        Raises:
+            ValueError: the tokenizer cannot spell a word; the message has the utterance and the word.
+        """
+        distinct, where = np.unique(boundaries, return_inverse=True)
+        return self._of_histories(self.histories(distinct), where)
+
+    def complete(self, nodes: ndarray) -> tuple[ndarray, ndarray]:
+        """Return the same of all words of prefixes, the open last one included (end of utterance)."""
+        return self._of_histories(self._words.complete(nodes.tolist()), np.arange(len(nodes)))
+
+    def keep(self, boundaries: ndarray) -> ndarray:
+        """Forget all but ``boundaries`` and what they go back to; return their tree nodes."""
+        self._words.keep(boundaries.tolist())
+        return self.closed(boundaries)[0]
+
+    def histories(self, boundaries: ndarray) -> list[History]:
+        """Return the histories of boundaries, their tree nodes known."""
+        histories = self._words.closed(boundaries.tolist())
+        for history in histories:
+            self._insert(history)
+        return histories
+
+    def scored_parts(self, boundaries: ndarray) -> list[History]:
+        """Return the longest part of each boundary's history whose words have a score; the root has one."""
+        return [self._scored_part(history) for history in self.histories(boundaries)]
+
+    def _scored_part(self, history: History) -> History:
+        while not self.scorer.known([history.node])[0][0]:
+            history = history.before
+        return history
+
+    def _of_histories(self, histories: Sequence[History], where: ndarray) -> tuple[ndarray, ndarray]:
+        for history in histories:
+            self._insert(history)
+        nodes = np.array([history.node for history in histories], np.int64)
+        counts = np.array([history.count for history in histories], np.int64)
+        return nodes[where], counts[where]
+
+    def _insert(self, history: History) -> None:
+        """Find the tree node of a history and of all it goes back to."""
+        chain = []
+        while history.node < 0:
+            chain.append(history)
+            history = history.before
+        for after in reversed(chain):
+            try:
+                after.node = self._extend(history, after)
+            except ValueError as error:  # a word that the tokenizer cannot spell
+                raise ValueError(f"utterance {self.ids[after.utterance]!r}: {error}") from error
+            history = after
+
+    def _extend(self, before: History, history: History) -> int:
+        node, prompted = before.node, self.prompted[history.utterance]
+        for index, word in enumerate(history.words, before.count):
+            ids = self.tokenizer.word_ids(word, index, prompted)
+            if ids is None:  # this tokenizer may change the tokens of earlier words: walk from the root
+                whole = self.tokenizer.encode_whole(history.all_words(), prompted)
+                return self.scorer.insert(self._words.root(history.utterance).node, whole)
+            node = self.scorer.insert(node, ids)
+        return node

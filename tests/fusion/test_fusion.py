@@ -523,7 +523,7 @@ class Watched(DelayedFusion):
         longest = int(tree.depth[beam.state[..., self.index].cpu().numpy()].max())
         words = int(beam.words[..., self.index].max())
         self.slots = max(getattr(self, "slots", 0), int(tree.slots.used.max()) - longest)
-        self.histories = max(getattr(self, "histories", 0), len(self._placer) - words)
+        self.histories = max(getattr(self, "histories", 0), len(self._word_nodes) - words)
 
 
 def test_a_long_utterance_holds_little_more_than_its_text(llm, tokens, monkeypatch):

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from icefall_fusion.fusion import DelayedFusion, FixedInterval, ShortestHypothesis, delayed
-from icefall_fusion.fusion import word_nodes as placing
+from icefall_fusion.fusion.word_nodes import NativeWordNodes, open_word_nodes
+from icefall_fusion.fusion.words import WordNodes
 from icefall_fusion.lm import CausalLm
 from icefall_fusion.lm.loading import Vocabulary
 from icefall_fusion.search import PrefixSearchOptions, ctc_prefix_search
@@ -26,7 +27,7 @@ from tests.fusion.test_fusion import (
 
 
 def by_python(scorer, arena, tokens, tokenizer, prompted, ids):  # noqa: F811
-    return placing.WordPlacer(scorer, arena, tokens, tokenizer, prompted, ids)
+    return WordNodes(scorer, arena, tokens, tokenizer, prompted, ids)
 
 
 @settings(max_examples=20)
@@ -40,9 +41,9 @@ def by_python(scorer, arena, tokens, tokenizer, prompted, ids):  # noqa: F811
 def test_compiled_code_places_texts_where_python_does(llm, tokens, seed, text, trigger, prompt, often):  # noqa: F811
     log_probs, lens = emissions(batch=3, frames=30, seed=seed, peak=2.0)
     found, stats = [], []
-    for opener in (placing.open_placer, by_python):
+    for opener in (open_word_nodes, by_python):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(delayed, "open_placer", opener)
+            patch.setattr(delayed, "open_word_nodes", opener)
             if often:  # clean up after each event
                 patch.setattr(delayed, "_KEEP_AFTER", -1)
             fusion = DelayedFusion(llm, 0.4, 0.5, trigger, text, prompt)
@@ -59,13 +60,13 @@ def test_it_is_compiled_code_that_places(llm, tokens, monkeypatch):  # noqa: F81
     kinds = []
 
     def opened(*given):
-        kinds.append(type(placing.open_placer(*given)))
-        return placing.open_placer(*given)
+        kinds.append(type(open_word_nodes(*given)))
+        return open_word_nodes(*given)
 
-    monkeypatch.setattr(delayed, "open_placer", opened)
+    monkeypatch.setattr(delayed, "open_word_nodes", opened)
     log_probs, lens = emissions(batch=2)
     ctc_prefix_search(log_probs, lens, None, tokens, [DelayedFusion(llm, 0.4)])
-    assert kinds == [placing.NativePlacer]
+    assert kinds == [NativeWordNodes]
 
 
 def test_a_tokenizer_that_changes_its_mind_goes_on_by_whole_texts(llm, tokens, monkeypatch):  # noqa: F811
