@@ -83,7 +83,7 @@ class NativeWordNodes:
     complete = closed
 
     def keep(self, boundaries: ndarray) -> Optional[ndarray]:
-        """Forget all but ``boundaries`` and what they go back to; return their nodes, or None (see `closed`)."""
+        """Forget all but ``boundaries`` and what is before them; return their nodes (None: see `closed`)."""
         known = self.closed(boundaries)
         if known is None:
             return None
