@@ -25,7 +25,7 @@ _MADE: MutableMapping[Any, dict[tuple[str, bool], WordTokenizer]] = weakref.Weak
 
 
 class LmFusion(Fusion):
-    """A language model that takes part in the search (what all of them share).
+    """A language model that takes part in the search: what all of them share.
 
     Args:
         lm: the language model.
@@ -67,7 +67,7 @@ class LmFusion(Fusion):
         return dict(self._tree.stats())
 
     def _close(self) -> None:
-        """Let go of the tree and its keys and values when the batch is done; the counters stay."""
+        """Free the tree with its keys and values when the batch is done; the counters stay."""
         self._stats, self._tree = self._count(), None
 
     def _write(self, beam: Beam, slots: Tensor, scores: Tensor, words: Optional[Tensor] = None) -> None:

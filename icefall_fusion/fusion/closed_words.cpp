@@ -1,4 +1,4 @@
-// Words of prefixes as paths in the token tree: what words.py and word_nodes.py do one by one, in one call an event.
+// Words of prefixes as paths in the token tree: the code of word_nodes.py, one call an event.
 
 #include <algorithm>
 #include <cstdint>
@@ -20,7 +20,7 @@ struct Spelling {  // pieces between two boundaries: their tokens, and how many 
   int64_t words;
 };
 
-// Pieces (and whether they begin a text, or go on after a prompt) -> tokens of the language model.
+// Pieces (and whether they begin a text, or follow a prompt) -> tokens of the language model.
 struct SpellingTable {
   std::unordered_map<std::string, Spelling> spellings;
   static std::string key(const int64_t *pieces, size_t count, bool begins, bool prompted) {
@@ -96,12 +96,12 @@ int histories_nodes(void *handle, const void *table, void *tree_, const int64_t 
     for (int64_t i = 0; i < count; ++i) {
       own.chain.clear();
       int64_t prefix = prefixes[i];
-      auto found = own.known.find(prefix);
-      for (; found == own.known.end(); found = own.known.find(prefix)) {
+      auto shorter = own.known.find(prefix);
+      for (; shorter == own.known.end(); shorter = own.known.find(prefix)) {
         own.chain.push_back(prefix);
         prefix = boundaries[prefix];
       }
-      History history = found->second;
+      History history = shorter->second;
       for (; !own.chain.empty(); own.chain.pop_back()) {
         const int64_t after = own.chain.back(), before = boundaries[after];
         own.pieces.clear();
@@ -137,8 +137,8 @@ int histories_keep(void *handle, const int64_t *prefixes, int64_t count, const i
     for (const int64_t root : own.roots) kept.emplace(root, own.known.at(root));
     for (int64_t i = 0; i < count; ++i)
       for (int64_t prefix = prefixes[i]; !kept.count(prefix); prefix = boundaries[prefix]) {
-        const auto found = own.known.find(prefix);
-        if (found != own.known.end()) kept.insert(*found);
+        const auto entry = own.known.find(prefix);
+        if (entry != own.known.end()) kept.insert(*entry);
       }
     own.known.swap(kept);
     return 0;

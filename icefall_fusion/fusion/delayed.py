@@ -32,7 +32,7 @@ _KEEP_AFTER = 8  # new tokens an utterance between two clean-ups of the tree
 
 @dataclass
 class _Event:
-    """Scores on their way: of which utterances [B] bool (CPU), the frame when they are due, what waits."""
+    """Scores that are computed: of utterances [B] bool (CPU), due in a frame, and a function that waits."""
 
     utterances: Tensor
     due: int
@@ -58,10 +58,10 @@ class DelayedFusion(LmFusion):
         eos: whether the end of the utterance is scored too.
         source: name of the score in N-best lists.
         look_ahead: ranks words that are not scored yet; None: by the acoustic score alone, as in the paper.
-        late: asynchronous fusion: the LLM is started at an event, the search goes on, and the scores join so
-            many frames later (or at the utterance's next event, if that is earlier): each hypothesis then has
-            the score of those of its words that were closed at the event. On a GPU the LLM runs beside the
-            search meanwhile. 0: the search waits. The result depends on ``late``, never on timing.
+        late: frames from an event to the scores (asynchronous fusion); 0: the search waits for them. The
+            search goes on while the LLM runs, on a GPU at the same time. The scores join after ``late``
+            frames, or at the utterance's next event if that is earlier. A hypothesis then has the score of
+            those of its words that were closed at the event. The result never depends on timing.
 
     Raises:
         ValueError: a bad weight, bonus, trigger, text style, prompt or source (see `LmFusion`). In a search
@@ -101,7 +101,7 @@ class DelayedFusion(LmFusion):
         Raises:
             ValueError: the search has no acoustic vocabulary, or an utterance has no prompt.
         """
-        check(tokens is not None, "tokens", "be given to the search for delayed fusion", None)
+        check(tokens is not None, "tokens", "be passed to the search for delayed fusion", None)
         self._tokenizer.check_acoustic(tokens)
         prompts = prompt_tokens(self.lm, self.prompt, ids)
         self._prompted = [bool(prompt) for prompt in prompts] if prompts else [False] * len(ids)
@@ -109,7 +109,7 @@ class DelayedFusion(LmFusion):
         self._flying: list[_Event] = []
         self._lens = beam.lens.cpu()
         self._texts = self._tree, beam.arena, tokens, self._tokenizer, self._prompted, ids
-        if self.late:  # late scores are of parts of texts, which compiled code does not tell
+        if self.late:  # late scores need the words of shorter prefixes; compiled code does not keep them
             self._go_by_python()
         else:
             self._word_nodes = open_word_nodes(*self._texts)
@@ -125,7 +125,7 @@ class DelayedFusion(LmFusion):
         self._cache_before = (self._tokenizer.hits, self._tokenizer.misses)
 
     def stop_rule(self) -> Optional[StopRule]:
-        """Return when to call `fuse_now`; None: there is more than a rule to follow."""
+        """Return when to call `fuse_now`; None: the fusion must be asked after every frame."""
         own = (DelayedFusion.fuse, DelayedFusion.advance)
         if self.late or self._run.rule is None or (type(self).fuse, type(self).advance) != own:
             return None
@@ -176,7 +176,7 @@ class DelayedFusion(LmFusion):
     def _land(
         self, beam: Beam, frame: int, fires: Optional[Tensor]
     ) -> tuple[Optional[Tensor], Optional[Tensor]]:
-        """Let scores join that are due, or whose utterances fuse again.
+        """Add the scores that are due, and those of utterances that fuse again.
 
         Returns:
             the utterances whose scores came, [B] bool, and the arena nodes [B, K] up to which their
@@ -266,7 +266,7 @@ class DelayedFusion(LmFusion):
         beam.state[row, slots % width, self.index] = nodes.to(slots.device)
 
     def _clean(self, beam: Beam) -> None:
-        """Free what no live hypothesis can come back to, in the tree and here."""
+        """Free what no live hypothesis needs, in the tree and among the known words."""
         self._wait_for_all()
         boundaries = beam.boundary.reshape(-1)[live_slots(beam)].cpu().unique().numpy()
         nodes = self._word_nodes.keep(boundaries)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from icefall_fusion.search.beam import Beam, PrefixArena
     from icefall_fusion.search.fusion import AheadTerms
 
-SCALE = 0.7  # of the MiniBooks models a good one; weights matter more
+SCALE = 0.7  # good with the MiniBooks models; weights matter more
 
 
 class NgramFusion(LmFusion):
@@ -59,7 +59,7 @@ class NgramFusion(LmFusion):
         Raises:
             ValueError: the search has no acoustic vocabulary, or the n-gram is over another number of pieces.
         """
-        check(tokens is not None, "tokens", "be given to the search for an n-gram", None)
+        check(tokens is not None, "tokens", "be passed to the search for an n-gram", None)
         self.lm.check_size(tokens.size)
         self._ngram = self.lm.to(beam.node.device)
         self.index, self._ids = index, ids
@@ -72,8 +72,8 @@ class NgramFusion(LmFusion):
         if slots.numel():
             wanted = pieces[torch.div(slots, beams, rounding_mode="floor")]  # [n, C]
             contexts = piece_contexts(beam.arena, beam.node.reshape(-1)[slots], self._ngram)
-            found = self._ngram.score([context.unsqueeze(1) for context in contexts], wanted)
-            scores.view(batch * beams, -1)[slots] = found.masked_fill(wanted == beam.blank, 0.0)
+            log_probs = self._ngram.score([context.unsqueeze(1) for context in contexts], wanted)
+            scores.view(batch * beams, -1)[slots] = log_probs.masked_fill(wanted == beam.blank, 0.0)
         return scores
 
     def finish(self, beam: Beam) -> None:
@@ -126,10 +126,10 @@ class LookAhead:
 
 
 class LookAheadRun:
-    """Look-ahead over one batch: what was added to each prefix for pieces that the LLM has not scored.
+    """Look-ahead over one batch: the n-gram's score of the pieces that the LLM has not reached.
 
-    Every node of the arena has the sum of its estimates since the root; the estimate of its unscored part is
-    the difference to its boundary's, so nothing has to be traced back.
+    Every node of the arena has the sum of its n-gram scores since the root. The score of the unscored pieces
+    is the difference to the boundary's sum, so nothing is traced back.
 
     Args:
         ahead: the n-gram and its weights.
@@ -180,7 +180,7 @@ class LookAheadRun:
         if scored is not None:
             before = torch.where(scored.unsqueeze(1), self._total[until], before)
             self._scored[node] = before
-        # what others in the batch do must not matter
+        # other utterances of the batch must not matter
         now = active if due else active & scored
         ahead = torch.where(now.unsqueeze(1), self._total[node] - before, added)
         beam.fused += ahead - added
@@ -188,7 +188,7 @@ class LookAheadRun:
         return True
 
     def finish(self, beam: Beam) -> None:
-        """Take back all that was added."""
+        """Remove all look-ahead scores."""
         beam.fused -= self._added[beam.node]
 
     def _estimate(self, arena: PrefixArena, before: Tensor, piece: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Second pass: N-best lists get a score more, from a language model or the attention decoder.
-Knows: N-best lists, token trees, the model's `score_tokens`. Must not know: k2, searches, which weights win.
+Knows: N-best lists, token trees, the model's `score_tokens`. Must not know: k2, searches, weights.
 
-All functions add a raw natural-log score and leave totals and order as they are; `NBest.reweight` takes the
-new source in.
+All functions add a raw natural-log score. Totals and order stay; `NBest.reweight` makes them anew with the
+new source.
 """
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def rescore_with_lm(
         text: how the LM sees words: ``as-is``, ``lower`` or ``sentence``.
         prompts: earlier text, for all utterances or by utterance id.
         eos: whether the end of the utterance is scored too.
-        counters: the tree's counters are added to it, if given (of peaks the largest is kept).
+        counters: the tree's counters are added to it (of peaks the largest is kept); None: not wanted.
 
     Raises:
         ValueError: the tokenizer cannot spell a word, an utterance has no prompt, the style is unknown, or an
@@ -88,8 +88,8 @@ def rescore_with_attention(
         chosen = rows[start : start + UTTERANCES_A_CALL]
         frames = int(lens[chosen].max())
         lists = [[hypothesis.tokens for hypothesis in nbests[row]] for row in chosen]
-        found = model.score_tokens(encoder_out[chosen][:, :frames], lens[chosen], lists)
-        for row, values in zip(chosen, found):
+        decoded = model.score_tokens(encoder_out[chosen][:, :frames], lens[chosen], lists)
+        for row, values in zip(chosen, decoded):
             scores[row] = values.tolist()
     return [nbest.with_scores(source, values) for nbest, values in zip(nbests, scores)]
 
@@ -104,9 +104,9 @@ def rescore_with_ngram(nbests: Sequence[NBest], ngram: PieceNgram, source: str =
     """
     rows = [h.tokens for nbest in nbests for h in nbest]
     ids = [i for pieces in rows for i in (ngram.start_id, *pieces, ngram.end_id)]
-    found, owner = ngram.score_sentences(torch.tensor(ids, dtype=torch.int64, device=ngram.device))
+    log_probs, owner = ngram.score_sentences(torch.tensor(ids, dtype=torch.int64, device=ngram.device))
     scores = torch.zeros(len(rows), dtype=torch.float64, device=ngram.device)
-    scores.index_add_(0, owner, found.double())
+    scores.index_add_(0, owner, log_probs.double())
     values = iter(scores.tolist())
     return [nbest.with_scores(source, [next(values) for _ in nbest]) for nbest in nbests]
 

@@ -1,10 +1,10 @@
 """Words -> token ids of a language model, exact for every prefix of the words, cached word by word.
 Knows: words, a tokenizer (a Hugging Face one, or the acoustic pieces). Must not know: beams, trees, models.
 
-The ids of a prefix of words must be what the tokenizer gives for that text. Where a token never depends on
-what stands on the other side of a space, a word's ids can be found once and kept ("word by word"); that is
-checked for the loaded tokenizer, on the words at hand and on every vocabulary entry that crosses a space.
-A tokenizer that fails the check has each prefix tokenized whole, and a warning shows an example.
+The ids of a prefix of words must be the tokenizer's ids of that text. If no token depends on the other side
+of a space, each word is tokenized once and its ids are kept ("word by word"). The loaded tokenizer is checked
+for that: on sample words, and on every vocabulary entry that crosses a space. If it fails, each prefix is
+tokenized whole, and a warning shows an example.
 """
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _WORDS_A_TEXT = 7
 _MOST = 3000  # pieces that words are made of; larger vocabularies (of words, on lattices) are sampled
 _MAX_CROSSING = 300
 _CONTEXTS = 8  # words after which a text is tried that follows a prompt
-#: Words whose ids are remembered; when there are more, all are forgotten and found again.
+#: Number of words whose ids are kept. When it is reached, the cache is emptied.
 MOST_WORDS = 200_000
 
 
@@ -75,7 +75,7 @@ class WordTokenizer:
         Args:
             word: an acoustic word, not empty.
             index: its position in the utterance, from 0.
-            prompted: whether the utterance goes on after an earlier text (its first word then has a space).
+            prompted: whether the utterance follows a prompt (its first word then has a space).
 
         Raises:
             ValueError: the tokenizer cannot spell the word.
@@ -88,17 +88,17 @@ class WordTokenizer:
             self.hits += 1
             return ids
         self.misses += 1
-        found = self._spell(*key)
-        if found is None:
+        spelled = self._spell(*key)
+        if spelled is None:
             return None
-        self._refuse_unknown(word, found)
+        self._refuse_unknown(word, spelled)
         if len(self._ids_of) >= MOST_WORDS:
             self._ids_of.clear()
-        ids = self._ids_of[key] = tuple(found)
+        ids = self._ids_of[key] = tuple(spelled)
         return ids
 
     def encode(self, words: Sequence[str], prompted: bool = False) -> list[int]:
-        """Return the ids of a text given as words (nothing for no words).
+        """Return the ids of a text, a list of words (none for no words).
 
         Raises:
             ValueError: the tokenizer cannot spell a word.
@@ -112,7 +112,7 @@ class WordTokenizer:
         return ids
 
     def encode_whole(self, words: Sequence[str], prompted: bool = False) -> list[int]:
-        """Return the ids of a text given as words, tokenized in one piece: the slow twin of `encode`.
+        """Return the ids of a text, a list of words, tokenized whole: the slow twin of `encode`.
 
         After a prompt the text is tokenized as after any word; no token reaches back into the prompt.
 
@@ -147,9 +147,9 @@ class WordTokenizer:
         Args:
             hits, misses: what ``hits`` and ``misses`` were when the counting began.
         """
-        found, missed = self.hits - hits, self.misses - misses
-        rate = found / (found + missed) if found + missed else 0.0
-        return {"retokenize_words": found + missed, "retokenize_hits": found, "retokenize_hit_rate": rate}
+        hits, misses = self.hits - hits, self.misses - misses
+        rate = hits / (hits + misses) if hits + misses else 0.0
+        return {"retokenize_words": hits + misses, "retokenize_hits": hits, "retokenize_hit_rate": rate}
 
     def check(self, vocabulary: Iterable[str] = ()) -> None:
         """Check that word by word gives the ids of whole texts; else tokenize whole texts from now on.
@@ -195,7 +195,7 @@ class WordTokenizer:
             self._fall_back(f"{text!r} has the ids {whole}, but word by word {joined}")
 
     def _spell(self, text: str, begins: bool) -> Optional[list[int]]:
-        """Return the ids of one adapted word that begins a text, or goes on."""
+        """Return the ids of one adapted word, at the beginning of a text or inside."""
         if begins:
             return self._tokenize(text)
         ids = self._tokenize(f"{self._context} {text}")

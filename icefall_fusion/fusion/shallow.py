@@ -22,7 +22,7 @@ _KEEP_AFTER = 8  # frames between two clean-ups of the tree
 class ShallowFusion(LmFusion):
     """A language model over the acoustic pieces joins the search, at every extension.
 
-    A hypothesis's raw score is ``log P(its pieces)``, and at the end of the utterance that of the end too.
+    A hypothesis's raw score is ``log P(its pieces)``; at the end of the utterance the end is scored too.
     Blank has no score. Each frame costs at most one call of the model, for all hypotheses whose last piece
     it has not read yet.
 
@@ -68,9 +68,9 @@ class ShallowFusion(LmFusion):
         log_probs = self._tree.next_log_probs(nodes)  # [n, V]
         wanted = pieces[torch.div(slots, beams, rounding_mode="floor")]  # [n, C]
         self._check_pieces(wanted, log_probs.shape[1])
-        found = log_probs.to(scores.device)[where.to(slots.device)].gather(1, wanted)
-        found = self._numbers(beam, slots, found).masked_fill(wanted == beam.blank, 0.0)
-        scores.view(batch * beams, -1)[slots] = found.clamp(min=LOG_ZERO)
+        chosen = log_probs.to(scores.device)[where.to(slots.device)].gather(1, wanted)
+        chosen = self._numbers(beam, slots, chosen).masked_fill(wanted == beam.blank, 0.0)
+        scores.view(batch * beams, -1)[slots] = chosen.clamp(min=LOG_ZERO)
         return scores
 
     def advance(self, beam: Beam, source: Tensor, grew: Tensor) -> None:

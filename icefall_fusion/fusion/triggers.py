@@ -51,7 +51,7 @@ class FixedInterval(Trigger):
 
 @dataclass(frozen=True)
 class EveryFrame(FixedInterval):
-    """Fuse after every frame: words are scored as soon as they are closed; the dearest condition."""
+    """Fuse after every frame: words are scored as soon as they are closed; the most costly trigger."""
 
     frames: int = 1
 
@@ -71,16 +71,15 @@ class AtEnd(Trigger):
 class ShortestHypothesis(Trigger):
     """Fuse when the shortest live hypothesis has grown since the last fusion (Hori et al. 2025, section 3).
 
-    Every hypothesis has then something new to be scored, so that scored and unscored words never compete
-    for longer than one word. The mark only rises: a beam whose shortest hypothesis was replaced by a
-    shorter one fuses when that has outgrown the length of the last fusion.
+    Every hypothesis then has a new word, so that scored and unscored words compete for at most one word. The
+    length to beat only rises: if a shorter hypothesis becomes the shortest, it must outgrow the length of
+    the last fusion first.
 
     Args:
         unit: ``words``: closed words, what the LM can score; ``pieces``: acoustic pieces, as in a search
-            whose LM shares the vocabulary (fires more often, mostly for the longer hypotheses' sake).
-        every: look only after every so many frames, an integer, at least 1. The utterances of a large batch
-            then fuse in the same frames, in fewer and larger calls of the LM, each at most ``every - 1``
-            frames late.
+            whose LM shares the vocabulary (fires more often).
+        every: frames between two looks, an integer, at least 1. The utterances of a large batch then fuse in
+            the same frames: fewer and larger calls of the LM, each at most ``every - 1`` frames late.
     """
 
     unit: str = "words"

@@ -40,19 +40,19 @@ class History:
 
     def all_words(self) -> list[str]:
         """Return every word, first to last."""
-        parts = []
+        added = []
         history: Optional[History] = self
         while history is not None:
-            parts.append(history.words)
+            added.append(history.words)
             history = history.before
-        return [word for words in reversed(parts) for word in words]
+        return [word for words in reversed(added) for word in words]
 
 
 class ClosedWords:
     """The histories of a batch, one for each arena node that is the boundary of a prefix.
 
-    Words that are closed are those followed by a piece that starts a word. A boundary adds one word to its
-    own boundary's words, so each costs the tracing of one word, once.
+    A word is closed when a piece that starts a word follows. A boundary adds one word to the words of its own
+    boundary, so each word is traced once.
 
     Args:
         arena: the prefixes of the search.
@@ -86,8 +86,8 @@ class ClosedWords:
     def keep(self, boundaries: Sequence[int]) -> None:
         """Forget all histories but those of ``boundaries`` and what they go back to.
 
-        A boundary that a later prefix can have is a prefix of the beam or one of their boundaries, so that
-        nothing forgotten here is asked for again.
+        The boundary of a later prefix is a prefix of the beam or one of their boundaries. So nothing that is
+        forgotten is asked for again.
         """
         self._learn(boundaries)
         wanted = {id(self.root(utterance)) for utterance in range(self._arena.batch)}
@@ -129,7 +129,7 @@ class WordNodes:
         arena: the prefixes of the search.
         tokens: the acoustic vocabulary.
         tokenizer: words -> LM tokens.
-        prompted: of each utterance, whether its text goes on after a prompt.
+        prompted: of each utterance, whether its text follows a prompt.
         ids: names of the utterances.
     """
 
@@ -171,7 +171,7 @@ class WordNodes:
         return histories
 
     def scored_parts(self, boundaries: ndarray) -> list[History]:
-        """Return the longest part of each boundary's history whose words have a score; the root has one."""
+        """Return the longest scored history at or before each boundary; the root is scored."""
         return [self._scored_part(history) for history in self.histories(boundaries)]
 
     def _scored_part(self, history: History) -> History:

@@ -32,21 +32,21 @@ class CausalLm:
     """A causal LM that scores texts and token paths (natural log) through a token tree.
 
     Attributes:
-        tokenizer: Hugging Face tokenizer; None when the folder has ``bpe.model`` or no tokenizer at all.
+        tokenizer: Hugging Face tokenizer; None if the folder has ``bpe.model`` or no tokenizer.
         pieces: `AcousticTokens` when the folder has ``bpe.model`` (ids equal the acoustic ids), else None.
-        vocab_size: entries of the output layer (may exceed the tokenizer's, padding).
-        bos_id: put before every text; None when the model has none (then a prompt is needed).
+        vocab_size: entries of the output layer; some may be padding beyond the tokenizer's.
+        bos_id: put before every text; None if the model has none (a prompt is needed then).
         eos_id: end of a text, or None.
-        device: where token ids go in and log-probs come out.
+        device: of token ids and log-probs.
         name: folder or hub name.
-        packed: whether tokens of all utterances share one unpadded row (`sdpa` attention), else one row each.
-        fused: runs the layers by fused kernels, on a GPU, for models of the Llama family; else None.
+        packed: whether tokens of all utterances share one row without padding; else each utterance has a row.
+        fused: the layers as fused kernels, for the Llama family on a GPU; else None.
         window: sliding attention window in tokens, or None.
-        max_tokens: longest path in tokens that positions allow, or None (rotary positions have no table).
+        max_tokens: longest path in tokens, where positions have an end; else None.
     """
 
     def __init__(self, model: Any, vocabulary: Vocabulary, name: str, self_check: bool = True) -> None:
-        """Wrap a loaded model; see `from_pretrained` for the usual way in."""
+        """Wrap a loaded model; usually called by `from_pretrained`."""
         self.model, self.name = model.eval(), name
         self.tokenizer, self.pieces = vocabulary.tokenizer, vocabulary.pieces
         self.bos_id, self.eos_id = vocabulary.bos_id, vocabulary.eos_id
@@ -65,7 +65,7 @@ class CausalLm:
         check(size <= self.vocab_size, f"tokenizer of {name}", f"have no more entries than the model's "
               f"{self.vocab_size}", size)
         if self.device.type == "cuda":
-            # cuDNN's attention makes a plan for each new shape, and nearly each event of a tree has one
+            # cuDNN's attention plans each new shape anew, and nearly every event has a new shape
             torch.backends.cuda.enable_cudnn_sdp(False)
             if self.packed:
                 self._use_fused_kernels()
@@ -73,7 +73,7 @@ class CausalLm:
             check_tree(self)
 
     def _use_fused_kernels(self) -> None:
-        """Run the layers by fused kernels where the model allows it and they score as plain forwards do."""
+        """Use fused kernels if the model allows them and its tree scores agree with plain forwards."""
         from icefall_fusion.lm.fused import FusedModel, check_fusible
 
         try:
@@ -83,10 +83,10 @@ class CausalLm:
             check_tree(self)
         except Unavailable as reason:
             logging.info("%s runs as transformers runs it: %s", self.name, reason)
-        except Exception:  # of a compiler or a driver: any
+        except Exception:  # compilers and drivers raise anything
             self.fused = None
-            told = "%s runs as transformers runs it, which takes the host longer: fused kernels fail"
-            logging.warning(told, self.name, exc_info=True)
+            message = "fused kernels fail, so %s runs as transformers runs it (slower on the host)"
+            logging.warning(message, self.name, exc_info=True)
 
     @classmethod
     def from_pretrained(
@@ -103,7 +103,7 @@ class CausalLm:
         Args:
             path_or_name: folder with config.json, weights and tokenizer (or ``bpe.model``), or a hub name.
             dtype: torch dtype, its name, or "auto" (as saved).
-            device: where the model goes, unless ``device_map`` is given.
+            device: the model's device; not used with ``device_map``.
             device_map: as in transformers, e.g. "auto" to spread over GPUs and host (needs accelerate).
             quantization: None; "8bit" or "4bit" (by bitsandbytes); "int8" (weights alone, by torchao).
             self_check: compare a random tree with plain forwards and refuse a model that disagrees.
@@ -138,13 +138,13 @@ class CausalLm:
     def log_prob(self, text: str, prompt: Optional[str] = None, eos: bool = False) -> float:
         """Return log P(text | prompt), natural log; with ``eos`` also the end of the text.
 
-        Prompt and text are tokenized apart: where the tokenizer puts no space before a text of its own
-        (byte-level BPE), a text that goes on after a prompt has to begin with one.
+        Prompt and text are tokenized apart. A tokenizer that puts no space before a text (byte-level BPE)
+        needs the text after a prompt to begin with one.
         """
         return self.log_probs([text], prompt, eos)[0]
 
     def log_probs(self, texts: Sequence[str], prompt: Optional[str] = None, eos: bool = False) -> list[float]:
-        """Return `log_prob` of each text; beginnings that texts share are forwarded once."""
+        """Return `log_prob` of each text; shared beginnings are forwarded once."""
         check(not isinstance(texts, str), "texts", "be a list of texts, not one text", texts)
         if prompt is not None:
             check_text(prompt, "prompt")
@@ -157,7 +157,7 @@ class CausalLm:
     def token_log_probs(
         self, paths: Sequence[Sequence[int]], prompt: Sequence[int] = (), eos: bool = False
     ) -> list[list[float]]:
-        """Return log P of each token of each path, by one plain forward each: the slow twin of the tree.
+        """Return log P of each token of each path, one plain forward a path: the slow twin of the tree.
 
         Args:
             paths: token ids after bos and prompt.
@@ -189,7 +189,7 @@ class CausalLm:
             batch: B, number of utterances.
             prompts: token ids after bos, one list for each utterance (earlier text, instructions).
             options: bounds on memory.
-            aside: on a GPU run the model beside what the caller does (see ``TreeScorer.launch``).
+            aside: on a GPU, run the model at the same time as the caller's code (see `TreeScorer.launch`).
         """
         check(is_count(batch), "batch", "be an integer, at least 1", batch)
         prompts = [()] * batch if prompts is None else prompts

@@ -1,4 +1,4 @@
-"""Decoder layers of the Llama family by few kernels: matrix products, and one kernel for all between two.
+"""Decoder layers of the Llama family by few kernels: one kernel between two matrix products.
 Knows: modules of such models, a cache of keys and values with its plan. Must not know: trees, search.
 
 A layer as transformers runs it is some fifty operations, each a launch that the host has to make. Here it is
@@ -59,7 +59,7 @@ def check_fusible(model: Any) -> None:
         if size % 2 or shapes != [(count * size, config.hidden_size) for count in rows]:
             raise Unavailable(f"its heads have {size} entries and weights of {shapes}")
     if 2 * model.model.rotary_emb.inv_freq.numel() != model.model.layers[0].self_attn.head_dim:
-        raise Unavailable("a part of each head alone has rotary positions")
+        raise Unavailable("only some dimensions of each head have rotary positions")
     load_kernels(_KERNELS)
 
 
@@ -106,7 +106,7 @@ class FusedModel:
 
     @_on_its_device
     def try_kernels(self) -> None:
-        """Hold every form of attention that events can ask for to plain arithmetic, on random numbers.
+        """Compare every form of attention that an event can need with plain arithmetic on random numbers.
 
         What compiles is also ready then.
 
@@ -136,14 +136,14 @@ class FusedModel:
             for utterances in (None, torch.tensor([3, 0, 2], device=like.device)):
                 size = (3 if utterances is None else 4, slots + 40, self.key_heads, self.head_size)
                 keys, values = random(*size), random(*size)
-                found = self._look(queries, keys, values, mask, utterances, padded, valid, 0.2).float()
+                output = self._look(queries, keys, values, mask, utterances, padded, valid, 0.2).float()
                 rows = slice(3) if utterances is None else utterances
                 key, value = (x[rows, :slots].float() for x in (keys, values))  # [R, S, H, D]
                 query = queries.float()[padded].view(3, width, self.key_heads, groups, self.head_size)
                 scores = 0.2 * torch.einsum("rwhgd,rshd->rwhgs", query, key)
                 shares = scores.masked_fill(~mask.view(3, width, 1, 1, slots), -torch.inf).softmax(-1)
                 wanted = torch.einsum("rwhgs,rshd->rwhgd", shares, value).reshape(3 * width, -1)[valid]
-                worst = float((found - wanted).abs().max())
+                worst = float((output - wanted).abs().max())
                 if not worst < (1e-3 if like.dtype == torch.float32 else 5e-2):  # nan too
                     raise RuntimeError(f"attention of {lines} queries at once is {worst:.3g} off")
 
@@ -203,7 +203,7 @@ class FusedModel:
     def _attend(
         self, mixed: Tensor, cosines: Tensor, sines: Tensor, mask: Tensor, cache: TreeCache, number: int
     ) -> Tensor:
-        """Write keys and values of new tokens into the cache and return what all tokens find there."""
+        """Write keys and values of new tokens into the cache and return the attention of all tokens."""
         layer, size = cache.layers[number], self.head_size
         attention = self._model.model.layers[number].self_attn
         cells, utterances, valid, padded = cache.plan.on(mixed.device)
@@ -227,7 +227,7 @@ class FusedModel:
         self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, utterances: Optional[Tensor],
         padded: Tensor, valid: Tensor, scale: float,
     ) -> Tensor:  # fmt: skip
-        """Return what queries [T, heads * size] find in the slots of their utterances."""
+        """Return the attention of queries [T, heads * size] over the slots of their utterances."""
         rows, _, width, slots = mask.shape
         groups = self.heads // self.key_heads
         out = torch.empty_like(queries)  # of padding nothing is written, and no token reads that

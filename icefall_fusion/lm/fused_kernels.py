@@ -28,16 +28,16 @@ def add_and_norm(hidden, more, weight, out, size, epsilon, ADD: tl.constexpr, BL
     tl.store(out + at, scaled, mask=inside)
 
 
-# Places come as parts of one array, aligned by chance: each alignment would be a kernel of its own.
+# Index arrays are slices of one array. Their alignment varies, and each would compile a kernel of its own.
 @triton.jit(do_not_specialize=["tokens"], do_not_specialize_on_alignment=["cells"])
 def rotate_and_store(mixed, cosines, sines, query_norm, key_norm, cells, queries, keys, values, tokens,
                      epsilon, NORM: tl.constexpr, Q: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
                      HEADS: tl.constexpr, DP: tl.constexpr):  # fmt: skip
-    """Give queries and keys their positions, and put keys and values into their cells: one program a token.
+    """Rotate queries and keys by position and write keys and values to the cache: one program a token.
 
     mixed: [T, (Q + 2 H) D], of Q query heads, H key heads and H value heads; cosines, sines: [T, D];
     query_norm, key_norm: [D], weights of an RMS norm of each head before that, where NORM;
-    cells: [tokens], place of each token's keys and values; queries: [T, Q D] to write;
+    cells: [tokens], cache cell of each token's keys and values; queries: [T, Q D] to write;
     keys, values: [*, H D] to write.
     """
     token = tl.program_id(0).to(tl.int64)
@@ -84,7 +84,7 @@ def attend(queries, keys, values, seen, rows, padded, valid, out, scale, width, 
 
     queries, out: [T, H, G, D], G query heads for each of H key heads; keys, values: [B, capacity, H, D];
     seen: [R, width, slots], not 0 where a token sees a slot; rows: [R], or EVERYONE: all in order;
-    padded: [R * width] the token at each place; valid: [T] the place of each token; other places are padding.
+    padded: [R * width] the token of each cell; valid: [T] the cell of each token; other cells are padding.
     """
     utterance = tl.program_id(0)
     head = tl.program_id(1)

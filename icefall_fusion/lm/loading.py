@@ -100,7 +100,7 @@ def attention_window(config: Any, name: str) -> tuple[Optional[int], bool]:
     types = set(getattr(config, "layer_types", None) or ())
     check(types <= LAYER_TYPES, f"layers of {name}", f"be of types {sorted(LAYER_TYPES)}", sorted(types))
     alibi = getattr(config, "alibi", False) or getattr(getattr(config, "attn_config", None), "alibi", False)
-    check(not alibi, f"positions of {name}", "be given by position ids, not by ALiBi", "alibi")
+    check(not alibi, f"positions of {name}", "come from position ids, not from ALiBi", "alibi")
     window = getattr(config, "sliding_window", None)
     if types:
         return (window, len(types) > 1) if "sliding_attention" in types else (None, False)
@@ -108,7 +108,7 @@ def attention_window(config: Any, name: str) -> tuple[Optional[int], bool]:
 
 
 def longest_path(model: Any, config: Any) -> Optional[int]:
-    """Return the longest path: a table of positions has an end; some rotary scalings depend on the length."""
+    """Return the longest path of a model with a table of positions or a length-dependent rotary scaling."""
     limit = getattr(config, "max_position_embeddings", None)
     rope = getattr(config, "rope_parameters", None) or {}
     if limit and rope.get("rope_type") in ("dynamic", "longrope"):
@@ -133,7 +133,7 @@ def _check_folder(name: str) -> None:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What a folder says about tokens.
+    """The tokens of a model.
 
     Args:
         tokenizer: Hugging Face tokenizer, or None.
@@ -153,7 +153,7 @@ class Vocabulary:
 
         Args:
             path_or_name: model folder or hub name.
-            config: the model's config, whose bos and eos serve when the tokenizer names none.
+            config: the model's config; its bos and eos are used if the tokenizer has none.
         Raises:
             ValueError: the tokenizer contradicts the SentencePiece model beside it.
         """
@@ -179,15 +179,15 @@ class Vocabulary:
 
 
 def _first(token: Any) -> Optional[int]:
-    """Return an id that may be None, one number or a list of them."""
+    """Return the first id of a list, or the id itself, or None."""
     return token[0] if isinstance(token, (list, tuple)) and token else token or (0 if token == 0 else None)
 
 
 def _check_against_sentence_piece(folder: Path, tokenizer: Any) -> None:
     """Raise ValueError when the loaded tokenizer gives other ids than the SentencePiece model beside it.
 
-    transformers 5 builds a tokenizer without the leading space from a folder that has ``tokenizer.model``
-    alone: the first word of every text then gets ids that the model never saw.
+    From a folder with ``tokenizer.model`` alone, transformers 5 builds a tokenizer without the leading space.
+    The first word of every text then has ids that the model never saw.
     """
     files = [folder / name for name in SENTENCE_PIECE_FILES]
     files += [Path(getattr(tokenizer, "vocab_file", None) or folder / "none")]  # of a hub name: in its cache
@@ -202,11 +202,11 @@ def _check_against_sentence_piece(folder: Path, tokenizer: Any) -> None:
     except (OSError, RuntimeError):
         return  # not a SentencePiece model: other tokenizers use the same file name
     for text in PROBES:
-        expected, found = processor.EncodeAsIds(text), tokenizer(text, add_special_tokens=False)["input_ids"]
-        if expected != found:
+        expected, ids = processor.EncodeAsIds(text), tokenizer(text, add_special_tokens=False)["input_ids"]
+        if expected != ids:
             raise ValueError(
                 f"tokenizer of {folder} must agree with its {files[0].name}, but {text!r} is "
-                f"{tokenizer.convert_ids_to_tokens(found)} instead of {processor.EncodeAsPieces(text)}; "
+                f"{tokenizer.convert_ids_to_tokens(ids)} instead of {processor.EncodeAsPieces(text)}; "
                 "put the model's own tokenizer.json beside it"
             )
 
@@ -229,7 +229,7 @@ def check_tree(lm: CausalLm) -> None:
     if not worst <= allowed:  # also catches nan
         raise ValueError(
             f"{refusal}: its scores must differ from plain forwards by at most {allowed:g} a token, but "
-            f"differ by {worst:.3g} (it ignores given positions or masks, as ALiBi models such as BLOOM do)"
+            f"differ by {worst:.3g} (it ignores position ids or masks, as ALiBi models such as BLOOM do)"
         )
 
 
@@ -243,10 +243,10 @@ def _worst_difference(lm: CausalLm) -> float:
     for _ in range(CHECK_ROUNDS):
         alive = [_branch(paths, lm.vocab_size, rng) for paths in alive]
         nodes = [[scorer.insert(scorer.root(b), path) for path in paths] for b, paths in enumerate(alive)]
-        found = scorer.score(nodes[0] + nodes[1], eos=eos).tolist()
+        scores = scorer.score(nodes[0] + nodes[1], eos=eos).tolist()
         for b, paths in enumerate(alive):
             for path, tokens in zip(paths, lm.token_log_probs(paths, prompts[b], eos)):
-                worst = max(worst, abs(found.pop(0) - sum(tokens)) / (len(path) + 1), key=_nan_last)
+                worst = max(worst, abs(scores.pop(0) - sum(tokens)) / (len(path) + 1), key=_nan_last)
         alive = [paths[1::2] for paths in alive]
         scorer.keep([some[1::2] for some in nodes])
     return worst

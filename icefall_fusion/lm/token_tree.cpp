@@ -1,4 +1,4 @@
-// What Python calls of token_tree.h; native_tree.py declares it.
+// What Python calls of token_tree.h (see NativeTokenTree in token_tree.py).
 
 #include "token_tree.h"
 
@@ -18,7 +18,7 @@ void *token_tree_open(int64_t vocab) {
 
 void token_tree_close(void *tree) { delete static_cast<TokenTree *>(tree); }
 
-// Arrays of `capacity` nodes; those before hold what these are to hold.
+// Use arrays of `capacity` nodes. Python has copied the old entries.
 int token_tree_bind(void *handle, int64_t capacity, int64_t *parent, int64_t *token, int64_t *depth,
                      int64_t *utterance, double *score, const int64_t *slot) {
   auto &tree = *static_cast<TokenTree *>(handle);
@@ -32,7 +32,7 @@ int token_tree_bind(void *handle, int64_t capacity, int64_t *parent, int64_t *to
 
 int64_t token_tree_size(const void *tree) { return static_cast<const TokenTree *>(tree)->size; }
 
-// Nodes go to `node`. These three return whether there was room (else they are to be called again with more).
+// The new node goes to `node`. These three return whether there was room; if not, call them again with more.
 int token_tree_first(void *tree, int64_t utterance, int64_t token, int64_t *node) {
   return guarded([&] {
     *node = static_cast<TokenTree *>(tree)->first(utterance, token);
@@ -63,7 +63,7 @@ int token_tree_children(void *handle, const int64_t *nodes, const int64_t *token
 
 // Write the nodes at or above `nodes` up to the first that has a score, or, if `slots`, the nodes themselves and those
 // above up to the first that has a slot; each once, parents before children. Return how many.
-int64_t token_tree_climb(void *handle, const int64_t *nodes, int64_t count, int slots, int64_t *found) {
+int64_t token_tree_climb(void *handle, const int64_t *nodes, int64_t count, int slots, int64_t *visited) {
   auto &tree = *static_cast<TokenTree *>(handle);
   int64_t total = 0;
   for (int64_t i = 0; i < count; ++i) {
@@ -72,11 +72,11 @@ int64_t token_tree_climb(void *handle, const int64_t *nodes, int64_t count, int 
     for (; node >= 0 && !tree.marked[node]; node = tree.parent[node], own = false) {
       if (!own && (slots ? tree.slot[node] >= 0 : !std::isnan(tree.score[node]))) break;
       tree.marked[node] = 1;
-      found[total++] = node;
+      visited[total++] = node;
     }
   }
-  for (int64_t i = 0; i < total; ++i) tree.marked[found[i]] = 0;
-  std::sort(found, found + total);
+  for (int64_t i = 0; i < total; ++i) tree.marked[visited[i]] = 0;
+  std::sort(visited, visited + total);
   return total;
 }
 

@@ -1,4 +1,4 @@
-// The token tree's growth and climbs, as token_tree.py has them; its arrays are Python's (see NativeTokenTree).
+// The growth of the token tree (see token_tree.py). Its arrays are those of NativeTokenTree.
 #pragma once
 
 #include <cstddef>
@@ -26,12 +26,12 @@ struct TokenTree {
   // The child of a node by a token, made if need be; -1: there is no room.
   int64_t child(int64_t node, int64_t id) {
     const int64_t key = node * vocab + id;
-    size_t place = mix(key) & mask_;
-    for (; keys_[place] >= 0; place = (place + 1) & mask_)
-      if (keys_[place] == key) return values_[place];
+    size_t bucket = mix(key) & mask_;
+    for (; keys_[bucket] >= 0; bucket = (bucket + 1) & mask_)
+      if (keys_[bucket] == key) return values_[bucket];
     if (size >= capacity) return -1;
     parent[size] = node, token[size] = id, depth[size] = depth[node] + 1, utterance[size] = utterance[node];
-    keys_[place] = key, values_[place] = size;
+    keys_[bucket] = key, values_[bucket] = size;
     if (2 * ++count_ > keys_.size()) rehash(2 * keys_.size());
     return size++;
   }
@@ -50,9 +50,9 @@ struct TokenTree {
     mask_ = room - 1;
     for (size_t i = 0; i < keys_.size(); ++i) {
       if (keys_[i] < 0) continue;
-      size_t place = mix(keys_[i]) & mask_;
-      while (keys[place] >= 0) place = (place + 1) & mask_;
-      keys[place] = keys_[i], values[place] = values_[i];
+      size_t bucket = mix(keys_[i]) & mask_;
+      while (keys[bucket] >= 0) bucket = (bucket + 1) & mask_;
+      keys[bucket] = keys_[i], values[bucket] = values_[i];
     }
     keys_.swap(keys), values_.swap(values);
   }

@@ -27,7 +27,7 @@ class TokenTree:
     """One tree of tokens for each utterance; a node is a token after a distinct token prefix.
 
     Node ids are global, grow from parent to child, and are never reused: `release` gives back slots and rows
-    (memory), while the few integers of a node stay, so that a node that comes back is just computed again.
+    (memory), but the few integers of a node stay. A node that comes back is computed again.
 
     Attributes, each with one entry a node:
         parent: node before this one, -1 at the first token.
@@ -134,8 +134,7 @@ class TokenTree:
         """Free what no node of ``live`` needs; return the freed rows of the distribution store.
 
         Slots stay for live nodes and their ancestors. Rows stay for nodes that may get new children: the
-        live nodes and those between two of them; a branch above all live nodes, or below them where no live
-        node follows, would need a hypothesis that is gone.
+        live nodes and those between two of them. Only a hypothesis that is gone could need another row.
         """
         live = np.unique(live)
         anchors = np.union1d(self._nearest(live, lambda level: self.slots.of_node[level] >= 0), self.roots)
@@ -169,23 +168,23 @@ class TokenTree:
 
     def _climb(self, nodes: ndarray, missing: Callable[[ndarray], ndarray]) -> ndarray:
         """Return the nodes at or above ``nodes`` up to the first not ``missing``, each once, sorted."""
-        found, level = [], np.unique(nodes)
+        visited, level = [], np.unique(nodes)
         while len(level):
             level = level[missing(level)]
-            found.append(level)
+            visited.append(level)
             above = self.parent[level]
             level = np.unique(above[above != NONE])
-        return np.unique(np.concatenate(found)) if found else level
+        return np.unique(np.concatenate(visited)) if visited else level
 
     def _nearest(self, nodes: ndarray, reached: Callable[[ndarray], ndarray]) -> ndarray:
         """Return the nearest node at or above each of ``nodes`` that is ``reached``, where there is one."""
-        found, level = [nodes[:0]], nodes
+        nearest, level = [nodes[:0]], nodes
         while len(level):
             done = reached(level)
-            found.append(level[done])
+            nearest.append(level[done])
             above = self.parent[level[~done]]
             level = np.unique(above[above != NONE])
-        return np.unique(np.concatenate(found))
+        return np.unique(np.concatenate(nearest))
 
     def _append_first(self, utterance: int, token: int) -> int:
         return self._append(NONE, token, 0, utterance)
@@ -274,9 +273,9 @@ class NativeTokenTree(TokenTree):
         self._library.token_tree_set_scores(self.handle, nodes.ctypes.data, len(nodes), log_probs.ctypes.data)
 
     def _climbed(self, nodes: ndarray, slots: int) -> ndarray:
-        nodes, found = np.ascontiguousarray(nodes, np.int64), np.empty(self._size, np.int64)
-        where = (nodes.ctypes.data, len(nodes), slots, found.ctypes.data)
-        return found[: self._library.token_tree_climb(self.handle, *where)].copy()
+        nodes, visited = np.ascontiguousarray(nodes, np.int64), np.empty(self._size, np.int64)
+        arguments = (nodes.ctypes.data, len(nodes), slots, visited.ctypes.data)
+        return visited[: self._library.token_tree_climb(self.handle, *arguments)].copy()
 
     def _append_first(self, utterance: int, token: int) -> int:
         self._ensure(self._size + 1)

@@ -32,8 +32,8 @@ class ForwardPlan:
     Args:
         cells: [Q] utterance * slots_per_utterance + slot, where each token's keys and values are written.
         utterances: [R] rows of the buffers that are read; None when all are, in order.
-        valid: index of each token in the R * W padded places; [Q], or [Q + a few] when packed.
-        padded: [R * W] index of each padded place in the Q tokens (0 for padding).
+        valid: index of each token in the R * W padded cells; [Q], or [Q + a few] when packed.
+        padded: [R * W] index of the token of each padded cell (0 for padding).
         slots: how many slots are read (at least those in use).
         packed: tokens come as one row [1, Q + a few] (the few are padding), else as [R, W].
     """
@@ -100,9 +100,9 @@ def forward(model: TreeModel, tree: TokenTree, cache: TreeCache, nodes: ndarray,
     padded = np.zeros(len(utterances) * width, np.int64)
     padded[valid] = np.arange(count)
     line, asked = np.arange(count), np.flatnonzero(wanted)
-    found = len(asked)
+    asked_count = len(asked)
     if model.packed:  # padding repeats the first token, or asks for it
-        line, asked = (np.pad(places, (0, -len(places) % TOKEN_BUCKET)) for places in (line, asked))
+        line, asked = (np.pad(index, (0, -len(index) % TOKEN_BUCKET)) for index in (line, asked))
     length = -(-int(slots.used[utterances].max()) // SLOT_BUCKET) * SLOT_BUCKET
 
     tokens, positions, cells, valid_, padded_, rows, wanted_ = to_device(
@@ -126,7 +126,7 @@ def forward(model: TreeModel, tree: TokenTree, cache: TreeCache, nodes: ndarray,
     mask = on_device(model.device, _spread(seen, valid, shape))
     window_mask = None if near is None else on_device(model.device, _spread(near, valid, shape))
     logits = model.tree_logits(tokens, positions, mask, window_mask, cache, wanted_)
-    return torch.log_softmax(logits[:found].float(), dim=-1)
+    return torch.log_softmax(logits[:asked_count].float(), dim=-1)
 
 
 def to_device(device: torch.device, *arrays: ndarray) -> Sequence[Tensor]:
@@ -136,14 +136,14 @@ def to_device(device: torch.device, *arrays: ndarray) -> Sequence[Tensor]:
 
 
 def on_device(device: torch.device, values: Tensor) -> Tensor:
-    """Copy a tensor of the host to ``device``; a GPU gets it when it is due, and the host goes on."""
+    """Copy a tensor of the host to ``device``; the host does not wait for a GPU."""
     if device.type != "cuda":
         return values.to(device)
     return values.pin_memory().to(device, non_blocking=True)
 
 
 def _spread(seen: ndarray, valid: ndarray, shape: tuple[int, ...]) -> Tensor:
-    """Return the mask [R, 1, W, S] bool with rows ``seen`` [Q, S] at the places ``valid`` [Q]."""
+    """Return the mask [R, 1, W, S] bool with rows ``seen`` [Q, S] in the cells ``valid`` [Q]."""
     mask = np.zeros((shape[0] * shape[2], shape[3]), bool)
     mask[valid] = seen
     return torch.from_numpy(mask).view(shape)
@@ -161,7 +161,7 @@ def integers(values: Union[Tensor, ndarray, Sequence[int]], name: str) -> ndarra
 
 
 def fetch(values: Tensor) -> Callable[[], ndarray]:
-    """Start to bring values to the host; return what waits for them, the event's only wait."""
+    """Start to copy values to the host; return a function that waits for them, the event's only wait."""
     if not values.is_cuda:
         return values.numpy
     host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
@@ -207,8 +207,8 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Attend from packed queries to each utterance's own slots; plain `sdpa` outside of a tree forward.
 
-    Padding costs only here and not in the linear layers, which hold most of the work. Query heads that share
-    a key head are laid beside one another in the query dimension, so that no key is copied for them.
+    Padding costs time here alone, not in the linear layers, which take most of it. Query heads that share a
+    key head lie side by side in the query dimension, so that no key is copied.
 
     Args:
         query: [1, G * H, Q, D], G query heads for each of H key heads.

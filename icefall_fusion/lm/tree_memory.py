@@ -71,7 +71,7 @@ class SlotTable:
     def release(self, held: ndarray, parent: ndarray, utterance: ndarray) -> None:
         """Free every slot whose node is neither in ``held`` nor above one of them.
 
-        Dead leaves first, then what became a leaf: the work grows with what is freed, not with the text.
+        Dead leaves first, then nodes that became leaves. The time depends on what is freed, not on the text.
         """
         self._held[held] = True
         nodes = self._cached
@@ -165,11 +165,11 @@ class TreeLayer(CacheLayerMixin):
             self.keys, self.values = (_taller(buffer, slots) for buffer in (self.keys, self.values))
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return the number of keys and the first one; unused, as masks are given 4-D."""
+        """Return the number of keys and the first one; unused, as masks are 4-D."""
         return self.cache.plan.slots, 0
 
     def get_seq_length(self) -> int:
-        """Return 0: a tree has no one length, positions are always given."""
+        """Return 0: a tree has no one length, and the caller passes positions."""
         return 0
 
     def get_max_length(self) -> int:

@@ -69,14 +69,14 @@ class TreeScorer:
     """Natural-log probabilities of token paths, one tree for each utterance, one model call an event.
 
     Made by `CausalLm.open_tree`. A node is a global integer: a token after a distinct prefix. Nodes are never
-    renumbered and stay valid for the life of the scorer: `keep` frees memory only, a freed node that is asked
-    for again is computed again (and counted as recomputed).
+    renumbered and stay valid for the life of the scorer. `keep` frees memory only: a freed node that is asked
+    for again is computed again, and counted as recomputed.
 
     Args:
         model: the language model.
         prompts: tokens of each utterance before its text, bos included, at least one each.
         options: bounds on memory.
-        aside: run the model on a CUDA stream of its own, beside what the caller does meanwhile.
+        aside: run the model on a CUDA stream of its own, at the same time as the caller's kernels.
     """
 
     def __init__(
@@ -114,9 +114,9 @@ class TreeScorer:
         Each child made here counts as one scored token (shallow fusion has read its log-prob already).
         """
         above = self._nodes(nodes)
-        found, made = self.tree.children(above, integers(tokens, "tokens"))
+        children, made = self.tree.children(above, integers(tokens, "tokens"))
         self.counters.lm_tokens_scored += made
-        return torch.from_numpy(found).to(nodes.device)
+        return torch.from_numpy(children).to(nodes.device)
 
     def keep(self, live: Union[Nodes, Sequence[Sequence[int]]]) -> None:
         """Free all that no node of ``live`` (flat, or one list for each utterance) or root can reach upwards.
@@ -142,7 +142,7 @@ class TreeScorer:
     def launch(self, nodes: Nodes, eos: bool = False) -> Callable[[], Tensor]:
         """Start to score as `score` does; return what waits for the scores and returns them.
 
-        On a GPU the model runs until then, beside the caller's own work where the tree was opened ``aside``.
+        On a GPU the model runs until then; with ``aside`` at the same time as the caller's own kernels.
         The nodes count as scored once the scores were waited for.
         """
         with self._timed(wait=False):
@@ -224,10 +224,10 @@ class TreeScorer:
         known, missing = np.flatnonzero(rows >= 0), np.flatnonzero(rows < 0)
         index, values = [known], [pick(self._store.log_probs, rows[known], tokens[known])]
         for nodes, log_probs in self._distributions(np.unique(at[missing])):
-            place = np.minimum(np.searchsorted(nodes, at[missing]), len(nodes) - 1)
-            here = nodes[place] == at[missing]
+            row = np.minimum(np.searchsorted(nodes, at[missing]), len(nodes) - 1)
+            here = nodes[row] == at[missing]
             index.append(missing[here])
-            values.append(pick(log_probs, place[here], tokens[missing[here]]))
+            values.append(pick(log_probs, row[here], tokens[missing[here]]))
             if self._store.in_use + len(nodes) <= self._store.max_rows:
                 self._keep_distributions(nodes, log_probs)
         return np.concatenate(index), torch.cat(values).double()
@@ -268,8 +268,8 @@ class TreeScorer:
 
     def _keep_distributions(self, nodes: ndarray, log_probs: Tensor) -> None:
         rows = self._store.take(len(nodes))
-        places = on_device(log_probs.device, torch.from_numpy(rows))
-        self._store.log_probs.index_copy_(0, places, log_probs)
+        index = on_device(log_probs.device, torch.from_numpy(rows))
+        self._store.log_probs.index_copy_(0, index, log_probs)
         self.tree.assign_rows(nodes, rows)
 
     def _eos(self, count: int) -> ndarray:

@@ -25,7 +25,7 @@ _UNITS = (None, "words", "pieces")
 
 
 class AheadTerms(NamedTuple):
-    """Look-ahead: what ranks the part of a hypothesis that is not scored yet (see fusion/look_ahead.py).
+    """Look-ahead: what ranks the part of a hypothesis that is not scored yet (see fusion/ngram.py).
 
     ngram: over the acoustic pieces; weight: of its natural-log score; bonus: for a word that has begun;
     every: new pieces count only after every so many frames.
