@@ -1,4 +1,4 @@
-"""Hypotheses and N-best lists: what every search, fusion and rescoring leaves; sort, reweight, JSON lines.
+"""Hypotheses and N-best lists, the result of every search and rescoring; sort, reweight, JSON lines.
 Knows: tokens, words, times and one raw score per source. Must not know: torch, k2, models, WER.
 
 Every score is a natural logarithm, summed over the utterance and unweighted; ``total`` alone is weighted:
@@ -20,7 +20,7 @@ WORDS = "words"
 
 @dataclass(frozen=True)
 class WordTime:
-    """A word and where it was heard: ``start`` and ``end`` in seconds."""
+    """A word and its ``start`` and ``end`` in seconds."""
 
     word: str
     start: float
@@ -89,7 +89,7 @@ class NBest:
         return [name for name in names if all(name in h.scores for h in self.hypotheses)]
 
     def with_scores(self, source: str, values: Sequence[float]) -> NBest:
-        """Return a copy in which ``source`` has the given raw score per hypothesis; totals stay as they are.
+        """Return a copy in which ``source`` has these raw scores; totals stay as they are.
 
         Args:
             source: e.g. ``llm``.
@@ -148,7 +148,7 @@ class NBest:
 
     @classmethod
     def from_plain(cls, value: Any) -> NBest:
-        """Read what `as_plain` gave; floats come back exactly.
+        """Read the values of `as_plain`; floats are exact.
 
         Raises:
             ValueError: a field is missing.

@@ -13,10 +13,10 @@ def check(condition: bool, name: str, rule: str, value: Any) -> None:
     """Raise ValueError ``name must rule, but is value`` unless the condition holds.
 
     Args:
-        condition: what has to be true.
+        condition: must be true.
         name: the argument as the caller knows it, e.g. ``PrefixSearchOptions.beam``.
         rule: completes "must ...", e.g. ``be at least 1``.
-        value: what was given.
+        value: of the argument.
     """
     if not condition:
         raise ValueError(f"{name} must {rule}, but is {value!r}")
@@ -60,5 +60,5 @@ def check_text(value: Any, name: str) -> None:
 
 def nearest(word: str, choices: Iterable[Any]) -> str:
     """Return "; did you mean 'x'?" for the choice most like ``word``, or an empty string."""
-    found = difflib.get_close_matches(word, [str(choice) for choice in choices], n=1, cutoff=0.5)
-    return f"; did you mean {found[0]!r}?" if found else ""
+    close = difflib.get_close_matches(word, [str(choice) for choice in choices], n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -49,7 +49,7 @@ def kernels_run_on(device: torch.device) -> bool:
 
 
 def weight_bytes(model: torch.nn.Module) -> int:
-    """Return the bytes of a model's parameters and buffers, as they lie in memory: what is shared, once.
+    """Return the bytes of a model's parameters and buffers, as they are in memory; shared ones count once.
 
     Quantized weights count with their scales.
     """

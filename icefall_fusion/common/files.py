@@ -19,16 +19,16 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def opener(path: PathLike) -> Callable[..., Any]:
-    """Return what opens a file of this name, gzip's ``open`` if it ends in .gz; say "rt" or "wt" for text."""
+    """Return the function that opens a file of this name: gzip's for .gz (modes "rt", "wt" for text)."""
     return gzip.open if str(path).endswith(".gz") else open
 
 
 @contextlib.contextmanager
 def name_full_disk(path: PathLike) -> Iterator[None]:
-    """Tell what could not be written where a disk is full in the block: the system's own error does not.
+    """Name the file in the error of a full disk: the system's own error does not.
 
     Args:
-        path: what is written.
+        path: the file that is written.
     """
     try:
         yield
@@ -80,8 +80,8 @@ def fingerprint(path: PathLike) -> str:
         size = file.stat().st_size
         digest.update(f"{file.name} {size}\n".encode())
         with open(file, "rb") as content:
-            for place in range(0, max(size, 1), max(_SAMPLE, size // 32)):
-                content.seek(place)
+            for start in range(0, max(size, 1), max(_SAMPLE, size // 32)):
+                content.seek(start)
                 digest.update(content.read(_SAMPLE))
     return digest.hexdigest()[:16] if files else ""
 

@@ -6,7 +6,7 @@
 
 namespace icefall {
 
-constexpr int kOutOfMemory = -9;  // what functions that return numbers say; those that return pointers say null
+constexpr int kOutOfMemory = -9;  // returned by functions of numbers; functions of pointers return null
 
 template <typename Body>
 int guarded(Body body) noexcept {

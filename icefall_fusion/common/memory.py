@@ -1,4 +1,4 @@
-"""Memory of this process and its GPU: in use, the peak, and what the C library's allocator keeps.
+"""Memory of this process and its GPU: in use, the peak, freed memory that the C library keeps.
 Knows: /proc, glibc, CUDA's counters. Must not know: models, searches.
 """
 from __future__ import annotations
@@ -34,7 +34,7 @@ def peak_memory_bytes() -> int:
 
 
 def memory_in_use() -> int:
-    """Return what is in use now: of the GPU where one is used, else resident."""
+    """Return the memory in use now: the GPU's where one is used, else resident."""
     cuda = _cuda()
     if cuda is not None and cuda.memory_allocated() > 0:
         return int(cuda.memory_allocated())
@@ -45,10 +45,10 @@ def memory_in_use() -> int:
 
 
 def give_back_memory() -> None:
-    """Let the C library give the system what it holds but does not use (glibc; elsewhere nothing happens).
+    """Give freed memory that the C library keeps back to the system (glibc; elsewhere nothing happens).
 
-    A decode asks for blocks of ever other sizes, and what it frees is kept in pieces: a run of hours came to
-    three times what it needed.
+    A decode allocates blocks of ever new sizes, and freed blocks are kept in fragments: without this a run of
+    hours took three times the memory it needed.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
     if trim is not None:
@@ -75,7 +75,7 @@ def _cuda() -> Any:
 
 
 def keep_freed_memory() -> bool:
-    """Let glibc keep what is freed instead of handing it back to the kernel; return whether it took effect.
+    """Let glibc keep freed memory instead of giving it back to the kernel; return whether it took effect.
 
     Activations of a training step are tens of megabytes each: by default every one is a fresh mapping whose
     pages the kernel must zero again, which took a sixth of a step on a CPU.

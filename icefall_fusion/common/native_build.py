@@ -1,5 +1,5 @@
 """The compiled code: built once by the C++ compiler that is there, and loaded.
-Knows: compilers, a cache folder, what can be called. Must not know: what it does.
+Knows: compilers, a cache folder, names and types of functions. Must not know: what they compute.
 
 One library of the prefix search, of the token tree's growth and of closed words; all has a twin in Python.
 """
@@ -49,8 +49,8 @@ def load_native() -> ctypes.CDLL:
     try:
         return _declare(str(_build(command)))
     except (OSError, AttributeError, subprocess.CalledProcessError) as error:
-        said = (getattr(error, "stderr", None) or "").strip()[-500:]
-        reason = f"{' '.join(command)} could not build the compiled part: {error} {said}".strip()
+        output = (getattr(error, "stderr", None) or "").strip()[-500:]
+        reason = f"{' '.join(command)} could not build the compiled code: {error} {output}".strip()
         raise Unavailable(reason, unusual=True) from error
 
 
@@ -64,8 +64,8 @@ def cache_folder() -> Path:
 def _build(command: list[str]) -> Path:
     """Build the library unless that of this source, compiler and processor is there; return its path.
 
-    The name holds a hash of what it is made of, and one of its content: what was cut short, or put there by
-    somebody else under this name, is not loaded but built again.
+    The name holds a hash of the sources, compiler and processor, and one of the content: a file that was cut
+    short, or that somebody else put there under this name, is not loaded but built again.
     """
     version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True).stdout
     sources = (path.read_text(encoding="utf-8") for path in _READ)
@@ -75,7 +75,7 @@ def _build(command: list[str]) -> Path:
     for library in folder.glob(f"{name}-*.so"):
         if _only_ours(library) and library.stem == f"{name}-{_hash(library.read_bytes())}":
             return library
-    logging.info("building the compiled part (%s) into %s", " ".join(command), folder)
+    logging.info("building the compiled code (%s) into %s", " ".join(command), folder)
     handle, temporary = tempfile.mkstemp(dir=folder, suffix=".so")
     os.close(handle)
     try:
@@ -115,7 +115,7 @@ def _hash(content: bytes) -> str:
 
 
 def _processor() -> str:
-    """Return what tells processors apart: a library built for one may not run on another."""
+    """Return the features of the processor: a library built for one may not run on another."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         kept = [line for line in lines if line.startswith(("flags", "Features"))]
@@ -126,7 +126,7 @@ def _processor() -> str:
 
 _INT = ctypes.c_int
 _PAIR = [_POINTER, _NUMBER]  # an array and its stride or length
-_FUNCTIONS = {  # what each returns and takes
+_FUNCTIONS = {  # types of the result and of the arguments
     "prefix_search_open": (_POINTER, [_POINTER]),
     "prefix_search_close": (None, [_POINTER]),
     "prefix_search_run": (_INT, [_POINTER, _POINTER, _NUMBER, _INT, _NUMBER, _NUMBER]),
@@ -153,10 +153,10 @@ _FUNCTIONS = {  # what each returns and takes
 
 
 def _memory_was_there(result: Any, function: Any, arguments: tuple[Any, ...]) -> Any:
-    """Return what compiled code has returned, unless that says that memory ran out."""
+    """Return the result of compiled code, unless it means that memory ran out."""
     failed = result is None if function.restype is _POINTER else result == _OUT_OF_MEMORY
     if failed and function.restype is not None:
-        raise MemoryError("the compiled part ran out of memory")
+        raise MemoryError("the compiled code ran out of memory")
     return result
 
 

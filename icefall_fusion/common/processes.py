@@ -36,7 +36,7 @@ class Processes:
 
     @classmethod
     def join(cls, backend: str, **options: Any) -> Processes:
-        """Return what torchrun's environment says; several processes find each other.
+        """Return the processes of torchrun's environment; several join one process group.
 
         Args:
             backend: gloo or nccl.
@@ -49,7 +49,7 @@ class Processes:
 
     @classmethod
     def of_environment(cls) -> Processes:
-        """Return what torchrun's environment says."""
+        """Return the processes of torchrun's environment."""
         names = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
         return cls(*(int(os.environ.get(name, default)) for name, default in names))
 
@@ -67,10 +67,10 @@ class Processes:
 
 
 def _join(backend: str, **options: Any) -> None:
-    """Meet the other processes that torchrun has started; part from them when this one ends.
+    """Join the process group of torchrun's processes; leave it when this one ends.
 
-    Without parting, an exit while threads of the backend still run may abort a process that has done all its
-    work (seen with gloo), and torchrun takes that for a failure.
+    Without leaving, a process may abort at its exit while threads of the backend still run (seen with gloo),
+    and torchrun takes that for a failure.
 
     Args:
         backend: gloo or nccl.
@@ -112,8 +112,8 @@ def check_compiler(device: torch.device, option: str) -> None:
         option: its name for the message.
     """
     compilers = (os.environ.get("CXX", ""), "g++", "clang++")
-    found = device.type != "cpu" or any(name and shutil.which(name) for name in compilers)
-    check(found, option, "be false where there is no C++ compiler (CXX, g++ or clang++)", True)
+    good = device.type != "cpu" or any(name and shutil.which(name) for name in compilers)
+    check(good, option, "be false where there is no C++ compiler (CXX, g++ or clang++)", True)
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

@@ -1,5 +1,5 @@
-"""What may be missing on a machine (a compiler, Triton, a fast path): asked once, told by an exception.
-Knows: nothing. Must not know: what is asked for.
+"""The exception for optional things that a machine lacks (a compiler, Triton, a fast path).
+Knows: nothing. Must not know: what is looked for.
 """
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class Unavailable(Exception):
-    """Something optional cannot be had here; the message says why. The plain way is taken then.
+    """Something optional is missing here; the message says why. The caller goes the plain way then.
 
     Args:
         reason: completes "it cannot be used: ...".

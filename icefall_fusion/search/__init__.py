@@ -17,7 +17,7 @@ __all__ = ["Beam", "Fusion", "PrefixSearchOptions", "ctc_greedy_search", "ctc_pr
 
 
 def __getattr__(name: str) -> Any:
-    """Load what few ask for when it is asked for."""
+    """Load the greedy search on first use: most users of this package never need it."""
     if name == "ctc_greedy_search":
         from icefall_fusion.search.ctc_greedy import ctc_greedy_search
 

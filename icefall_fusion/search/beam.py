@@ -84,13 +84,13 @@ class PrefixArena:
         return self._piece.view(-1)[nodes]
 
     def boundary(self, nodes: Tensor) -> Tensor:
-        """Return the closed part of each prefix: the prefix before the word that is still open.
+        """Return the boundary of each prefix: the prefix before the word that is still open.
 
         ``boundary(child by v) = parent if starts_word[v] else boundary(parent)``; a root is its own boundary.
-        So the closed words of a prefix are all words of its boundary, and a boundary's own boundary is
-        exactly one word shorter (no word shorter where a vocabulary allows empty words).
+        So the closed words of a prefix are all words of its boundary. A boundary's own boundary is exactly
+        one word shorter (no word shorter where a vocabulary allows empty words).
         """
-        check(self.starts_word is not None, "tokens", "be given when word boundaries are asked for", None)
+        check(self.starts_word is not None, "tokens", "be there when word boundaries are needed", None)
         return self._boundary.view(-1)[nodes]
 
     def begins_word(self, pieces: Tensor, first: Tensor) -> Tensor:
@@ -109,12 +109,12 @@ class PrefixArena:
             ValueError: ``ancestor`` is not -1 and not on the way from ``node`` to its root.
         """
         parent, piece = self.on_host("parent"), self.on_host("piece")
-        found: list[int] = []
+        pieces: list[int] = []
         while node != ancestor and node >= self.row_size:
-            found.append(int(piece[node]))
+            pieces.append(int(piece[node]))
             node = int(parent[node])
         check(ancestor < 0 or node == ancestor, "ancestor", "be a prefix of node", ancestor)
-        return found[::-1]
+        return pieces[::-1]
 
     def trace(self, nodes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Trace many prefixes back at once.
@@ -158,9 +158,9 @@ class PrefixArena:
         return self.first_ids + row * self.row_size
 
     def reach(self, first: int, rows: int) -> None:
-        """Know that a search has itself written rows from ``first`` on, before ``rows``."""
+        """Note that a search has itself written the rows from ``first`` up to ``rows``."""
         self.rows = max(self.rows, rows)
-        if self.first_ids.device.type != "cpu":  # else the mirror is the thing itself
+        if self.first_ids.device.type != "cpu":  # there the mirror is the arena's memory
             self._host = {name: (mirror, min(known, first)) for name, (mirror, known) in self._host.items()}
 
     def _grow(self) -> None:
@@ -173,7 +173,7 @@ class PrefixArena:
     def on_host(self, name: str) -> Any:
         """Return ``parent``, ``piece`` or ``boundary`` of all nodes, a flat numpy array to read.
 
-        It is the memory of the arena itself on a CPU, else a mirror that is brought up to date.
+        On a CPU it is the memory of the arena, else a copy that is brought up to date.
         """
         tensor = getattr(self, "_" + name)
         if tensor.device.type == "cpu":
@@ -195,7 +195,7 @@ class Beam:
     Rows belong to utterances, columns to slots. A slot whose ``log_total`` is -inf is dead (``alive`` False)
     and its other values mean nothing. The search only moves these values (one gather a frame); where an
     extension and a stay meet in one prefix, the masses add and the stay's node, lm, words and state are kept.
-    Slots are in no promised order while fusions take part.
+    With fusions the slots are in no fixed order.
 
     Attributes:
         arena: where prefixes are spelled out.
@@ -284,12 +284,12 @@ class Beam:
 
     @property
     def boundary(self) -> Tensor:
-        """[B, K] int64, arena node of the closed part of each prefix."""
+        """[B, K] int64, arena node of the boundary of each prefix."""
         return self.arena.boundary(self.node)
 
     @property
     def score(self) -> Tensor:
-        """[B, K] float32, what ranks the slots: ``log_total + fused`` (relative to ``offset``)."""
+        """[B, K] float32, the ranking score: ``log_total + fused`` (relative to ``offset``)."""
         return self.log_total + self.fused
 
     def permute_scores(self, source: Tensor) -> None:

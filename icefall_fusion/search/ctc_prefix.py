@@ -1,5 +1,5 @@
 """Exact CTC prefix beam search, batched over utterances: from log-probs to N-best lists.
-Knows: what goes in and out, vocabularies, word times. Must not know: how a frame is searched, which LM it is.
+Knows: arguments, N-best lists, word times. Must not know: how a frame is searched, language models.
 """
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def ctc_prefix_search(
     """Search the most probable piece sequences (sum over alignments) of a batch of utterances.
 
     Exact CTC prefix beam search (Graves 2006; Hannun et al. 2014), with shallow fusion before and delayed
-    fusion (Hori et al. 2025, section 2) after each pruning. The result of an utterance depends neither on the
-    batch it is in nor on what stands in the padding. Runs on the device of ``log_probs``.
+    fusion (Hori et al. 2025, section 2) after each pruning. The result of an utterance depends neither on its
+    batch nor on the padding. Runs on the device of ``log_probs``.
 
     Args:
         log_probs: [B, T, V] natural-log probabilities, any float type; -inf is allowed.
@@ -110,7 +110,7 @@ def export_nbests(beam: Beam, inputs: SearchInput, frame_map: Optional[Tensor], 
         weights["words"] = float(sum(f.word_bonus for f in fusions))
     lists = []
     for b, name in enumerate(inputs.ids):
-        found = []
+        entries = []
         for k in range(beam.arena.beam):
             if not alive[b][k]:
                 continue
@@ -120,10 +120,10 @@ def export_nbests(beam: Beam, inputs: SearchInput, frame_map: Optional[Tensor], 
             if tokens is not None:
                 scores["words"] = float(len(tokens.word_spans(ids)))
             scores["total"] = _weighted(scores, weights, name)
-            found.append((-scores["total"], ids, scores, row))
-        found.sort(key=lambda entry: entry[:2])
+            entries.append((-scores["total"], ids, scores, row))
+        entries.sort(key=lambda entry: entry[:2])
         hypotheses = [_hypothesis(ids, scores, tokens, None if peaks is None else peaks[row], frame_shift)
-                      for _, ids, scores, row in found[:nbest]]
+                      for _, ids, scores, row in entries[:nbest]]
         lists.append(NBest(name, hypotheses, dict(weights)))
     return lists
 
@@ -150,9 +150,9 @@ def _hypothesis(ids: list[int], scores: dict[str, float], tokens: Optional[Acous
 
 def word_times(ids: Sequence[int], words: Sequence[str], peaks: Sequence[int], tokens: AcousticTokens,
                frame_shift: float) -> list[WordTime]:
-    """Return when each word was heard: from its first piece's frame to one frame past its last piece's.
+    """Return the time of each word: from its first piece's frame to one frame past its last piece's.
 
-    A CTC model marks where it recognized a piece, not where the sound began or ended.
+    A CTC model marks the frame in which it recognizes a piece, not the beginning or end of the sound.
 
     Args:
         ids: pieces; words: the words they spell; peaks: frame of each piece, rising.
@@ -187,8 +187,8 @@ def piece_peaks(inputs: SearchInput, pieces: Tensor, births: Tensor, lengths: Te
     time = torch.arange(frames, device=device).expand(pieces.shape[0], -1).contiguous()
     owner = torch.searchsorted(starts.contiguous(), time, right=True) - 1  # piece that frame t belongs to
     rows = torch.arange(pieces.shape[0], device=device).unsqueeze(1)
-    heard = pieces.gather(1, owner.clamp(min=0)).clamp_(min=0)
-    values = inputs.log_probs[torch.div(rows, beam, rounding_mode="floor"), time, heard]
+    spoken = pieces.gather(1, owner.clamp(min=0)).clamp_(min=0)
+    values = inputs.log_probs[torch.div(rows, beam, rounding_mode="floor"), time, spoken]
     inside = (owner >= 0) & inputs.live.repeat_interleave(beam, dim=0)
     values = values.masked_fill(~inside, -torch.inf)
     owner = owner.clamp(min=0)

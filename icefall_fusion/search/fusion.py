@@ -1,9 +1,9 @@
-"""What a language model that takes part in a search must do, when it acts, and all of them together.
+"""Fusions: the base class, the rule that tells when delayed fusion acts, all fusions of one search.
 Knows: beams, lengths of hypotheses, an n-gram for look-ahead. Must not know: which language model it is.
 
-When delayed fusion acts is each utterance's own (Hori et al. 2025, section 3). A search that knows the rule
-need not ask after every frame, nor keep its utterances in step: each runs on to its own next stop, and those
-that wait are scored in one call. The rule is two numbers; compiled engines get them as `StopRule.code`.
+Delayed fusion acts for each utterance on its own (Hori et al. 2025, section 3). A search that knows the rule
+need not ask after every frame, nor keep its utterances in step: each runs on to its own next stop, and all
+that wait are scored in one call. The rule is two numbers, which compiled engines get as arguments.
 """
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _UNITS = (None, "words", "pieces")
 
 
 class AheadTerms(NamedTuple):
-    """Look-ahead: what ranks the part of a hypothesis that is not scored yet (see fusion/ngram.py).
+    """Look-ahead: an n-gram ranks the words that are not scored yet (see fusion/ngram.py).
 
     ngram: over the acoustic pieces; weight: of its natural-log score; bonus: for a word that has begun;
-    every: new pieces count only after every so many frames.
+    every: frames between two updates of the estimates.
     """
 
     ngram: PieceNgram
@@ -40,7 +40,7 @@ class AheadTerms(NamedTuple):
 class StopRule(NamedTuple):
     """When an utterance stops for a fusion, a value without state.
 
-    every: look after every so many frames; 0: never, it runs on to its end.
+    every: frames between two looks; 0: never, the utterance runs on to its end.
     unit: None: each look stops it; ``words`` or ``pieces``: if its shortest live hypothesis has begun more of
         them than at the last stop.
     ahead: the look-ahead, if there is one.
@@ -79,7 +79,7 @@ class Fusion:
         ceiling: the largest raw score that `extension_scores` can give. The search leaves out candidate
             pieces that cannot survive even so.
         piece_ngram: the back-off n-gram whose scores `extension_scores` gives, if they are those of one:
-            the compiled engines read its tables instead of asking.
+            compiled engines read its tables instead of calling.
     """
 
     source: str
@@ -108,16 +108,15 @@ class Fusion:
     def extension_scores(self, beam: Beam, pieces: Tensor, active: Tensor) -> Tensor:
         """Return raw log-probs [B, K, C] of extending each slot by ``pieces`` [B, C].
 
-        Called only if `scores_extensions`, in frames where an extension can survive. ``active`` [B] bool
-        tells for which utterances. The values of other rows, and of slots that are not ``beam.asked``, are
-        not read.
+        Called only if `scores_extensions`, in frames where an extension can survive. Values are read only
+        of utterances that are ``active`` [B] bool and of slots that are ``beam.asked``.
         """
         raise NotImplementedError
 
     def advance(self, beam: Beam, source: Tensor, grew: Tensor) -> None:
         """Follow prune and re-order, after a frame in which a slot moved or grew.
 
-        ``source`` [B, K] is the slot each slot came from, ``grew`` [B, K] bool tells which were extended by
+        ``source`` [B, K] is the slot each slot came from; slots that ``grew`` [B, K] bool were extended by
         ``beam.last``. ``beam.state`` is already re-ordered (a grown slot has its parent's state); lm, words
         and fused of grown slots already hold the extension's score and word.
         """
@@ -139,7 +138,7 @@ class Fusion:
         """Score the utterances [B] bool that the stop rule has stopped, whatever their frames."""
 
     def finish(self, beam: Beam) -> None:
-        """Score what is left (last words, end of sentence) of every live hypothesis, once, at the end."""
+        """Score the last words (and the end of sentence) of every live hypothesis, once, at the end."""
 
     def stats(self) -> dict[str, float]:
         """Return the counters since `begin`: lm_forwards, lm_tokens_forwarded, lm_tokens_scored, ..."""
@@ -211,7 +210,7 @@ class FusionSet:
 
     def carry(self, beam: Beam, moved_from: Tensor, gains: Sequence[Tensor],
               opened: Optional[Tensor]) -> None:
-        """Move raw scores, words and states, not ``fused``, and add what slots have gained by growing.
+        """Move raw scores, words and states (not ``fused``), and add the gains of slots that grew.
 
         Args:
             moved_from: [B, K] slots as the fusions knew them when they were last called.
@@ -242,7 +241,7 @@ class FusionSet:
                 fusion.fuse_now(beam, fires)
 
     def finish(self, beam: Beam) -> None:
-        """Let every fusion score what is left."""
+        """Let every fusion score the last words."""
         for fusion in self.members:
             fusion.finish(beam)
 

@@ -1,5 +1,5 @@
-"""What a search is asked: its options and its log-probs, checked once.
-Knows: names, ranges, shapes, what may stand in log-probs. Must not know: how it is searched, language models.
+"""Options and input of a search, checked once.
+Knows: names, ranges, shapes, legal log-probs. Must not know: how it is searched, language models.
 """
 from __future__ import annotations
 
@@ -16,29 +16,28 @@ from icefall_fusion.text.tokens import AcousticTokens
 
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-_ABOVE_ZERO = 1e-2  # nats that rounding may put a log-prob above 0: float32 and better
+_ABOVE_ZERO = 1e-2  # nats by which rounding may lift a log-prob above 0, in float32 and better
 _ROUNDINGS = 32  # the same in units of the type's own precision: 0.03 in float16, 0.25 in bfloat16
 
 
 @dataclass(frozen=True)
 class PrefixSearchOptions:
-    """Options of the prefix beam search. The defaults are exact, given the beam.
+    """Options of the prefix beam search. With the defaults nothing but the beam prunes.
 
     Args:
         beam: prefixes kept per utterance (K).
-        top_pieces: only this many best pieces of a frame may extend a prefix; none: all (exact, no slower).
+        top_pieces: number of best pieces of a frame that may extend a prefix; none: all (exact, no slower).
         score_beam: prefixes that score this many nats less than the best are dropped; none: no limit.
-        blank_skip: frames whose blank probability exceeds this are taken as pure blank (a piece may repeat
-            after them); between 0.5 and 1; none: no frame is skipped. 0.999 is harmless and faster.
-        recover_mass: keep the forward masses of pruned children of live prefixes and give them back when such
-            a prefix is born again: closer to the true probability, slower.
+        blank_skip: frames whose blank probability exceeds this count as pure blank; between 0.5 and 1; none:
+            no frame is skipped. A piece may repeat after a skipped frame. 0.999 is harmless and faster.
+        recover_mass: give a prefix that was pruned and is born again the mass of its earlier alignments.
+            Scores are closer to the true probability; the search is slower.
         nbest: hypotheses returned; none: all of the beam.
         frame_shift: seconds per frame, for word times.
         word_times: whether hypotheses carry word times.
-        engine: native: compiled code, for a CPU and without shallow fusion but that of an n-gram (built by a
-            C++ compiler on first use); triton: one kernel, for a GPU, as native but without recovered mass, a
-            beam above 62, or two n-grams (shallow fusion and look-ahead); torch: tensors, for every device
-            and fusion; auto: native or triton where it can be had and serves, else torch. All find the same.
+        engine: native (C++, for a CPU), triton (a kernel, for a GPU), torch (tensors, for every device and
+            fusion), or auto: native or triton where it serves, else torch. The results are the same. The
+            table `ENGINES` in engines/__init__.py tells which searches an engine serves.
     """
 
     beam: int = 10

@@ -18,7 +18,7 @@ class Lexicon:
     """Words and their spelling.
 
     Args:
-        words: each once; the id of a word in a graph is its place + 1 (0 is "no word").
+        words: each once; the id of a word in a graph is its index + 1 (0 is "no word").
         spellings: the pieces of each.
         marks: for each word the number of its disambiguation symbol, 0 where it needs none: with the symbol
             no spelling equals another one or begins another one.
@@ -69,13 +69,13 @@ def disambiguation_marks(spellings: Sequence[Sequence[int]]) -> list[int]:
         key = tuple(spelling)
         counts[key] = counts.get(key, 0) + 1
         begins.update(key[:length] for length in range(1, len(key)))
-    given: dict[tuple[int, ...], int] = {}
+    used: dict[tuple[int, ...], int] = {}
     marks = []
     for spelling in spellings:
         key = tuple(spelling)
         if counts[key] == 1 and key not in begins:
             marks.append(0)
             continue
-        given[key] = given.get(key, 0) + 1
-        marks.append(given[key])
+        used[key] = used.get(key, 0) + 1
+        marks.append(used[key])
     return marks

@@ -10,7 +10,8 @@ import unicodedata
 _QUOTES = str.maketrans(dict.fromkeys("’‘ʼ‛´ʹ", "'"))
 _FRACTIONS = str.maketrans({"½": " 1/2", "¼": " 1/4", "¾": " 3/4", "⅓": " 1/3", "⅔": " 2/3", "⅛": " 1/8"})
 _LETTERS = str.maketrans({"æ": "ae", "œ": "oe", "ß": "ss", "ł": "l", "ø": "o", "ð": "th", "þ": "th"})
-#: Written with a dot; what they stand for. ``st`` is read as saint: streets are rarely shortened in books.
+#: Abbreviations with a dot, and the words they stand for. ``st`` is read as saint: streets are rarely
+#: shortened in books.
 _DOTTED = {
     "mr": "mister", "mrs": "missus", "dr": "doctor", "st": "saint", "messrs": "messieurs", "mme": "madame",
     "mlle": "mademoiselle", "capt": "captain", "col": "colonel", "gen": "general", "lieut": "lieutenant",

@@ -12,7 +12,7 @@ from icefall_fusion.common.checks import check, check_text
 from icefall_fusion.common.files import PathLike
 
 WORD_START = "▁"
-UNKNOWN_TEXT = "⁇"  # what an unknown piece reads as, SentencePiece's own sign
+UNKNOWN_TEXT = "⁇"  # text of an unknown piece, SentencePiece's own sign
 _BLANKS = ("<blk>", "<blank>", "<pad>", "[PAD]")
 _SENTENCE_MARKS = ("<sos/eos>", "<s>", "</s>", "<sos>", "<eos>", "[CLS]", "[SEP]", "<pad>", "[PAD]")
 _UNKNOWNS = ("<unk>", "[UNK]")
@@ -61,7 +61,7 @@ class AcousticTokens:
         self._word_start = word_start
         self._processor = processor
         silent = {blank_id, self._delimiter_id} | {self._ids.get(mark) for mark in _SENTENCE_MARKS}
-        self._texts: list[str] = []  # what each id adds to its word
+        self._texts: list[str] = []  # text that each id adds to its word
         self.starts_word: list[bool] = []
         for index, piece in enumerate(self.pieces):
             starts = delimiter is None and index not in silent and piece.startswith(word_start)
@@ -90,7 +90,7 @@ class AcousticTokens:
         try:
             processor.LoadFromSerializedProto(path.read_bytes())
         except RuntimeError as error:
-            raise ValueError(f"{str(path)!r} must be a SentencePiece model, but it says: {error}") from error
+            raise ValueError(f"{str(path)!r} must be a SentencePiece model, but is not: {error}") from error
         pieces = [processor.id_to_piece(index) for index in range(processor.get_piece_size())]
         check(pieces[0] in _BLANKS, f"piece 0 of {str(path)!r}", f"be a blank, one of {_BLANKS}", pieces[0])
         return cls(pieces, 0, WORD_START, None, processor)
@@ -108,7 +108,7 @@ class AcousticTokens:
         Args:
             pieces: text of every id, blank included.
             blank_id: id of the CTC blank.
-            word_start: what pieces that begin a word begin with; empty: every piece is a word.
+            word_start: prefix of the pieces that begin a word; empty: every piece is a word.
             delimiter: the piece between words ("|" in letter vocabularies); None: pieces say it themselves.
 
         Raises:
@@ -143,7 +143,7 @@ class AcousticTokens:
     def word_spans(self, ids: Sequence[int]) -> list[tuple[int, int]]:
         """Return, for each word, its first piece and one past its last as positions in ``ids``.
 
-        Words without text vanish; pieces without text at the edges of a word are not part of its span,
+        Words without text vanish; pieces without text at the edges of a word are outside its span,
         unless they start it.
 
         Raises:
@@ -173,7 +173,7 @@ class AcousticTokens:
         return next((self.pieces.index(name) for name in names if name in self.pieces), None)
 
     def _encode_word(self, word: str) -> list[int]:
-        """Spell a word with the longest piece at every place."""
+        """Spell a word with the longest piece at every position."""
         ids: list[int] = []
         position = 0
         while position < len(word):

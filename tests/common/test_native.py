@@ -202,10 +202,10 @@ def test_a_compiler_may_have_options(monkeypatch, tmp_path):
 def test_no_exception_leaves_compiled_code():
     library = native_build.load_native()
     settings = native_engine._Settings(batch=2**60, beam=10, pieces=6, columns=5)
-    with pytest.raises(MemoryError, match="compiled part"):
+    with pytest.raises(MemoryError, match="compiled code"):
         library.prefix_search_open(ctypes.byref(settings))
     tree = library.token_tree_open(5)
-    with pytest.raises(MemoryError, match="compiled part"):
+    with pytest.raises(MemoryError, match="compiled code"):
         library.token_tree_bind(tree, 2**60, *[None] * 6)
     library.token_tree_close(tree)
 

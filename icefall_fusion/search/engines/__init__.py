@@ -1,5 +1,5 @@
-"""Which engine searches: compiled code on a CPU, a kernel on a GPU, or tensors; all find the same.
-Knows: what each engine serves. Must not know: how a frame is searched, which language model takes part.
+"""The engines of the prefix search and the choice among them: C++, a GPU kernel, tensors, with equal results.
+Knows: which searches an engine serves. Must not know: how a frame is searched, language models.
 """
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Serves(NamedTuple):
     beam: Optional[int]
 
 
-#: Who serves what. All engines find the same; tensors serve every search.
+#: Which searches each engine serves. The results are the same; tensors serve every search.
 ENGINES = {
     "native": Serves(device="cpu", shallow=False, ngrams=2, recover_mass=True, beam=None),
     "triton": Serves(device="cuda", shallow=False, ngrams=1, recover_mass=False, beam=62),
@@ -112,7 +112,7 @@ def _require(good: bool, reason: str) -> None:
 def _open(engine: str, inputs: SearchInput, beam: Beam, options: PrefixSearchOptions,
           fusions: FusionSet) -> tuple[Any, FramePlan]:
     """Open an engine that serves; each is loaded when it is first needed."""
-    # the others pass over skipped frames in no time; tensors are better off without them
+    # the others pass over skipped frames at no cost; for tensors the frames are packed
     leave_out = engine == "torch" and not fusions.members
     plan = plan_frames(inputs, options.blank_skip, leave_out)
     if engine == "native":

@@ -1,4 +1,4 @@
-"""A search that keeps its own state and runs many frames in one call; how it and the fusions take turns.
+"""Frames to search, and the base class of engines that run many frames in one call.
 Knows: beams, the fusions' stop rule. Must not know: how a frame is searched, which language model it is.
 
 Where the fusions have a stop rule (fusion.py), each utterance runs on to its own next stop; then all that
@@ -23,7 +23,7 @@ RESCALE_EVERY = 64  # searched frames; the best path's own score is already take
 
 
 class FramePlan(NamedTuple):
-    """Which frames are searched, and what else happens at them; n searched frames.
+    """The n frames that are searched, with restarts and rescaling.
 
     log_probs: [B, n, V]; best: [B, n]; searched: [B, n] bool (False: padding or skipped).
     map: [B, n] real frame of each, or None where all frames are there.
@@ -72,7 +72,7 @@ def hash_keys(pieces: int, device: torch.device) -> Tensor:
 
 
 def columns_needed(beam: int, pieces: int, slack: int) -> int:
-    """Return C, the number of best non-blank pieces that can take part (slot 0: ``j <= K + slack``)."""
+    """Return C, the number of best non-blank pieces to try (``j <= K + slack`` in candidates.py)."""
     return min(beam + slack + 1, pieces - 1)
 
 
@@ -93,7 +93,7 @@ class CompiledSearch:
         ngram: of the shallow fusion, or None; weights: of its natural log, and of a word that begins.
     Attributes (of the slots [B, K], since the last stop):
         moved_from: int64, slots they come from; grew: bool; opened: int64, words begun; gain: float32, raw
-        score of the n-gram; estimate: float32, the look-ahead's part of ``beam.fused``.
+        score of the n-gram; estimate: float32, the estimate of the look-ahead in ``beam.fused``.
     Attributes (of the utterances [B]):
         at: int64, frames searched; fired: bool, whether the rule has stopped them; both on the host.
     """

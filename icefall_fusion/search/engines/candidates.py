@@ -1,4 +1,4 @@
-"""Which extensions of a frame can enter the beam, found for many frames at once.
+"""The extensions of a frame that can enter the beam, chosen for many frames at once.
 Knows: log-probs, the bound that keeps the choice exact. Must not know: prefixes, language models.
 
 Why so few candidates suffice. Let the K slots be sorted by score and the pieces of a frame by log-prob, both
@@ -69,15 +69,15 @@ def best_pieces(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     if groups * width < size:
         rest = torch.arange(groups * width, size, device=scores.device)
         ids = torch.cat([ids, rest.expand(*ids.shape[:-1], -1)], dim=-1)
-    values, places = scores.gather(-1, ids).topk(count, dim=-1)
-    return values, ids.gather(-1, places)
+    values, order = scores.gather(-1, ids).topk(count, dim=-1)
+    return values, ids.gather(-1, order)
 
 
 class Frames(NamedTuple):
     """A block of n frames, time first, made ready for the search; scores are relative to the frame's best.
 
     blank: [n, B, 1] score of blank (0 in frozen and skipped frames).
-    shift: [n, B, 1] what turns a log-prob into a score (-inf in frozen and skipped frames).
+    shift: [n, B, 1], added to a log-prob it makes a score (-inf in frozen and skipped frames).
     piece: [n, B, C] best non-blank pieces, best first; score: [n, B, C] their scores.
     pair_score: [n, B, P] score of each pair's piece.
     """
@@ -114,7 +114,7 @@ def frame_columns(
     blank_score = torch.where(searched, log_probs[..., blank] - best, torch.zeros_like(best))
     if columns:
         values, ids = best_pieces(log_probs, columns + 1)
-        # blank, wherever it stands, goes out and what follows moves up
+        # leave blank out; the pieces after it move up
         places = torch.arange(columns, device=ids.device)
         places = places + (ids == blank).int().cumsum(-1)[..., :columns]
         piece, score = ids.gather(-1, places), values.gather(-1, places) + shift.unsqueeze(-1)

@@ -5,9 +5,9 @@ A prefix that falls out of the beam and is born again from its parent has lost t
 alignments. ESPnet's time-synchronous search remembers what it computed in the last frame; here the children
 of every live prefix keep their CTC forward masses as long as the prefix lives. Masses are linear, relative to
 the best slot: in a frame all become ``mass * p(blank)``, and only the C candidate pieces of the frame can be
-emitted, so that all else is [B, K, C] work. What no candidate emits is below the C-th best piece's
-probability and is left out. While a child is live itself, its slot's total replaces its mass here before each
-frame, so that nothing is lost when it dies; its own children are forgotten with it.
+emitted, so that all else is of size [B, K, C]. Masses emitted by other pieces are left out: their
+probability is below the C-th best piece's. While a child is live itself, its slot's total replaces its mass
+here before each frame, so that nothing is lost when it dies; its own children are forgotten with it.
 """
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Children:
     """Masses of the children of every slot.
 
     total: [B, K, V] mass of each child, blank-ended and not; the blank's own column is scratch.
-    emitted: [B, K, C] the part that does not end in blank, of the last frame's candidate pieces (others: 0).
+    emitted: [B, K, C] mass that does not end in blank, of the last frame's candidate pieces (others: 0).
     """
 
     def __init__(self, beam: Beam, pieces: int, columns: int) -> None:
@@ -34,7 +34,7 @@ class Children:
         self.slots = torch.arange(slots, device=device)
 
     def restart(self, after_skip: Tensor) -> None:
-        """Take blank as the last thing heard in the utterances [B, 1] bool that just skipped frames."""
+        """Let all alignments of the utterances [B, 1] bool that just skipped frames end in blank."""
         self.emitted = self.emitted.masked_fill(after_skip.unsqueeze(2), 0.0)
 
     def extend(self, frame: Frame, out: Candidates, parent_slots: Tensor) -> None:
@@ -60,7 +60,7 @@ class Children:
 
     def _remember_live(self, out: Candidates, parent_slots: Tensor, piece: Tensor, emitted: Tensor,
                        total: Tensor) -> None:
-        """Let a child that is live itself be remembered as what it is in the beam, for when it dies."""
+        """Store the beam's masses of children that are live themselves, for when they are pruned."""
         linked = parent_slots.unsqueeze(1) == self.slots.unsqueeze(1) + 1  # [B, parent, child]
         linked = linked.to(total.dtype)
         same = (piece == self.beam.last.unsqueeze(2)).to(total.dtype)  # [B, child, C]

@@ -1,4 +1,4 @@
-"""Shallow fusion in the search by tensors: which extensions are scored, what they gain, who pays.
+"""Shallow fusion in the tensor engine: which extensions are scored, and their scores.
 Knows: fusions that score extensions, candidates, beams. Must not know: which language model it is.
 """
 from __future__ import annotations
@@ -15,7 +15,7 @@ from icefall_fusion.search.fusion import FusionSet
 
 
 class ExtensionScores:
-    """What the fusions of a search add to its candidates, frame by frame.
+    """Scores of the fusions for the candidates of a search, frame by frame.
 
     Args:
         fusions: of the search, begun.
@@ -29,7 +29,7 @@ class ExtensionScores:
         self._opens: Optional[Tensor] = None
 
     def rank(self, out: Candidates, piece: Tensor, active: Optional[Tensor]) -> Tensor:
-        """Return what ranks the candidates, [B, K + P]: mass and language models together.
+        """Return the ranking scores of the candidates [B, K + P]: mass and language models together.
 
         Args:
             out: the candidates' masses; extensions that cannot survive are struck out here.
@@ -48,7 +48,7 @@ class ExtensionScores:
         return scores.masked_fill(total == -torch.inf, -torch.inf)  # dead slots may carry anything
 
     def _add_scores(self, out: Candidates, piece: Tensor, active: Tensor, extra: Tensor) -> Tensor:
-        """Return ``extra`` [B, P] with what the shallow fusions add; strike out what cannot survive."""
+        """Return ``extra`` [B, P] plus the scores of shallow fusions; strike out hopeless extensions."""
         beam, slot, column = self.beam, out.pairs.slot, out.pairs.column
         active = self._ask(out, active, extra)
         at = slot * out.pairs.columns + column

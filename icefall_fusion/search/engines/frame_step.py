@@ -182,7 +182,7 @@ class FrameStep:
         beam.integers = torch.where(grew.unsqueeze(1), after, before)
 
     def restart(self, after_skip: Tensor) -> None:
-        """Take blank as the last thing heard in the utterances [B, 1] bool that just skipped frames."""
+        """Let all alignments of the utterances [B, 1] bool that just skipped frames end in blank."""
         beam = self.beam
         beam.log_blank.copy_(torch.where(after_skip, beam.log_total, beam.log_blank))
         beam.log_nonblank = beam.log_nonblank.masked_fill(after_skip, _NEVER)

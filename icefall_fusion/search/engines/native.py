@@ -1,6 +1,6 @@
 """The prefix search by compiled code, on a CPU: the twin of frame_step.py, candidates.py and children.py.
 Knows: the compiled library, beams, frames to search, n-grams as tables. Must not know: which language model
-takes part, text.
+joins, text.
 
 Utterances are searched one after the other with their whole state in the cache. An n-gram over the pieces
 joins inside; other shallow fusion, which scores extensions, is left to the tensors.
@@ -41,7 +41,7 @@ class _NativeNgram:
         scores = [order.log_probs.cpu().float().contiguous() for order in orders]
         backoffs = [order.backoffs.cpu().float().contiguous() for order in orders]
         address = ctypes.c_void_p * count
-        arrays = (address(*(x.data_ptr() for x in part)) for part in (keys, scores, backoffs))
+        arrays = (address(*(x.data_ptr() for x in tensors)) for tensors in (keys, scores, backoffs))
         sizes = (ctypes.c_int64 * count)(*(len(x) for x in keys))
         self.handle = library.ngram_open(ngram.base, ngram.start_id, count, sizes, *arrays)
         weakref.finalize(self, library.ngram_close, self.handle)
@@ -122,8 +122,8 @@ class NativeSearch(CompiledSearch):
         )  # fmt: skip
         # the compiled code lets go of Python's lock; within a frame there is too little to share
         threads = 1 if self.rule is None else max(1, min(torch.get_num_threads(), batch))
-        ends = [batch * part // threads for part in range(threads + 1)]
-        self.parts = list(zip(ends, ends[1:]))
+        ends = [batch * share // threads for share in range(threads + 1)]
+        self.shares = list(zip(ends, ends[1:]))
 
     def _columns(self, options: PrefixSearchOptions, pieces: int) -> int:
         """Return how many best pieces of a frame may extend a prefix."""
@@ -131,14 +131,14 @@ class NativeSearch(CompiledSearch):
         if options.recover_mass:
             return columns_kept(options.beam, limit)
         if any(self.weights):
-            return limit  # those that could survive are found in each frame
+            return limit  # each frame chooses those that could survive
         return min(limit, columns_needed(options.beam, pieces, self.fusions.slack(options.beam)))
 
     def run(self) -> None:
         """Search all frames; the fusions act where their rule stops utterances, or after each."""
         self.state = self.library.prefix_search_open(ctypes.byref(self.settings))
         try:
-            with ThreadPoolExecutor(len(self.parts)) as self.pool:
+            with ThreadPoolExecutor(len(self.shares)) as self.pool:
                 super().run()
         finally:
             self.library.prefix_search_close(self.state)
@@ -147,16 +147,16 @@ class NativeSearch(CompiledSearch):
         self.beam.fused = self.beam.fused.contiguous()
         arrays, stops = self._batch(), int(self.rule is not None)
 
-        def search(part: tuple[int, int]) -> None:
-            self.library.prefix_search_run(self.state, ctypes.byref(arrays), until, stops, *part)
+        def search(share: tuple[int, int]) -> None:
+            self.library.prefix_search_run(self.state, ctypes.byref(arrays), until, stops, *share)
 
-        if len(self.parts) == 1:
-            search(self.parts[0])
+        if len(self.shares) == 1:
+            search(self.shares[0])
         else:
-            list(self.pool.map(search, self.parts))
+            list(self.pool.map(search, self.shares))
 
     def _batch(self) -> _Batch:
-        """Return the arrays that the compiled code reads, and those where it leaves what it has found."""
+        """Return the arrays that the compiled code reads and writes."""
         beam, arena, boundaries, starts = self.beam, self.beam.arena, None, None
         if arena.starts_word is not None:
             boundaries, starts = arena.fields[2].data_ptr(), arena.starts_word.data_ptr()

@@ -28,10 +28,10 @@ class Ngram {
     size_t room = 16;
     while (room < 2 * entries) room *= 2;
     mask_ = room - 1, keys_.assign(room, kEmpty), scores_.resize(room);
-    size_t contexts = 1, places = 16;
+    size_t contexts = 1, buckets = 16;
     for (int n = 0; n + 1 < orders; ++n) contexts += counts[n];
-    while (places < 2 * contexts) places *= 2;
-    numbers_.assign(places, 0), states_.reserve(contexts);
+    while (buckets < 2 * contexts) buckets *= 2;
+    numbers_.assign(buckets, 0), states_.reserve(contexts);
     states_.push_back({0, 0, 0, 0.0f});
     for (int n = 1; n < orders; ++n)
       for (int64_t i = 0; i < counts[n - 1]; ++i) states_[state(n, keys[n - 1][i])].backoff = backoffs[n - 1][i];
@@ -48,10 +48,10 @@ class Ngram {
       }
     start_ = orders > 1 ? longest(1, start, 1) : 0;
     most_.assign(states_.size(), -INFINITY);
-    for (size_t place = 0; place < room; ++place)
-      if (keys_[place] != kEmpty) {
-        float &most = most_[keys_[place] / base];
-        most = std::max(most, scores_[place]);
+    for (size_t bucket = 0; bucket < room; ++bucket)
+      if (keys_[bucket] != kEmpty) {
+        float &most = most_[keys_[bucket] / base];
+        most = std::max(most, scores_[bucket]);
       }
     for (int length = 1; length < orders; ++length)  // shorter contexts first
       for (size_t i = 1; i < states_.size(); ++i)
@@ -68,8 +68,8 @@ class Ngram {
     float backoff = 0.0f;
     for (;; state = states_[state].shorter) {
       uint64_t key = uint64_t(state) * base_ + piece;
-      for (size_t place = mix(key) & mask_; keys_[place] != kEmpty; place = (place + 1) & mask_)
-        if (keys_[place] == key) return backoff + scores_[place];
+      for (size_t bucket = mix(key) & mask_; keys_[bucket] != kEmpty; bucket = (bucket + 1) & mask_)
+        if (keys_[bucket] == key) return backoff + scores_[bucket];
       if (state == 0) return -INFINITY;  // unigrams of all ids are there
       backoff += states_[state].backoff;
     }
@@ -99,23 +99,23 @@ class Ngram {
   std::vector<uint64_t> keys_;
   std::vector<float> scores_, most_;
 
-  // The place in numbers_ of a context, or the free one where it belongs.
-  size_t place_of(int length, int64_t key) const {
-    size_t place = mix(uint64_t(key) * 16 + length) & (numbers_.size() - 1);
-    for (; numbers_[place] != 0; place = (place + 1) & (numbers_.size() - 1)) {
-      const Context &context = states_[numbers_[place]];
+  // The bucket of numbers_ that holds a context, or the free one where it belongs.
+  size_t bucket_of(int length, int64_t key) const {
+    size_t bucket = mix(uint64_t(key) * 16 + length) & (numbers_.size() - 1);
+    for (; numbers_[bucket] != 0; bucket = (bucket + 1) & (numbers_.size() - 1)) {
+      const Context &context = states_[numbers_[bucket]];
       if (context.key == key && context.length == length) break;
     }
-    return place;
+    return bucket;
   }
 
   int state(int length, int64_t key) {  // made if need be
     if (length == 0) return 0;
     if (2 * states_.size() >= numbers_.size()) {  // contexts that are no n-grams themselves
       numbers_.assign(2 * numbers_.size(), 0);
-      for (size_t i = 1; i < states_.size(); ++i) numbers_[place_of(states_[i].length, states_[i].key)] = int(i);
+      for (size_t i = 1; i < states_.size(); ++i) numbers_[bucket_of(states_[i].length, states_[i].key)] = int(i);
     }
-    int &number = numbers_[place_of(length, key)];
+    int &number = numbers_[bucket_of(length, key)];
     if (number == 0) number = int(states_.size()), states_.push_back({length, 0, key, 0.0f});
     return number;
   }
@@ -123,16 +123,16 @@ class Ngram {
   // The longest known context of these pieces' end; power is base to length - 1.
   int longest(int length, int64_t key, int64_t power) const {
     for (; length > 0; --length, key %= power, power = std::max<int64_t>(1, power / base_)) {
-      const int number = numbers_[place_of(length, key)];
+      const int number = numbers_[bucket_of(length, key)];
       if (number != 0) return number;
     }
     return 0;
   }
 
   void insert(uint64_t key, float score) {
-    size_t place = mix(key) & mask_;
-    while (keys_[place] != kEmpty) place = (place + 1) & mask_;
-    keys_[place] = key, scores_[place] = score;
+    size_t bucket = mix(key) & mask_;
+    while (keys_[bucket] != kEmpty) bucket = (bucket + 1) & mask_;
+    keys_[bucket] = key, scores_[bucket] = score;
   }
 };
 

@@ -1,4 +1,4 @@
-// The prefix search on a CPU, one utterance after the other: what native.py calls. Built by native_build.py.
+// The prefix search on a CPU, one utterance after the other: the functions that native.py calls.
 
 #include <algorithm>
 #include <cmath>
@@ -18,10 +18,10 @@ namespace {
 struct Search {
   Settings set;
   std::vector<Utterance> utterances;
-  std::unique_ptr<Work> work;  // of the one thread that searches all utterances
+  std::unique_ptr<Scratch> scratch;  // of the one thread that searches all utterances
 };
 
-// Write where utterance `b` stands to the arrays of its slots, dead ones too.
+// Write the state of utterance `b` to the arrays, for dead slots too.
 void show(const Settings &set, const Utterance &utterance, int64_t b, const Batch &batch) {
   batch.at[b] = utterance.at, batch.fired[b] = utterance.fired, batch.offset[b] = utterance.offset;
   for (int64_t k = 0; k < set.beam; ++k) {
@@ -64,22 +64,22 @@ void *prefix_search_open(const Settings *settings) {
 
 void prefix_search_close(void *handle) { delete static_cast<Search *>(handle); }
 
-// Let the utterances first..last go on from where they stand: before frame `until` or their end, if `paced` no further
-// than to where the rule stops them. Returns 0.
-int prefix_search_run(void *handle, const Batch *arrays, int64_t until, int paced, int64_t first, int64_t last) {
+// Search the next frames of the utterances first..last, up to frame `until` or their end; if `stopping`, up to the next
+// stop of the rule. Returns 0.
+int prefix_search_run(void *handle, const Batch *arrays, int64_t until, int stopping, int64_t first, int64_t last) {
   return icefall::guarded([&] {
     auto &search = *static_cast<Search *>(handle);
     const Settings &set = search.set;
     const Batch &batch = *arrays;
-    std::unique_ptr<Work> own;  // several threads may each search some of the utterances
-    auto &work = last - first == set.batch ? search.work : own;
-    if (!work) work = std::make_unique<Work>(set);
+    std::unique_ptr<Scratch> own;  // several threads may each search some of the utterances
+    auto &scratch = last - first == set.batch ? search.scratch : own;
+    if (!scratch) scratch = std::make_unique<Scratch>(set);
     for (int64_t b = first; b < last; ++b) {
       const int64_t row = b * set.beam, row_size = set.batch * set.beam;
       const Frames of{batch.log_probs + b * batch.row_stride, batch.frame_stride, batch.best + b * batch.frames,
                       batch.searched + b * batch.frames, row + row_size, row_size};
       auto &utterance = search.utterances[b];
-      utterance.run(set, *work, of, std::min(until, batch.lens[b]), paced != 0, batch.fused + row, batch);
+      utterance.run(set, *scratch, of, std::min(until, batch.lens[b]), stopping != 0, batch.fused + row, batch);
       show(set, utterance, b, batch);
     }
     return 0;

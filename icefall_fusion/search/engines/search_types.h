@@ -1,4 +1,4 @@
-// What the prefix search on a CPU is asked, and what it carries from frame to frame.
+// Settings, arrays and state of the prefix search on a CPU.
 
 #pragma once
 
@@ -10,7 +10,7 @@
 
 namespace icefall::search {
 
-// What a search is asked. native.py has the same fields in the same order.
+// Settings of a search. native.py has the same fields in the same order.
 struct Settings {
   // numbers that all engines share, see beam.py and base.py
   uint64_t hash_factor, root_hash, no_parent_hash;
@@ -31,7 +31,7 @@ struct Settings {
   int64_t ahead_every;
 };
 
-// The arrays of a batch, by name of native.py, which has the same fields in the same order. What is not const is written.
+// The arrays of a batch. native.py has the same fields in the same order. Those that are not const are written.
 struct Batch {
   const float *log_probs;  // [B, T, V] by strides
   int64_t row_stride, frame_stride;
@@ -76,7 +76,7 @@ struct Slot {  // a live prefix
   float ahead, ahead_closed, ahead_scored, ahead_estimate;
 };
 
-struct Way {  // a way on: a stay (below K) or K + slot * columns + column
+struct Way {  // how a hypothesis can go on: a stay (below K) or K + slot * columns + column
   double key;
   int64_t index;
   bool operator<(const Way &other) const { return key > other.key || (key == other.key && index < other.index); }
@@ -90,21 +90,21 @@ struct Frames {  // of one utterance
   int64_t ids, ids_a_frame;  // of the nodes born in a frame: from ids + frame * ids_a_frame
 };
 
-struct Work {  // what a frame needs and leaves nothing of
+struct Scratch {  // of one frame
   std::vector<double> stay_blank, stay_open, stay_total, probability, total, open, factor;
   std::vector<int32_t> columns, column_of, column_before, was, parent, used, kept;
   std::vector<uint8_t> struck;
   std::vector<Way> ways;
   std::vector<float> maxima;
-  std::vector<std::pair<float, int32_t>> found;
+  std::vector<std::pair<float, int32_t>> reached;
   std::vector<Slot> next;
 
-  explicit Work(const Settings &set) {
+  explicit Scratch(const Settings &set) {
     const size_t slots = set.beam, all = slots * set.columns;
     stay_blank.resize(slots), stay_open.resize(slots), stay_total.resize(slots), factor.resize(slots);
     parent.resize(slots), used.resize(slots), kept.resize(slots), next.resize(slots);
     probability.resize(set.columns), was.resize(set.columns), total.resize(all), open.resize(all), struck.resize(all);
-    columns.reserve(set.pieces), ways.reserve(slots + all), found.reserve(set.pieces);
+    columns.reserve(set.pieces), ways.reserve(slots + all), reached.reserve(set.pieces);
     column_of.assign(set.pieces, -1);
     column_before.assign(set.pieces, set.columns);  // a column of zeros
   }

@@ -44,9 +44,10 @@ class Utterance {
     open_.assign(size_t(set.beam) * width_, 0.0);
   }
 
-  // Go on, from where it stands, before frame `until` or to where the rule stops it; `fused` is what language models add.
-  void run(const Settings &set, Work &work, const Frames &frames, int64_t until, bool paced, const float *fused,
-           const Batch &batch) {
+  // Search the next frames, up to frame `until` or the next stop of the rule. `fused` holds the scores of language
+  // models.
+  void run(const Settings &set, Scratch &scratch, const Frames &frames, int64_t until, bool stopping,
+           const float *fused, const Batch &batch) {
     for (size_t k = 0; k < slots.size(); ++k) {
       Slot &slot = slots[k];
       slot.origin = int(k), slot.opened = 0, slot.grew = false, slot.gain = 0.0;
@@ -58,10 +59,10 @@ class Utterance {
     while (at < until && !fired) {
       const int64_t t = at++;
       if (frames.searched[t])
-        step(set, work, frames.rows + t * frames.stride, frames.best[t], frames.ids + t * frames.ids_a_frame, batch);
+        step(set, scratch, frames.rows + t * frames.stride, frames.best[t], frames.ids + t * frames.ids_a_frame, batch);
       else
-        hear_blank();
-      if (!paced) continue;
+        take_blank();
+      if (!stopping) continue;
       fired = stops(set);
       if (!fired && set.ahead && at % set.ahead_every == 0) look_ahead(set);
     }
@@ -77,32 +78,33 @@ class Utterance {
   bool wide_ = false, rests_ = false;
   int longest_ = 0;  // length of the shortest hypothesis at the last stop
 
-  void hear_blank() {  // a piece may repeat after frames that were left out
+  void take_blank() {  // a piece may repeat after frames that were left out
     if (rests_) return;
     rests_ = true;
     for (auto &slot : slots) slot.blank = slot.total, slot.open = 0.0;
     std::fill(open_.begin(), open_.end(), 0.0);
   }
 
-  void step(const Settings &set, Work &work, const float *row, float best, int64_t first_id, const Batch &batch) {
+  void step(const Settings &set, Scratch &scratch, const float *row, float best, int64_t first_id, const Batch &batch) {
     rests_ = false;
     const double blank = std::exp(double(row[set.blank]) - best);
-    weigh(set, work);
-    stay(set, work, row, best, blank);
-    best_pieces(row, least_score(set, work, best), set, work);
+    weigh(set, scratch);
+    stay(set, scratch, row, best, blank);
+    best_pieces(row, least_score(set, scratch, best), set, scratch);
     if (set.ngram)
-      std::sort(work.columns.begin(), work.columns.end(), [&](int one, int other) { return row[one] > row[other]; });
-    const int columns = int(work.columns.size());
+      std::sort(scratch.columns.begin(), scratch.columns.end(),
+                [&](int one, int other) { return row[one] > row[other]; });
+    const int columns = int(scratch.columns.size());
     for (int j = 0; j < columns; ++j) {
-      work.probability[j] = std::exp(double(row[work.columns[j]]) - best);
-      work.column_of[work.columns[j]] = j;
+      scratch.probability[j] = std::exp(double(row[scratch.columns[j]]) - best);
+      scratch.column_of[scratch.columns[j]] = j;
     }
-    extend(set, work, batch, blank);
-    choose(set, work);
-    move(set, work, first_id, batch);
-    if (set.recover) keep_children(set, work, blank);
-    slots.swap(work.next);
-    for (const int v : work.columns) work.column_of[v] = -1;
+    extend(set, scratch, batch, blank);
+    choose(set, scratch);
+    move(set, scratch, first_id, batch);
+    if (set.recover) keep_children(set, scratch, blank);
+    slots.swap(scratch.next);
+    for (const int v : scratch.columns) scratch.column_of[v] = -1;
     rescale();
   }
 
@@ -133,55 +135,56 @@ class Utterance {
   double key(double mass, double factor) const { return wide_ ? std::log(mass) + factor : mass * factor; }
 
   // What language models add to the ranking: a factor, or nats where those are far apart.
-  void weigh(const Settings &set, Work &work) {
+  void weigh(const Settings &set, Scratch &scratch) {
     const double reach = set.ngram ? set.weight * kImpossible + std::abs(set.bonus) : 0.0;
     wide_ = !(reach < kWide);
     if (!set.ranks || slots.empty()) {
-      std::fill(work.factor.begin(), work.factor.end(), wide_ ? 0.0 : 1.0);
+      std::fill(scratch.factor.begin(), scratch.factor.end(), wide_ ? 0.0 : 1.0);
       return;
     }
     double least = slots[0].fused, most = least;
-    for (const Slot &slot : slots) least = std::min(least, double(slot.fused)), most = std::max(most, double(slot.fused));
+    for (const Slot &slot : slots)
+      least = std::min(least, double(slot.fused)), most = std::max(most, double(slot.fused));
     wide_ = !(most - least + reach < kWide);
     for (size_t k = 0; k < slots.size(); ++k)
-      work.factor[k] = wide_ ? double(slots[k].fused) : std::exp(double(slots[k].fused) - most);
+      scratch.factor[k] = wide_ ? double(slots[k].fused) : std::exp(double(slots[k].fused) - most);
   }
 
-  void stay(const Settings &set, Work &work, const float *row, float best, double blank) {
+  void stay(const Settings &set, Scratch &scratch, const float *row, float best, double blank) {
     const int count = int(slots.size());
-    work.ways.clear();
+    scratch.ways.clear();
     for (int k = 0; k < count; ++k) {
       const Slot &slot = slots[k];
       int parent = -1;
       for (int j = 0; j < count; ++j) parent = slots[j].hash == slot.parent_hash ? j : parent;
-      work.parent[k] = parent;
+      scratch.parent[k] = parent;
       double open = slot.open;
       if (parent >= 0) {
         open += slot.repeats ? slots[parent].blank : slots[parent].total;
         // a live child's own total is the better one
         if (set.recover) child_[size_t(slots[parent].row) * set.pieces + slot.last] = slot.total / decay_;
       }
-      work.stay_blank[k] = slot.total * blank;
-      work.stay_open[k] = open > 0 ? open * std::exp(double(row[slot.last]) - best) : 0.0;
-      work.stay_total[k] = work.stay_blank[k] + work.stay_open[k];
-      if (work.stay_total[k] > 0) work.ways.push_back({key(work.stay_total[k], work.factor[k]), k});
+      scratch.stay_blank[k] = slot.total * blank;
+      scratch.stay_open[k] = open > 0 ? open * std::exp(double(row[slot.last]) - best) : 0.0;
+      scratch.stay_total[k] = scratch.stay_blank[k] + scratch.stay_open[k];
+      if (scratch.stay_total[k] > 0) scratch.ways.push_back({key(scratch.stay_total[k], scratch.factor[k]), k});
     }
   }
 
   // The floor of the keys: a way must beat the worst stay where there is one in every slot.
-  double floor_key(const Settings &set, const Work &work) const {
+  double floor_key(const Settings &set, const Scratch &scratch) const {
     double floor = std::numeric_limits<double>::infinity();
-    for (const Way &way : work.ways) floor = std::min(floor, way.key);
-    return int(work.ways.size()) == set.beam ? floor : -std::numeric_limits<double>::infinity();
+    for (const Way &way : scratch.ways) floor = std::min(floor, way.key);
+    return int(scratch.ways.size()) == set.beam ? floor : -std::numeric_limits<double>::infinity();
   }
 
   // The least log-prob of a piece that could survive if the n-gram were certain of it; -inf without an n-gram or with
   // mass to recover, where the number of pieces is bounded instead.
-  float least_score(const Settings &set, const Work &work, float best) const {
+  float least_score(const Settings &set, const Scratch &scratch, float best) const {
     if (!set.ngram || !weighs(set) || set.recover || slots.empty()) return -INFINITY;
     double most = -std::numeric_limits<double>::infinity();
-    for (size_t k = 0; k < slots.size(); ++k) most = std::max(most, key(slots[k].total, work.factor[k]));
-    const double floor = floor_key(set, work);
+    for (size_t k = 0; k < slots.size(); ++k) most = std::max(most, key(slots[k].total, scratch.factor[k]));
+    const double floor = floor_key(set, scratch);
     const double needed = wide_ ? floor - most : std::log(std::max(floor, 0.0) / most);
     return float(needed - std::max(0.0, set.bonus) + best - set.rounding);
   }
@@ -193,30 +196,30 @@ class Utterance {
   }
 
   // All slots by all columns. What is a live prefix itself is struck out.
-  void extend(const Settings &set, Work &work, const Batch &batch, double blank) {
-    const int count = int(slots.size()), columns = int(work.columns.size());
-    const int32_t *pieces = work.columns.data();
-    const double *probability = work.probability.data();
-    std::fill_n(work.struck.begin(), size_t(count) * columns, 0);
+  void extend(const Settings &set, Scratch &scratch, const Batch &batch, double blank) {
+    const int count = int(slots.size()), columns = int(scratch.columns.size());
+    const int32_t *pieces = scratch.columns.data();
+    const double *probability = scratch.probability.data();
+    std::fill_n(scratch.struck.begin(), size_t(count) * columns, 0);
     for (int k = 0; k < count; ++k) {
-      const int place = work.parent[k] < 0 ? -1 : work.column_of[slots[k].last];
-      if (place >= 0) work.struck[size_t(work.parent[k]) * columns + place] = 1;
+      const int cell = scratch.parent[k] < 0 ? -1 : scratch.column_of[slots[k].last];
+      if (cell >= 0) scratch.struck[size_t(scratch.parent[k]) * columns + cell] = 1;
     }
-    double floor = floor_key(set, work);
+    double floor = floor_key(set, scratch);
     if (set.recover) {
-      for (size_t j = 0; j < before_.size(); ++j) work.column_before[before_[j]] = int(j);
-      for (int j = 0; j < columns; ++j) work.was[j] = work.column_before[pieces[j]];
-      for (const int v : before_) work.column_before[v] = set.columns;
+      for (size_t j = 0; j < before_.size(); ++j) scratch.column_before[before_[j]] = int(j);
+      for (int j = 0; j < columns; ++j) scratch.was[j] = scratch.column_before[pieces[j]];
+      for (const int v : before_) scratch.column_before[v] = set.columns;
     }
     const double shrink = decay_ * blank;
     for (int k = 0; k < count; ++k) {
       const Slot &slot = slots[k];
-      double *total = work.total.data() + size_t(k) * columns, *open = work.open.data() + size_t(k) * columns;
-      const int same = slot.last == set.blank ? -1 : work.column_of[slot.last];
+      double *total = scratch.total.data() + size_t(k) * columns, *open = scratch.open.data() + size_t(k) * columns;
+      const int same = slot.last == set.blank ? -1 : scratch.column_of[slot.last];
       if (set.recover) {
         const double *child = child_.data() + size_t(slot.row) * set.pieces;
         const double *was_open = open_.data() + size_t(slot.row) * width_;
-        const int32_t *was = work.was.data();
+        const int32_t *was = scratch.was.data();
         for (int j = 0; j < columns; ++j) open[j] = (was_open[was[j]] + slot.total) * probability[j];
         if (same >= 0) open[same] = (was_open[was[same]] + slot.blank) * probability[same];
         for (int j = 0; j < columns; ++j) total[j] = child[pieces[j]] * shrink + open[j];
@@ -224,8 +227,8 @@ class Utterance {
         for (int j = 0; j < columns; ++j) total[j] = open[j] = slot.total * probability[j];
         if (same >= 0) total[same] = open[same] = slot.blank * probability[same];
       }
-      const uint8_t *struck = work.struck.data() + size_t(k) * columns;
-      const double factor = work.factor[k];
+      const uint8_t *struck = scratch.struck.data() + size_t(k) * columns;
+      const double factor = scratch.factor[k];
       const int64_t first = set.beam + int64_t(k) * columns;
       if (set.ngram && weighs(set)) {
         const double ceiling = std::max(0.0, set.bonus) + set.weight * set.ngram->most(slot.context);
@@ -241,87 +244,89 @@ class Utterance {
                               (opens(batch, slot, pieces[j], set) ? set.bonus : 0.0);
           const double full = with_nats(bare, gain);
           if (!(full > least)) continue;
-          work.ways.push_back({full, first + j});
-          if (int(work.ways.size()) < 3 * set.beam) continue;
-          best_ways(set, work);  // a way must beat all of these
-          least = work.ways.back().key;
+          scratch.ways.push_back({full, first + j});
+          if (int(scratch.ways.size()) < 3 * set.beam) continue;
+          best_ways(set, scratch);  // a way must beat all of these
+          least = scratch.ways.back().key;
         }
         floor = least;
       } else if (wide_) {
         for (int j = 0; j < columns; ++j)
           if (total[j] > 0 && !struck[j] && std::log(total[j]) + factor > floor)
-            work.ways.push_back({std::log(total[j]) + factor, first + j});
+            scratch.ways.push_back({std::log(total[j]) + factor, first + j});
       } else {
         const double least = std::max(floor, 0.0);
         for (int j = 0; j < columns; ++j)
-          if (total[j] * factor > least && !struck[j]) work.ways.push_back({total[j] * factor, first + j});
+          if (total[j] * factor > least && !struck[j]) scratch.ways.push_back({total[j] * factor, first + j});
       }
     }
-    if (set.recover) remember_live(work, columns);
+    if (set.recover) remember_live(scratch, columns);
   }
 
   // A child that is live itself is remembered as what it is in the beam, for when it dies.
-  void remember_live(Work &work, int columns) {
+  void remember_live(Scratch &scratch, int columns) {
     for (size_t k = 0; k < slots.size(); ++k) {
-      const int place = work.parent[k] < 0 ? -1 : work.column_of[slots[k].last];
-      if (place < 0) continue;
-      work.total[size_t(work.parent[k]) * columns + place] = work.stay_total[k];
-      work.open[size_t(work.parent[k]) * columns + place] = work.stay_open[k];
+      const int cell = scratch.parent[k] < 0 ? -1 : scratch.column_of[slots[k].last];
+      if (cell < 0) continue;
+      scratch.total[size_t(scratch.parent[k]) * columns + cell] = scratch.stay_total[k];
+      scratch.open[size_t(scratch.parent[k]) * columns + cell] = scratch.stay_open[k];
     }
   }
 
-  double mass(const Settings &set, const Work &work, const Way &way) const {
-    return way.index < set.beam ? work.stay_total[way.index] : work.total[way.index - set.beam];
+  double mass(const Settings &set, const Scratch &scratch, const Way &way) const {
+    return way.index < set.beam ? scratch.stay_total[way.index] : scratch.total[way.index - set.beam];
   }
 
   // Leave the best K ways, the worst of them last.
-  void best_ways(const Settings &set, Work &work) const {
-    std::nth_element(work.ways.begin(), work.ways.begin() + set.beam - 1, work.ways.end());
-    work.ways.resize(set.beam);
+  void best_ways(const Settings &set, Scratch &scratch) const {
+    std::nth_element(scratch.ways.begin(), scratch.ways.begin() + set.beam - 1, scratch.ways.end());
+    scratch.ways.resize(set.beam);
   }
 
   // Leave the best K ways that are good enough, best first.
-  void choose(const Settings &set, Work &work) {
-    auto &ways = work.ways;
-    if (int(ways.size()) > set.beam) best_ways(set, work);
+  void choose(const Settings &set, Scratch &scratch) {
+    auto &ways = scratch.ways;
+    if (int(ways.size()) > set.beam) best_ways(set, scratch);
     std::sort(ways.begin(), ways.end());
     if (ways.empty()) return;
     const double best = ways[0].key, beam = set.score_beam;
     const double least = beam < 0 ? -INFINITY : wide_ ? best - beam : best * std::exp(-beam);
     double most = 0.0;
-    for (const Way &way : ways) most = std::max(most, mass(set, work, way));
-    const auto lost = [&](const Way &way) { return way.key < least || mass(set, work, way) < kLost * most; };
+    for (const Way &way : ways) most = std::max(most, mass(set, scratch, way));
+    const auto lost = [&](const Way &way) { return way.key < least || mass(set, scratch, way) < kLost * most; };
     ways.erase(std::remove_if(ways.begin(), ways.end(), lost), ways.end());
   }
 
   // Let the slots of the next frame go these ways.
-  void move(const Settings &set, Work &work, int64_t first_id, const Batch &batch) {
-    const int columns = int(work.columns.size());
-    work.next.clear();
-    for (const Way &way : work.ways) {
-      const int k = int(work.next.size());
+  void move(const Settings &set, Scratch &scratch, int64_t first_id, const Batch &batch) {
+    const int columns = int(scratch.columns.size());
+    scratch.next.clear();
+    for (const Way &way : scratch.ways) {
+      const int k = int(scratch.next.size());
       const bool grew = way.index >= set.beam;
-      const int64_t place = way.index - set.beam, from = grew ? place / columns : way.index;
+      const int64_t cell = way.index - set.beam, from = grew ? cell / columns : way.index;
       const Slot &old = slots[from];
-      work.kept[k] = grew ? -1 : int(from);
-      work.next.push_back(old);
-      Slot &slot = work.next.back();
+      scratch.kept[k] = grew ? -1 : int(from);
+      scratch.next.push_back(old);
+      Slot &slot = scratch.next.back();
       if (!grew) {
-        slot.blank = work.stay_blank[from], slot.open = work.stay_open[from], slot.total = work.stay_total[from];
+        slot.blank = scratch.stay_blank[from], slot.open = scratch.stay_open[from];
+        slot.total = scratch.stay_total[from];
         continue;
       }
-      const int piece = work.columns[place % columns];
-      slot.total = work.total[place], slot.open = work.open[place], slot.blank = std::max(0.0, slot.total - slot.open);
+      const int piece = scratch.columns[cell % columns];
+      slot.total = scratch.total[cell], slot.open = scratch.open[cell];
+      slot.blank = std::max(0.0, slot.total - slot.open);
       slot.hash = (old.hash * set.hash_factor) ^ set.keys[piece], slot.parent_hash = old.hash;
       slot.node = first_id + k, slot.last = piece, slot.row = -1, slot.repeats = piece == old.last;
       batch.parents[slot.node] = old.node, batch.pieces[slot.node] = piece;
       if (batch.boundaries) batch.boundaries[slot.node] = batch.starts[piece] ? old.node : batch.boundaries[old.node];
-      tell_models(set, batch, old, piece, slot);
+      grow(set, batch, old, piece, slot);
     }
   }
 
-  // Let language models know that a slot grew by a piece.
-  void tell_models(const Settings &set, const Batch &batch, const Slot &old, int piece, Slot &slot) const {
+  // Update the states and scores of language models of a slot that grew by a piece.
+  void grow(const Settings &set, const Batch &batch, const Slot &old, int piece, Slot &slot) const {
     slot.grew = true;
     const bool opened = opens(batch, old, piece, set);
     slot.length += set.unit == 1 ? opened : 1;
@@ -333,43 +338,44 @@ class Utterance {
       if (set.bonus != 0) slot.fused += float(set.bonus) * opened;
     }
     if (!set.ahead) return;
-    slot.ahead += float(set.ahead_weight) * set.ahead->score(old.ahead_context, piece) + float(set.ahead_bonus) * opened;
+    slot.ahead +=
+        float(set.ahead_weight) * set.ahead->score(old.ahead_context, piece) + float(set.ahead_bonus) * opened;
     slot.ahead_context = set.ahead->next(old.ahead_context, piece);
     if (batch.starts[piece]) slot.ahead_closed = old.ahead;
   }
 
   // Bring the children of those that stay to this frame; newborn prefixes have none.
-  void keep_children(const Settings &set, Work &work, double blank) {
-    const int columns = int(work.columns.size());
+  void keep_children(const Settings &set, Scratch &scratch, double blank) {
+    const int columns = int(scratch.columns.size());
     double most = 0.0;
-    for (const Slot &slot : work.next) most = std::max(most, slot.total);
+    for (const Slot &slot : scratch.next) most = std::max(most, slot.total);
     const double now = decay_ * blank, tiny = set.tiny_mass * most;
     const bool renew = now < kLeastDecay;
     decay_ = renew ? 1.0 : now;
-    std::fill(work.used.begin(), work.used.end(), 0);
-    for (size_t k = 0; k < work.next.size(); ++k) {
-      if (work.kept[k] < 0) continue;
-      const int row = work.next[k].row;
-      work.used[row] = 1;
+    std::fill(scratch.used.begin(), scratch.used.end(), 0);
+    for (size_t k = 0; k < scratch.next.size(); ++k) {
+      if (scratch.kept[k] < 0) continue;
+      const int row = scratch.next[k].row;
+      scratch.used[row] = 1;
       double *child = child_.data() + size_t(row) * set.pieces, *open = open_.data() + size_t(row) * width_;
       if (renew)
         for (int v = 0; v < set.pieces; ++v) child[v] = child[v] * now < tiny ? 0.0 : child[v] * now;
-      const double *total = work.total.data() + size_t(work.kept[k]) * columns;
-      const double *out = work.open.data() + size_t(work.kept[k]) * columns, unit = 1.0 / decay_;
+      const double *total = scratch.total.data() + size_t(scratch.kept[k]) * columns;
+      const double *out = scratch.open.data() + size_t(scratch.kept[k]) * columns, unit = 1.0 / decay_;
       for (int j = 0; j < columns; ++j) {
-        child[work.columns[j]] = total[j] < tiny ? 0.0 : total[j] * unit;
+        child[scratch.columns[j]] = total[j] < tiny ? 0.0 : total[j] * unit;
         open[j] = out[j] < tiny ? 0.0 : out[j];
       }
     }
     int free = 0;
-    for (Slot &slot : work.next) {
+    for (Slot &slot : scratch.next) {
       if (slot.row >= 0) continue;
-      while (work.used[free]) ++free;
+      while (scratch.used[free]) ++free;
       slot.row = free++;
       std::fill_n(child_.begin() + size_t(slot.row) * set.pieces, set.pieces, 0.0);
       std::fill_n(open_.begin() + size_t(slot.row) * width_, width_, 0.0);
     }
-    before_.assign(work.columns.begin(), work.columns.end());
+    before_.assign(scratch.columns.begin(), scratch.columns.end());
   }
 
   // Bring masses back to around 1; relative to a frame's best piece they can grow, too.
