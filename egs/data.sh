@@ -1,10 +1,11 @@
 # shellcheck shell=bash disable=SC2034,SC2154 # variables of who sources it
-# What the prepare.sh of every recipe shares that begins with manifests. Source it after stages.sh; it runs nothing.
+# Stages of a prepare.sh that begins with manifests: pieces, features, LM text. Source it after stages.sh; it
+# runs nothing.
 
 pieces=     # acoustic pieces; empty: 500, of the configuration "tiny" 100
-bpe=        # SentencePiece model whose pieces are taken instead of learning them; empty: none
+bpe=        # SentencePiece model to take the pieces of; empty: they are learned
 workers=2
-noise=      # folder of noise recordings, to be mixed in by training; empty: none
+noise=      # folder of noise recordings, which training mixes in; empty: none
 backend=lhotse # of the features
 features=()    # further options of compute-fbank
 share=()       # and those of a machine's share of the work
@@ -54,7 +55,8 @@ data_stages() { # number of the first of three stages: pieces, features, LM text
     for split in $dev_set $test_sets train; do
       code=0
       job compute-fbank --corpus "$corpus" --data_dir "$data_dir" --splits "$split" --workers "$workers" \
-        --backend "$backend" --shuffle true ${features[@]+"${features[@]}"} ${share[@]+"${share[@]}"} || code=$?
+        --backend "$backend" --shuffle true ${features[@]+"${features[@]}"} ${share[@]+"${share[@]}"} ||
+        code=$?
       if [ "$code" -eq 4 ]; then unfinished=4; elif [ "$code" -ne 0 ]; then exit "$code"; fi
     done
     if [ "$unfinished" -ne 0 ]; then
@@ -73,8 +75,8 @@ data_stages() { # number of the first of three stages: pieces, features, LM text
   fi
   made_from=$before # the LM text does not depend on noise
   if wanted $((first + 2)) lm-text; then
-    job prepare-lm-text --data_dir "$data_dir" --pieces "$pieces" --streams nlm --spoken_train text/train.jsonl \
-      --spoken_dev text/dev.jsonl
+    job prepare-lm-text --data_dir "$data_dir" --pieces "$pieces" --streams nlm \
+      --spoken_train text/train.jsonl --spoken_dev text/dev.jsonl
     finish lm-text
   fi
 }

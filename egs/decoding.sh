@@ -1,6 +1,6 @@
 # shellcheck shell=bash disable=SC2034,SC2154 # variables of who sources it
-# What the decode.sh of every recipe does: decode dev, tune, decode the test sets, report. Source it after stages.sh
-# and models.sh; it runs nothing.
+# What the decode.sh of every recipe does: decode dev, tune, decode the test sets, report. Source it after
+# stages.sh and models.sh; it runs nothing.
 
 methods=all
 device=cpu
@@ -25,7 +25,7 @@ decode_option() { # as common_option
     --methods) methods=$2 ;;
     --device) device=$2 ;;
     --limit) limit=$(number "$1" "$2") ;;     # utterances of each set to decode; 0: all
-    --confirm) confirm=$(number "$1" "$2") ;; # utterances of dev that tuning decodes; 0: it takes N-best lists alone
+    --confirm) confirm=$(number "$1" "$2") ;; # utterances of dev that tuning decodes; 0: N-best lists alone
     --test-sets) test_sets=$2 ;;
     --printed-wer) scoring=(--printed_wer "$2") ;;
     --k2) if declare -F k2_stages >/dev/null; then with_k2=$2; else taken=0; fi ;;
@@ -44,8 +44,9 @@ decode_option() { # as common_option
   esac
 }
 
-# All of a decode.sh: takes the options, names the models, runs the stages, ends the script. $corpus, $dev_set,
-# $test_sets and $stop_stage are set. $published is a folder of models for those who have not trained any.
+# All of a decode.sh: takes the options, names the models, runs the stages, ends the script. Set before:
+# $corpus, $dev_set, $test_sets, $stop_stage and, if there is one, $published, a folder of models for those who
+# have not trained any.
 decode_recipe() {
   local given
   while [ $# -gt 0 ]; do
@@ -104,7 +105,7 @@ name_models() { # --pretrained-dir: with --emissions only then its LMs over acou
   done
 }
 
-find_attention() { # sets $attention, yes or no: whether the acoustic model, which is loaded for it, has such a decoder
+find_attention() { # sets $attention, yes or no: whether the acoustic model, loaded here, has such a decoder
   if [ -n "$attention" ]; then return; fi
   attention=$("$python" -c '
 import sys
@@ -130,7 +131,7 @@ decode_job() { # output folder, options: by all processes; what was skipped is t
   if ! grep -q '"skipped": \[\]' "$out/run.json"; then skipped=3; fi
 }
 
-confirm_in() { # folder, options of decode: sets $confirmation, options of tune, so that it decodes as stage 2 does
+confirm_in() { # folder, options of decode: sets $confirmation, options of tune to decode as stage 2 does
   local folder=$1 option
   shift
   confirmation=()
@@ -164,16 +165,19 @@ decode_stages() {
   if wanted 1 tune; then
     find_attention
     confirm_in "$tuning" "${models[@]}"
-    job tune --nbest "[$tuning/nbest-$dev_set-$scores.jsonl]" --ref "$(cuts "$dev_set")" --methods "$methods" \
-      --out "$weights" ${confirmation[@]+"${confirmation[@]}"}
+    job tune --nbest "[$tuning/nbest-$dev_set-$scores.jsonl]" --ref "$(cuts "$dev_set")" \
+      --methods "$methods" --out "$weights" ${confirmation[@]+"${confirmation[@]}"}
     finish tune
   fi
   depends test_sets "$test_sets"
   depends scoring ${scoring[@]+"${scoring[@]}"}
   if wanted 2 decode; then
-    if grep -qvE '^((methods|test_sets|scoring|tune): .*)?$' <<<"$changed"; then set_aside "$exp_dir/decode"; fi
+    if grep -qvE '^((methods|test_sets|scoring|tune): .*)?$' <<<"$changed"; then # not just other rows
+      set_aside "$exp_dir/decode"
+    fi
     for name in $test_sets; do sets+=("--test_sets.$name" "$(cuts "$name")"); done
-    decode_job "$exp_dir/decode" "${sets[@]}" --methods "$methods" --weights "$weights" ${scoring[@]+"${scoring[@]}"}
+    decode_job "$exp_dir/decode" "${sets[@]}" --methods "$methods" --weights "$weights" \
+      ${scoring[@]+"${scoring[@]}"}
     finish decode
   fi
   if declare -F k2_stages >/dev/null && [ "$with_k2" = true ]; then k2_stages 2; fi

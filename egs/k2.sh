@@ -1,7 +1,7 @@
 # shellcheck shell=bash disable=SC2034,SC2154 # variables of who sources it
-# The k2 stages of every recipe's decode.sh: graphs, lattices, the methods k2-*. Source it after decoding.sh; it runs
-# nothing. k2 is that of $python, else that of $K2_PYTHON or .venv-k2 (tools/setup_k2_ci_env.sh): then log-probs go
-# there and lattices come back. With --methods other than all there are no rows of k2.
+# The k2 stages of every recipe's decode.sh: graphs, lattices, the methods k2-*. Source it after decoding.sh;
+# it runs nothing. k2 is that of $python, else that of $K2_PYTHON or .venv-k2 (tools/setup_k2_ci_env.sh): then
+# log-probs go there and lattices come back. With --methods other than all there are no rows of k2.
 
 repo=$(cd "$here/../../.." && pwd)
 k2_python=
@@ -86,7 +86,9 @@ k2_stages() { # number
     k2_ngram=(--discount_fallback true)
   fi
   if wanted "$1" graph; then
-    if [ -n "$changed" ]; then set_aside "$exp_dir/lattices" "$exp_dir/emissions" "$exp_dir/emissions-decode"; fi
+    if [ -n "$changed" ]; then
+      set_aside "$exp_dir/lattices" "$exp_dir/emissions" "$exp_dir/emissions-decode"
+    fi
     make_graphs
     finish graph
   fi

@@ -1,6 +1,6 @@
 # shellcheck shell=bash disable=SC2034,SC2154 # variables of who sources it
-# What the train.sh of every recipe does: trainings, the n-gram, export; decoding.sh shares its options. Source it
-# after stages.sh; it runs nothing.
+# What the train.sh of every recipe does: trainings, the n-gram, export; decoding.sh shares its options.
+# Source it after stages.sh; it runs nothing.
 
 pretrained_dir=
 world_size=1
@@ -15,7 +15,7 @@ model_option() {
   case "$1" in
     --pretrained-dir) pretrained_dir=$(absolute "$2") taken=2 ;;
     --world-size) world_size=$(number "$1" "$2") taken=2 ;; # processes on this machine, one a GPU
-    --torchrun) torchrun=$2 taken=2 ;;                      # e.g. "--nnodes 4 --rdzv-backend c10d --rdzv-endpoint HOST"
+    --torchrun) torchrun=$2 taken=2 ;; # e.g. "--nnodes 4 --rdzv-backend c10d --rdzv-endpoint HOST"
   esac
 }
 

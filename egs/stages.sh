@@ -21,7 +21,7 @@ absolute() { case "$1" in /*) echo "$1" ;; *) echo "$started_in/$1" ;; esac; }
 python=${PYTHON:-python}
 case "$python" in */*) python=$(absolute "$python") ;; esac # scripts go to their own folder
 
-path_or_name() { if [ -e "$1" ]; then absolute "$1"; else echo "$1"; fi; } # a folder here, or a name on the hub
+path_or_name() { if [ -e "$1" ]; then absolute "$1"; else echo "$1"; fi; } # a folder, or a name on the hub
 
 log() { echo "$(date '+%F %T') $script: $*"; }
 
@@ -70,7 +70,7 @@ set_folders() {
 # depend on, one `depends` a line. A stage whose mark lists others runs again.
 
 made_from= # the lines of `depends` so far
-changed=   # of the stage that runs: what its earlier run was made from and this one is not; empty for the first run
+changed=   # lines of the earlier run's mark that differ from those of this run; empty for a first run
 
 depends() { # name, values: all later stages of the script depend on them
   made_from+="$1: ${*:2}"$'\n'
@@ -86,7 +86,8 @@ mark_of() { # name: the mark of the stage's newest run, finished or not; fails w
 }
 
 is_done() { # name: whether the stage is finished, with the options of now
-  [ ! -f "$marks/.$1.begun" ] && [ -f "$marks/.$1.done" ] && [ "$(cat "$marks/.$1.done")" = "${made_from%$'\n'}" ]
+  [ ! -f "$marks/.$1.begun" ] && [ -f "$marks/.$1.done" ] &&
+    [ "$(cat "$marks/.$1.done")" = "${made_from%$'\n'}" ]
 }
 
 other_lines() { # mark: its lines that are not those of now
@@ -105,7 +106,9 @@ wanted() { # number, name: whether this stage is to run now; leaves the mark of 
   fi
   if [ "$stage" -gt "$1" ] || [ "$stop_stage" -lt "$1" ]; then
     if [ -n "$changed" ]; then # not what later stages of these options would have been made from
-      if [ "$stage" -gt "$1" ]; then log "stage $1 ($2) is not run again, but was made with: ${changed//$'\n'/; }"; fi
+      if [ "$stage" -gt "$1" ]; then
+        log "stage $1 ($2) is not run again, but was made with: ${changed//$'\n'/; }"
+      fi
       depends "$2" "of other options, $(sum_of "$mark")"
     fi
     return 1

@@ -1,21 +1,25 @@
 #!/usr/bin/env bash
 # Make all data of the LibriHeavy recipe: audio, manifests, features, pieces, LM text.
 #
-#   bash prepare.sh --subset medium                    # trains on small or medium or large; downloads what is missing
-#   bash prepare.sh --subset large --stage 3 --stop-stage 3 --start 0 --stop 500   # one machine's share of features
+#   bash prepare.sh --subset medium        # the training set: small, medium or large; downloads it if needed
+#   bash prepare.sh --subset large --stage 3 --stop-stage 3 --start 0 --stop 500    # a share of the features
 #   bash prepare.sh --config tiny                      # smoke test, on a stand-in that it makes itself
 #   bash prepare.sh --config standin --books DIR       # 20 h of stand-in, from a folder of UTF-8 books
 #
 # Stages: 0 download, 1 manifests (text as --text says: upper, lower or cased), 2 pieces (BPE), 3 features of
 # dev, the test sets and train, 4 LM text of the NLM (training transcripts without the books of dev and test).
 # Every stage can be killed and run again: finished shards are kept. A finished stage leaves a .done mark in
-# --data-dir, which lists its options, and is skipped; with other options it runs again. Remove the mark to run it
-# again with the same ones. --config is "full" or a folder of conf/.
-# The audio of dev and of the test sets is in all three parts of Libri-Light. Stage 1 refuses an evaluation set of
-# which more than --max-missing (0.005) of the cuts have none: fetch the parts that it names by local/download.sh.
-# --bpe FILE takes the pieces of another model, which train.sh can then begin with (--acoustic "--init MODEL").
-# --noise DIR (MUSAN's folder, say; its speech is left out) makes features of noise, which train.sh then mixes in;
-# --musan yes fetches MUSAN (11 GB) for that. --backend kaldifeat --device cuda computes features on a GPU (tools/install_kaldifeat.sh).
+# --data-dir, which lists its options, and is skipped; with other options it runs again. Remove the mark to
+# run it again with the same ones. --config is "full" or a folder of conf/.
+#
+# The audio of dev and of the test sets is in all three parts of Libri-Light. Stage 1 refuses an evaluation
+# set that lacks the audio of more than --max-missing (0.005) of its cuts, and names the part to download.
+#
+# --bpe FILE takes the pieces of another model, with which train.sh can then begin (--acoustic "--init
+# MODEL"). --noise DIR (e.g. MUSAN's folder; its speech is left out) makes features of noise, which train.sh
+# then mixes in; --musan yes fetches MUSAN (11 GB) for that. --backend kaldifeat --device cuda computes
+# features on a GPU (tools/install_kaldifeat.sh), and --workers threads read the audio.
+#
 # Exit code 3: done, but some inputs were skipped (they are listed).
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)

@@ -5,9 +5,9 @@
 #   bash run.sh --config tiny          # smoke test on a stand-in: minutes on 2 cores
 #   bash run.sh --config standin --books DIR     # 20 h of stand-in, MiniBooks' model sizes: hours on 2 cores
 #
-# --config, --data-dir and --exp-dir go to all three scripts; --subset, --max-missing, --download and --books to prepare.sh;
-# --world-size to train.sh and decode.sh; --llm, --device and --limit to decode.sh. On a stand-in the LLM is
-# MiniBooks' shipped one. Every stage can be killed and run again.
+# --config, --data-dir and --exp-dir go to all three scripts; --subset, --max-missing, --download and --books
+# to prepare.sh; --world-size to train.sh and decode.sh; --llm, --device and --limit to decode.sh. On a
+# stand-in the LLM is MiniBooks' shipped one. Every stage can be killed and run again.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 . "$here/../../stages.sh"

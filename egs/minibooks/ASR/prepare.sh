@@ -15,11 +15,10 @@
 #
 # Stages: 0 books to utterances, 1 which of them are spoken, 2 vocabularies, 3 speech, 4 features, 5 LM text.
 # Every stage can be killed and run again: finished shards are kept. A finished stage leaves a .done mark in
-# --data-dir, which lists its options, and is skipped; with other options it runs again. Remove the mark to run it
-# again with the same ones. --config is "full" or a folder of conf/.
-# Exit code 3: done, but some audio files were skipped (they are listed). Books that could not be downloaded
-# stop stage 0: run it again to fetch the rest.
-# Speech needs eSpeak NG (GPL-3): pip install espeakng-loader.
+# --data-dir, which lists its options, and is skipped; with other options it runs again. Remove the mark to
+# run it again with the same ones. --config is "full" or a folder of conf/. Exit code 3: done, but some audio
+# files were skipped (they are listed). If books could not be downloaded, stage 0 stops: run it again to fetch
+# the rest. Speech needs eSpeak NG (GPL-3): pip install espeakng-loader.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 . "$here/../../stages.sh"

@@ -7,12 +7,12 @@
 #
 # Stages: 0 acoustic model (CTC-AED), 1 NLM, 2 LLM, 3 matched LLM, 4 n-gram, 5 export all to --pretrained-dir
 # (default: pretrained/ in --exp-dir, where decode.sh looks first; the published models stay as they are).
-# Every stage can be killed and run again: it goes on from its newest checkpoint. A finished stage leaves
-# a .done mark, which lists its options, and is skipped. With other data or another --acoustic it runs again from the
-# beginning, and the old models are kept as NAME.1; with other options after "--" it goes on from its newest
-# checkpoint. Remove the mark to run a stage again. Options after "--" go to every training, those of
-# --acoustic "--init MODEL ..." to that of the acoustic model alone.
-# A training that is stopped (Ctrl-C, SIGTERM) writes a checkpoint and ends this script with exit code 4.
+# Every stage can be killed and run again: it goes on from its newest checkpoint. A finished stage leaves a
+# .done mark, which lists its options, and is skipped. With other data or another --acoustic it runs again
+# from the beginning, and the old models are kept as NAME.1; with other options after "--" it goes on from its
+# newest checkpoint. Remove the mark to run a stage again. Options after "--" go to every training, those of
+# --acoustic "--init MODEL ..." to that of the acoustic model alone. A training that is stopped (Ctrl-C,
+# SIGTERM) writes a checkpoint and ends this script with exit code 4.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 . "$here/../../stages.sh"

@@ -5,13 +5,15 @@
 #   bash local/download.sh --to download --subset medium   # small and medium: 5,551 h, 356 GB
 #   bash local/download.sh --to download --subset large    # all: 56,345 h, 3.4 TB (6.1 TB while unpacking)
 #
-# Dev and the test sets are drawn from all three parts: their audio needs --subset large. What is there is taken and
-# not fetched again: a part of which --to/librilight has all recordings that the manifest names, and an archive that
-# is as large as the server's; of a shorter one the rest is fetched.
-# Audio: --to/librilight/SUBSET/SPEAKER/BOOK/CHAPTER.flac; manifests: --to/libriheavy/libriheavy_cuts_*.jsonl.gz.
-# Archives are checked against the MD5 sums that Libri-Light publishes and removed once they are unpacked
-# (--keep yes keeps them). --musan yes fetches MUSAN too (noise and music, 11 GB; no sums are published), to
-# --to/musan. --audio-url, --manifest-url and --musan-url name mirrors (also file:///...).
+# Dev and the test sets are drawn from all three parts: their audio needs --subset large. Files that are there
+# are not fetched again: neither a part of which --to/librilight has all recordings that the manifest names,
+# nor an archive that is as large as the server's. Of a shorter archive the rest is fetched.
+#
+# Audio: --to/librilight/SUBSET/SPEAKER/BOOK/CHAPTER.flac; manifests:
+# --to/libriheavy/libriheavy_cuts_*.jsonl.gz. Archives are checked against the MD5 sums that Libri-Light
+# publishes and removed once they are unpacked (--keep yes keeps them). --musan yes fetches MUSAN too (noise
+# and music, 11 GB; no sums are published), to --to/musan. --audio-url, --manifest-url and --musan-url name
+# mirrors (also file:///...).
 set -euo pipefail
 to=download
 subset=small
@@ -26,7 +28,9 @@ fail() { echo "download.sh: $1" >&2; exit "${2:-1}"; }
 while [ $# -gt 0 ]; do
   case "$1" in
     -h | --help) awk 'NR > 1 { if (!/^#/) exit; sub(/^# ?/, ""); print }' "$0"; exit 0 ;;
-    --to | --subset | --keep | --musan | --audio-url | --manifest-url | --musan-url) [ $# -ge 2 ] || fail "$1 needs a value (see --help)" 2 ;;
+    --to | --subset | --keep | --musan | --audio-url | --manifest-url | --musan-url)
+      [ $# -ge 2 ] || fail "$1 needs a value (see --help)" 2
+      ;;
     *) fail "unknown option $1 (see --help)" 2 ;;
   esac
   case "$1" in
@@ -103,7 +107,9 @@ done
 
 lacking() { # part: how many recordings of its manifest are not in --to/librilight, or are empty
   gzip --decompress --stdout "$to/libriheavy/libriheavy_cuts_$1.jsonl.gz" |
-    awk 'match($0, /"source": *"[^"]*"/) { path = substr($0, RSTART, RLENGTH); gsub(/^"source": *"|"$/, "", path)
+    awk 'match($0, /"source": *"[^"]*"/) {
+      path = substr($0, RSTART, RLENGTH)
+      gsub(/^"source": *"|"$/, "", path)
       if (path != last) print last = path }' |
     while IFS= read -r path; do if [ ! -s "$to/${path#download/}" ]; then echo; fi; done | wc -l | tr -d ' '
 }
