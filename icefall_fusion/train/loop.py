@@ -113,7 +113,7 @@ class Trainer:
             ValueError: the source has no batches.
         """
         self.started = self.saved_at = time.monotonic()
-        saved_step = self.step if newest_checkpoint(self.folder) else -1
+        begun_at = saved_step = self.step if newest_checkpoint(self.folder) else -1
         batches, reason = self._endless(), ""
         with self.log.opened(self.total_steps, self.step), self.signals:
             while not (reason := FINISHED if self.step >= self.total_steps else self.agreed_stop):
@@ -124,6 +124,8 @@ class Trainer:
                 self.validate()
             if saved_step != self.step:
                 self.save()
+            elif begun_at == self.step and self.rank == 0 and self.on_save:
+                self.on_save(self.step)  # a kill may have come between the last checkpoint and this
         return {"step": self.step, "reason": reason, "valid": self.last_valid,
                 "skipped": self.train_step.skipped, "minutes": self._seconds() / 60,
                 "data_wait": self.data_wait}

@@ -133,6 +133,25 @@ def test_resume_after_a_kill_equals_one_run(tmp_path: Path, precision: str, opti
     assert_same(whole, again.model)
 
 
+def test_a_kill_between_the_last_checkpoint_and_its_export_leaves_no_old_export(tmp_path: Path) -> None:
+    exported: list[int] = []
+
+    def export(step: int) -> None:
+        exported.append(step)
+        if exported == [4, 8]:
+            raise Killed
+
+    def run() -> None:
+        settings = options(save_every_steps=4)
+        Trainer(settings, make_model(), squared_error, Lines(), list(Lines()), tmp_path, on_save=export).run()
+
+    with pytest.raises(Killed):
+        run()
+    assert exported == [4, 8] and list_checkpoints(tmp_path)[-1] == checkpoint_path(tmp_path, 8)
+    run()
+    assert exported == [4, 8, 8]
+
+
 def test_muon_takes_the_matrices_of_blocks_alone() -> None:
     model = make_model()
     assert hidden_matrices(model) == {"3.blocks.0.weight"}
