@@ -96,6 +96,22 @@ def test_a_folder_imports_only_itself_and_folders_above(name) -> None:
         assert rank(other) <= rank(name), f"{name} imports {other}, which stands below it"
 
 
+def page_of(folder: str) -> str:
+    """Return what a newcomer reads of a folder: README.md and docstrings of ``__init__``."""
+    pages = [page.read_text(encoding="utf-8") for page in (PACKAGE / folder).rglob("README.md")]
+    packages = (PACKAGE / folder).rglob("__init__.py")
+    pages += [ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "" for file in packages]
+    return "\n".join(pages)
+
+
+@pytest.mark.parametrize("folder", [f for f in ORDER if re.search(r"\.py\b", page_of(f))])
+def test_every_file_is_on_the_page_of_its_folder(folder) -> None:
+    page = page_of(folder)
+    files = {f.name for f in (PACKAGE / folder).rglob("*.*") if f.suffix in (".py", ".cpp", ".h")}
+    missing = [f for f in files if f != "__init__.py" and not re.search(rf"\b{re.escape(f)}\b", page)]
+    assert not missing, f"no page of {folder}/ names {sorted(missing)}"
+
+
 @pytest.mark.parametrize("package", sorted(OWNERS))
 def test_optional_packages_are_imported_by_their_owners_alone(package) -> None:
     users = {

@@ -1,4 +1,13 @@
-"""Acoustic models: Conformer encoder, CTC head, attention decoder."""
+"""Acoustic models: Conformer encoder, CTC head, attention decoder.
+
+    ctc_aed.py           the whole model: loss, N-best scores, model folders
+    conformer.py         the encoder: whole, with a chunk mask, or chunk by chunk
+    conformer_layer.py   one layer of it
+    subsampling.py       10 ms feature frames to 40 ms encoder frames
+    attention.py         multi-head attention with rotary positions
+    ctc.py               CTC head: frames to log-probs of pieces
+    decoder.py           attention decoder
+"""
 
 from __future__ import annotations
 
