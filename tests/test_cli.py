@@ -93,9 +93,9 @@ class Lists:
     splits: tuple[str, ...] = ("train", "dev")
 
 
-@pytest.mark.parametrize("given", [["a", "b"], ["[a,b]"], ["[a, b]"]])
-def test_lists_are_words_or_yaml_and_none_is_null(given) -> None:
-    assert parse_options(Lists, ["--runs", *given, "--limit", "none"], "toy") == Lists(["a", "b"], None)
+@pytest.mark.parametrize("words", [["a", "b"], ["[a,b]"], ["[a, b]"]])
+def test_lists_are_words_or_yaml_and_none_is_null(words) -> None:
+    assert parse_options(Lists, ["--runs", *words, "--limit", "none"], "toy") == Lists(["a", "b"], None)
     assert parse_options(Lists, ["--runs", "a b"], "toy") == Lists(["a b"])  # one folder with a space
     made = parse_options(Lists, ["--splits", "dev", "test", "--runs", "a"], "toy")
     assert made == Lists(["a"], splits=("dev", "test"))

@@ -123,7 +123,7 @@ class Recognizer:
         needed = set().union(*(method.spec.needs for method in self.methods))
         for source in sorted(needed & set(LM_SOURCES)):
             self.models.get(source)  # of second passes too: an error is raised before anything is decoded
-        self.carries = self.models.carry({source for name in names for source in parse_method(name).sources})
+        self._carries = self.models.carry({source for name in names for source in parse_method(name).sources})
         self.unreadable: list[tuple[Utterance, InputError]] = []
         self.oom_backoffs, self._most_rows = 0, options.batch_size
         self._least_memory = 0
@@ -161,12 +161,12 @@ class Recognizer:
         size = self.options.batch_size
         if any(segment.number for segment in segments):
             size = min(size, max(1, int(self.options.batch_seconds / self.options.longest)))
-        if self.carries:
+        if self._carries:
             segments.sort(key=lambda segment: segment.number)
         first = 0
         while first < len(segments):
             some = segments[first : first + min(size, self._most_rows)]
-            if self.carries:
+            if self._carries:
                 some = [segment for segment in some if segment.number == some[0].number]
             begun, values = time.perf_counter(), []
             try:
@@ -246,7 +246,7 @@ class Recognizer:
         emissions = batch.emissions if whole else batch.emissions.select(list(rows))
         segments = [batch.segments[row] for row in rows]
         customs = {s.id: None if s.number else s.utterance.custom for s in segments}
-        prompts = self.models.prompts(customs, result.earlier_texts(segments) if self.carries else None)
+        prompts = self.models.prompts(customs, result.earlier_texts(segments) if self._carries else None)
         references = {s.id: s.utterance.text for s in segments if s.count == 1}
         nbests: list[NBest] = []
         cost = {stage: seconds * len(rows) for stage, seconds in batch.seconds.items()}

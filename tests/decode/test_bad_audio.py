@@ -37,8 +37,8 @@ def manifest(folder: Path, samples: dict[str, np.ndarray], rate: int = 16000) ->
 
 
 def decode(model: str, cuts: str, out: Path, *more: str) -> int:
-    given = ["--emissions.model", model, "--test_sets.noise", cuts, "--methods", "ctc-prefix"]
-    return main(["decode", *given, "--search.beam", "2", "--out", str(out), *more])
+    command = ["--emissions.model", model, "--test_sets.noise", cuts, "--methods", "ctc-prefix"]
+    return main(["decode", *command, "--search.beam", "2", "--out", str(out), *more])
 
 
 def lists(out: Path, method: str = "ctc-prefix") -> dict[str, NBest]:
@@ -72,8 +72,8 @@ def test_parts_of_a_long_cut_are_joined_when_saved_log_probs_are_decoded(model, 
     kept = tmp_path / "kept"
     assert decode(model, cuts, tmp_path / "one", "--longest", "1", "--save_emissions", str(kept)) == 0
     source = open_source(EmissionOptions(str(kept / "noise"), tokens=model))
-    found = source.emit(["long", "short"])
-    assert found.lens[0] > 2.5 * found.lens[1]
+    saved_log_probs = source.emit(["long", "short"])
+    assert saved_log_probs.lens[0] > 2.5 * saved_log_probs.lens[1]
     (kept / "noise" / ".emissions-0.npz.half.npz").write_bytes(b"PK")  # what a kill leaves
     saved = ["--emissions.tokens", model]
     assert decode(str(kept / "noise"), cuts, tmp_path / "two", *saved) == 0

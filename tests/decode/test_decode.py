@@ -19,10 +19,7 @@ import torch
 from job_tools import arguments, assert_same, lists
 
 from icefall_fusion.__main__ import main
-from icefall_fusion.decode.method_names import (
-    METHODS,
-    parse_method,
-)
+from icefall_fusion.decode.method_names import METHODS, parse_method
 from icefall_fusion.scoring.table import ROW_KEYS
 
 
@@ -168,11 +165,11 @@ def test_a_gpu_decodes_what_a_cpu_decodes(tmp_path):
     made = tiny.everything(tmp_path / "models")
     models = ["--emissions.model", made["model"], "--llm.path", made["llm"], "--nlm.path", made["nlm"]]
     methods = "ctc-prefix,nlm-shallow,llm-delayed-shortest,llm-nbest-rescoring,attention-rescoring"
-    found = []
+    rates = []
     for device in ("cpu", "cuda"):
         out = tmp_path / device
         what = ["--test_sets.noise", made["cuts"], "--methods", methods, "--out", str(out)]
         assert main(["decode", *models, *what, "--emissions.device", device]) == 0
-        found.append([row["wer"] for row in json.loads((out / "results.json").read_text())])
-    assert found[0] == pytest.approx(found[1], abs=1e-6)
+        rates.append([row["wer"] for row in json.loads((out / "results.json").read_text())])
+    assert rates[0] == pytest.approx(rates[1], abs=1e-6)
 

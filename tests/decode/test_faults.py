@@ -1,4 +1,4 @@
-"""What is wrong with some utterances of a corpus is told with path and id, counted, and stops nothing else.
+"""Faulty utterances of a corpus are named with path and id, counted, and stop nothing else.
 Knows: the jobs from manifests to training, their summaries. Must not know: how they work.
 """
 from __future__ import annotations
@@ -29,9 +29,9 @@ def cut(folder: Path, name: str, start: float = 0.5, seconds: float = 2.0, text:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.flac"
     soundfile.write(path, np.random.default_rng(len(name)).uniform(-0.3, 0.3, int(SECONDS * 16_000)), 16_000)
-    said = SupervisionSegment(name, name, 0.0, seconds, text=text, speaker="noise", custom={"cased": text})
+    spoken = SupervisionSegment(name, name, 0.0, seconds, text=text, speaker="noise", custom={"cased": text})
     recording = Recording.from_file(path, recording_id=name)
-    return MonoCut(name, start, seconds, 0, recording=recording, supervisions=[said])
+    return MonoCut(name, start, seconds, 0, recording=recording, supervisions=[spoken])
 
 
 def corpus(folder: Path, cuts: list[MonoCut], split: str = "train") -> Path:
@@ -71,15 +71,15 @@ def test_features_of_all_other_cuts_are_made_and_decoding_skips_the_same(
     assert [one.id for one in CutSet.from_jsonl_lazy(made)] == ["first", "last"]
     report = json.loads((tmp_path / "fbank" / "compute-fbank-train.json").read_text())
     assert (report["utterances"], report["skipped_count"]) == (2, len(FAULTS) + 1)
-    found = {entry["id"]: entry["error"] for entry in report["skipped"]}
+    errors = {entry["id"]: entry["error"] for entry in report["skipped"]}
     for one in cuts[1:-2]:
-        assert FAULTS[one.id][1].format(audio_of(one)) in found[one.id]
-        assert f"skipped {one.id}: {found[one.id]}" in caplog.text
-    assert found["beyond"].startswith(f"audio file {audio_of(cuts[-2])} is truncated: ")
+        assert FAULTS[one.id][1].format(audio_of(one)) in errors[one.id]
+        assert f"skipped {one.id}: {errors[one.id]}" in caplog.text
+    assert errors["beyond"].startswith(f"audio file {audio_of(cuts[-2])} is truncated: ")
 
     model, out = tiny.acoustic_model(tmp_path / "model"), tmp_path / "out"
-    given = ["--emissions.model", str(model), "--methods", "ctc-greedy", "--out", str(out)]
-    assert main(["decode", *given, "--test_sets.noise", str(manifest)]) == 3  # straight from the audio
+    command = ["--emissions.model", str(model), "--methods", "ctc-greedy", "--out", str(out)]
+    assert main(["decode", *command, "--test_sets.noise", str(manifest)]) == 3  # straight from the audio
     skipped = json.loads((out / "run.json").read_text())["skipped"]
     assert {entry["id"] for entry in skipped} == {*FAULTS, "beyond"}
     for entry in skipped:
@@ -103,8 +103,8 @@ def test_broken_lines_and_files_of_manifests_are_refused_with_their_place(
     for job in (lambda: fbank(tmp_path), lambda: main(export)):
         assert job() == 2 and f"{manifest} is truncated or damaged after line" in capsys.readouterr().err
     model = tiny.acoustic_model(tmp_path / "model")
-    given = ["--emissions.model", str(model), "--methods", "ctc-greedy", "--out", str(tmp_path / "out")]
-    assert main(["decode", *given, "--test_sets.noise", str(manifest)]) == 2
+    command = ["--emissions.model", str(model), "--methods", "ctc-greedy", "--out", str(tmp_path / "out")]
+    assert main(["decode", *command, "--test_sets.noise", str(manifest)]) == 2
     assert f"{manifest} cannot be loaded as a manifest of cuts" in capsys.readouterr().err
     assert not list((tmp_path / "text").glob("train*"))
 
@@ -123,11 +123,11 @@ def test_an_id_that_comes_twice_is_refused_before_features_are_made(
 def test_seen_ids_are_those_that_were_added(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SeenIds, "_RECENT", 100)
     ids, seen = [f"u{number % 700}" for number in range(0, 7000, 3)], SeenIds()
-    expected, found = set(), []
+    expected, right = set(), []
     for id in ids:
-        found.append(seen.add(id) == (id not in expected))
+        right.append(seen.add(id) == (id not in expected))
         expected.add(id)
-    assert all(found) and len(expected) == 700
+    assert all(right) and len(expected) == 700
 
 
 def test_two_processes_at_the_same_shards_leave_one_of_each(tmp_path: Path) -> None:
@@ -137,8 +137,8 @@ def test_two_processes_at_the_same_shards_leave_one_of_each(tmp_path: Path) -> N
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     processes = [subprocess.Popen(command, env=environment, stderr=subprocess.PIPE) for _ in range(2)]
     for process in processes:
-        _, said = process.communicate()
-        assert process.returncode == 0, said.decode()
+        _, printed = process.communicate()
+        assert process.returncode == 0, printed.decode()
     made = list(CutSet.from_jsonl_lazy(cuts_path(tmp_path / "fbank", "train")))
     assert [one.id for one in made] == [one.id for one in CutSet.from_jsonl_lazy(manifest)]
     for one in made:
@@ -170,7 +170,7 @@ def test_training_goes_on_without_what_cannot_be_read_and_says_how_much(
     words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
     assert main(["train", *words]) == 0
     summary = json.loads((tmp_path / "exp" / "skipped.json").read_text())
-    found = {entry["id"]: entry["error"] for entry in summary["skipped"]}
-    assert set(found) == {"u5", "u6"} and summary["utterances"] == 2
-    assert all(archives[id] in error for id, error in found.items())
+    errors = {entry["id"]: entry["error"] for entry in summary["skipped"]}
+    assert set(errors) == {"u5", "u6"} and summary["utterances"] == 2
+    assert all(archives[id] in error for id, error in errors.items())
     assert f"2 utterances could not be read, see {tmp_path}/exp/skipped.json" in capsys.readouterr().err

@@ -41,9 +41,9 @@ def test_missing_and_broken_audio_is_skipped_and_listed(made, tmp_path) -> None:
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     assert sorted(entry["id"] for entry in record["skipped"]) == ["empty", "gone", "short"]
     for method in methods.split(","):
-        found = lists(tmp_path / "out", method)
-        assert sorted(found) == ["good", "tiny"]
-        assert found["tiny"][0].text == "" and len(found["tiny"][0].tokens) == 0
+        decoded = lists(tmp_path / "out", method)
+        assert sorted(decoded) == ["good", "tiny"]
+        assert decoded["tiny"][0].text == "" and len(decoded["tiny"][0].tokens) == 0
     rows = json.loads((tmp_path / "out" / "results.json").read_text())
     assert all(row["words"] == 4 for row in rows)
 
@@ -128,10 +128,10 @@ def test_a_hugging_face_model_decodes_with_an_llm(made, tmp_path) -> None:
     methods = "ctc-prefix,llm-delayed-shortest,llm-delayed-at-end,llm-nbest-rescoring"
     command = arguments({**made, "model": str(tmp_path / "hf")}, tmp_path / "out", "--methods", methods)
     assert main([*command, "--llm.text", "lower"]) == 0
-    found = {method: lists(tmp_path / "out", method) for method in methods.split(",")}
-    text = " ".join(nbest[0].text for nbest in found["llm-delayed-shortest"].values())
+    decoded = {method: lists(tmp_path / "out", method) for method in methods.split(",")}
+    text = " ".join(nbest[0].text for nbest in decoded["llm-delayed-shortest"].values())
     assert text and text == text.upper() and "|" not in text
-    assert_same(found["llm-delayed-at-end"], found["llm-nbest-rescoring"])
+    assert_same(decoded["llm-delayed-at-end"], decoded["llm-nbest-rescoring"])
 
 
 

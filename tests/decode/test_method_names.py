@@ -28,8 +28,8 @@ def test_names_of_methods() -> None:
     assert [(spec.source, spec.look_ahead) for spec in ahead] == [("ngram", False), ("llm", True)]
     [late] = parse_method("llm-delayed-shortest-late-8-ahead").fusions
     assert late == replace(parse_method("llm-delayed-shortest").fusions[0], late=8, look_ahead=True)
-    given = {"llm-delayed-shortest-ahead": {"llm": 0.7, "words": 0.2}}
-    assert weights_of("llm-delayed-shortest-late-8-ahead", given) == {"ctc": 1.0, "llm": 0.7, "words": 0.2}
+    tuned = {"llm-delayed-shortest-ahead": {"llm": 0.7, "words": 0.2}}
+    assert weights_of("llm-delayed-shortest-late-8-ahead", tuned) == {"ctc": 1.0, "llm": 0.7, "words": 0.2}
     wrong_names = ["nlm-shallow-ahead", "llm-delayed-ahead", "llm-delayed-shortest-ahead-ahead"]
     wrong_names += ["llm-delayed-late-3", "nlm-shallow-late-3", "llm-delayed-shortest-ahead-late-3"]
     for wrong in wrong_names:
@@ -50,8 +50,8 @@ def test_names_of_methods() -> None:
 
 def test_all_is_what_the_models_allow(caplog) -> None:
     assert choose_methods("all", {"attention", "nlm", "llm", "matched_llm", "ngram"}) == list(METHODS)
-    found = choose_methods("all", {"llm"})
-    assert "llm-delayed-shortest" in found and "ctc-greedy" in found and len(found) == 7
+    chosen = choose_methods("all", {"llm"})
+    assert "llm-delayed-shortest" in chosen and "ctc-greedy" in chosen and len(chosen) == 7
     assert "llm-delayed-shortest-ahead is skipped: there is no ngram" in caplog.text
     with pytest.raises(ValueError, match="ngram.path must name a model for the method 'llm-.*-ahead'"):
         choose_methods("all,llm-delayed-shortest-ahead", {"llm"})

@@ -39,7 +39,7 @@ def test_a_run_file_drops_a_batch_that_was_cut_short(tmp_path) -> None:
     file.close()
     with pytest.raises(ValueError, match="run of m with beam = 1, which is now 2"):
         RunFile(tmp_path, "s", "m", {"beam": 2})
-    assert [found.utterance for found in read_nbests(file.path)] == ["a", "b", "c"]
+    assert [one.utterance for one in read_nbests(file.path)] == ["a", "b", "c"]
 
 
 def damaged(name: str) -> list[str]:

@@ -36,10 +36,10 @@ from icefall_fusion.text.styles import adapt
 def test_batches_hold_like_lengths_and_every_utterance_once() -> None:
     seconds = [1.0, 50.0, 2.0, 90.0, 3.0, 2.5]
     utterances = [Utterance(f"u{i}", s, "", torch.zeros) for i, s in enumerate(seconds)]
-    found = list(batches(utterances, size=3, seconds=100.0, longest=60.0))
-    assert sorted(u.id for batch in found for u in batch) == [u.id for u in utterances]
-    assert [len(batch) for batch in found] == [1, 2, 3] and found[0][0].id == "u3"
-    assert all(batch[0].seconds * len(batch) <= 100 for batch in found)
+    made = list(batches(utterances, size=3, seconds=100.0, longest=60.0))
+    assert sorted(u.id for batch in made for u in batch) == [u.id for u in utterances]
+    assert [len(batch) for batch in made] == [1, 2, 3] and made[0][0].id == "u3"
+    assert all(batch[0].seconds * len(batch) <= 100 for batch in made)
 
 
 
@@ -170,16 +170,16 @@ def test_long_audio_is_decoded_in_segments(made, tmp_path) -> None:
     more = ["--methods", "ctc-greedy,nlm-shallow+llm-delayed-interval-16", "--longest", "1"]
     assert main(arguments(made, tmp_path, *more)) == 0
     for method in ("ctc-greedy", "nlm-shallow+llm-delayed-interval-16"):
-        found = lists(tmp_path, method)
-        assert sorted(found) == [f"noise-{i}" for i in range(7)]
-        last = found["noise-6"]
+        decoded = lists(tmp_path, method)
+        assert sorted(decoded) == [f"noise-{i}" for i in range(7)]
+        last = decoded["noise-6"]
         assert all(t.end <= 1.6 for t in last[0].times) and last[0].times[-1].start >= 0.5
         assert [t.start for t in last[0].times] == sorted(t.start for t in last[0].times)
 
 
 
 def test_segments_carry_the_text_so_far_to_the_llm(made, tmp_path, capsys) -> None:
-    """Against the segments of each utterance decoded one by one, the text so far given as a prompt."""
+    """Against the segments of each utterance decoded one by one, with the text so far as the prompt."""
     methods = ["llm-delayed-shortest", "ctc-greedy", "llm-delayed-interval-4"]
     named = {**made, "cuts": str(tiny.manifest(tmp_path / "audio", 14))}
     options = arguments(named, tmp_path / "out", "--methods", ",".join(methods), "--longest", "1")[1:]
@@ -190,7 +190,7 @@ def test_segments_carry_the_text_so_far_to_the_llm(made, tmp_path, capsys) -> No
     lm, thirds = recognizer.models.get("llm"), 0
     for method in (methods[0], methods[2]):
         [fused] = parse_method(method).fusions
-        found = lists(tmp_path / "out", method)
+        decoded = lists(tmp_path / "out", method)
         for utterance in read_cuts(named["cuts"], recognizer.source.wants):
             words: list[str] = []
             score = 0.0
@@ -203,8 +203,8 @@ def test_segments_carry_the_text_so_far_to_the_llm(made, tmp_path, capsys) -> No
                 [nbest] = ctc_prefix_search(*search, [fusion], emissions.ids)
                 words += nbest[0].words()
                 score += nbest[0].scores["llm"]
-            assert found[utterance.id][0].words() == words
-            assert found[utterance.id][0].scores["llm"] == pytest.approx(score, abs=2e-3)
+            assert decoded[utterance.id][0].words() == words
+            assert decoded[utterance.id][0].scores["llm"] == pytest.approx(score, abs=2e-3)
     assert thirds >= 4
     shallow = arguments(named, tmp_path / "no", "--methods", "nlm-shallow", "--nlm.carry", "true")
     assert main(shallow) == 2 and "nlm.carry must be left alone" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Tuning: the vectorized count equals reweighting one by one; known optima are found; results are written.
+"""Tuning: counts equal reweighting one by one; the search reaches known optima; results are written.
 Knows: icefall_fusion.decode.tune and score_table. Must not know: how hypotheses came about.
 """
 from __future__ import annotations
@@ -54,11 +54,11 @@ def test_counts_equal_reweighting_one_by_one() -> None:
 def test_the_search_beats_every_point_of_a_coarse_grid() -> None:
     nbests, references = make()
     table = ScoreTable.make(nbests, references, ["llm"])
-    found, errors = coordinate_search(table, highest=2.0, bonus=2.0, rounds=4)
+    weights, errors = coordinate_search(table, highest=2.0, bonus=2.0, rounds=4)
     grid = np.array([[a, b] for a in np.linspace(0, 2, 9) for b in np.linspace(-2, 2, 9)])
     assert errors <= table.count(grid).min() + 1
-    assert found["llm"] > 0.3 and errors < table.count(np.zeros((1, 2)))[0]
-    assert int(table.count(np.array([[found["llm"], found["words"]]]))[0]) == errors
+    assert weights["llm"] > 0.3 and errors < table.count(np.zeros((1, 2)))[0]
+    assert int(table.count(np.array([[weights["llm"], weights["words"]]]))[0]) == errors
 
 
 def test_lists_of_several_files_are_joined() -> None:
