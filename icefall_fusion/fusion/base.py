@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any, Mapping, MutableMapping, Optional, Sequen
 
 import torch
 
-from icefall_fusion.common.checks import check, check_text
+from icefall_fusion.common.checks import check, check_choice, check_text
 from icefall_fusion.fusion.retokenize import WordTokenizer
 from icefall_fusion.search.fusion import Fusion, check_fusion
+from icefall_fusion.text.styles import TEXT_STYLES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,6 +43,7 @@ class LmFusion(Fusion):
     def __init__(
         self, lm: Union[CausalLm, PieceNgram], weight: float, word_bonus: float, eos: bool, source: str
     ) -> None:
+        check_lm(lm, f"{type(self).__name__}.lm")
         rule = "be False for an LM without an end token"
         check(not eos or lm.eos_id is not None, f"{type(self).__name__}.eos", rule, eos)
         self.lm, self.eos, self.source = lm, bool(eos), source
@@ -115,12 +117,18 @@ def tokenizer_for(lm: Any, style: str, strict: bool = True) -> WordTokenizer:
     Raises:
         ValueError: the style is unknown, or the model comes without a tokenizer.
     """
+    check_choice(style, TEXT_STYLES, "text")
     tokenizer = lm.tokenizer if lm.tokenizer is not None else lm.pieces
     check(tokenizer is not None, f"language model {lm.name!r}", "have a tokenizer or bpe.model", None)
     made = _MADE.setdefault(lm, {})
     if (style, strict) not in made:
         made[style, strict] = WordTokenizer(tokenizer, style, strict=strict)
     return made[style, strict]
+
+
+def check_lm(lm: Any, name: str) -> None:
+    """Raise ValueError unless ``lm`` is a language model."""
+    check(hasattr(lm, "eos_id"), name, "be a language model, e.g. a CausalLm", lm)
 
 
 def check_prompt(prompt: Any, name: str) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from icefall_fusion.common.checks import check
 from icefall_fusion.common.counters import add_counters
-from icefall_fusion.fusion.base import check_prompt, prompt_tokens, tokenizer_for
+from icefall_fusion.fusion.base import check_lm, check_prompt, prompt_tokens, tokenizer_for
 from icefall_fusion.nbest import NBest
 from icefall_fusion.ngram.piece_ngram import PieceNgram
 
@@ -50,6 +50,10 @@ def rescore_with_lm(
         ValueError: the tokenizer cannot spell a word, an utterance has no prompt, the style is unknown, or an
             end is to be scored by an LM that has no end-of-sentence token.
     """
+    good = isinstance(nbests, Sequence) and all(isinstance(nbest, NBest) for nbest in nbests)
+    check(good, "nbests", "be a list of N-best lists", nbests)
+    check(isinstance(source, str), "source", "be a name", source)
+    check_lm(lm, "lm")
     check(not eos or lm.eos_id is not None, "eos", "be False for an LM without an end token", eos)
     check_prompt(prompts, "prompts")
     tokenizer = tokenizer_for(lm, text)

@@ -145,7 +145,8 @@ class CausalLm:
 
     def log_probs(self, texts: Sequence[str], prompt: Optional[str] = None, eos: bool = False) -> list[float]:
         """Return `log_prob` of each text; shared beginnings are forwarded once."""
-        check(not isinstance(texts, str), "texts", "be a list of texts, not one text", texts)
+        good = isinstance(texts, Sequence) and not isinstance(texts, str)
+        check(good, "texts", "be a list of texts, not one text", texts)
         if prompt is not None:
             check_text(prompt, "prompt")
         prompts = None if prompt is None else [self.encode(prompt)]
@@ -166,8 +167,9 @@ class CausalLm:
         """
         start = self._start(prompt)
         result = []
+        check(isinstance(paths, Sequence), "paths", "be a list of token ids for each path", paths)
         for path in paths:
-            tokens = [*start, *path] + ([self.eos_id] if eos else [])
+            tokens = [*start, *integers(path, "paths").tolist()] + ([self.eos_id] if eos else [])
             logits = self.model(torch.tensor([tokens], device=self.device), use_cache=False).logits[0]
             log_probs = torch.log_softmax(logits[len(start) - 1 : -1].float(), dim=-1)
             following = torch.tensor(tokens[len(start) :], dtype=torch.long, device=log_probs.device)
@@ -193,9 +195,12 @@ class CausalLm:
         """
         check(is_count(batch), "batch", "be an integer, at least 1", batch)
         prompts = [()] * batch if prompts is None else prompts
+        check(isinstance(prompts, Sequence), "prompts", "be a list of token ids for each utterance", prompts)
         check(len(prompts) == batch, "prompts", f"be one for each of the {batch} utterances", len(prompts))
         starts = [self._start(prompt) for prompt in prompts]
-        return TreeScorer(self, starts, options or TreeOptions(), aside)
+        options = TreeOptions() if options is None else options
+        check(isinstance(options, TreeOptions), "options", "be TreeOptions", options)
+        return TreeScorer(self, starts, options, aside)
 
     def tree_logits(
         self,

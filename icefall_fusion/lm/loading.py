@@ -3,6 +3,7 @@ Knows: transformers, files of a model folder, a model's tree. Must not know: sea
 """
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -39,6 +40,8 @@ def load_model(
     """Return the transformers model; see `CausalLm.from_pretrained`."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    good = isinstance(path_or_name, (str, os.PathLike))
+    check(good, "path_or_name", "be a folder or a hub name", path_or_name)
     name = str(path_or_name)
     _check_folder(name)
     options = {"dtype": dtype, "device_map": device_map, **_quantization(quantization)}

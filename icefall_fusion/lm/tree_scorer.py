@@ -105,7 +105,8 @@ class TreeScorer:
 
     def insert(self, node: int, token_ids: Sequence[int]) -> int:
         """Walk or create the path ``token_ids`` below ``node`` and return its last node; computes nothing."""
-        check(0 <= node < len(self.tree), "node", f"lie between 0 and {len(self.tree) - 1}", node)
+        good = is_count(node, 0) and node < len(self.tree)
+        check(good, "node", f"lie between 0 and {len(self.tree) - 1}", node)
         return self.tree.insert(int(node), integers(token_ids, "token_ids").tolist())
 
     def child(self, nodes: Tensor, tokens: Tensor) -> Tensor:
@@ -123,6 +124,7 @@ class TreeScorer:
 
         Slots are reused; distributions are dropped unless they lie at a live node or between two of them.
         """
+        check(isinstance(live, (Tensor, ndarray, Sequence)), "live", "hold nodes", live)
         if not isinstance(live, (Tensor, ndarray)) and len(live) and not np.isscalar(live[0]):
             live = np.concatenate([integers(nodes, "live") for nodes in live])
         with self._timed():

@@ -650,6 +650,24 @@ def test_bad_arguments_are_named(llm, change, message):
         DelayedFusion(**{"lm": llm, "weight": 0.5, **change})
 
 
+@pytest.mark.parametrize("bad", [None, 2.5, "lm", [], torch.zeros(2)], ids=str)
+def test_what_is_no_language_model_or_list_is_named(llm, bad):
+    for kind in (DelayedFusion, ShallowFusion):
+        with pytest.raises(ValueError, match=f"{kind.__name__}.lm must be a language model"):
+            kind(bad, 0.5)
+    with pytest.raises(ValueError, match="lm must be a language model"):
+        rescore_with_lm([], bad)
+    if bad != []:
+        with pytest.raises(ValueError, match="nbests must be a list of N-best lists"):
+            rescore_with_lm(bad, llm)
+    if bad != "lm":
+        with pytest.raises(ValueError, match="source must be a name"):
+            rescore_with_lm([], llm, bad)
+    for call in (lambda: DelayedFusion(llm, 0.5, text=bad), lambda: rescore_with_lm([], llm, text=bad)):
+        with pytest.raises(ValueError, match="text must be one of"):
+            call()
+
+
 def test_bad_triggers_are_named(nlm):
     for bad in (0, 2.5, True):
         with pytest.raises(ValueError, match=f"FixedInterval.frames must be an integer, .* but is {bad}"):

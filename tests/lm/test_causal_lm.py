@@ -326,7 +326,7 @@ def test_rows_and_packed_layouts_agree() -> None:
 def test_models_without_positions_or_plain_attention_are_refused(config, tmp_path: Path) -> None:
     model = transformers.AutoModelForCausalLM.from_config(config)
     model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="cannot be used in a token tree|not by ALiBi|must be of types"):
+    with pytest.raises(ValueError, match="cannot be used in a token tree|not from ALiBi|must be of types"):
         CausalLm.from_pretrained(tmp_path)
 
 
@@ -404,6 +404,22 @@ def test_arguments_are_checked(lm: CausalLm) -> None:
     for bad in (2.5, "2", True):
         with pytest.raises(ValueError, match="batch must be an integer, at least 1, but is"):
             lm.open_tree(bad)
+    for bad in (None, 2.5, "a"):
+        for name, call in {
+            "paths": lambda bad: lm.token_log_probs([bad] if isinstance(bad, str) else bad),
+            "texts": lm.log_probs,
+            "options": lambda bad: lm.open_tree(1, options=bad or 5),
+            "node": lambda bad: scorer.insert(bad, [1]),
+            "live": scorer.keep,
+        }.items():
+            if name != "live" or bad != "a":
+                with pytest.raises(ValueError, match=f"^{name} must "):
+                    call(bad)
+    for bad in (None, 2.5, object()):
+        with pytest.raises(ValueError, match="path_or_name must be a folder or a hub name"):
+            CausalLm.from_pretrained(bad)
+    with pytest.raises(ValueError, match="prompts must be a list of token ids for each utterance, but is 7"):
+        lm.open_tree(1, 7)
     for bad in ("ab", [1.5], [None]):
         with pytest.raises(ValueError, match="prompt must hold integers, but is"):
             lm.open_tree(1, [bad])

@@ -133,7 +133,7 @@ def test_what_the_kernels_cannot_do_is_said(monkeypatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     check_fusible(model)
     model.model.rotary_emb.inv_freq = model.model.rotary_emb.inv_freq[:1]
-    refused(model, "a part of each head alone has rotary positions")
+    refused(model, "only some dimensions of each head have rotary positions")
     model.model.layers[0].self_attn.q_proj = torch.nn.Linear(SIZES["hidden_size"], 8)  # a shard of it
     refused(model, "its heads have 8 entries and weights of [(8, 32), ")
     model.model.layers[1].mlp.down_proj = torch.nn.Bilinear(2, 2, 2)
