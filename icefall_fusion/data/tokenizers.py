@@ -23,20 +23,20 @@ LLM_BOS, LLM_EOS = "<s>", "</s>"  # ids 0, 1
 
 @dataclass(frozen=True)
 class TokenizerOptions:
-    """Options of ``train-tokenizers``.
+    """Train the acoustic pieces (SentencePiece) and the LLM's tokenizer (byte-level BPE).
 
-    Each line of ``text/train.jsonl`` is a JSON object that has the keys ``text`` (normalized: lower case, no
-    punctuation) and ``cased`` (the same words as printed); ``prepare-text`` writes it.
+    Each line of ``text/train.jsonl`` is a JSON object with the keys ``text`` (normalized: lower case, no
+    punctuation) and ``cased`` (the same words as printed). ``prepare-text`` writes it.
 
     Args:
-        data_dir: has ``text/train.jsonl``; ``lang_bpe_<pieces>/`` and ``llm_tokenizer/`` are written.
+        data_dir: folder with ``text/train.jsonl``; ``lang_bpe_<pieces>/`` and ``llm_tokenizer/`` are written.
         pieces: size of the acoustic vocabulary, blank included.
-        pieces_from: a SentencePiece model, or its folder, whose pieces are taken instead of learning them:
-            those of a model that is to be trained on (``train --init``); empty: none.
-        piece_lines: normalized utterances that the acoustic pieces are learned from.
-        llm_tokens: size of the LLM's vocabulary; 0: none is made (the LLM brings its own).
-        llm_cased_lines: cased utterances that the LLM's tokens are learned from.
-        llm_normalized_lines: normalized utterances beside them, so that both forms are spelled well.
+        pieces_from: a SentencePiece model, or its folder, whose pieces are copied, e.g. those of a model for
+            ``train --init``; empty: learn them.
+        piece_lines: number of normalized utterances to learn the acoustic pieces from.
+        llm_tokens: size of the LLM's vocabulary; 0 makes none (the LLM has its own).
+        llm_cased_lines: number of cased utterances to learn the LLM's tokens from.
+        llm_normalized_lines: number of normalized utterances to learn them from.
         seed: of the samples.
     """
 

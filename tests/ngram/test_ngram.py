@@ -159,8 +159,8 @@ def test_silent_pieces_may_be_named_as_the_marks_of_sentences(tmp_path):
     texts = [[4, 3, 5], [4, 5, 5], [5, 3, 4]]
     model = as_model(texts, len(pieces), 3, tmp_path, pieces)
     assert score(model, (model.start_id,), 1) < -200 and score(model, (4,), 2) < -200
-    said = [math.exp(score(model, (model.start_id,), piece)) for piece in (0, 3, 4, 5, model.end_id)]
-    assert 0.5 < sum(said) < 1  # the silent pieces have the rest in training
+    probabilities = [math.exp(score(model, (model.start_id,), piece)) for piece in (0, 3, 4, 5, model.end_id)]
+    assert 0.5 < sum(probabilities) < 1  # the silent pieces have the rest in training
     with gzip.open(tmp_path / "pieces.arpa.gz", "rt") as file:
         lines = file.read().splitlines()
     at = lines.index("\\1-grams:") + 1
@@ -200,12 +200,12 @@ def test_the_job_trains_and_says_the_perplexity(tmp_path, capsys):
     out = tmp_path / "n.arpa.gz"
     job = ["train-ngram", "--data", str(tmp_path), "--tokens", str(bpe), "--out", str(out), "--order", "3"]
     assert main(job) == 0
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     model = PieceNgram.load(out, pieces.pieces)
     ids = [i for t in tiny.LINES[:2] for i in (model.start_id, *pieces.encode(t), model.end_id)]
     nats = -float(model.score_sentences(torch.tensor(ids))[0].sum())
     words = sum(len(t.split()) + 1 for t in tiny.LINES[:2])
-    assert f"{math.exp(nats / words):.1f} perplexity" in said and "3-grams" in said
+    assert f"{math.exp(nats / words):.1f} perplexity" in printed and "3-grams" in printed
     first = out.read_bytes()
     assert main(job) == 0 and out.read_bytes() == first  # equal models are equal files
     assert main([*job[:2], str(tmp_path / "absent"), *job[3:]]) == 2
@@ -319,12 +319,12 @@ def test_look_ahead_changes_nothing_where_nothing_is_pruned(llm, ngram, tokens):
     log_probs, _ = emissions(batch=2, frames=3, seed=6)
     lens = torch.tensor([3, 2])
     options = PrefixSearchOptions(beam=2000)
-    found = []
+    results = []
     for ahead in (None, LookAhead(ngram)):
         fusion = DelayedFusion(llm, 0.5, 0.7, TRIGGERS[1], look_ahead=ahead)
-        found.append(ctc_prefix_search(log_probs, lens, options, tokens, [fusion]))
-    assert len(found[0][0]) > 500
-    assert_same(*found)
+        results.append(ctc_prefix_search(log_probs, lens, options, tokens, [fusion]))
+    assert len(results[0][0]) > 500
+    assert_same(*results)
 
 
 OPTIONS = [{}, {"score_beam": 1.5}, {"recover_mass": True}, {"blank_skip": 0.6}]
@@ -369,11 +369,12 @@ def test_compiled_search_finds_what_tensors_find(
     texts = [rng.integers(3, len(PIECES), rng.integers(1, 9)).tolist() for _ in range(30)]
     model = as_model(texts, len(PIECES), order, tmp_path_factory.mktemp("n"), PIECES, tuple(cutoffs))
     log_probs, lens = emissions(batch=3, seed=seed)
-    found = []
+    results = []
     for engine in ("native", "torch"):
         chosen = PrefixSearchOptions(beam=beam, engine=engine, **options)
-        found.append(ctc_prefix_search(log_probs, lens, chosen, tokens, [NgramFusion(model, weight, bonus)]))
-    for native, tensors in zip(*found):
+        fusion = NgramFusion(model, weight, bonus)
+        results.append(ctc_prefix_search(log_probs, lens, chosen, tokens, [fusion]))
+    for native, tensors in zip(*results):
         most = max(1, min(len(native), len(tensors)) - 1)  # the last may tie with one that is not there
         totals = [[hypothesis.total for hypothesis in nbest][:most] for nbest in (native, tensors)]
         assert totals[0] == pytest.approx(totals[1], abs=2e-3, rel=1e-5)
@@ -415,7 +416,7 @@ def test_weight_zero_is_no_lm_bit_for_bit(llm, ngram, tokens):  # noqa: F811
 def test_bad_input_is_named(llm, ngram, tokens):  # noqa: F811
     with pytest.raises(ValueError, match="LookAhead.scale must be finite and above 0, but is 0"):
         LookAhead(ngram, 0)
-    with pytest.raises(ValueError, match="LookAhead.every must be at least 1"):
+    with pytest.raises(ValueError, match="LookAhead.every must be an integer, at least 1"):
         LookAhead(ngram, every=0)
     with pytest.raises(ValueError, match="LookAhead.ngram must be a PieceNgram"):
         LookAhead("pieces.arpa")

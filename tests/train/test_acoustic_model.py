@@ -91,8 +91,8 @@ def test_a_training_begins_from_a_model_folder(data_dir: Path, tmp_path: Path) -
     assert run(first) == 0
     folder = tmp_path / "first" / "export"
     second = dataclasses.replace(first, exp=str(tmp_path / "second"), init=str(folder))
-    given, made = load(folder), make_trainer(second, torch.device("cpu")).model
-    assert all(torch.equal(value, made.state_dict()[name]) for name, value in given.state_dict().items())
+    source, made = load(folder), make_trainer(second, torch.device("cpu")).model
+    assert all(torch.equal(value, made.state_dict()[name]) for name, value in source.state_dict().items())
     assert run(second) == 0  # and goes on from its own checkpoints afterwards, whatever `init` holds
     newest = torch.load(tmp_path / "second" / "checkpoint-4.pt", weights_only=True)["model"]
     again = make_trainer(dataclasses.replace(second, init=str(tmp_path)), torch.device("cpu")).model
@@ -222,9 +222,9 @@ def test_a_signal_to_the_whole_process_group_ends_with_a_checkpoint(data_dir: Pa
             assert training.poll() is None, training.stderr.read()
             time.sleep(0.1)
         os.killpg(training.pid, number)
-        _, said = training.communicate(timeout=120)
-        assert training.returncode == STOPPED, said
-        assert "'reason': 'signal'" in said and len(list_checkpoints(tmp_path / "exp")) >= max(1, begun)
+        _, printed = training.communicate(timeout=120)
+        assert training.returncode == STOPPED, printed
+        assert "'reason': 'signal'" in printed and len(list_checkpoints(tmp_path / "exp")) >= max(1, begun)
 
 
 def test_an_error_in_a_worker_ends_the_training(data_dir: Path, tmp_path: Path) -> None:

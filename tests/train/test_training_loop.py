@@ -83,9 +83,9 @@ def squared_error(model: nn.Module, batch: Any) -> tuple[Tensor, int, dict[str, 
 
 
 def options(**changes: Any) -> TrainerOptions:
-    given = {"lr": 0.01, "warmup_steps": 2, "max_steps": 8, "precision": "float32", "tensorboard": False,
-             "save_every_minutes": 0.0, "valid_every_steps": 4, **changes}
-    return TrainerOptions(**given)
+    values = {"lr": 0.01, "warmup_steps": 2, "max_steps": 8, "precision": "float32", "tensorboard": False,
+              "save_every_minutes": 0.0, "valid_every_steps": 4, **changes}
+    return TrainerOptions(**values)
 
 
 def train(folder: Path, model: nn.Module, loss: Any = squared_error, source: Any = None, **more: Any) -> Any:

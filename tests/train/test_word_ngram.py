@@ -37,11 +37,11 @@ def test_lmplz_writes_an_ngram_that_sums_to_one(text, tmp_path, capsys) -> None:
     assert f"{len(words)} words, ngram 1={len(words) + 3}, ngram 2=" in capsys.readouterr().out
     ngram = PieceNgram.load(out, words)
     the = torch.full((len(words),), words.index("the"))
-    given = ngram.score([the], torch.arange(len(words)))
+    scores = ngram.score([the], torch.arange(len(words)))
     end = ngram.score([the[:1]], torch.tensor([ngram.end_id]))
-    total = float(given.exp().sum() + end.exp().sum())
+    total = float(scores.exp().sum() + end.exp().sum())
     assert 0.8 < total < 1.0 + 1e-4  # the rest is <unk>'s
-    assert float(given.max()) == float(given[words.index("cat")]) > math.log(0.2)
+    assert float(scores.max()) == float(scores[words.index("cat")]) > math.log(0.2)
 
 
 def test_without_lmplz_the_remedy_is_told(text, tmp_path, capsys) -> None:
