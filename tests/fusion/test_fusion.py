@@ -707,7 +707,7 @@ def test_a_language_model_without_vocabulary_is_named(tokens):
 
 def test_delayed_fusion_needs_the_acoustic_vocabulary(llm):
     log_probs, lens = emissions()
-    with pytest.raises(ValueError, match="tokens must be given"):
+    with pytest.raises(ValueError, match="tokens must be passed"):
         ctc_prefix_search(log_probs, lens, None, None, [DelayedFusion(llm, 0.5)])
 
 

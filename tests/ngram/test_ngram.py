@@ -424,7 +424,7 @@ def test_bad_input_is_named(llm, ngram, tokens):  # noqa: F811
         DelayedFusion(llm, 0.5, look_ahead=ngram)
     other = PieceNgram(3, [NgramOrder(1, torch.arange(5), torch.zeros(5), torch.zeros(5))], "small")
     log_probs, lens = emissions(batch=1)
-    with pytest.raises(ValueError, match="tokens must be given to the search for an n-gram"):
+    with pytest.raises(ValueError, match="tokens must be passed to the search for an n-gram"):
         ctc_prefix_search(log_probs, lens, None, None, [NgramFusion(ngram, 0.5)])
     for fusion in (NgramFusion(other, 0.5), DelayedFusion(llm, 0.5, look_ahead=LookAhead(other))):
         with pytest.raises(ValueError, match="n-gram small must be over 13 acoustic pieces, but is 3"):
