@@ -19,6 +19,7 @@ from typing import Any, Callable, NamedTuple
 
 import compare
 from process_tree import ProcessTree
+from report import describe, table
 
 from icefall_fusion.common.checks import check, check_choice
 from icefall_fusion.common.command_line import REFUSED, parse_options
@@ -245,32 +246,8 @@ class Chaos:
         trial["left_over_files"], trial["left_over_bytes"] = len(left_over), sum(
             path.stat().st_size for path in left_over
         )
-        print(_describe(stage.name, number, trial), flush=True)
+        print(describe(stage.name, number, trial), flush=True)
         return trial
-
-
-def _describe(stage: str, number: int, trial: dict[str, Any]) -> str:
-    kills = "; ".join(
-        f"at {kill['share']:.0%} of it ({kill['processes']} processes; there were {kill['left']})"
-        for kill in trial["kills"]
-    )
-    verdict = "\n  ".join(["DIFFERS:", *trial["differences"]]) if trial["differences"] else "the same"
-    return f"{stage} {number}: killed {kills}; resumed for {trial['resumed']['seconds']:.1f} s: {verdict}"
-
-
-def table(report: dict[str, Any]) -> str:
-    """Return one row a stage."""
-    rows = [("stage", "seconds", "CPU s", "kills", "first kills at", "the same")]
-    for stage in report["stages"]:
-        kills = [kill for trial in stage["trials"] for kill in trial["kills"]]
-        first = [f"{trial['kills'][0]['share']:.0%}" for trial in stage["trials"]]
-        same = sum(not trial["differences"] for trial in stage["trials"])
-        times = f"{stage['seconds']:.1f}", f"{stage['cpu_seconds']:.1f}"
-        verdict = f"{same} of {len(stage['trials'])}"
-        rows.append((stage["stage"], *times, str(len(kills)), " ".join(first), verdict))
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths)) for row in rows)
-    return "\n".join(line.rstrip() for line in lines)
 
 
 def main() -> int:
