@@ -12,11 +12,12 @@
 #include <vector>
 
 #include "best_pieces.h"
+#include "children.h"
 #include "search_types.h"
 
 namespace icefall::search {
 
-constexpr double kLost = 0x1p-900, kScaleBelow = 0x1p-100, kLeastDecay = 1e-200;
+constexpr double kLost = 0x1p-900, kScaleBelow = 0x1p-100;
 constexpr double kImpossible = 230.0;  // nats: n-grams write 0 as 10^-99
 constexpr double kWide = 300.0;  // nats of language models apart, from which on logarithms rank, not products
 constexpr double kLn2 = 0.693147180559945309417;
@@ -38,10 +39,7 @@ class Utterance {
     slots = {root};
     slots.reserve(set.beam);
     longest_ = int(set.first_length);
-    if (!set.recover) return;
-    width_ = set.columns + 1;
-    child_.assign(size_t(set.beam) * set.pieces, 0.0);
-    open_.assign(size_t(set.beam) * width_, 0.0);
+    if (set.recover) children_.begin(set);
   }
 
   // Search the next frames, up to frame `until` or the next stop of the rule. `fused` holds the scores of language
@@ -69,12 +67,7 @@ class Utterance {
   }
 
  private:
-  // Children of live prefixes by row: mass = child * decay; `open_` is what does not end in blank, of the pieces
-  // `before_` (and a column of zeros).
-  double decay_ = 1.0;
-  int width_ = 0;
-  std::vector<double> child_, open_;
-  std::vector<int32_t> before_;
+  Children children_;  // where mass is recovered
   bool wide_ = false, rests_ = false;
   int longest_ = 0;  // length of the shortest hypothesis at the last stop
 
@@ -82,7 +75,7 @@ class Utterance {
     if (rests_) return;
     rests_ = true;
     for (auto &slot : slots) slot.blank = slot.total, slot.open = 0.0;
-    std::fill(open_.begin(), open_.end(), 0.0);
+    children_.take_blank();
   }
 
   void step(const Settings &set, Scratch &scratch, const float *row, float best, int64_t first_id, const Batch &batch) {
@@ -102,7 +95,7 @@ class Utterance {
     extend(set, scratch, batch, blank);
     choose(set, scratch);
     move(set, scratch, first_id, batch);
-    if (set.recover) keep_children(set, scratch, blank);
+    if (set.recover) children_.keep(set, scratch, blank);
     slots.swap(scratch.next);
     for (const int v : scratch.columns) scratch.column_of[v] = -1;
     rescale();
@@ -161,8 +154,7 @@ class Utterance {
       double open = slot.open;
       if (parent >= 0) {
         open += slot.repeats ? slots[parent].blank : slots[parent].total;
-        // a live child's own total is the better one
-        if (set.recover) child_[size_t(slots[parent].row) * set.pieces + slot.last] = slot.total / decay_;
+        if (set.recover) children_.set_live(set, slots[parent].row, slot);
       }
       scratch.stay_blank[k] = slot.total * blank;
       scratch.stay_open[k] = open > 0 ? open * std::exp(double(row[slot.last]) - best) : 0.0;
@@ -206,23 +198,13 @@ class Utterance {
       if (cell >= 0) scratch.struck[size_t(scratch.parent[k]) * columns + cell] = 1;
     }
     double floor = floor_key(set, scratch);
-    if (set.recover) {
-      for (size_t j = 0; j < before_.size(); ++j) scratch.column_before[before_[j]] = int(j);
-      for (int j = 0; j < columns; ++j) scratch.was[j] = scratch.column_before[pieces[j]];
-      for (const int v : before_) scratch.column_before[v] = set.columns;
-    }
-    const double shrink = decay_ * blank;
+    if (set.recover) children_.match_columns(set, scratch);
     for (int k = 0; k < count; ++k) {
       const Slot &slot = slots[k];
       double *total = scratch.total.data() + size_t(k) * columns, *open = scratch.open.data() + size_t(k) * columns;
       const int same = slot.last == set.blank ? -1 : scratch.column_of[slot.last];
       if (set.recover) {
-        const double *child = child_.data() + size_t(slot.row) * set.pieces;
-        const double *was_open = open_.data() + size_t(slot.row) * width_;
-        const int32_t *was = scratch.was.data();
-        for (int j = 0; j < columns; ++j) open[j] = (was_open[was[j]] + slot.total) * probability[j];
-        if (same >= 0) open[same] = (was_open[was[same]] + slot.blank) * probability[same];
-        for (int j = 0; j < columns; ++j) total[j] = child[pieces[j]] * shrink + open[j];
+        children_.extend(set, scratch, slot, same, blank, total, open);
       } else {
         for (int j = 0; j < columns; ++j) total[j] = open[j] = slot.total * probability[j];
         if (same >= 0) total[same] = open[same] = slot.blank * probability[same];
@@ -344,40 +326,6 @@ class Utterance {
     if (batch.starts[piece]) slot.ahead_closed = old.ahead;
   }
 
-  // Bring the children of those that stay to this frame; newborn prefixes have none.
-  void keep_children(const Settings &set, Scratch &scratch, double blank) {
-    const int columns = int(scratch.columns.size());
-    double most = 0.0;
-    for (const Slot &slot : scratch.next) most = std::max(most, slot.total);
-    const double now = decay_ * blank, tiny = set.tiny_mass * most;
-    const bool renew = now < kLeastDecay;
-    decay_ = renew ? 1.0 : now;
-    std::fill(scratch.used.begin(), scratch.used.end(), 0);
-    for (size_t k = 0; k < scratch.next.size(); ++k) {
-      if (scratch.kept[k] < 0) continue;
-      const int row = scratch.next[k].row;
-      scratch.used[row] = 1;
-      double *child = child_.data() + size_t(row) * set.pieces, *open = open_.data() + size_t(row) * width_;
-      if (renew)
-        for (int v = 0; v < set.pieces; ++v) child[v] = child[v] * now < tiny ? 0.0 : child[v] * now;
-      const double *total = scratch.total.data() + size_t(scratch.kept[k]) * columns;
-      const double *out = scratch.open.data() + size_t(scratch.kept[k]) * columns, unit = 1.0 / decay_;
-      for (int j = 0; j < columns; ++j) {
-        child[scratch.columns[j]] = total[j] < tiny ? 0.0 : total[j] * unit;
-        open[j] = out[j] < tiny ? 0.0 : out[j];
-      }
-    }
-    int free = 0;
-    for (Slot &slot : scratch.next) {
-      if (slot.row >= 0) continue;
-      while (scratch.used[free]) ++free;
-      slot.row = free++;
-      std::fill_n(child_.begin() + size_t(slot.row) * set.pieces, set.pieces, 0.0);
-      std::fill_n(open_.begin() + size_t(slot.row) * width_, width_, 0.0);
-    }
-    before_.assign(scratch.columns.begin(), scratch.columns.end());
-  }
-
   // Bring masses back to around 1; relative to a frame's best piece they can grow, too.
   void rescale() {
     for (;;) {
@@ -387,12 +335,10 @@ class Utterance {
       const int power = std::min(1000, -std::ilogb(most));  // 2^1074, of the least number, is none
       const double by = std::ldexp(1.0, power);
       for (Slot &slot : slots) slot.blank *= by, slot.open *= by, slot.total *= by;
-      for (double &mass : open_) mass *= by;
-      decay_ *= by;
+      children_.rescale(by);
       offset -= power * kLn2;
     }
   }
-
 };
 
 }  // namespace icefall::search
