@@ -44,7 +44,7 @@ def bpe_bytes(lines: tuple[str, ...] = LINES, size: int = 40) -> bytes:
         sentence_iterator=iter(lines), model_writer=model, vocab_size=size, model_type="unigram", unk_id=2,
         bos_id=-1, eos_id=-1, user_defined_symbols=["<blk>", "<sos/eos>"], minloglevel=2,
         hard_vocab_limit=False,
-    )  # fmt: skip
+    )
     return model.getvalue()
 
 
@@ -86,7 +86,7 @@ def language_model(folder: Path, seed: int, pieces: bool) -> Path:
     config = LlamaConfig(
         vocab_size=size, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
         max_position_embeddings=512, bos_token_id=bos, eos_token_id=eos, tie_word_embeddings=True,
-    )  # fmt: skip
+    )
     LlamaForCausalLM(config).eval().save_pretrained(folder)
     return folder
 
@@ -98,7 +98,7 @@ def _byte_bpe(folder: Path) -> int:
     trainer = trainers.BpeTrainer(
         vocab_size=330, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
-    )  # fmt: skip
+    )
     tokenizer.train_from_iterator(LINES, trainer)
     whole = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
     whole.save_pretrained(folder)
@@ -130,7 +130,7 @@ def hugging_face_ctc(folder: Path, masked: bool = True) -> list[str]:
         intermediate_size=32, conv_dim=(8, 8, 8), conv_stride=(5, 4, 4), conv_kernel=(10, 4, 4),
         num_feat_extract_layers=3, num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2,
         feat_extract_norm="layer" if masked else "group",
-    )  # fmt: skip
+    )
     model = Wav2Vec2ForCTC(config).eval()
     with torch.no_grad():
         model.lm_head.weight.mul_(20)  # decided enough for hypotheses to have words

@@ -58,7 +58,7 @@ CONDITIONS: dict[str, tuple[Conditions, ...]] = {
 _OPTION = re.compile(r"^--([\w-]+)")  # --dev-hours is --dev_hours
 FIRST_SPEAKER = {
     "dev": 1000, "test_clean": 2000, "test_other": 3000, "small": 10_000, "medium": 20_000, "large": 100_000,
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ class TrainBatches:
         rules = Rules(
             options.min_seconds, options.max_seconds, options.max_duration, options.num_buckets, options.seed,
             options.buffer,
-        )  # fmt: skip
+        )
         self.order = Order(existing_manifest(manifest), rules)
         self._loader = _loader(Loading(encode, options), self.order, options)
 

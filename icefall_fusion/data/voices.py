@@ -34,7 +34,7 @@ TEST_CLEAN = (
 TEST_OTHER = (
     "Alicia", "Lee", "Storm", "Tweaky", "UniRobot", "anikaRobot", "croak", "f5", "grandma", "klatt4",
     "robosoft3", "whisper", "zac",
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)

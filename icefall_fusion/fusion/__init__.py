@@ -19,7 +19,7 @@ _FILES = {
     "AtEnd": "triggers", "DelayedFusion": "delayed", "EveryFrame": "triggers", "FixedInterval": "triggers",
     "LookAhead": "ngram", "NgramFusion": "ngram", "ShallowFusion": "shallow",
     "ShortestHypothesis": "triggers",
-}  # fmt: skip
+}
 __all__ = [
     "AtEnd",
     "DelayedFusion",

@@ -56,7 +56,7 @@ class LmFusion(Fusion):
     def _open(
         self, beam: Beam, index: int, ids: Sequence[str], prompts: Optional[list[list[int]]],
         aside: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.index, self._ids = index, ids
         self._tree = self.lm.open_tree(beam.arena.batch, prompts, aside=aside)
         beam.state[..., index] = self._tree.roots().to(beam.state.device)[:, None]

@@ -67,7 +67,7 @@ class NativeWordNodes:
             self._handle, self._table.handle, self._tree.handle, prefixes.ctypes.data, len(prefixes),
             *(array.ctypes.data for array in arrays), self._prompted.ctypes.data, nodes.ctypes.data,
             words.ctypes.data, self._missing.ctypes.data, self._ROOM, self._asked.ctypes.data,
-        )  # fmt: skip
+        )
         state = -1
         while state != 0:
             state = self._library.histories_nodes(*arguments)
@@ -113,7 +113,7 @@ class NativeWordNodes:
         self._library.spellings_learn(
             self._table.handle, pieces.ctypes.data, count, begins, int(prompted), tokens.ctypes.data,
             len(tokens), len(words), MOST_WORDS,
-        )  # fmt: skip
+        )
         return True
 
 

@@ -50,7 +50,7 @@ def check_fusible(model: Any) -> None:
     for layer in model.model.layers:
         mlp, attention = layer.mlp, layer.self_attn
         parts = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj, mlp.gate_proj,
-                 mlp.up_proj, mlp.down_proj)  # fmt: skip
+                 mlp.up_proj, mlp.down_proj)
         for part in parts:
             if type(part) is not nn.Linear or type(part.weight) is not nn.Parameter:
                 raise Unavailable(f"its layers are quantized or have adapters ({type(part).__name__})")
@@ -191,7 +191,7 @@ class FusedModel:
         self._kernels.add_and_norm[(len(hidden),)](
             hidden, hidden if more is None else more, weight, out, self.hidden, self.epsilon,
             ADD=more is not None, BLOCK=_power(self.hidden), num_warps=8 if self.hidden > 2048 else 4,
-        )  # fmt: skip
+        )
         return out
 
     def _gate(self, mixed: Tensor) -> Tensor:
@@ -218,7 +218,7 @@ class FusedModel:
             cells, queries, layer.keys, layer.values, len(cells), self.epsilon,
             NORM=normed, Q=self.heads, H=self.key_heads, D=size,
             HEADS=_power(self.heads + 2 * self.key_heads), DP=_power(size), num_warps=8,
-        )  # fmt: skip
+        )
         return self._look(
             queries, layer.keys, layer.values, mask, utterances, padded, valid, attention.scaling
         )
@@ -226,7 +226,7 @@ class FusedModel:
     def _look(
         self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, utterances: Optional[Tensor],
         padded: Tensor, valid: Tensor, scale: float,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """Return the attention of queries [T, heads * size] over the slots of their utterances."""
         rows, _, width, slots = mask.shape
         groups = self.heads // self.key_heads
@@ -239,7 +239,7 @@ class FusedModel:
             EVERYONE=utterances is None, H=self.key_heads, G=groups, D=self.head_size,
             DP=max(_LEAST, _power(self.head_size)), M=lines, N=32 if out.dtype == torch.float32 else 64,
             num_warps=4, num_stages=2,
-        )  # fmt: skip
+        )
         return out
 
     def _lines(self, width: int, dtype: torch.dtype) -> int:

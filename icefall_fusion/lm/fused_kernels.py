@@ -32,7 +32,7 @@ def add_and_norm(hidden, more, weight, out, size, epsilon, ADD: tl.constexpr, BL
 @triton.jit(do_not_specialize=["tokens"], do_not_specialize_on_alignment=["cells"])
 def rotate_and_store(mixed, cosines, sines, query_norm, key_norm, cells, queries, keys, values, tokens,
                      epsilon, NORM: tl.constexpr, Q: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
-                     HEADS: tl.constexpr, DP: tl.constexpr):  # fmt: skip
+                     HEADS: tl.constexpr, DP: tl.constexpr):
     """Rotate queries and keys by position and write keys and values to the cache: one program a token.
 
     mixed: [T, (Q + 2 H) D], of Q query heads, H key heads and H value heads; cosines, sines: [T, D];
@@ -76,10 +76,10 @@ def _norm_weights(query_norm, key_norm, head, column, Q: tl.constexpr, D: tl.con
 
 
 @triton.jit(do_not_specialize=["width", "slots", "capacity"],  # they change from event to event
-            do_not_specialize_on_alignment=["rows", "padded", "valid"])  # fmt: skip
+            do_not_specialize_on_alignment=["rows", "padded", "valid"])
 def attend(queries, keys, values, seen, rows, padded, valid, out, scale, width, slots, capacity,
            EVERYONE: tl.constexpr, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
-           DP: tl.constexpr, M: tl.constexpr, N: tl.constexpr):  # fmt: skip
+           DP: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
     """Attend from the tokens of an utterance to its slots: a program an utterance, key head and M queries.
 
     queries, out: [T, H, G, D], G query heads for each of H key heads; keys, values: [B, capacity, H, D];
@@ -109,9 +109,9 @@ def attend(queries, keys, values, seen, rows, padded, valid, out, scale, width, 
         here = slot < slots
         at = ((row * capacity + slot) * H + head) * D
         key = tl.load(keys + at[None, :] + column[:, None], mask=here[None, :] & (column < D)[:, None],
-                      other=0.0)  # fmt: skip
+                      other=0.0)
         sees = tl.load(seen + place.to(tl.int64)[:, None] * slots + slot[None, :],
-                       mask=real[:, None] & here[None, :], other=0)  # fmt: skip
+                       mask=real[:, None] & here[None, :], other=0)
         score = tl.dot(query, key, input_precision="ieee") * scale
         score = tl.where(sees != 0, score, float("-inf"))
         high = tl.maximum(top, tl.max(score, 1))
@@ -119,7 +119,7 @@ def attend(queries, keys, values, seen, rows, padded, valid, out, scale, width, 
         share = tl.exp(score - shift[:, None])
         kept = tl.exp(top - shift)
         value = tl.load(values + at[:, None] + column[None, :], mask=here[:, None] & (column < D)[None, :],
-                        other=0.0)  # fmt: skip
+                        other=0.0)
         sums = sums * kept[:, None] + tl.dot(share.to(value.dtype), value, input_precision="ieee")
         total = total * kept + tl.sum(share, 1)
         top = high

@@ -20,7 +20,7 @@ from icefall_fusion.lm.tree_memory import SlotTable
 NONE = -1
 #: The arrays with one entry a node, and the entry of a node that is not there yet.
 _EMPTY = {"parent": NONE, "token": NONE, "depth": 0, "utterance": NONE, "row": NONE, "score": np.nan,
-          "was_forwarded": False}  # fmt: skip
+          "was_forwarded": False}
 
 
 class TokenTree:

@@ -20,7 +20,7 @@ from icefall_fusion.scoring.wer import MEASURES
 ROW_KEYS = (
     "method", "test_set", "wer", "words", "rtf", "search_seconds", "lm_seconds", "lm_forwards",
     "lm_tokens_forwarded", "lm_tokens_scored", "kv_bytes_peak", "peak_memory_bytes", "options",
-)  # fmt: skip
+)
 
 Row = Mapping[str, Any]
 

@@ -21,7 +21,7 @@ from icefall_fusion.scoring.wer import (
 def write_wer_files(
     folder: PathLike, test_set: str, key: str, references: Mapping[str, str], hypotheses: Mapping[str, str],
     measure: str = "normalized",
-) -> WordErrors:  # fmt: skip
+) -> WordErrors:
     """Write ``recogs-``, ``errs-`` and ``wer-summary-<test set>-<key>.txt`` and return the counts.
 
     The names of files of a measure other than ``normalized`` end in ``-MEASURE.txt``.

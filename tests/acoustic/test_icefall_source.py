@@ -219,7 +219,7 @@ def test_the_command_line_decodes_with_a_recipe(recipe, tmp_path) -> None:
         "test_sets": f"{{noise: {tiny.manifest(data)}}}", "out": str(tmp_path / "out"),
         "methods": "ctc-prefix,attention-rescoring", "emissions.model": str(recipe / "pretrained.pt"),
         "emissions.recipe": str(recipe), "emissions.recipe_options": OPTIONS,
-    }  # fmt: skip
+    }
     words = [word for name, value in arguments.items() for word in (f"--{name}", value)]
     assert main(["decode", *words]) == 0
     files = list((tmp_path / "out").rglob("*attention-rescoring*.jsonl"))
@@ -284,7 +284,7 @@ BAD = {
     "code": (saved(lambda r: {"model": re.compile("x")}), {}, "pretrained.pt cannot be loaded as weights"),
     "cut short": (cut_short, {}, "pretrained.pt cannot be loaded as weights of icefall"),
     "text": (lambda r: (r / "pretrained.pt").write_text("weights"), {}, "cannot be loaded as weights"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", BAD)

@@ -108,7 +108,7 @@ def test_checkpoints(data_dir: Path, tmp_path: Path) -> None:  # noqa: F811
     whole = subprocess.run(
         [sys.executable, "-m", "icefall_fusion", *arguments(tmp_path / "whole")],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
-    )  # fmt: skip
+    )
     assert whole.returncode == 0, whole.stderr
     size = (tmp_path / "whole" / "checkpoint-8.pt").stat().st_size
     exported = sum(path.stat().st_size + 4096 for path in (tmp_path / "whole" / "export").iterdir())

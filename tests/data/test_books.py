@@ -52,7 +52,7 @@ def test_sentences_end_before_capitals_but_not_after_titles_and_initials() -> No
     paragraph = 'Mr. Grey met J. Brown. "Ha! indeed!" said he. "Go!" No. 5 was shut? Yes.'
     assert books.sentences(paragraph) == [
         "Mr. Grey met J. Brown.", '"Ha! indeed!" said he.', '"Go!"', "No. 5 was shut?", "Yes.",
-    ]  # fmt: skip
+    ]
 
 
 def test_long_sentences_are_split_at_their_best_joint() -> None:
@@ -138,7 +138,7 @@ START, END = "*** START OF THE PROJECT GUTENBERG EBOOK", "*** END OF THE PROJECT
         ("legalese\n*END*THE SMALL PRINT! FOR PUBLIC DOMAIN ETEXTS*Ver.04.29.93*END*\n",
          "End of Project Gutenberg's It"),
     ],
-)  # fmt: skip
+)
 def test_headers_and_footers_of_gutenberg_are_left_out(head: str, foot: str) -> None:
     body = "It was\n\n*** END OF PART ONE ***\n\nthe end of it all."
     assert paragraphs.gutenberg_body(f"{head}\n{body}\n\n\n{foot}").strip() == body

@@ -176,7 +176,7 @@ def test_order_is_that_of_lhotse(
         theirs = DynamicBucketingSampler(
             kept, max_duration=max_duration, num_buckets=5, shuffle=True, seed=3, buffer_size=60,
             world_size=world, rank=rank,
-        )  # fmt: skip
+        )
         theirs.set_epoch(2)
         expected = [[cut.id.split("_dup")[0] for cut in batch] for batch in theirs]
         assert [[line.cut().id for line in group[rank]] for group in groups] == expected
@@ -385,7 +385,7 @@ def test_broken_files_are_skipped_and_listed(data: Path, tmp_path: Path) -> None
     short = tmp_path / archive.name
     short.write_bytes(archive.read_bytes()[:-2000])  # the last utterance of the archive loses its end
     damaged = [dataclasses.replace(cut, features=dataclasses.replace(cut.features, storage_path=str(short)))
-               for cut in cuts[:10]]  # fmt: skip
+               for cut in cuts[:10]]
     no_audio = [dataclasses.replace(cut, features=None) for cut in cuts[20:22]]
     gone = dataclasses.replace(no_audio[1].recording.sources[0], source=str(tmp_path / "gone.flac"))
     recording = dataclasses.replace(no_audio[1].recording, sources=[gone])

@@ -20,7 +20,7 @@ from icefall_fusion.data.noise_mix import mix
 OPTIONS = DataOptions(
     max_duration=6, eval_duration=6, num_buckets=2, min_seconds=0.1, max_seconds=3, workers=0,
     spec_augment=False, noise_share=1.0,
-)  # fmt: skip
+)
 
 
 def energy(features: torch.Tensor) -> float:

@@ -105,7 +105,7 @@ def test_prepare_stops_where_books_are_missing(code: int, exit_code: int, tmp_pa
     done = subprocess.run(
         ["bash", str(RECIPE / "prepare.sh"), "--data-dir", str(tmp_path / "data"), "--stop-stage", "0"],
         env={**os.environ, "PYTHON": str(stand_in)}, capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
+    )
     assert done.returncode == exit_code, done.stderr
     assert ("Run prepare.sh again" in done.stderr) == (code == 3)
     assert "download_books.py" in (tmp_path / "calls").read_text()

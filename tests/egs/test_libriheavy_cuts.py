@@ -266,7 +266,7 @@ def test_export_as_shar(tmp_path: Path) -> None:
     assert shar["run"](options) == 0
     names = {path.name for path in (tmp_path / "shar").iterdir()}
     assert names == {f"{kind}.00000{n}.{end}" for n in (1, 2)
-                     for kind, end in (("cuts", "jsonl.gz"), ("features", "tar"))}  # fmt: skip
+                     for kind, end in (("cuts", "jsonl.gz"), ("features", "tar"))}
     before = (tmp_path / "shar" / "features.000001.tar").stat().st_mtime_ns
     assert shar["run"](dataclasses.replace(options, start=0)) == 0
     assert (tmp_path / "shar" / "features.000001.tar").stat().st_mtime_ns == before

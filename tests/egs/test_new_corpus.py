@@ -96,7 +96,7 @@ def test_a_new_corpus_is_the_files_of_the_page(tmp_path: Path) -> None:
 
     tiny.hugging_face_ctc(tmp_path / "wav2vec2")
     said = run("decode.sh", "--llm", str(llm), "--emissions", str(tmp_path / "wav2vec2"), "--emissions-kind",
-               "huggingface", "--exp-dir", "exp-hf", "--confirm", "0")  # fmt: skip
+               "huggingface", "--exp-dir", "exp-hf", "--confirm", "0")
     assert "attention-rescoring is left out" in said and "methods with nlm are left out" in said
     left = [row[0] for row in rows("exp-hf")]
     assert {"ctc-prefix", "llm-nbest-rescoring", "llm-delayed-shortest"} <= set(left)

@@ -59,7 +59,7 @@ def run(script: Path, *options: str, code: int = 0, **environment: str) -> str:
     done = subprocess.run(
         ["bash", str(script), *options], env={**os.environ, "PYTHON": sys.executable, **environment},
         capture_output=True, text=True,
-    )  # fmt: skip
+    )
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
 

@@ -352,7 +352,7 @@ def test_at_end_is_rescoring_of_the_final_beam(llm, tokens, eos):
                   max_size=4, unique=True),
     starts=st.lists(st.booleans(), min_size=4, max_size=4),
     seed=st.integers(0, 10**6),
-)  # fmt: skip
+)
 def test_words_end_at_single_spaces_alone(llm, more, starts, seed):
     """White space inside pieces belongs to words, in the search and in rescoring of its lists."""
     added = [("▁" if start else "") + text for text, start in zip(more, starts)]

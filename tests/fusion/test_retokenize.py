@@ -47,7 +47,7 @@ def tokenizer_over_spaces() -> transformers.PreTrainedTokenizerFast:
     trainer = trainers.BpeTrainer(
         vocab_size=256 + 2 + 150, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet,
         show_progress=False,
-    )  # fmt: skip
+    )
     tokenizer.train_from_iterator(TEXTS, trainer)
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 

@@ -183,7 +183,7 @@ def test_a_beam_that_holds_all_finds_k2s_shortest_path(graphs, kind) -> None:
     best = k2_best_paths(numbered(fsas, fsas.scores))
     labels = graphs[kind].labels(TOKENS)
     nbests = lattice_beam_search(plain, 1.0, labels, LatticeBeamOptions(beam=3000, merge="max"),
-                                 [WordLengths(0.0)])  # fmt: skip
+                                 [WordLengths(0.0)])
     scores = shortest.get_tot_scores(use_double_scores=True, log_semiring=False)
     for row, nbest in enumerate(nbests):
         outputs = [label for label in plain.output[torch.from_numpy(best.path(row))].tolist() if label]

@@ -40,7 +40,7 @@ def models(tmp_path_factory):
     options = DecodeOptions(
         out=str(folder / "first"), test_sets={"test": made["cuts"]}, methods="ctc-greedy",
         emissions=EmissionOptions(made["model"]), save_emissions=str(folder / "emissions"),
-    )  # fmt: skip
+    )
     assert run(options) == 0
     tokens = AcousticTokens.load(made["model"])
     source = SavedSource(folder / "emissions" / "test", tokens)
@@ -62,7 +62,7 @@ def options(models, out, methods="k2-all", **more):
         out=str(out), test_sets={"test": models["cuts"]}, methods=methods,
         emissions=EmissionOptions(models["model"]), llm=LmOptions(models["llm"]), weights=WEIGHTS,
         k2=K2Options(saved=models["lattices"], beam=LatticeBeamOptions(beam=8)), **more,
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_every_method_leaves_lists_and_a_row(decoded) -> None:
     rows = {row["method"]: row for row in json.loads((decoded / "results.json").read_text())}
     assert list(rows) == list(K2_METHODS)
     wanted = {"k2-attention-rescoring": "attention", "k2-llm-nbest-rescoring": "llm",
-              "k2-nbest-ngram-rescoring": "ngram", "k2-whole-lattice-ngram-rescoring": "ngram"}  # fmt: skip
+              "k2-nbest-ngram-rescoring": "ngram", "k2-whole-lattice-ngram-rescoring": "ngram"}
     for name, row in rows.items():
         source = "llm" if "delayed" in name else wanted.get(name, "hlg")
         for nbest in read_nbests(decoded / f"nbest-test-{name}.jsonl"):
@@ -112,7 +112,7 @@ def test_a_fusion_at_the_end_is_the_beam_rescored(models, tmp_path) -> None:
         for path in (tmp_path / "some" / f"nbest-test-{names[0]}.jsonl",
                      tmp_path / "none" / f"nbest-test-{names[0]}.jsonl",
                      tmp_path / "none" / f"nbest-test-{names[1]}.jsonl")
-    ]  # fmt: skip
+    ]
     assert lists[0] == lists[1] == lists[2]
 
 
@@ -123,7 +123,7 @@ def test_tune_takes_lists_of_lattices_as_any_others(models, decoded, tmp_path, c
     code = main([
         "tune", "--nbest", str(tmp_path / "all" / f"nbest-test-{name}.jsonl"), "--ref", models["cuts"],
         "--methods", "k2-all", "--out", str(tmp_path / "weights.yaml"), "--rounds", "1",
-    ])  # fmt: skip
+    ])
     assert code == 0
     weights = yaml.safe_load((tmp_path / "weights.yaml").read_text())["weights"]
     assert list(weights) == list(K2_METHODS)
@@ -137,7 +137,7 @@ def test_tune_takes_lists_of_lattices_as_any_others(models, decoded, tmp_path, c
         "--confirm.test_sets", json.dumps({"test": models["cuts"]}),
         "--confirm.emissions.model", models["model"], "--confirm.llm.path", models["llm"],
         "--confirm.k2.saved", models["lattices"], "--confirm.k2.beam.beam", "4",
-    ])  # fmt: skip
+    ])
     assert code == 0
     confirmed = yaml.safe_load((tmp_path / "confirmed.yaml").read_text())
     assert set(confirmed["weights"]["k2-llm-delayed-shortest"]) == {"hlg", "llm", "words"}
@@ -147,7 +147,7 @@ def test_tune_takes_lists_of_lattices_as_any_others(models, decoded, tmp_path, c
     tried = [message for message in caplog.messages if "by decoding with" in message]
     starts = [ast.literal_eval(message.split("decoding with ")[1]) for message in tried]
     assert any(start["hlg"] == pytest.approx(found["hlg"], abs=1e-3) and
-               start["words"] == pytest.approx(found["words"], abs=1e-3) for start in starts)  # fmt: skip
+               start["words"] == pytest.approx(found["words"], abs=1e-3) for start in starts)
 
 
 def test_names_say_what_methods_need() -> None:
@@ -165,7 +165,7 @@ def test_names_say_what_methods_need() -> None:
 
 def test_methods_without_lattices_are_refused_or_left_out(models, tmp_path, caplog) -> None:
     plain = DecodeOptions(out=str(tmp_path / "out"), test_sets={"test": models["cuts"]}, methods="k2-1best",
-                          emissions=EmissionOptions(models["model"]))  # fmt: skip
+                          emissions=EmissionOptions(models["model"]))
     with pytest.raises(ValueError, match="k2.graph must name a decoding graph .* for the method 'k2-1best'"):
         run(plain)
     object.__setattr__(plain, "methods", "ctc-greedy,k2-all")

@@ -52,7 +52,7 @@ def options(tmp_path_factory):
         save_graph(folder / f"{name}.npz", make(TOKENS, lexicon, folder / "toy.arpa"))
     wide = LatticeOptions(search_beam=100, output_beam=100, paths=60)
     return K2Options(str(folder / "HLG.npz"), str(folder / "G.npz"), lattice=wide,
-                     beam=LatticeBeamOptions(beam=2000))  # fmt: skip
+                     beam=LatticeBeamOptions(beam=2000))
 
 
 def decode(search, source, options, emissions, fusions=(), counters=None):
@@ -160,7 +160,7 @@ def test_the_jobs_make_graphs_and_lattices(tmp_path, capsys) -> None:
             sentence_iterator=iter(["a ab c cd cdb", "cd a", "ab c"] * 8), model_writer=file, vocab_size=14,
             model_type="bpe", unk_id=2, bos_id=-1, eos_id=-1, user_defined_symbols=["<blk>", "<sos/eos>"],
             minloglevel=2, hard_vocab_limit=False,
-        )  # fmt: skip
+        )
     tokens = AcousticTokens.load(tmp_path)
     (tmp_path / "toy.arpa").write_text(ARPA)
     given = ["--tokens", str(tmp_path), "--arpa", str(tmp_path / "toy.arpa")]
@@ -288,7 +288,7 @@ def test_a_k2_of_another_torch_is_told_with_the_remedy(tmp_path) -> None:
     code = "from icefall_fusion.lattice.k2_fsas import load_k2; load_k2()"
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")]), *sys.path[1:]])
     failed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
-                            env={**os.environ, "PYTHONPATH": path})  # fmt: skip
+                            env={**os.environ, "PYTHONPATH": path})
     told = failed.stderr.splitlines()[-1]
     assert "Unavailable: k2 does not fit torch" in told
     assert "undefined symbol" in told and "tools/install_k2.sh" in told
@@ -297,5 +297,5 @@ def test_a_k2_of_another_torch_is_told_with_the_remedy(tmp_path) -> None:
 def test_names_of_methods_are_taken_apart() -> None:
     assert split_name("k2-llm-delayed-interval-16") == ("beam", "hlg", ["llm-delayed-interval-16"])
     assert split_name("k2-nbest-ngram-rescoring+llm-nbest-rescoring") == (
-        "nbest-ngram", "hlg", ["llm-nbest-rescoring"])  # fmt: skip
+        "nbest-ngram", "hlg", ["llm-nbest-rescoring"])
     assert split_name("nlm-shallow") is None

@@ -26,7 +26,7 @@ SIZES = {
     "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
     "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
-}  # fmt: skip
+}
 PLAIN = {key: value for key, value in SIZES.items() if key != "num_key_value_heads"}
 GPT = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 3, "n_head": 4, "bos_token_id": 1, "eos_token_id": 2}
 OPT = {"ffn_dim": 48, "word_embed_proj_dim": 32}
@@ -472,7 +472,7 @@ def test_options_that_need_absent_packages_or_names(tmp_path: Path, monkeypatch)
 @pytest.mark.parametrize(("name", "package", "least", "most"), [
     ("8bit", "bitsandbytes", 0.25, 0.45), ("4bit", "bitsandbytes", 0.14, 0.35),
     ("int8", "torchao", 0.25, 0.45),
-])  # fmt: skip
+])
 def test_quantized_weights_are_small_and_score_alike_by_tree_and_plainly(
     tmp_path: Path, name: str, package: str, least: float, most: float
 ) -> None:
@@ -481,7 +481,7 @@ def test_quantized_weights_are_small_and_score_alike_by_tree_and_plainly(
     config = transformers.LlamaConfig(
         vocab_size=tiny.piece_count(), hidden_size=64, intermediate_size=512, num_hidden_layers=2,
         num_attention_heads=2, bos_token_id=1, eos_token_id=1,
-    )  # fmt: skip
+    )
     torch.manual_seed(2)
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
     exact = CausalLm.from_pretrained(folder)

@@ -31,7 +31,7 @@ FAMILIES = {
     "qwen2-window": ("Qwen2Config", {"use_sliding_window": True, "sliding_window": WINDOW,
                                      "max_window_layers": 1}),
     "qwen3": ("Qwen3Config", {"head_dim": 12}),
-}  # fmt: skip
+}
 
 
 def make(name: str) -> CausalLm:
@@ -57,7 +57,7 @@ def scores_of(lm: CausalLm) -> list[torch.Tensor]:
             alive[b] = [
                 path + torch.randint(3, 97, (more,), generator=generator).tolist()
                 for path in alive[b][:2] for more in (1, 0, 3)
-            ]  # fmt: skip
+            ]
             nodes += [scorer.insert(scorer.root(b), path) for path in alive[b]]
         found.append(scorer.score(nodes, eos=True).cpu())
         found.append(scorer.next_log_probs(nodes[:2]).cpu())
@@ -98,7 +98,7 @@ def test_all_forms_of_attention_are_tried_before_they_are_relied_on(monkeypatch,
             forms.add((self._lines(mask.shape[2], queries.dtype), utterances is None)),
             launch(self, queries, keys, values, mask, utterances, *others),
         )[1],
-    )  # fmt: skip
+    )
     fused.try_kernels()
     assert forms == {(lines, everyone) for lines in (16, 32, 64) for everyone in (True, False)}
     monkeypatch.setattr(FusedModel, "_look", lambda self, *given: launch(self, *given) * 1.1)

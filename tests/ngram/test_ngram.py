@@ -236,10 +236,10 @@ def test_fewer_digits_make_a_smaller_file_of_nearly_the_same_numbers(tmp_path):
     ),
     longest=st.booleans(),
     odd=st.sampled_from([None, "a  b", "\ta b"]),
-)  # fmt: skip
+)
 def test_lines_of_one_form_are_read_as_all_others(rows, longest, odd):
     lines = [f"{one!r}\t{' '.join(pieces)}" + ("" if longest else f"\t{two!r}") + "\n"
-             for one, pieces, two in rows]  # fmt: skip
+             for one, pieces, two in rows]
     if odd is not None:
         lines.append(f"-1\t{odd}\t0\n")
     ids = piece_ids(LETTERS)
@@ -364,7 +364,7 @@ def test_scores_are_exact_whatever_the_search_leaves_out(llm, ngram, tokens, opt
        beam=st.sampled_from([1, 4, 9]), options=st.sampled_from(OPTIONS + [{"top_pieces": 3}]))
 def test_compiled_search_finds_what_tensors_find(
     tmp_path_factory, tokens, seed, order, cutoffs, weight, bonus, beam, options  # noqa: F811
-):  # fmt: skip
+):
     rng = np.random.default_rng(seed)
     texts = [rng.integers(3, len(PIECES), rng.integers(1, 9)).tolist() for _ in range(30)]
     model = as_model(texts, len(PIECES), order, tmp_path_factory.mktemp("n"), PIECES, tuple(cutoffs))

@@ -19,7 +19,7 @@ METHODS = [
     "ctc-greedy", "ctc-prefix", "attention-rescoring", "nlm-shallow", "llm-shallow", "llm-nbest-rescoring",
     "llm-delayed-shortest", "llm-delayed-interval-16", "llm-delayed-interval-32", "llm-delayed-interval-64",
     "nlm-shallow+llm-delayed-shortest", "nlm-shallow+llm-delayed-interval-16",
-]  # fmt: skip
+]
 
 
 def rows(seed: int = 0, sets=("clean", "other")) -> list[dict]:
@@ -30,7 +30,7 @@ def rows(seed: int = 0, sets=("clean", "other")) -> list[dict]:
             "search_seconds": 10 ** rng.uniform(-1, 1.5), "lm_seconds": rng.random() * 10, "lm_forwards": 9,
             "lm_tokens_forwarded": 99999, "lm_tokens_scored": 100, "kv_bytes_peak": 10**6,
             "peak_memory_bytes": 10**9, "options": {}, "audio_seconds": 600.0,
-        }  # fmt: skip
+        }
         for test_set in sets
         for method in METHODS
     ]

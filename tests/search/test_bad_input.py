@@ -22,14 +22,14 @@ JUNK = [
     {"beam": 3}, object(), len, np.float32(0.5), np.int64(4), np.zeros((2, 6, 6), np.float32),
     np.array([6, 4]), TOKENS,
     torch.tensor(3), torch.zeros(0), torch.zeros(2, 6, 6), LOG_PROBS, LENS, PrefixSearchOptions(), "\ud800",
-]  # fmt: skip
+]
 TENSORS = [
     LOG_PROBS.to(torch.complex64), LOG_PROBS.to(torch.int32), LOG_PROBS.bool(), LOG_PROBS.to_sparse(),
     LOG_PROBS.to("meta"), torch.nested.nested_tensor([LOG_PROBS[0], LOG_PROBS[1, :4]]), LOG_PROBS[0],
     LOG_PROBS[None], torch.quantize_per_tensor(LOG_PROBS, 0.1, 0, torch.qint8), LENS.to(torch.complex64),
     LENS.float(), LENS.bool(), LENS.to_sparse(), LENS.to("meta"), LENS.to(torch.int8), LENS[:1],
     LENS - 7, LENS + 1,
-]  # fmt: skip
+]
 OPTIONS = [field.name for field in dataclasses.fields(PrefixSearchOptions)]
 ARGUMENTS = ["log_probs", "lens", "tokens", "ids", "blank_id"]
 PLACES = [(ctc_prefix_search, name) for name in (*ARGUMENTS, "options", "fusions")]

@@ -39,7 +39,7 @@ def decode(engine, log_probs, lens, tokens=None, fusions=(), beam=4, **options):
         (1, {}), (4, {}), (10, {}), (33, {}), (1, {"blank_skip": 0.8}), (10, {"blank_skip": 0.8}),
         (4, {"score_beam": 2.0}), (10, {"score_beam": 2.0}), (4, {"top_pieces": 3}),
     ], ids=str,
-)  # fmt: skip
+)
 def test_equals_the_search_by_tensors(beam, options):
     log_probs = small(beam, 3, 14, 18, 2.5, 3.0)
     never = torch.rand(log_probs.shape, generator=torch.Generator().manual_seed(beam)) < 0.2

@@ -35,7 +35,7 @@ def lm() -> CausalLm:
     config = transformers.LlamaConfig(
         vocab_size=40, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2,
-    )  # fmt: skip
+    )
     model = transformers.LlamaForCausalLM(config)
     return CausalLm(model, Vocabulary(None, None, 1, 2), "tiny", self_check=False)
 
@@ -88,7 +88,7 @@ def test_rows_of_several_sets_are_put_together() -> None:
          "audio_seconds": 10.0, "kv_bytes_peak": 8, "peak_memory_bytes": 5}
         for method, wer, words, lm in [("llm-shallow", 10.0, 100, 5.0), ("other", 20.0, 100, 1.0),
                                        ("llm-shallow", 40.0, 50, 3.0), ("other", 50.0, 50, 1.0)]
-    ]  # fmt: skip
+    ]
     shallow, other = compare(found, ["llm-shallow", "other"], 10, 32)
     assert shallow["wer"] == pytest.approx(20.0) and other["wer"] == pytest.approx(30.0)
     assert other["times_faster"] == pytest.approx(10.0 / 4.0) and shallow["times_faster"] == 1
@@ -130,7 +130,7 @@ def test_a_shape_has_random_weights_and_the_folders_tokenizer(monkeypatch) -> No
     import shapes
 
     tiny = {"kind": "Llama", "vocab_size": 9000, "hidden_size": 8, "intermediate_size": 8,
-            "num_hidden_layers": 1, "num_attention_heads": 2}  # fmt: skip
+            "num_hidden_layers": 1, "num_attention_heads": 2}
     monkeypatch.setitem(shapes.SHAPES, "tiny", tiny)
     folder = shapes.FOLDER / "matched_llm"
     usual = CausalLm.from_pretrained(folder)

@@ -129,7 +129,7 @@ def test_differences_of_decodings_are_found(tmp_path: Path) -> None:
     assert compare.decoding_progress(one) == "1 batches"
     for name, change in {
         "text": {"text": "a c"}, "score": {"score": -1.1}, "wer": {"wer": 5.1}, "twice": {"again": 2},
-    }.items():  # fmt: skip
+    }.items():
         assert compare.decoding(one, decoding_of(tmp_path / name, **change)), name
     two = decoding_of(tmp_path / "unfinished")
     write_json(two / "decode" / "run.json", {"status": "running", "skipped": [{"id": "u"}]})

@@ -27,7 +27,7 @@ def no_python39(tmp_path):
         found = next(p for p in ("/bin", "/usr/bin") if (Path(p) / name).exists())
         (tmp_path / name).symlink_to(Path(found) / name)
     return {"PATH": str(tmp_path), "HOME": str(tmp_path), "PYENV_ROOT": str(tmp_path), "PYTHON39": "",
-            "VENV_K2": str(tmp_path / "venv")}  # fmt: skip
+            "VENV_K2": str(tmp_path / "venv")}
 
 
 def test_without_python_39_the_k2_tests_are_skipped_and_in_ci_failed(no_python39) -> None:
@@ -35,7 +35,7 @@ def test_without_python_39_the_k2_tests_are_skipped_and_in_ci_failed(no_python39
     assert skipped.returncode == 77
     assert "no Python 3.9 on PATH or in pyenv" in skipped.stderr and "SKIPPED" in skipped.stderr
     for failed in (run("setup_k2_ci_env.sh", CI="true", **no_python39),
-                   run("setup_k2_ci_env.sh", "--required", CI="", **no_python39)):  # fmt: skip
+                   run("setup_k2_ci_env.sh", "--required", CI="", **no_python39)):
         assert failed.returncode == 1 and "it is required here: failed" in failed.stderr
     assert run("test_k2.sh", CI="", **no_python39).returncode == 0
     assert run("test_k2.sh", "--required", CI="", **no_python39).returncode == 1

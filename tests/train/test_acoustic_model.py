@@ -215,7 +215,7 @@ def test_a_signal_to_the_whole_process_group_ends_with_a_checkpoint(data_dir: Pa
             [sys.executable, "-m", "icefall_fusion", "train", "--config", str(tmp_path / "options.yaml")],
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
             start_new_session=True, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
+        )
         begun = len(list_checkpoints(tmp_path / "exp"))
         last = newest_checkpoint(tmp_path / "exp")
         while newest_checkpoint(tmp_path / "exp") == last:  # it trains
@@ -242,7 +242,7 @@ loader = datamodule._loader(Broken(), [0, 1, 2], datamodule.DataOptions(workers=
 sys.exit(exit_code(lambda options: list(loader), None))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60,
-                          cwd=Path(__file__).parents[2])  # fmt: skip
+                          cwd=Path(__file__).parents[2])
     assert done.returncode == 1 and "a worker that fails" in done.stderr
 
 

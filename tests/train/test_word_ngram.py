@@ -31,7 +31,7 @@ def test_lmplz_writes_an_ngram_that_sums_to_one(text, tmp_path, capsys) -> None:
     code = main([
         "train-word-ngram", "--text", str(text), "--out", str(out), "--lmplz", str(LMPLZ), "--order", "2",
         "--prune", "[0]", "--min_count", "3", "--discount_fallback", "true", "--memory", "100M",
-    ])  # fmt: skip
+    ])
     assert code == 0
     words = sorted({word for line in LINES for word in line.split()})
     assert f"{len(words)} words, ngram 1={len(words) + 3}, ngram 2=" in capsys.readouterr().out

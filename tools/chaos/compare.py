@@ -108,12 +108,12 @@ def decoding(one: Path, two: Path) -> list[str]:
     names = _names(one, two, "*/recogs-*", "*/errs-*", "*/wer-summary-*", "weights.yaml")
     differences = [*names.differences] + ([] if names.common else [f"{one} holds no decoding"])
     differences += [f"{two / name} differs" for name in names.common
-              if (one / name).read_bytes() != (two / name).read_bytes()]  # fmt: skip
+              if (one / name).read_bytes() != (two / name).read_bytes()]
     results = _names(one, two, "*/results.json")
     differences += results.differences
     for name in results.common:
         rows = [{(row["test_set"], row["method"]): [row[rate] for rate in ("wer", "oracle_wer", "words")]
-                 for row in json.loads((folder / name).read_text())} for folder in (one, two)]  # fmt: skip
+                 for row in json.loads((folder / name).read_text())} for folder in (one, two)]
         difference = _first_difference(*rows)
         differences += [f"{two / name}: {difference}"] if difference else []
     lists = _names(one, two, "*/nbest-*.jsonl")
@@ -183,7 +183,7 @@ class _Names:
 
     def __init__(self, one: Path, two: Path, patterns: tuple[str, ...]) -> None:
         names = [{str(path.relative_to(folder)) for pattern in patterns for path in folder.glob(pattern)
-                  if not path.name.startswith(".")} for folder in (one, two)]  # fmt: skip
+                  if not path.name.startswith(".")} for folder in (one, two)]
         self.common = sorted(names[0] & names[1])
         self.differences = [f"{two / name} is missing" for name in sorted(names[0] - names[1])]
         self.differences += [f"{two / name} is too much" for name in sorted(names[1] - names[0])]

@@ -141,7 +141,7 @@ class Chaos:
             "bash", str(RECIPE / "prepare.sh"), "--config", "tiny", "--download", str(self.download),
             "--data-dir", str(data), "--stage", first, "--stop-stage", last, "--shard-size", "3",
             "--workers", "1" if self.options.quick else "2",
-        ]  # fmt: skip
+        ]
 
     def _train(self, folder: Path) -> list[str]:
         last = ["--stop-stage", "0"] if self.options.quick else []
@@ -149,7 +149,7 @@ class Chaos:
             "bash", str(RECIPE / "train.sh"), "--config", "tiny", "--data-dir", str(self.data),
             "--exp-dir", str(folder / "exp"), "--world-size", str(self.options.world_size), *last,
             "--", "--trainer.save_every_steps", "4", "--trainer.valid_every_steps", "4",
-        ]  # fmt: skip
+        ]
 
     def _decode(self, folder: Path) -> list[str]:
         quick = ["--stage", "2", "--stop-stage", "2", "--limit", "4", "--methods", QUICK_METHODS]
@@ -158,7 +158,7 @@ class Chaos:
             "--exp-dir", str(folder / "exp"), "--pretrained-dir", str(MINIBOOKS),
             "--llm", str(MINIBOOKS / "llm"), "--world-size", str(self.options.world_size),
             *(quick if self.options.quick else ["--confirm", "4"]),
-        ]  # fmt: skip
+        ]
 
     def _stages(self) -> list[Stage]:
         def copy_prepared(folder: Path) -> None:
@@ -177,7 +177,7 @@ class Chaos:
                   compare.fbank, compare.fbank_progress),
             Stage("train", self._train, "exp", nothing, compare.training, compare.training_progress),
             Stage("decode", self._decode, "exp", tuned, compare.decoding, compare.decoding_progress),
-        ]  # fmt: skip
+        ]
 
     # --- runs --------------------------------------------------------------------------------------------
 

@@ -34,7 +34,7 @@ class ProcessTree:
             self._process = subprocess.Popen(
                 list(command), env={**os.environ, **environment, word: value}, stdin=subprocess.DEVNULL,
                 stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
-            )  # fmt: skip
+            )
 
     def wait(self) -> int:
         """Return the exit code, when the command has ended."""

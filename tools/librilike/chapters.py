@@ -110,7 +110,7 @@ class Planner:
     def __init__(
         self, name: str, subsets: Sequence[str], books: Sequence[Path], speakers: Speakers,
         first_speaker: int, sizes: Sizes, seed: int, keep_text: Callable[[str, bytes], None],
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.name, self.sizes, self.seed = name, sizes, seed
         self._speakers, self._keep_text = speakers, keep_text
         self._numbers = map(str, itertools.count(first_speaker))

@@ -49,7 +49,7 @@ class CtcHead(nn.Module):
 def ctc_loss_sum(
     log_probs: Tensor, lens: Tensor, targets: Sequence[Sequence[int]], blank_id: int,
     row_losses: Optional[RowLosses] = None,
-) -> tuple[Tensor, int]:  # fmt: skip
+) -> tuple[Tensor, int]:
     """Sum the CTC loss over utterances that have a path; those too short for their text count zero.
 
     Args:

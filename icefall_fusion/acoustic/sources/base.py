@@ -25,7 +25,7 @@ _TEN_SECONDS = round(10 / FRAME_SHIFT)  # feature frames
 _BROKEN = (
     OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError,
     torch.jit.Error, pickle.UnpicklingError,
-)  # fmt: skip
+)
 
 
 class EmissionSource(Protocol):

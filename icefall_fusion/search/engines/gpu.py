@@ -78,7 +78,7 @@ class GpuSearch(CompiledSearch):
             _prepare(log_probs, plan, beam.blank, columns),
             gpu_layout.Pieces(hash_keys(pieces, device), arena.starts_word), gpu_layout.Arena(*arena.fields),
             table._replace(weight=weight, bonus=bonus), probes, self.state,
-        )  # fmt: skip
+        )
         self._after = self.stops.every or _NEVER_STOPS, options.score_beam or 0.0
         self.form = gpu_layout.Form(
             slots=slots, width=width, columns=columns,
@@ -87,7 +87,7 @@ class GpuSearch(CompiledSearch):
             words=arena.starts_word is not None, score_beam=options.score_beam is not None,
             order=0 if ngram is None else ngram.order, base=1 if ngram is None else ngram.base,
             shallow=shallow, ahead_every=0 if self.ahead.ngram is None else self.ahead.every,
-        )  # fmt: skip
+        )
         self.warps = _warps(count, width, shallow == 2)
 
     def arguments(self, until: int) -> tuple[Any, ...]:

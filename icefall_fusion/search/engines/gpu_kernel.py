@@ -97,7 +97,7 @@ def load_state(stored, b, form: tl.constexpr):
         ),
         tl.load(stored.offset + b),
         Changes(slot, slot * 0, tl.full((form.width,), 0, tl.int64), tl.full((form.width,), 0.0, tl.float32)),
-    )  # fmt: skip
+    )
 
 
 @triton.jit
@@ -472,11 +472,11 @@ def go_on(state, form: tl.constexpr):
 # The candidates are always aligned. But where the compiler knows it, each thread loads four neighbours and
 # keeps four in all that is done with candidates. That takes up to 90 registers more.
 @triton.jit(do_not_specialize=["row_stride", "frame_stride", "probes", "until", "every"],
-            do_not_specialize_on_alignment=["log_probs", "lens", "slots", "columns"])  # fmt: skip
+            do_not_specialize_on_alignment=["log_probs", "lens", "slots", "columns"])
 def search_utterances(
     log_probs, row_stride, frame_stride, lens, slots, columns, frames, pieces, arena, ngram, probes, stored,
     until, every, score_beam, form: tl.constexpr,
-):  # fmt: skip
+):
     """Search each utterance on, up to frame ``until`` or its end, or where ``form.stops`` to its next stop.
 
     Args:

@@ -66,7 +66,7 @@ class _Settings(ctypes.Structure):
         ("score_beam", _REAL), ("ngram", _POINTER), *_fields(_REAL, "weight bonus"),
         *_fields(_NUMBER, "every unit first_length"),
         ("ahead", _POINTER), *_fields(_REAL, "ahead_weight ahead_bonus"), ("ahead_every", _NUMBER),
-    ]  # fmt: skip
+    ]
 
 
 class _Batch(ctypes.Structure):
@@ -79,7 +79,7 @@ class _Batch(ctypes.Structure):
         *_fields(_POINTER, "node last"), *_fields(_NUMBER, "node_stride last_stride"),
         *_fields(_POINTER, "log_total log_blank"), ("mass_stride", _NUMBER),
         *_fields(_POINTER, "offset at fired"),
-    ]  # fmt: skip
+    ]
 
 
 class NativeSearch(CompiledSearch):
@@ -119,7 +119,7 @@ class NativeSearch(CompiledSearch):
             every=self.stops.every, unit=self.stops.code, first_length=self.stops.first_length,
             ahead=ahead, ahead_weight=self.ahead.weight, ahead_bonus=self.ahead.bonus,
             ahead_every=self.ahead.every,
-        )  # fmt: skip
+        )
         # the compiled code lets go of Python's lock; within a frame there is too little to share
         threads = 1 if self.rule is None else max(1, min(torch.get_num_threads(), batch))
         ends = [batch * share // threads for share in range(threads + 1)]
@@ -172,7 +172,7 @@ class NativeSearch(CompiledSearch):
             last=beam.last.data_ptr(), last_stride=beam.last.stride(0),
             log_total=beam.log_total.data_ptr(), log_blank=beam.log_blank.data_ptr(),
             mass_stride=beam.log_total.stride(0), offset=beam.offset.data_ptr(),
-        )  # fmt: skip
+        )
 
 
 def prepare_ngram(ngram: PieceNgram) -> None:
