@@ -41,10 +41,14 @@ set_data_folders() {
 
 # From $data_dir/manifests/${corpus}_cuts_{train,$dev_set,$test_sets}.jsonl.gz to all that training reads.
 data_stages() { # number of the first of three stages: pieces, features, LM text
-  local first=$1 split code unfinished=0 before
+  local first=$1 split code unfinished=0 before folder
   depends pieces "$pieces $bpe"
   if wanted "$first" pieces; then
-    if [ -n "$changed" ]; then set_aside "$data_dir"/lang_bpe_*[0-9]; fi
+    if [ -n "$changed" ]; then
+      for folder in "$data_dir"/lang_bpe_*; do
+        case "${folder##*/}" in *.*) ;; *) set_aside "$folder" ;; esac # those with a dot were set aside before
+      done
+    fi
     # shellcheck disable=SC2086 # several names
     job export-transcripts --data_dir "$data_dir" --corpus "$corpus" --dev "$dev_set" --held_out $test_sets
     job train-tokenizers --data_dir "$data_dir" --pieces "$pieces" --llm_tokens 0 ${bpe:+--pieces_from "$bpe"}

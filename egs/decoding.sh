@@ -110,11 +110,13 @@ find_attention() { # sets $attention, yes or no: whether the acoustic model, loa
   attention=$("$python" -c '
 import sys
 from icefall_fusion.acoustic.sources import EmissionOptions, open_source
+from icefall_fusion.common.unavailable import Unavailable
 try:
     options = EmissionOptions(**dict(zip(sys.argv[1::2], sys.argv[2::2])))
     print("no" if open_source(options).model is None else "yes")
-except (ValueError, OSError) as error:
+except (ValueError, OSError, Unavailable) as error:
     sys.exit(f"error: {error}")' "${emission_options[@]}") || exit 2
+  attention=${attention##*$'\n'} # a recipe of icefall may print when it is imported
   if [ "$attention" = yes ]; then
     scores=attention-rescoring+$scores
   else
@@ -143,6 +145,21 @@ confirm_in() { # folder, options of decode: sets $confirmation, options of tune 
   confirmation+=(--confirm.out "$folder")
 }
 
+set_aside_reweighted() { # file of weights: sets those lists in exp/decode aside whose methods are tuned anew
+  local path
+  while IFS= read -r path; do set_aside "$path"; done < <("$python" -c '
+import json, sys
+from pathlib import Path
+from icefall_fusion.decode.method_names import is_tuned, weights_of
+from icefall_fusion.decode.weights import read_weights
+tuned = read_weights(sys.argv[1])
+for path in sorted(Path(sys.argv[2]).glob("nbest-*.jsonl")):
+    with path.open(encoding="utf-8") as file:
+        options = json.loads(file.readline() or "{}").get("options")
+    if options and is_tuned(options["method"], tuned) and options["weights"] != weights_of(options["method"], tuned):
+        print(path)' "$1" "$exp_dir/decode")
+}
+
 decode_stages() {
   local weights=$exp_dir/weights.yaml tuning=$exp_dir/tune sets=() name
   conf_file=$conf/decode.yaml
@@ -160,6 +177,7 @@ decode_stages() {
     decode_job "$tuning" "--test_sets.$dev_set" "$(cuts "$dev_set")" --methods "$scores" --search.beam 20
     finish tune-decode
   fi
+  made_from_models=$made_from # what the graphs of k2 depend on
   depends confirm "$confirm"
   depends methods "$methods"
   if wanted 1 tune; then
@@ -175,6 +193,7 @@ decode_stages() {
     if grep -qvE '^((methods|test_sets|scoring|tune): .*)?$' <<<"$changed"; then # not just other rows
       set_aside "$exp_dir/decode"
     fi
+    set_aside_reweighted "$weights"
     for name in $test_sets; do sets+=("--test_sets.$name" "$(cuts "$name")"); done
     decode_job "$exp_dir/decode" "${sets[@]}" --methods "$methods" --weights "$weights" \
       ${scoring[@]+"${scoring[@]}"}

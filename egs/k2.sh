@@ -69,7 +69,7 @@ lattices_of() { # test set: sets $k2_options of decode, after making lattices el
 # Stages of decode.sh between the decoding of the test sets and the report; all have the number of that.
 k2_stages() { # number
   local all=k2-nbest-ngram-rescoring whole=k2-whole-lattice-ngram-rescoring weights=$exp_dir/weights-k2.yaml
-  local tuning=$exp_dir/tune-k2 given=() name
+  local tuning=$exp_dir/tune-k2 given=() name rows=$made_from
   if [ "$stage" -gt "$1" ] || [ "$stop_stage" -lt "$1" ] || is_done k2-decode; then return; fi
   if [ "$methods" != all ]; then
     log "the rows of k2 are left out: --methods $methods"
@@ -85,6 +85,7 @@ k2_stages() { # number
     k2_word_count=1 k2_prune=0 k2_reprune=0
     k2_ngram=(--discount_fallback true)
   fi
+  made_from=$made_from_models # other test sets, methods or kinds of scoring leave the graphs as they are
   if wanted "$1" graph; then
     if [ -n "$changed" ]; then
       set_aside "$exp_dir/lattices" "$exp_dir/emissions" "$exp_dir/emissions-decode"
@@ -95,6 +96,7 @@ k2_stages() { # number
   find_attention
   if [ "$attention" = yes ]; then all+=+attention-rescoring; fi
   all+=+llm-nbest-rescoring
+  depends confirm "$confirm"
   if wanted "$1" k2-tune; then
     if [ -n "$changed" ]; then set_aside "$tuning"; fi
     lattices_of "$dev_set"
@@ -106,7 +108,9 @@ k2_stages() { # number
       ${confirmation[@]+"${confirmation[@]}"}
     finish k2-tune
   fi
+  made_from=$rows
   if wanted "$1" k2-decode; then
+    set_aside_reweighted "$weights"
     for name in $test_sets; do
       lattices_of "$name"
       decode_job "$exp_dir/decode" "--test_sets.$name" "$(cuts "$name")" --methods k2-all --weights "$weights" \

@@ -26,7 +26,6 @@ prepare_training() { # the command line of train.sh: takes its options, sets the
     case "$1" in
       --) shift; break ;;
       --acoustic) # several options in one word
-        if [ $# -lt 2 ]; then unknown_option "$1"; fi
         local words
         read -r -a words <<<"$2"
         acoustic+=("${words[@]}")
@@ -46,13 +45,18 @@ prepare_training() { # the command line of train.sh: takes its options, sets the
     log "noise of $noise is mixed in"
     acoustic+=(--data.noise "$noise")
   fi
-  depends data "$(sum_of "$data_dir/.features.done")"
+  # the data themselves: prepare.sh may have been called again with options that leave them as they are
+  depends data "$(sum_of "$data_dir/fbank/${corpus}_cuts_train.jsonl.gz") $(sum_of "$(pieces_folder)/bpe.model")"
   depends acoustic ${acoustic[@]+"${acoustic[@]}"}
   depends further ${further[@]+"${further[@]}"}
 }
 
-find_pieces() { # sets $lang, the folder of the acoustic pieces (as many as prepare.sh made), and $acoustic
-  lang=$(find "$data_dir" -maxdepth 1 -name 'lang_bpe_*' ! -name '*.*' | head -n 1)
+pieces_folder() { # as prepare.sh made it; nothing if there is none
+  find "$data_dir" -maxdepth 1 -name "lang_bpe_*" ! -name "*.*" 2>/dev/null | head -n 1 || true
+}
+
+find_pieces() { # sets $lang, the folder of the acoustic pieces, and $acoustic
+  lang=$(pieces_folder)
   if [ -z "$lang" ]; then
     echo "$script: there are no pieces (lang_bpe_*) in $data_dir: run prepare.sh first" >&2
     exit 1

@@ -25,11 +25,7 @@ def check(condition: bool, name: str, rule: str, value: Any) -> None:
 def check_choice(value: Any, choices: Iterable[Any], name: str) -> None:
     """Raise ValueError, naming the nearest choice, unless ``value`` is one of ``choices``."""
     choices = list(choices)
-    try:
-        known = value in set(choices)
-    except TypeError:  # a list or an array is none of them
-        known = False
-    if known:
+    if any(isinstance(value, type(choice)) and value == choice for choice in choices):
         return
     raise ValueError(f"{name} must be one of {choices}, but is {value!r}{nearest(str(value), choices)}")
 
@@ -42,13 +38,16 @@ def check_at_least(least: float, options: Any, *names: str) -> None:
 
 
 def is_count(value: object, least: int = 1) -> bool:
-    """Return whether a value is an integer of at least ``least``; True and False are none."""
-    return isinstance(value, Integral) and not isinstance(value, bool) and value >= least
+    """Return whether a value is an integer of 64 bits, at least ``least``; True and False are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and least <= value < 2**63
 
 
 def is_number(value: object) -> bool:
     """Return whether a value is a finite real number; True and False are none."""
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer beyond all floats
+        return False
 
 
 def check_text(value: Any, name: str) -> None:

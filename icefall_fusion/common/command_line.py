@@ -2,7 +2,7 @@
 Knows: dataclasses, jsonargparse. Must not know: any job.
 
 Exit codes: 0 done; 1 failed (the last line says why); 2 refused (an option or an input is wrong); 3 done,
-but some inputs were skipped (they are listed); 130 stopped by the keyboard.
+but some inputs were skipped (they are listed); 4 not finished, to be run again; 130 stopped by the keyboard.
 """
 from __future__ import annotations
 

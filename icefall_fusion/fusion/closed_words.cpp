@@ -52,7 +52,7 @@ void spellings_close(void *table) { delete static_cast<SpellingTable *>(table); 
 
 // What is known is forgotten when it is more than `most`: it is asked for again then.
 int spellings_learn(void *table, const int64_t *pieces, int64_t count, int begins, int prompted, const int64_t *ids,
-                  int64_t tokens, int64_t words, int64_t most) {
+                    int64_t tokens, int64_t words, int64_t most) {
   auto &spellings = static_cast<SpellingTable *>(table)->spellings;
   return guarded([&] {
     if (int64_t(spellings.size()) >= most) spellings.clear();
@@ -80,7 +80,7 @@ int64_t histories_count(const void *histories) {
 }
 
 // Find the tree node, and the number of words, of all words of prefixes: arena nodes `prefixes`, of which `parents`,
-// `pieces` and `boundaries` tell (arena.py). `asked` counts the words that were looked up.
+// `pieces` and `boundaries` tell (beam.py). `asked` counts the words that were looked up.
 //
 // Return 0: done; 1: a spelling is not known, `missing` has its pieces behind their number, whether it begins a text,
 // and the utterance (room: 3 + `room`); 2: the tree has no room; 3: a spelling has more than `room` pieces. After

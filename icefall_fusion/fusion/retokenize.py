@@ -44,7 +44,7 @@ class WordTokenizer:
         tokenizer: a Hugging Face tokenizer, or :class:`AcousticTokens` for a language model over pieces.
         style: how the language model sees words: ``as-is``, ``lower`` or ``sentence`` (see ``adapt``).
         vocabulary: more words for the check of word-by-word tokenization, e.g. :func:`sample_words`.
-        strict: refuse words that the tokenizer cannot spell; else they have the ids that it gives them.
+        strict: refuse words that the tokenizer cannot spell; else they have those ids that it gives.
 
     Raises:
         ValueError: the style is unknown.
@@ -234,8 +234,15 @@ class WordTokenizer:
             except ValueError:  # a letter that no piece has
                 if self.strict:
                     raise
-                return []
+                known = [word for word in text.split(" ") if self._has_pieces(word)]
+                return list(self._tokenizer.encode(" ".join(known)))
         return list(self._tokenizer.encode(text, add_special_tokens=False))
+
+    def _has_pieces(self, word: str) -> bool:
+        try:
+            return bool(self._tokenizer.encode(word))
+        except ValueError:
+            return False
 
     def _can_spell(self, word: str) -> bool:
         try:

@@ -138,7 +138,7 @@ def _spellings(library: ctypes.CDLL, tokenizer: WordTokenizer, tokens: Any) -> _
 
 
 def open_word_nodes(scorer: TreeScorer, arena: PrefixArena, tokens: Any, tokenizer: WordTokenizer,
-                prompted: Sequence[bool], ids: Sequence[str]) -> NativeWordNodes | WordNodes:
+                     prompted: Sequence[bool], ids: Sequence[str]) -> NativeWordNodes | WordNodes:
     """Return what knows the tree nodes of a batch's words: compiled code where it serves."""
     arguments = (scorer, arena, tokens, tokenizer, prompted, ids)
     if tokenizer.word_by_word and isinstance(scorer.tree, NativeTokenTree):

@@ -3,6 +3,7 @@ Knows: names, ranges, shapes, legal log-probs. Must not know: how it is searched
 """
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, NamedTuple, Optional, Sequence
@@ -55,7 +56,8 @@ class PrefixSearchOptions:
         check(is_count(self.beam), name + "beam", "be an integer, at least 1", self.beam)
         for field, value in (("top_pieces", self.top_pieces), ("nbest", self.nbest)):
             check(value is None or is_count(value), name + field, "be none or an integer, at least 1", value)
-        good = least is None or (is_number(least) and least > 0)
+        good = least is None or (isinstance(least, float) and least == math.inf)
+        good = good or (is_number(least) and least > 0)
         check(good, name + "score_beam", "be none or above 0", least)
         good = skip is None or (is_number(skip) and 0.5 <= skip <= 1)
         check(good, name + "blank_skip", "be none or between 0.5 and 1", skip)

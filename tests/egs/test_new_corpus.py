@@ -73,6 +73,9 @@ def test_a_new_corpus_is_the_files_of_the_page(tmp_path: Path) -> None:
     run("train.sh")
     steps = [json.loads(line)["step"] for line in (recipe / "exp" / "ctc_aed" / "log.jsonl").open()]
     assert max(steps) == 2 and "stage 0 (ctc_aed) is done" in run("train.sh")
+    mark = recipe / "data" / ".features.done"  # prepare.sh with other options that gave the same data
+    mark.write_text(mark.read_text() + "max_missing: 0.1\n")
+    assert "stage 0 (ctc_aed) is done" in run("train.sh")
     said = run("train.sh", "--acoustic", "--model.ctc_weight 0.4")
     assert "stage 0: ctc_aed, again" in said
     assert (recipe / "exp" / "ctc_aed.1" / "log.jsonl").exists()
@@ -94,6 +97,14 @@ def test_a_new_corpus_is_the_files_of_the_page(tmp_path: Path) -> None:
     assert "stage 0 (tune-decode) is done" in said
     assert {row[0] for row in rows()} == {"ctc-greedy", *methods.split(",")}
 
+    path = recipe / "exp" / "weights.yaml"  # as if the method had been tuned anew, together with others
+    path.write_text(yaml.safe_dump({"weights": {"llm-delayed-shortest-ahead": {"llm": 0.123, "words": 0.5}}}))
+    said = run(*decode, str(other), "--stage", "2")
+    assert "nbest-test-llm-delayed-shortest-ahead.jsonl was made with other options" in said
+    with (recipe / "exp" / "decode" / "nbest-test-llm-delayed-shortest-ahead.jsonl").open() as file:
+        assert json.loads(file.readline())["options"]["weights"]["llm"] == 0.123
+    assert {row[0] for row in rows()} == {"ctc-greedy", *methods.split(",")}
+
     tiny.hugging_face_ctc(tmp_path / "wav2vec2")
     said = run("decode.sh", "--llm", str(llm), "--emissions", str(tmp_path / "wav2vec2"), "--emissions-kind",
                "huggingface", "--exp-dir", "exp-hf", "--confirm", "0")
@@ -101,3 +112,8 @@ def test_a_new_corpus_is_the_files_of_the_page(tmp_path: Path) -> None:
     left = [row[0] for row in rows("exp-hf")]
     assert {"ctc-prefix", "llm-nbest-rescoring", "llm-delayed-shortest"} <= set(left)
     assert not [name for name in left if "attention" in name or "nlm" in name or "ngram" in name]
+
+    for pieces in ("39", "38"):  # what was set aside stays as it is
+        run("prepare.sh", "--source", str(corpus), "--pieces", pieces, "--workers", "1", "--stop-stage", "1")
+    folders = sorted(path.name for path in (recipe / "data").glob("lang_bpe_*"))
+    assert folders == ["lang_bpe_38", "lang_bpe_39.1", "lang_bpe_40.1"]

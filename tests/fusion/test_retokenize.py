@@ -189,6 +189,16 @@ def test_pieces_without_an_unknown_piece_name_what_they_cannot_spell():
         tokenizer.encode(["the", "zebra"])
 
 
+def test_a_word_without_pieces_leaves_the_others_theirs_where_it_is_no_error():
+    letters = AcousticTokens.from_pieces(["<pad>", "|", *"theofsa"], 0, "", "|")
+    tokenizer = WordTokenizer(letters, strict=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # that words go on to be tokenized one by one
+        assert tokenizer.encode(["the", "zebra", "sea"]) == letters.encode("the sea")
+        assert tokenizer.encode_whole(["the", "zebra", "sea"]) == letters.encode("the sea")
+    assert tokenizer.word_by_word
+
+
 def test_a_tokenizer_that_drops_letters_is_refused():
     from tokenizers import Tokenizer, models, pre_tokenizers
 

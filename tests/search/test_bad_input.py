@@ -18,7 +18,7 @@ from icefall_fusion.text.tokens import AcousticTokens
 
 LOG_PROBS, LENS = emissions(1, 2, 6, 6), torch.tensor([6, 4])
 JUNK = [
-    None, True, -1, 0, 3, 2.5, math.nan, math.inf, -math.inf, 1j, "3", "", b"x", [], [1, 2], (), {},
+    None, True, -1, 0, 3, 2.5, math.nan, math.inf, -math.inf, 10**400, 1j, "3", "", b"x", [], [1, 2], (), {},
     {"beam": 3}, object(), len, np.float32(0.5), np.int64(4), np.zeros((2, 6, 6), np.float32),
     np.array([6, 4]), TOKENS,
     torch.tensor(3), torch.zeros(0), torch.zeros(2, 6, 6), LOG_PROBS, LENS, PrefixSearchOptions(), "\ud800",

@@ -88,12 +88,12 @@ fetch() { # address, file: goes on where an earlier try ended; the file has its 
 size_of() { wc -c <"$1" | tr -d ' '; } # file: bytes
 
 size_at() { # address: bytes, or 0 where the server does not tell
-  curl --silent --fail --location --head "$1" |
+  curl --connect-timeout 10 --silent --fail --location --head "$1" |
     awk 'tolower($1) == "content-length:" { size = $2 + 0 } END { printf "%.0f\n", size }' || true
 }
 
 get() { # address, file: appends what is missing; prints the status of HTTP
-  curl --fail --location --retry 5 --continue-at - --output "$2" --write-out '%{http_code}' "$1"
+  curl --connect-timeout 10 --fail --location --retry 5 --continue-at - --output "$2" --write-out '%{http_code}' "$1"
 }
 
 for part in $parts dev test_clean test_other test_clean_large test_other_large; do
