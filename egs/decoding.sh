@@ -147,6 +147,7 @@ confirm_in() { # folder, options of decode: sets $confirmation, options of tune 
 
 set_aside_reweighted() { # file of weights: sets those lists in exp/decode aside whose methods are tuned anew
   local path
+  if [ ! -d "$exp_dir/decode" ]; then return; fi
   while IFS= read -r path; do set_aside "$path"; done < <("$python" -c '
 import json, sys
 from pathlib import Path

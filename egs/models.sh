@@ -51,10 +51,6 @@ prepare_training() { # the command line of train.sh: takes its options, sets the
   depends further ${further[@]+"${further[@]}"}
 }
 
-pieces_folder() { # as prepare.sh made it; nothing if there is none
-  find "$data_dir" -maxdepth 1 -name "lang_bpe_*" ! -name "*.*" 2>/dev/null | head -n 1 || true
-}
-
 find_pieces() { # sets $lang, the folder of the acoustic pieces, and $acoustic
   lang=$(pieces_folder)
   if [ -z "$lang" ]; then

@@ -128,6 +128,10 @@ finish() { # name: leave the stage's mark
   rm -f "$marks/.$1.begun"
 }
 
+pieces_folder() { # prints that of the acoustic pieces, as prepare.sh made it; nothing if there is none
+  find "$data_dir" -maxdepth 1 -name "lang_bpe_*" ! -name "*.*" 2>/dev/null | head -n 1 || true # a dot: set aside
+}
+
 set_aside() { # folders or files: rename those that are there to NAME.1, or the next number that is free
   local path number
   for path in "$@"; do
