@@ -21,7 +21,7 @@ import yaml
 from icefall_fusion.common.checks import nearest
 from icefall_fusion.common.unavailable import Unavailable
 
-DONE, FAILED, REFUSED, SKIPPED_SOME, INTERRUPTED = 0, 1, 2, 3, 130
+DONE, FAILED, REFUSED, SKIPPED_SOME, UNFINISHED, INTERRUPTED = 0, 1, 2, 3, 4, 130
 _LOG_FORMAT = "%(asctime)s %(levelname)s [%(filename)s:%(lineno)d] %(message)s"
 #: Errors of inputs, not of the code: files, options, and optional packages that are not installed.
 _REFUSED = (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError,

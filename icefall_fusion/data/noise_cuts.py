@@ -14,11 +14,11 @@ from lhotse import AudioSource, MonoCut, Recording, SupervisionSegment
 from tqdm import tqdm
 
 from icefall_fusion.common.checks import check
+from icefall_fusion.common.command_line import SKIPPED_SOME
 from icefall_fusion.data.audio import UNKNOWN_LENGTH
 from icefall_fusion.data.manifests import check_corpus, cuts_path, write_cuts
 
 AUDIO = (".wav", ".flac", ".ogg", ".mp3")
-SKIPPED_SOME = 3
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from icefall_fusion.common.checks import check
+from icefall_fusion.common.command_line import UNFINISHED
 from icefall_fusion.common.files import write_text
 from icefall_fusion.common.memory import keep_freed_memory
 from icefall_fusion.common.processes import Processes, gather_over_processes, init_distributed
 from icefall_fusion.train.loop import FINISHED, Trainer
 from icefall_fusion.train.options import TrainingOptions
 
-STOPPED = 4  # exit code of a training that ended, with a checkpoint, before its last step
 #: Largest change of a log-probability, in nats, by the dtype of exported weights. Float16 changes those of
 #: models of the shipped size by 0.007 (acoustic) to 0.02 (LLM).
 EXPORT_TOLERANCE = 0.1
@@ -29,7 +29,7 @@ def run_training(
     make_trainer: Callable[[Any, torch.device, int, int], Trainer],
     finish: Optional[Callable[[Trainer], None]] = None,
 ) -> int:
-    """Train (or go on training); return 0, or STOPPED when it ended before its last step.
+    """Train (or go on training); return 0, or UNFINISHED when it ended before its last step.
 
     Under torchrun any exit code but 0 becomes 1. So an early stop also leaves a file ``stopped`` in
     ``options.exp`` that holds the reason; the next start removes it.
@@ -57,8 +57,8 @@ def run_training(
         print(result, file=sys.stderr)
         if result["reason"] != FINISHED:
             write_text(mark, f"{result['reason']} at step {result['step']} of {trainer.total_steps}\n")
-    gather_over_processes(None)  # torchrun ends all processes as soon as one has left with STOPPED
-    return 0 if result["reason"] == FINISHED else STOPPED
+    gather_over_processes(None)  # torchrun ends all processes as soon as one has left with UNFINISHED
+    return 0 if result["reason"] == FINISHED else UNFINISHED
 
 
 def report_size(model: nn.Module, more: str, rank: int) -> None:

@@ -23,12 +23,13 @@ import torch
 import yaml
 
 from icefall_fusion.acoustic.models import CtcAed, DecoderOptions, EncoderOptions, ModelOptions, load
+from icefall_fusion.common.command_line import UNFINISHED
 from icefall_fusion.data.datamodule import DataOptions, EvalBatches
 from icefall_fusion.data.manifests import cut_of, cuts_path, write_cuts
 from icefall_fusion.train.acoustic_model import TrainOptions, make_trainer, run
 from icefall_fusion.train.checkpoints import average_checkpoints, list_checkpoints, newest_checkpoint
 from icefall_fusion.train.curriculum import feature_statistics
-from icefall_fusion.train.job import EXPORT_TOLERANCE, STOPPED
+from icefall_fusion.train.job import EXPORT_TOLERANCE
 from icefall_fusion.train.options import TrainerOptions
 
 TONES = {"low": 300.0, "mid": 900.0, "high": 2500.0}  # a word sounds as its tone
@@ -118,7 +119,7 @@ def test_training_resumes_to_the_same_model_and_exports_an_average(data_dir: Pat
 
     parted = with_dropout("parted")
     stopped = dataclasses.replace(parted, trainer=dataclasses.replace(parted.trainer, max_minutes=1e-9))
-    assert run(stopped) == STOPPED == 4  # no script may take it for finished
+    assert run(stopped) == UNFINISHED == 4  # no script may take it for finished
     assert not (tmp_path / "parted" / "checkpoint-8.pt").exists()
     assert (tmp_path / "parted" / "stopped").read_text() == "max_minutes at step 1 of 8\n"
     assert run(parted) == 0
@@ -223,7 +224,7 @@ def test_a_signal_to_the_whole_process_group_ends_with_a_checkpoint(data_dir: Pa
             time.sleep(0.1)
         os.killpg(training.pid, number)
         _, printed = training.communicate(timeout=120)
-        assert training.returncode == STOPPED, printed
+        assert training.returncode == UNFINISHED, printed
         assert "'reason': 'signal'" in printed and len(list_checkpoints(tmp_path / "exp")) >= max(1, begun)
 
 

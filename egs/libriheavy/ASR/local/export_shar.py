@@ -26,12 +26,11 @@ from lhotse import CutSet, MonoCut
 from tqdm import tqdm
 
 from icefall_fusion.common.checks import check, check_choice
-from icefall_fusion.common.command_line import parse_options
+from icefall_fusion.common.command_line import REFUSED, SKIPPED_SOME, parse_options
 from icefall_fusion.data.cut_lines import parse_cut, read_lines
 from icefall_fusion.data.datamodule import load_features
 
 FIELDS = {"features": "lilcom", "recording": "flac"}
-REFUSED, SKIPPED_SOME = 2, 3
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from typing import Any, Optional
 from tqdm import tqdm
 
 from icefall_fusion.common.checks import check, check_choice
-from icefall_fusion.common.command_line import parse_options
+from icefall_fusion.common.command_line import REFUSED, SKIPPED_SOME, parse_options
 from icefall_fusion.common.files import fingerprint, write_json
 from icefall_fusion.data.cut_lines import TruncatedError, read_stream
 from icefall_fusion.data.manifests import SeenIds, cuts_path, join_lines
@@ -44,7 +44,6 @@ from icefall_fusion.text.normalizer import normalize
 CORPUS = "libriheavy"
 PARTS = ("small", "medium", "large")  # of Libri-Light
 FORMS = ("upper", "lower", "cased")
-REFUSED, SKIPPED_SOME = 2, 3
 PREFIX = "download/"  # of all paths in the manifests; --download replaces it
 TOLERANCE = 0.01  # seconds that a cut may end after its recording: one frame
 LISTED, SHOWN = 1000, 20  # skipped lines that the summary has, and that are printed

@@ -23,12 +23,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from icefall_fusion.common.command_line import FAILED, SKIPPED_SOME
 from icefall_fusion.common.files import write_text
 from icefall_fusion.data.paragraphs import paragraphs
 
 SERVER = "https://www.gutenberg.org"
 CATALOG = "cache/epub/feeds/pg_catalog.csv"
-FAILED, SKIPPED_SOME = 1, 3
 
 
 def main() -> int:
