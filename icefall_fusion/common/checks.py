@@ -52,8 +52,10 @@ def is_number(value: object) -> bool:
 
 def check_text(value: Any, name: str) -> None:
     """Raise ValueError unless ``value`` is a string of whole characters (no lone surrogates)."""
-    good = isinstance(value, str)
-    good = good and not any("\ud800" <= letter <= "\udfff" for letter in value)
+    try:
+        good = isinstance(value, str) and (value.isascii() or bool(value.encode()))
+    except UnicodeEncodeError:  # a lone surrogate
+        good = False
     check(good, name, "be text that UTF-8 can write", value)
 
 

@@ -13,7 +13,7 @@ from typing import Iterator, Sequence
 
 from tqdm import tqdm
 
-from icefall_fusion.common.checks import check
+from icefall_fusion.common.checks import check, check_at_least
 from icefall_fusion.common.files import PathLike, atomic_path
 from icefall_fusion.data.paragraphs import gutenberg_body, is_hard_wrapped, paragraphs
 from icefall_fusion.text.normalizer import normalize
@@ -47,14 +47,13 @@ class PrepareTextOptions:
     workers: int = 2
 
     def __post_init__(self) -> None:
-        check(self.test_books >= 1, "PrepareTextOptions.test_books", "be at least 1", self.test_books)
-        check(self.dev_books >= 1, "PrepareTextOptions.dev_books", "be at least 1", self.dev_books)
+        check_at_least(1, self, "test_books", "dev_books")
         rule = "be at least 1"
         check(self.min_characters >= 1, "PrepareTextOptions.min_characters", rule, self.min_characters)
         rule = "be at least 4 times min_characters"
         long_enough = self.max_characters >= 4 * self.min_characters
         check(long_enough, "PrepareTextOptions.max_characters", rule, self.max_characters)
-        check(self.workers >= 1, "PrepareTextOptions.workers", "be at least 1", self.workers)
+        check_at_least(1, self, "workers")
 
 
 def run(options: PrepareTextOptions) -> int:

@@ -20,7 +20,8 @@ from lhotse import Fbank, FbankConfig, Features, LilcomChunkyWriter, MonoCut
 from lhotse.features.base import FeatureExtractor
 from tqdm import tqdm
 
-from icefall_fusion.common.checks import check, check_choice
+from icefall_fusion.common.checks import check, check_at_least, check_choice
+from icefall_fusion.common.command_line import SKIPPED_SOME, UNFINISHED
 from icefall_fusion.common.files import atomic_path, write_json
 from icefall_fusion.data.audio import SAMPLE_RATE, AudioError, resample
 from icefall_fusion.data.cut_audio import read_ahead
@@ -33,7 +34,6 @@ HOP = 160  # samples
 MARGIN = 4  # frames cut off both ends of a chunk, as a frame reaches 280 samples to its right
 SHORTEST = 400  # samples of a window; shorter audio is padded with silence
 BACKENDS = ("lhotse", "kaldifeat")
-SKIPPED_SOME, UNFINISHED = 3, 4  # exit codes
 SHOWN, LISTED = 20, 10_000  # skipped cuts: how many are printed, how many the report lists
 EVALUATION = ("dev", "test")  # splits with these prefixes are neither perturbed nor shuffled
 
@@ -78,11 +78,10 @@ class FbankOptions:
 
     def __post_init__(self) -> None:
         check(len(self.splits) > 0, "FbankOptions.splits", "name at least one split", self.splits)
-        check(self.workers >= 1, "FbankOptions.workers", "be at least 1", self.workers)
-        check(self.shard_size >= 1, "FbankOptions.shard_size", "be at least 1", self.shard_size)
+        check_at_least(1, self, "workers", "shard_size")
         check_choice(self.backend, BACKENDS, "FbankOptions.backend")
         check_corpus(self.corpus, "FbankOptions.corpus")
-        check(self.start >= 0, "FbankOptions.start", "be at least 0", self.start)
+        check_at_least(0, self, "start")
         rule = f"be above start ({self.start})"
         check(self.stop is None or self.stop > self.start, "FbankOptions.stop", rule, self.stop)
 

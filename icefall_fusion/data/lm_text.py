@@ -14,7 +14,7 @@ from typing import Any, Callable, Iterator
 import numpy as np
 from tqdm import tqdm
 
-from icefall_fusion.common.checks import check, check_choice
+from icefall_fusion.common.checks import check, check_at_least, check_choice
 from icefall_fusion.common.files import atomic_path, write_json
 from icefall_fusion.data.books import read_jsonl
 
@@ -67,10 +67,10 @@ class LmTextOptions:
         check(len(self.streams) > 0, "LmTextOptions.streams", "name one at least", self.streams)
         for name in self.streams:
             check_choice(name, STREAMS, "LmTextOptions.streams")
-        check(self.max_group >= 2, "LmTextOptions.max_group", "be at least 2", self.max_group)
+        check_at_least(2, self, "max_group")
         share = self.cased_share
         check(0.0 <= share <= 1.0, "LmTextOptions.cased_share", "be between 0 and 1", share)
-        check(self.workers >= 1, "LmTextOptions.workers", "be at least 1", self.workers)
+        check_at_least(1, self, "workers")
 
 
 def run(options: LmTextOptions) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from icefall_fusion.common.checks import check
+from icefall_fusion.common.checks import check, check_at_least
 
 
 @dataclass(frozen=True)
@@ -64,11 +64,9 @@ class DataOptions:
     def __post_init__(self) -> None:
         for name in ("max_duration", "eval_duration", "max_seconds", "feature_mask_size", "frame_mask_size"):
             check(getattr(self, name) > 0, f"DataOptions.{name}", "be positive", getattr(self, name))
-        for name in ("min_seconds", "workers", "time_warp", "feature_masks", "frame_masks"):
-            check(getattr(self, name) >= 0, f"DataOptions.{name}", "be at least 0", getattr(self, name))
-        check(self.num_buckets >= 2, "DataOptions.num_buckets", "be at least 2", self.num_buckets)
-        check(self.buffer >= 1, "DataOptions.buffer", "be at least 1", self.buffer)
-        check(self.prefetch >= 1, "DataOptions.prefetch", "be at least 1", self.prefetch)
+        check_at_least(0, self, "min_seconds", "workers", "time_warp", "feature_masks", "frame_masks")
+        check_at_least(2, self, "num_buckets")
+        check_at_least(1, self, "buffer", "prefetch")
         for name in ("frame_mask_fraction", "spec_augment_share", "noise_share"):
             check(0 <= getattr(self, name) <= 1, f"DataOptions.{name}", "lie in 0..1", getattr(self, name))
         rule = f"be at least noise_lowest ({self.noise_lowest} dB)"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Sequence
 
-from icefall_fusion.common.checks import check
+from icefall_fusion.common.checks import check, check_at_least
 from icefall_fusion.data.books import read_jsonl, write_jsonl
 
 
@@ -39,7 +39,7 @@ class SelectOptions:
     def __post_init__(self) -> None:
         for name in ("train_hours", "dev_hours", "test_hours", "characters_per_second"):
             check(getattr(self, name) > 0, f"SelectOptions.{name}", "be greater than 0", getattr(self, name))
-        check(self.min_words >= 1, "SelectOptions.min_words", "be at least 1", self.min_words)
+        check_at_least(1, self, "min_words")
 
 
 def run(options: SelectOptions) -> int:

@@ -18,7 +18,7 @@ import numpy as np
 import soundfile
 from tqdm import tqdm
 
-from icefall_fusion.common.checks import check, check_choice
+from icefall_fusion.common.checks import check, check_at_least, check_choice
 from icefall_fusion.common.files import atomic_path, write_json
 from icefall_fusion.data.espeak import ACCENTS, SAMPLE_RATE, speak
 from icefall_fusion.data.manifests import (
@@ -79,8 +79,7 @@ class SynthesizeOptions:
     def __post_init__(self) -> None:
         check_choice(self.split, SPLITS, "SynthesizeOptions.split")
         check_corpus(self.corpus, "SynthesizeOptions.corpus")
-        check(self.workers >= 1, "SynthesizeOptions.workers", "be at least 1", self.workers)
-        check(self.shard_size >= 1, "SynthesizeOptions.shard_size", "be at least 1", self.shard_size)
+        check_at_least(1, self, "workers", "shard_size")
         check(
             0 < self.min_seconds < self.max_seconds,
             "SynthesizeOptions.min_seconds",

@@ -12,7 +12,7 @@ from typing import Iterator, Sequence
 
 from tqdm import tqdm
 
-from icefall_fusion.common.checks import check
+from icefall_fusion.common.checks import check, check_at_least
 from icefall_fusion.common.files import atomic_path, write_text
 from icefall_fusion.data.books import read_jsonl
 from icefall_fusion.text.tokens import AcousticTokens
@@ -50,8 +50,8 @@ class TokenizerOptions:
     seed: int = 17
 
     def __post_init__(self) -> None:
-        check(self.pieces >= 32, "TokenizerOptions.pieces", "be at least 32", self.pieces)
-        check(self.piece_lines >= 1, "TokenizerOptions.piece_lines", "be at least 1", self.piece_lines)
+        check_at_least(32, self, "pieces")
+        check_at_least(1, self, "piece_lines")
         rule = "be 0, or from 258 (bytes, <s>, </s>) to 65536 (uint16)"
         good = self.llm_tokens == 0 or 258 <= self.llm_tokens <= 65536
         check(good, "TokenizerOptions.llm_tokens", rule, self.llm_tokens)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Union
 
-from icefall_fusion.common.checks import check
+from icefall_fusion.common.checks import check, check_at_least
 from icefall_fusion.common.command_line import SKIPPED_SOME
 from icefall_fusion.common.files import write_text
 from icefall_fusion.data import synthesis
@@ -60,7 +60,7 @@ class DemoOptions:
 
     def __post_init__(self) -> None:
         check(bool(self.out), "DemoOptions.out", "name a folder", self.out)
-        check(self.workers >= 1, "DemoOptions.workers", "be at least 1", self.workers)
+        check_at_least(1, self, "workers")
         parse_methods(self.methods)
 
 

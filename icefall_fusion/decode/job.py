@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from icefall_fusion.acoustic.saved import save_emissions
-from icefall_fusion.common.checks import check
+from icefall_fusion.common.checks import check, check_at_least
 from icefall_fusion.common.command_line import SKIPPED_SOME
 from icefall_fusion.common.environment import describe_environment
 from icefall_fusion.common.files import fingerprint, write_json
@@ -69,7 +69,7 @@ class DecodeOptions(RecognizerOptions):
         check(len(self.test_sets) > 0, "DecodeOptions.test_sets", "name a manifest at least", self.test_sets)
         for name in self.test_sets:
             check(name and "/" not in name, "DecodeOptions.test_sets", "have names fit for files", name)
-        check(self.limit >= 0, "DecodeOptions.limit", "be at least 0", self.limit)
+        check_at_least(0, self, "limit")
         parse_methods(self.methods)
 
 

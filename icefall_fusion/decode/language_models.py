@@ -8,13 +8,13 @@ from typing import Any, Container, Iterable, Mapping, Optional
 
 import torch
 
-from icefall_fusion.common.checks import check, check_choice
+from icefall_fusion.common.checks import check, check_at_least, check_choice
 from icefall_fusion.common.devices import check_device, weight_bytes
 from icefall_fusion.fusion.delayed import Prompt
 from icefall_fusion.fusion.ngram import SCALE, LookAhead
 from icefall_fusion.lm import QUANTIZATIONS, CausalLm
 from icefall_fusion.ngram.piece_ngram import PieceNgram
-from icefall_fusion.text.styles import adapt
+from icefall_fusion.text.styles import TEXT_STYLES, adapt
 from icefall_fusion.text.tokens import AcousticTokens
 
 #: LM of a score: (source) -> field of the options.
@@ -54,11 +54,11 @@ class LmOptions:
 
     def __post_init__(self) -> None:
         check_choice(self.dtype, ("float32", "bfloat16", "float16", "auto"), "LmOptions.dtype")
-        check_choice(self.text, ("as-is", "lower", "sentence"), "LmOptions.text")
+        check_choice(self.text, TEXT_STYLES, "LmOptions.text")
         check_choice(self.quantization, QUANTIZATIONS, "LmOptions.quantization")
         both = self.prompt is not None and self.tracks_context
         check(not both, "LmOptions.prompt", "be left out with LmOptions.context or carry", self.prompt)
-        check(self.context_words >= 1, "LmOptions.context_words", "be at least 1", self.context_words)
+        check_at_least(1, self, "context_words")
 
     @property
     def tracks_context(self) -> bool:
@@ -82,7 +82,7 @@ class NgramOptions:
 
     def __post_init__(self) -> None:
         check(self.scale > 0, "NgramOptions.scale", "be above 0", self.scale)
-        check(self.every >= 1, "NgramOptions.every", "be at least 1", self.every)
+        check_at_least(1, self, "every")
 
 
 class LanguageModels:

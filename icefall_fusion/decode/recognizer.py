@@ -15,7 +15,7 @@ import torch
 
 from icefall_fusion.acoustic.emissions import Emissions
 from icefall_fusion.acoustic.sources import EmissionOptions, EmissionSource, open_source
-from icefall_fusion.common.checks import check
+from icefall_fusion.common.checks import check, check_at_least
 from icefall_fusion.common.counters import add_counters
 from icefall_fusion.common.memory import give_back_memory, memory_in_use, peak_memory_bytes, reset_peak_memory
 from icefall_fusion.common.processes import Processes
@@ -66,11 +66,15 @@ class RecognizerOptions:
 
     def __post_init__(self) -> None:
         name = type(self).__name__
-        check(self.batch_size >= 1, f"{name}.batch_size", "be at least 1", self.batch_size)
+        check_at_least(1, self, "batch_size")
         check(self.batch_seconds > 0, f"{name}.batch_seconds", "be above 0 s", self.batch_seconds)
         check(self.longest >= 1, f"{name}.longest", "be at least 1 s", self.longest)
         shift, default = self.search.frame_shift, PrefixSearchOptions().frame_shift
         check(shift == default, "search.frame_shift", "be left alone: it is the acoustic model's", shift)
+
+    def named_models(self) -> set[str]:
+        """Return the sources whose language models are named: of `LM_SOURCES`, and ``ngram``."""
+        return {source for source in (*LM_SOURCES, "ngram") if getattr(self, source).path}
 
 
 class Batch(NamedTuple):
@@ -131,8 +135,7 @@ class Recognizer:
     def _available(self) -> set[str]:
         """Return the models that the options name (see `MethodSpec.needs`)."""
         options = self.options
-        named = {name for name in (*LM_SOURCES, "ngram") if getattr(options, name).path}
-        named |= options.k2.sources()
+        named = options.named_models() | options.k2.sources()
         return named if self.source.model is None else named | {"attention"}
 
     def make_method(self, name: str, weights: Mapping[str, float]) -> Method:

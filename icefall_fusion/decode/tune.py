@@ -13,12 +13,11 @@ from typing import Mapping, Optional, Sequence, Union
 import yaml
 from tqdm import tqdm
 
-from icefall_fusion.common.checks import check
+from icefall_fusion.common.checks import check, check_at_least
 from icefall_fusion.common.command_line import SKIPPED_SOME
 from icefall_fusion.common.files import write_text
 from icefall_fusion.data.manifests import spread
 from icefall_fusion.decode.job import DecodeOptions
-from icefall_fusion.decode.language_models import LM_SOURCES
 from icefall_fusion.decode.method_names import choose_methods, parse_method, parse_methods, weights_of
 from icefall_fusion.decode.recognizer import Batch, Recognizer
 from icefall_fusion.decode.score_table import ScoreTable, coordinate_search
@@ -65,9 +64,9 @@ class TuneOptions:
     def __post_init__(self) -> None:
         check(len(self.nbest) > 0, "TuneOptions.nbest", "name at least one file", self.nbest)
         check(self.highest > 0, "TuneOptions.highest", "be above 0", self.highest)
-        check(self.bonus >= 0, "TuneOptions.bonus", "be at least 0", self.bonus)
-        check(self.rounds >= 1, "TuneOptions.rounds", "be at least 1", self.rounds)
-        check(self.confirm_rounds >= 0, "TuneOptions.confirm_rounds", "be at least 0", self.confirm_rounds)
+        check_at_least(0, self, "bonus")
+        check_at_least(1, self, "rounds")
+        check_at_least(0, self, "confirm_rounds")
         check(self.confirm_step > 1, "TuneOptions.confirm_step", "be above 1", self.confirm_step)
         parse_methods(self.methods)
 
@@ -106,8 +105,8 @@ def _available(options: TuneOptions, lists: Sequence[NBest]) -> set[str]:
         lattices = {"graph", "word_ngram"} if "hlg" in scored else set()
         ahead = set() if options.methods == "all" else {"ngram"}  # look-ahead of a named method has no score
         return scored | lattices | ahead
-    named = {source for source in (*LM_SOURCES, "ngram") if getattr(options.confirm, source).path}
-    return (scored & (named | {"attention"})) | options.confirm.k2.sources()
+    models = options.confirm.named_models() | {"attention"}
+    return (scored & models) | options.confirm.k2.sources()
 
 
 def _write(path: str, weights: Mapping[str, Mapping[str, float]], wer: Mapping[str, float]) -> str:

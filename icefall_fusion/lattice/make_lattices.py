@@ -16,7 +16,7 @@ from typing import MutableMapping
 
 from icefall_fusion.acoustic.emissions import Emissions
 from icefall_fusion.acoustic.saved import SavedSource
-from icefall_fusion.common.checks import check
+from icefall_fusion.common.checks import check, check_at_least
 from icefall_fusion.common.files import fingerprint, write_json
 from icefall_fusion.lattice.saved import save_lattices
 from icefall_fusion.lattice.source import K2Options, K2Source, open_lattices
@@ -44,7 +44,7 @@ class MakeLatticesOptions:
     batch_size: int = 16
 
     def __post_init__(self) -> None:
-        check(self.batch_size >= 1, "MakeLatticesOptions.batch_size", "be at least 1", self.batch_size)
+        check_at_least(1, self, "batch_size")
         check(bool(self.k2.graph), "MakeLatticesOptions.k2.graph", "name a graph of the job make-graph", "")
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from icefall_fusion.common.checks import check
+from icefall_fusion.common.checks import check, check_at_least
 from icefall_fusion.ngram.arpa import longest_order, write_arpa
 from icefall_fusion.ngram.kneser_ney import count_ngrams, kneser_ney, with_marks
 from icefall_fusion.ngram.piece_ngram import PieceNgram
@@ -42,7 +42,7 @@ class TrainNgramOptions:
     digits: int = 5
 
     def __post_init__(self) -> None:
-        check(self.order >= 1, "TrainNgramOptions.order", "be at least 1", self.order)
+        check_at_least(1, self, "order")
         for name in ("data", "tokens", "out"):
             check(bool(getattr(self, name)), f"TrainNgramOptions.{name}", "not be empty", getattr(self, name))
         good = all(cutoff >= 1 for cutoff in self.cutoffs)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Iterator
 
-from icefall_fusion.common.checks import check
+from icefall_fusion.common.checks import check, check_at_least
 from icefall_fusion.common.files import atomic_path, opener
 
 
@@ -42,7 +42,7 @@ class TrainWordNgramOptions:
 
     def __post_init__(self) -> None:
         check(1 <= self.order <= 6, "TrainWordNgramOptions.order", "be in 1..6", self.order)
-        check(self.min_count >= 1, "TrainWordNgramOptions.min_count", "be at least 1", self.min_count)
+        check_at_least(1, self, "min_count")
         rising = list(self.prune) == sorted(self.prune) and len(self.prune) <= self.order
         rule = "be at most `order` rising numbers from 0"
         check(rising and all(n >= 0 for n in self.prune), "TrainWordNgramOptions.prune", rule, self.prune)

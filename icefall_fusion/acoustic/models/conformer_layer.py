@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from icefall_fusion.acoustic.models.attention import SelfAttention
-from icefall_fusion.common.checks import check
+from icefall_fusion.common.checks import check, check_at_least
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,7 @@ class EncoderOptions:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("bins", "size", "heads", "feedforward"):
-            check(getattr(self, name) >= 1, f"EncoderOptions.{name}", "be at least 1", getattr(self, name))
+        check_at_least(1, self, "bins", "size", "heads", "feedforward")
         even = self.size % (2 * self.heads) == 0
         check(even, "EncoderOptions.size", f"be a multiple of {2 * self.heads}", self.size)
         object.__setattr__(self, "layers", tuple(self.layers))

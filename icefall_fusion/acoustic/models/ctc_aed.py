@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from icefall_fusion.acoustic.models.conformer import ChunkOptions, ConformerEncoder, EncoderOptions
 from icefall_fusion.acoustic.models.ctc import CtcHead
 from icefall_fusion.acoustic.models.decoder import AttentionDecoder, DecoderOptions
-from icefall_fusion.common.checks import check
+from icefall_fusion.common.checks import check, check_at_least
 from icefall_fusion.common.files import PathLike, atomic_path, write_json
 from icefall_fusion.text.tokens import AcousticTokens
 
@@ -60,7 +60,7 @@ class ModelOptions:
     chunk_sizes: tuple[int, ...] = (8, 16, 32)
 
     def __post_init__(self) -> None:
-        check(self.vocab_size >= 2, "ModelOptions.vocab_size", "be at least 2", self.vocab_size)
+        check_at_least(2, self, "vocab_size")
         for name in ("blank_id", "sos_eos_id"):
             value, last = getattr(self, name), self.vocab_size - 1
             check(0 <= value <= last, f"ModelOptions.{name}", f"be in 0..{last}", value)

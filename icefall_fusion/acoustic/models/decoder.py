@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from icefall_fusion.acoustic.models.attention import CrossAttention, SelfAttention, masked_bias, rotary_table
-from icefall_fusion.common.checks import check
+from icefall_fusion.common.checks import check, check_at_least
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,7 @@ class DecoderOptions:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("heads", "feedforward", "layers"):
-            check(getattr(self, name) >= 1, f"DecoderOptions.{name}", "be at least 1", getattr(self, name))
+        check_at_least(1, self, "heads", "feedforward", "layers")
         check(0 <= self.dropout < 1, "DecoderOptions.dropout", "be in [0, 1)", self.dropout)
 
 
