@@ -3,23 +3,22 @@ Knows: emissions, .npz files. Must not know: acoustic models, search, fusion, ma
 """
 from __future__ import annotations
 
-import contextlib
 import json
-import zipfile
-import zlib
 from pathlib import Path
-from typing import Any, Iterator, NamedTuple, Sequence
+from typing import Any, NamedTuple, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from icefall_fusion.acoustic.emissions import Emissions, pad_rows
+from icefall_fusion.acoustic.loading import loading
 from icefall_fusion.common.checks import check
 from icefall_fusion.common.files import PathLike, atomic_path
 from icefall_fusion.text.tokens import AcousticTokens
 
 _META = "__emissions__"
+_KIND = "saved log-probs"
 
 
 class _Stored(NamedTuple):
@@ -81,7 +80,7 @@ class SavedSource:
 
     def _add(self, file: Path) -> None:
         """Index a file; its arrays are read by `emit`."""
-        with _reading(file):
+        with loading(file, _KIND):
             archive = np.load(file)
             members = [member for member in archive.files if member != _META]
             meta = json.loads(str(archive[_META])) if _META in archive.files else {}
@@ -112,7 +111,7 @@ class SavedSource:
             )
         arrays = []
         for segment in segments:
-            with _reading(segment.file):
+            with loading(segment.file, _KIND):
                 arrays.append(np.asarray(segment.archive[segment.member], dtype=np.float32))
             check(arrays[-1].ndim == 2, f"saved log-probs of {name}", "be [T,V]", arrays[-1].shape)
             pieces = arrays[-1].shape[1]
@@ -120,15 +119,6 @@ class SavedSource:
                 has = f"the vocabulary has {self.tokens.size} pieces"
                 raise ValueError(f"{has}, but the log-probs of {name} have {pieces}")
         return np.concatenate(arrays)
-
-
-@contextlib.contextmanager
-def _reading(file: Path) -> Iterator[None]:
-    """Turn numpy's errors on a broken archive into a ValueError with the file's name."""
-    try:
-        yield
-    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{file} cannot be loaded as saved log-probs: {error}") from error
 
 
 def save_emissions(

@@ -1,5 +1,5 @@
 """The audio of cuts, one after another or read ahead by threads.
-Knows: cuts, audio files. Must not know: features, models.
+Knows: cuts, audio files, the frame shift. Must not know: how features are made, models.
 """
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from lhotse.audio.utils import AudioLoadingError, DurationMismatchError
 from lhotse.utils import compute_num_samples
 
 from icefall_fusion.data.audio import SAMPLE_RATE, AudioError, load_audio, resample
+from icefall_fusion.data.features import HOP
 
-_HOP = 160  # samples in 10 ms
 _AHEAD = 4  # cuts that each thread may have read before they are used
 
 
@@ -33,7 +33,7 @@ def cut_samples(cut: MonoCut) -> np.ndarray:
     path = cut.recording.sources[0].source
     samples = load_audio(path, allow_empty=True, offset=cut.start, duration=cut.duration)
     first, count = round(cut.start * SAMPLE_RATE), compute_num_samples(cut.duration, SAMPLE_RATE)
-    if len(samples) < count - _HOP:
+    if len(samples) < count - HOP:
         there = f"{first + len(samples)} samples at 16 kHz" if len(samples) else "too few samples"
         raise AudioError(f"audio file {path} is truncated: {there}, the manifest needs {first + count}")
     return np.pad(samples[:count], (0, count - len(samples[:count])))

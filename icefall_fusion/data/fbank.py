@@ -27,10 +27,9 @@ from icefall_fusion.data.audio import SAMPLE_RATE, AudioError, resample
 from icefall_fusion.data.cut_audio import read_ahead
 from icefall_fusion.data.cut_lines import parse_cut, read_lines
 from icefall_fusion.data.feature_shards import Shard, joined_lines, plan, ranges
-from icefall_fusion.data.features import DIM, FRAME_SHIFT
+from icefall_fusion.data.features import DIM, FRAME_SHIFT, HOP
 from icefall_fusion.data.manifests import check_corpus, cuts_path, join_lines
 
-HOP = 160  # samples
 MARGIN = 4  # frames cut off both ends of a chunk, as a frame reaches 280 samples to its right
 SHORTEST = 400  # samples of a window; shorter audio is padded with silence
 BACKENDS = ("lhotse", "kaldifeat")

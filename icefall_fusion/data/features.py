@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 DIM = 80  # mel bins
 FRAME_SHIFT = 0.01  # seconds
+HOP = 160  # samples at 16 kHz in it
 PADDING = math.log(1e-10)  # log energy of digital silence, as lhotse and icefall pad; 0.0 would be loud
 
 

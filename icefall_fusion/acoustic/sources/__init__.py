@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
 
+from icefall_fusion.acoustic.loading import loading
 from icefall_fusion.acoustic.saved import SavedSource
-from icefall_fusion.acoustic.sources.base import EmissionSource, loading, tokens_of
+from icefall_fusion.acoustic.sources.base import EmissionSource, tokens_of
 from icefall_fusion.acoustic.sources.checkpoint import CheckpointSource
 from icefall_fusion.acoustic.sources.huggingface import HuggingFaceSource
 from icefall_fusion.acoustic.sources.icefall import IcefallSource

@@ -3,18 +3,14 @@ Knows: features, vocabularies. Must not know: any one model, search, fusion, man
 """
 from __future__ import annotations
 
-import contextlib
-import pickle
-import textwrap
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Iterator, Protocol, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, Sequence
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from icefall_fusion.acoustic.emissions import Emissions, no_frames, scatter_rows
-from icefall_fusion.common.files import PathLike
+from icefall_fusion.acoustic.loading import loading
 from icefall_fusion.data.features import DIM, FRAME_SHIFT, pad_features
 from icefall_fusion.text.tokens import AcousticTokens
 
@@ -22,10 +18,6 @@ if TYPE_CHECKING:
     from icefall_fusion.acoustic.sources import EmissionOptions
 
 _TEN_SECONDS = round(10 / FRAME_SHIFT)  # feature frames
-_BROKEN = (
-    OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError,
-    torch.jit.Error, pickle.UnpicklingError,
-)
 
 
 class EmissionSource(Protocol):
@@ -103,16 +95,6 @@ class FeatureSource:
         if outputs != self.tokens.size:
             raise ValueError(f"the vocabulary has {self.tokens.size} pieces, but {name} has {outputs}")
         return round(_TEN_SECONDS / max(1, encoder_out.shape[1])) * FRAME_SHIFT
-
-
-@contextlib.contextmanager
-def loading(name: PathLike, what: str) -> Iterator[None]:
-    """Turn what libraries raise for broken files, or a hub out of reach, into a ValueError with the name."""
-    try:
-        yield
-    except _BROKEN as error:
-        reason = textwrap.shorten(str(error), 500)
-        raise ValueError(f"{name} cannot be loaded as {what}: {reason}") from error
 
 
 def tokens_of(options: EmissionOptions) -> AcousticTokens:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from icefall_fusion.acoustic.emissions import Emissions, no_frames, pad_rows
-from icefall_fusion.acoustic.sources.base import loading
+from icefall_fusion.acoustic.loading import loading
 from icefall_fusion.common.checks import check
 from icefall_fusion.data.audio import SAMPLE_RATE
 from icefall_fusion.data.features import FRAME_SHIFT

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, Iterator, NoReturn, Sequence
 import torch
 from torch import Tensor
 
-from icefall_fusion.acoustic.sources.base import FeatureSource, loading, tokens_of
+from icefall_fusion.acoustic.loading import loading
+from icefall_fusion.acoustic.sources.base import FeatureSource, tokens_of
 from icefall_fusion.common.checks import check
 from icefall_fusion.data.features import DIM
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from icefall_fusion.acoustic.sources.base import FeatureSource, loading, tokens_of
+from icefall_fusion.acoustic.loading import loading
+from icefall_fusion.acoustic.sources.base import FeatureSource, tokens_of
 
 if TYPE_CHECKING:
     from icefall_fusion.acoustic.sources import EmissionOptions
