@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -137,6 +139,31 @@ def test_house_style(name) -> None:
     imports = [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.module == "__future__"]
     others = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom, ast.FunctionDef))]
     assert imports or not others, f"{name} must start with from __future__ import annotations"
+
+
+@pytest.mark.parametrize("name", [n for n in FILES if n != "search/engines/gpu_kernel"])
+def test_files_and_functions_are_short(name) -> None:
+    text = (PACKAGE / f"{name}.py").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 300
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            assert node.end_lineno - node.lineno < 60, f"{name}: {node.name} has more than 60 lines"
+
+
+def test_delayed_fusion_needs_few_files() -> None:
+    """Who plugs an LLM into a decoder reads what these imports load, and no more."""
+    program = (
+        "import sys\n"
+        "from icefall_fusion.fusion import DelayedFusion\n"
+        "from icefall_fusion.lm import CausalLm\n"
+        "from icefall_fusion.search import ctc_prefix_search\n"
+        "print(*[m.__file__ for name, m in sys.modules.items() if name.split('.')[0] == 'icefall_fusion'])"
+    )
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    files = [Path(file) for file in done.stdout.split()]
+    lines = sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files)
+    assert 10 < len(files) <= 32 and lines <= 5_000, f"{len(files)} files, {lines} lines"
 
 
 @pytest.mark.parametrize("name", [n for n in FILES if n.startswith(OLD_PYTHON)])
