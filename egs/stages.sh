@@ -132,6 +132,12 @@ pieces_folder() { # prints that of the acoustic pieces, as prepare.sh made it; n
   find "$data_dir" -maxdepth 1 -name "lang_bpe_*" ! -name "*.*" 2>/dev/null | head -n 1 || true # a dot: set aside
 }
 
+demo_books() { # folder: the demo's stories go there, one book each
+  mkdir -p "$1"
+  awk -v folder="$1" '/^# /{close(file); file=sprintf("%s/story-%d.txt", folder, ++n); next} file{print > file}' \
+    "$here/../../../tools/demo/stories.txt"
+}
+
 set_aside() { # folders or files: rename those that are there to NAME.1, or the next number that is free
   local path number
   for path in "$@"; do

@@ -36,7 +36,7 @@ from librilike.chapters import Chapter, Planner, Sizes, title_of
 from librilike.speech import audio_path, record
 from tqdm import tqdm
 
-from icefall_fusion.common.checks import check, check_choice
+from icefall_fusion.common.checks import check, check_at_least, check_choice
 from icefall_fusion.common.command_line import DONE, INTERRUPTED, REFUSED, parse_options
 from icefall_fusion.common.files import atomic_path, write_json, write_text
 from icefall_fusion.data.books import split_books
@@ -113,7 +113,7 @@ class LibrilikeOptions:
         check(enough, "LibrilikeOptions.test_books", rule, self.test_books)
         enough = self.dev_books is None or self.dev_books >= 1
         check(enough, "LibrilikeOptions.dev_books", "be at least 1", self.dev_books)
-        check(self.workers >= 1, "LibrilikeOptions.workers", "be at least 1", self.workers)
+        check_at_least(1, self, "workers")
         self.sizes()
         check(any(self.set_hours().values()), "LibrilikeOptions.hours", "leave one set at least", self.hours)
 

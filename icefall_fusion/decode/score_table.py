@@ -13,7 +13,7 @@ import numpy as np
 
 from icefall_fusion.common.checks import check
 from icefall_fusion.nbest import NBest
-from icefall_fusion.scoring.wer import count_errors
+from icefall_fusion.scoring.wer import compare_words, words_of
 
 _LOWEST = -1e9  # the score of a hypothesis that is not there
 
@@ -72,7 +72,8 @@ class ScoreTable:
         errors = np.zeros((len(lists), most), dtype=np.int64)
         words = 0
         for row, (utterance, texts) in enumerate(lists.items()):
-            counts = [count_errors(references[utterance], text) for text in texts]
+            reference = words_of(references[utterance])
+            counts = [compare_words(reference, words_of(text)) for text in texts]
             table[row, : len(texts)] = np.clip(list(texts.values()), _LOWEST, -_LOWEST)
             errors[row, : len(texts)] = [count.errors for count in counts]
             words += counts[0].words

@@ -14,8 +14,8 @@ from typing import MutableMapping, NamedTuple, Optional, Sequence
 import torch
 from torch import Tensor
 
-from icefall_fusion.common.checks import check, check_choice
-from icefall_fusion.lattice.graph import Labels, WordTokens
+from icefall_fusion.common.checks import check, check_at_least, check_choice
+from icefall_fusion.lattice.graph import Labels, outputs_of
 from icefall_fusion.lattice.lattices import Lattices
 from icefall_fusion.lattice.nbest_lists import beam_lists
 from icefall_fusion.nbest import NBest
@@ -47,7 +47,7 @@ class LatticeBeamOptions:
 
     def __post_init__(self) -> None:
         name, score_beam = "LatticeBeamOptions.", self.score_beam
-        check(self.beam >= 1, name + "beam", "be at least 1", self.beam)
+        check_at_least(1, self, "beam")
         check_choice(self.merge, ("sum", "max"), name + "merge")
         check(score_beam is None or score_beam > 0, name + "score_beam", "be none or above 0", score_beam)
         check(self.nbest is None or self.nbest >= 1, name + "nbest", "be none or at least 1", self.nbest)
@@ -280,8 +280,7 @@ def _history_keys(labels: Labels) -> tuple[Tensor, Tensor]:
     """
     if labels in _KEYS:
         return _KEYS[labels]
-    pieces = ((), *((piece,) for piece in range(1, labels.size)))
-    outputs = labels.outputs if isinstance(labels, WordTokens) else pieces
+    outputs = outputs_of(labels)
     highest = max((word for output in outputs for word in output), default=0)
     generator = torch.Generator().manual_seed(1234)
     low = torch.iinfo(torch.int64)

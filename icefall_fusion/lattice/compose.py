@@ -17,7 +17,7 @@ import torch
 from icefall_fusion.common.checks import check, check_choice
 from icefall_fusion.common.files import PathLike, opener
 from icefall_fusion.common.unavailable import Unavailable
-from icefall_fusion.lattice.graph import TOPOLOGIES, DecodingGraph
+from icefall_fusion.lattice.graph import TOPOLOGIES, DecodingGraph, outputs_of
 from icefall_fusion.lattice.k2_fsas import load_k2
 from icefall_fusion.ngram.arpa import END, START, UNKNOWN
 from icefall_fusion.text.lexicon import Lexicon
@@ -35,7 +35,7 @@ def make_h(tokens: AcousticTokens, topology: str = "standard") -> DecodingGraph:
     """
     fsa = load_k2().arc_sort(_ctc_topology(tokens, topology))
     fsa.piece = fsa.aux_labels
-    outputs = [(), *((piece,) for piece in range(1, tokens.size))]
+    outputs = outputs_of(tokens)
     return _to_graph(fsa, fsa.aux_labels.clamp(min=0), outputs, "H", topology, [], tokens)
 
 

@@ -118,6 +118,13 @@ class WordTokens:
 Labels = Union[AcousticTokens, WordTokens]
 
 
+def outputs_of(labels: Labels) -> Sequence[tuple[int, ...]]:
+    """Return the ids of words or pieces that each output label stands for; label 0 for none."""
+    if isinstance(labels, WordTokens):
+        return labels.outputs
+    return [(), *((piece,) for piece in range(1, labels.size))]
+
+
 def save_graph(path: PathLike, graph: DecodingGraph) -> None:
     """Write a graph to ``.npz``; whole or not at all."""
     head = {name: getattr(graph, name) for name in ("kind", "topology", "pieces", "fingerprint")}

@@ -11,7 +11,7 @@ from typing import Any, Mapping, MutableMapping, NamedTuple, Sequence
 import torch
 
 from icefall_fusion.acoustic.emissions import Emissions
-from icefall_fusion.common.checks import check
+from icefall_fusion.common.checks import check, check_at_least
 from icefall_fusion.common.counters import add_counters
 from icefall_fusion.lattice.graph import DecodingGraph
 from icefall_fusion.lattice.k2_fsas import load_k2, thin_out, to_dense, to_fsa
@@ -54,15 +54,13 @@ class LatticeOptions:
         name = "LatticeOptions."
         for field in ("search_beam", "output_beam", "path_scale"):
             check(getattr(self, field) > 0, name + field, "be above 0", getattr(self, field))
-        check(self.graph_scale >= 0, name + "graph_scale", "be at least 0", self.graph_scale)
+        check_at_least(0, self, "graph_scale", "min_active_states")
         fewest, most = self.min_active_states, self.max_active_states
-        check(fewest >= 0, name + "min_active_states", "be at least 0", fewest)
         rule = f"be at least {max(1, fewest)} (min_active_states)"
         check(most >= max(1, fewest), name + "max_active_states", rule, most)
         posterior = self.rescore_posterior
         check(0 < posterior < 1, name + "rescore_posterior", "be between 0 and 1", posterior)
-        for field in ("max_arcs", "rescore_arcs", "paths"):
-            check(getattr(self, field) >= 1, name + field, "be at least 1", getattr(self, field))
+        check_at_least(1, self, "max_arcs", "rescore_arcs", "paths")
 
 
 class K2Lattices(NamedTuple):

@@ -23,6 +23,7 @@ from icefall_fusion.nbest import NBest, to_json
 from icefall_fusion.text.tokens import AcousticTokens
 
 _NAME = "saved lattices"  # in messages
+_KEPT = 4  # files in memory: those of a batch, which all methods read in turn
 
 
 def save_lattices(
@@ -58,7 +59,6 @@ def _small(values: np.ndarray) -> np.ndarray:
 class _File(NamedTuple):
     """A file of lattices, read whole."""
 
-    path: Path
     lattices: Lattices
     lists: dict[str, list[NBest]]
     seconds: dict[str, float]
@@ -81,7 +81,7 @@ class SavedLattices:
     def __init__(self, folder: PathLike, tokens: AcousticTokens, device: torch.device) -> None:
         self.device, self.folder = device, Path(folder)
         self._rows: dict[str, tuple[Path, int]] = {}
-        self._file = None
+        self._files: dict[Path, _File] = {}  # those read last
         paths = _files_of(folder)
         with open_npz(paths[0], _NAME) as (head, arrays):
             wanted, outputs = head["outputs"], array_text(arrays["outputs"])
@@ -131,9 +131,11 @@ class SavedLattices:
                 "make them from this test set's log-probs"
             )
         path, row = self._rows[name]
-        if self._file is None or self._file.path != path:
-            self._file = _read(path)
-        file = self._file
+        if path not in self._files:
+            if len(self._files) == _KEPT:
+                del self._files[next(iter(self._files))]
+            self._files[path] = _read(path)
+        file = self._files[path]
         for kind in kinds:
             rule = f"have {kind!r} lists: make them with an n-gram"
             check(kind in file.lists, f"the lattices of {self.folder}", rule, sorted(file.lists))
@@ -172,4 +174,4 @@ def _read(path: Path) -> _File:
         names = [field.name for field in fields(Lattices) if field.name != "ids"]
         tensors = {name: torch.from_numpy(arrays[name]) for name in names}
         whole = {name: x.long() if x.dtype == torch.int32 else x for name, x in tensors.items()}
-        return _File(path, Lattices(head["ids"], **whole), lists, head["seconds"])
+        return _File(Lattices(head["ids"], **whole), lists, head["seconds"])

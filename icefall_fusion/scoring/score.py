@@ -54,12 +54,16 @@ def run(options: ScoreOptions) -> int:
     nbests = read_texts(options.hyp, nbests=True)
     hypotheses = {u: value[0].text if isinstance(value, NBest) else value for u, value in nbests.items()}
     measure = options.measure
-    print(word_errors(references, hypotheses, measure))
+    if options.out:
+        errors = write_wer_files(
+            options.out, options.test_set, options.key, references, hypotheses, measure
+        )
+        logging.info("wrote recogs-, errs- and wer-summary- files to %s", options.out)
+    else:
+        errors = word_errors(references, hypotheses, measure)
+    print(errors)
     if any(isinstance(value, NBest) for value in nbests.values()):
         print(f"oracle {oracle_errors(references, nbests.values(), measure)}")
-    if options.out:
-        write_wer_files(options.out, options.test_set, options.key, references, hypotheses, measure)
-        logging.info("wrote recogs-, errs- and wer-summary- files to %s", options.out)
     return 0
 
 

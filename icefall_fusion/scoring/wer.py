@@ -137,7 +137,8 @@ def oracle(nbest: NBest, reference: str) -> Hypothesis:
         ValueError: the list is empty.
     """
     check(len(nbest) > 0, f"the list of {nbest.utterance}", "hold a hypothesis", 0)
-    return min(nbest, key=lambda hypothesis: count_errors(reference, hypothesis.text).errors)
+    words = words_of(reference)
+    return min(nbest, key=lambda hypothesis: compare_words(words, words_of(hypothesis.text)).errors)
 
 
 def check_same_utterances(references: Mapping[str, object], hypotheses: Mapping[str, object]) -> None:

@@ -34,7 +34,7 @@ from lhotse import CutSet  # noqa: E402
 from lhotse.dataset import DynamicBucketingSampler  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from icefall_fusion.common.checks import check  # noqa: E402
+from icefall_fusion.common.checks import check, check_at_least  # noqa: E402
 from icefall_fusion.common.command_line import REFUSED, parse_options  # noqa: E402
 from icefall_fusion.common.files import atomic_path, write_json  # noqa: E402
 from icefall_fusion.common.memory import memory_in_use, peak_rss_bytes  # noqa: E402
@@ -64,10 +64,9 @@ class BenchOptions:
     output: str = ""
 
     def __post_init__(self) -> None:
-        check(self.cuts >= 1000, "BenchOptions.cuts", "be at least 1000", self.cuts)
-        check(self.points >= 2, "BenchOptions.points", "be at least 2", self.points)
-        for name in ("pre_text", "lhotse_cuts"):
-            check(getattr(self, name) >= 0, f"BenchOptions.{name}", "be at least 0", getattr(self, name))
+        check_at_least(1000, self, "cuts")
+        check_at_least(2, self, "points")
+        check_at_least(0, self, "pre_text", "lhotse_cuts")
         rule = "be at least 25 (the longest cut)"
         check(self.max_duration >= 25, "BenchOptions.max_duration", rule, self.max_duration)
 

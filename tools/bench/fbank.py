@@ -34,7 +34,7 @@ import torch  # noqa: E402
 from lhotse import MonoCut, Recording, SupervisionSegment  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from icefall_fusion.common.checks import check, check_choice  # noqa: E402
+from icefall_fusion.common.checks import check, check_at_least, check_choice  # noqa: E402
 from icefall_fusion.common.command_line import REFUSED, parse_options  # noqa: E402
 from icefall_fusion.common.files import write_json  # noqa: E402
 from icefall_fusion.data.cut_audio import cut_samples  # noqa: E402
@@ -73,13 +73,13 @@ class BenchOptions:
     output: str = ""
 
     def __post_init__(self) -> None:
-        check(self.minutes >= 0.5, "BenchOptions.minutes", "be at least 0.5", self.minutes)
+        check_at_least(0.5, self, "minutes")
         rule = f"be from 1 to {CHAPTER:g} seconds"
         check(1 <= self.longest <= CHAPTER, "BenchOptions.longest", rule, self.longest)
         check(len(self.backends) > 0, "BenchOptions.backends", "name at least one backend", self.backends)
         for backend in self.backends:
             check_choice(backend, BACKENDS, "BenchOptions.backends")
-        check(self.rounds >= 1, "BenchOptions.rounds", "be at least 1", self.rounds)
+        check_at_least(1, self, "rounds")
 
 
 def main() -> int:

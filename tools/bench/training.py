@@ -29,7 +29,7 @@ import torch  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from icefall_fusion.acoustic.models import CtcAed  # noqa: E402
-from icefall_fusion.common.checks import check, check_choice  # noqa: E402
+from icefall_fusion.common.checks import check, check_at_least, check_choice  # noqa: E402
 from icefall_fusion.common.command_line import REFUSED, parse_options  # noqa: E402
 from icefall_fusion.common.files import write_json  # noqa: E402
 from icefall_fusion.common.memory import keep_freed_memory  # noqa: E402
@@ -68,8 +68,8 @@ class BenchOptions:
         check(self.utterance >= 1, "BenchOptions.utterance", "be at least 1 s", self.utterance)
         rule = f"be 0 or at least {self.utterance} s (utterance)"
         check(self.seconds == 0 or self.seconds >= self.utterance, "BenchOptions.seconds", rule, self.seconds)
-        check(self.steps >= 2, "BenchOptions.steps", "be at least 2", self.steps)
-        check(self.warmup >= 1, "BenchOptions.warmup", "be at least 1", self.warmup)
+        check_at_least(2, self, "steps")
+        check_at_least(1, self, "warmup")
         check_choice(self.device, ("cpu", "cuda"), "BenchOptions.device")
 
 

@@ -21,7 +21,7 @@ import compare
 from process_tree import ProcessTree
 from report import describe, table
 
-from icefall_fusion.common.checks import check, check_choice
+from icefall_fusion.common.checks import check, check_at_least, check_choice
 from icefall_fusion.common.command_line import REFUSED, parse_options
 from icefall_fusion.common.environment import describe_environment
 from icefall_fusion.common.files import write_json
@@ -67,8 +67,7 @@ class KillResumeOptions:
         check(len(self.stages) > 0, "KillResumeOptions.stages", "name at least one stage", self.stages)
         for stage in self.stages:
             check_choice(stage, STAGES, "KillResumeOptions.stages")
-        for name in ("trials", "kills", "world_size"):
-            check(getattr(self, name) >= 1, f"KillResumeOptions.{name}", "be at least 1", getattr(self, name))
+        check_at_least(1, self, "trials", "kills", "world_size")
         check(0 <= self.earliest < 1, "KillResumeOptions.earliest", "lie in 0..1", self.earliest)
 
 

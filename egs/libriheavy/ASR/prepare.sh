@@ -79,9 +79,7 @@ stand_in() { # a corpus of other configurations than "full": conf/*/librilike.ya
       exit 2
     fi
     books=$stories
-    mkdir -p "$stories"
-    awk -v folder="$stories" '/^# /{close(file); file=sprintf("%s/story-%d.txt", folder, ++n); next} {print > file}' \
-      ../../../tools/demo/stories.txt
+    demo_books "$stories"
   fi
   "$python" ../../../tools/make_librilike.py --config "$conf/librilike.yaml" --text "$books" --out "$download" \
     --workers "$workers"

@@ -59,9 +59,7 @@ find_books() { # sets $text where --text was not given
   if [ -n "$text" ]; then return; fi
   if [ "$config" = tiny ]; then # the stories of the demo, one file each
     text=$data_dir/stories
-    mkdir -p "$text"
-    awk -v folder="$text" '/^# /{close(file); file=sprintf("%s/story-%d.txt", folder, ++n); next} file{print > file}' \
-      ../../../tools/demo/stories.txt
+    demo_books "$text"
   else
     text=download/books
     local code=0

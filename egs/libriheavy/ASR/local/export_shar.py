@@ -25,7 +25,7 @@ from typing import Optional
 from lhotse import CutSet, MonoCut
 from tqdm import tqdm
 
-from icefall_fusion.common.checks import check, check_choice
+from icefall_fusion.common.checks import check, check_at_least, check_choice
 from icefall_fusion.common.command_line import REFUSED, SKIPPED_SOME, parse_options
 from icefall_fusion.data.cut_lines import parse_cut, read_lines
 from icefall_fusion.data.datamodule import load_features
@@ -57,8 +57,8 @@ class ExportSharOptions:
         check(len(self.fields) > 0, "ExportSharOptions.fields", "name at least one field", self.fields)
         for field in self.fields:
             check_choice(field, FIELDS, "ExportSharOptions.fields")
-        check(self.shard_size >= 1, "ExportSharOptions.shard_size", "be at least 1", self.shard_size)
-        check(self.start >= 0, "ExportSharOptions.start", "be at least 0", self.start)
+        check_at_least(1, self, "shard_size")
+        check_at_least(0, self, "start")
         rule = f"be above start ({self.start})"
         check(self.stop is None or self.stop > self.start, "ExportSharOptions.stop", rule, self.stop)
 
