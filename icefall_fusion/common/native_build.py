@@ -21,8 +21,6 @@ from typing import Any, Optional
 from icefall_fusion.common.unavailable import Unavailable, asked_once
 
 _PACKAGE = Path(__file__).parents[1]
-_SOURCES = sorted(_PACKAGE.rglob("*.cpp"))
-_READ = [*_SOURCES, *sorted(_PACKAGE.rglob("*.h"))]
 _OUT_OF_MEMORY = -9  # as in guarded.h
 # without -fno-math-errno every exponential is a call that the compiler may not move
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-std=c++17", "-shared", "-fPIC")
@@ -68,8 +66,9 @@ def _build(command: list[str]) -> Path:
     short, or that somebody else put there under this name, is not loaded but built again.
     """
     version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True).stdout
-    sources = (path.read_text(encoding="utf-8") for path in _READ)
-    made_of = "\n".join([*sources, version, *command[1:], *_FLAGS, _processor()])
+    sources = sorted(_PACKAGE.rglob("*.cpp"))
+    texts = (path.read_text(encoding="utf-8") for path in [*sources, *sorted(_PACKAGE.rglob("*.h"))])
+    made_of = "\n".join([*texts, version, *command[1:], *_FLAGS, _processor()])
     name = f"icefall_fusion-{_hash(made_of.encode())}"
     folder = _usable_folder()
     for library in folder.glob(f"{name}-*.so"):
@@ -79,7 +78,7 @@ def _build(command: list[str]) -> Path:
     handle, temporary = tempfile.mkstemp(dir=folder, suffix=".so")
     os.close(handle)
     try:
-        build = [*command, *_FLAGS, "-o", temporary, *map(str, _SOURCES)]
+        build = [*command, *_FLAGS, "-o", temporary, *map(str, sources)]
         subprocess.run(build, capture_output=True, text=True, check=True)
         os.chmod(temporary, 0o644)  # other users may load it from a shared cache, not change it
         library = folder / f"{name}-{_hash(Path(temporary).read_bytes())}.so"

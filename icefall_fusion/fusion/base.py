@@ -76,7 +76,7 @@ class LmFusion(Fusion):
         """Give slots (flat indices [n] into [B, K]) new raw scores and numbers of paid words."""
         scores = self._numbers(beam, slots, scores).clamp(min=LOG_ZERO)
         lm, fused = beam.lm[..., self.index], beam.fused
-        row, column = torch.div(slots, lm.shape[1], rounding_mode="floor"), slots % lm.shape[1]
+        row, column = rows_and_columns(slots, lm.shape[1])
         gain = self.weight * (scores - lm[row, column])
         lm[row, column] = scores
         if words is not None:
@@ -84,6 +84,15 @@ class LmFusion(Fusion):
             gain = gain + self.word_bonus * (words - paid[row, column])
             paid[row, column] = words
         fused[row, column] += gain
+
+    def _add(self, beam: Beam, slots: Tensor, more: Tensor) -> None:
+        """Add to the raw scores of slots (flat indices [n] into [B, K])."""
+        self._write(beam, slots, beam.lm[..., self.index].reshape(-1)[slots] + more)
+
+    def _move(self, beam: Beam, slots: Tensor, nodes: Tensor) -> None:
+        """Let slots (flat indices [n] into [B, K]) stand at other tree nodes."""
+        row, column = rows_and_columns(slots, beam.state.shape[1])
+        beam.state[row, column, self.index] = nodes.to(beam.state.device)
 
     def _numbers(self, beam: Beam, slots: Tensor, scores: Tensor) -> Tensor:
         bad = torch.isnan(scores)
@@ -94,6 +103,11 @@ class LmFusion(Fusion):
                 f"{self._ids[utterance]!r} has NaN"
             )
         return scores.to(beam.lm.device, torch.float32)
+
+
+def rows_and_columns(slots: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Return the utterances and the slots of flat indices [n] into [B, K], where K is ``width``."""
+    return torch.div(slots, width, rounding_mode="floor"), slots % width
 
 
 def asked_slots(beam: Beam, active: Tensor) -> Tensor:
@@ -144,8 +158,8 @@ def check_prompt(prompt: Any, name: str) -> None:
 
 def prompt_tokens(
     lm: Any, prompt: Union[None, str, Mapping[str, str]], ids: Sequence[str]
-) -> Optional[list[list[int]]]:
-    """Return the token ids of each utterance's prompt, or None where there is none.
+) -> list[list[int]]:
+    """Return the token ids of each utterance's prompt; without one there are none.
 
     Args:
         lm: a `CausalLm`.
@@ -156,7 +170,7 @@ def prompt_tokens(
         ValueError: an utterance has no prompt.
     """
     if prompt is None:
-        return None
+        return [[] for _ in ids]
     if isinstance(prompt, str):
         texts = [prompt] * len(ids)
     else:

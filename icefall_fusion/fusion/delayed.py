@@ -104,11 +104,11 @@ class DelayedFusion(LmFusion):
         check(tokens is not None, "tokens", "be passed to the search for delayed fusion", None)
         self._tokenizer.check_acoustic(tokens)
         prompts = prompt_tokens(self.lm, self.prompt, ids)
-        self._prompted = [bool(prompt) for prompt in prompts] if prompts else [False] * len(ids)
+        prompted = [bool(prompt) for prompt in prompts]
         self._open(beam, index, ids, prompts, aside=self.late > 0)
         self._flying: list[_Event] = []
         self._lens = beam.lens.cpu()
-        self._texts = self._tree, beam.arena, tokens, self._tokenizer, self._prompted, ids
+        self._texts = self._tree, beam.arena, tokens, self._tokenizer, prompted, ids
         if self.late:  # late scores need the words of shorter prefixes; compiled code does not keep them
             self._go_by_python()
         else:
@@ -259,11 +259,6 @@ class DelayedFusion(LmFusion):
 
         self._word_nodes = WordNodes(*self._texts)
         return self._word_nodes
-
-    def _move(self, beam: Beam, slots: Tensor, nodes: Tensor) -> None:
-        width = beam.state.shape[1]
-        row = torch.div(slots, width, rounding_mode="floor")
-        beam.state[row, slots % width, self.index] = nodes.to(slots.device)
 
     def _clean(self, beam: Beam) -> None:
         """Free what no live hypothesis needs, in the tree and among the known words."""

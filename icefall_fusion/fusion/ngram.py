@@ -82,7 +82,7 @@ class NgramFusion(LmFusion):
         if self.eos and slots.numel():
             contexts = piece_contexts(beam.arena, beam.node.reshape(-1)[slots], self._ngram)
             ends = self._ngram.score(contexts, torch.full_like(slots, self._ngram.end_id))
-            self._write(beam, slots, beam.lm[..., self.index].reshape(-1)[slots] + ends)
+            self._add(beam, slots, ends)
 
 
 def piece_contexts(arena: PrefixArena, nodes: Tensor, ngram: PieceNgram) -> list[Tensor]:

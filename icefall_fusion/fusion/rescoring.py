@@ -61,12 +61,10 @@ def rescore_with_lm(
     words = {word for nbest in nbests for hypothesis in nbest for word in hypothesis.words()}
     tokenizer.check(sorted(word for word in words if word.split() != [word]))
     prompt_ids = prompt_tokens(lm, prompts, [nbest.utterance for nbest in nbests])
-    prompted = [bool(ids) for ids in prompt_ids] if prompt_ids is not None else [False] * len(nbests)
-    paths = [_paths(tokenizer, nbest, goes_on) for nbest, goes_on in zip(nbests, prompted)]
+    paths = [_paths(tokenizer, nbest, bool(ids)) for nbest, ids in zip(nbests, prompt_ids)]
     scores: list[list[float]] = []
     for start, stop in _chunks(paths):
-        chosen = None if prompt_ids is None else prompt_ids[start:stop]
-        scores += _score_paths(lm, paths[start:stop], chosen, eos, counters)
+        scores += _score_paths(lm, paths[start:stop], prompt_ids[start:stop], eos, counters)
     return [nbest.with_scores(source, values) for nbest, values in zip(nbests, scores)]
 
 

@@ -77,11 +77,8 @@ class ShallowFusion(LmFusion):
         """Move the grown hypotheses to the tree's child by their last piece (see ``Fusion.advance``)."""
         slots = (grew & beam.alive).reshape(-1).nonzero().squeeze(1)
         if slots.numel():
-            row = torch.div(slots, grew.shape[1], rounding_mode="floor")
-            column = slots % grew.shape[1]
-            nodes = beam.state[row, column, self.index].cpu()
-            children = self._tree.child(nodes, beam.last[row, column].cpu())
-            beam.state[row, column, self.index] = children.to(beam.state.device)
+            nodes = beam.state[..., self.index].reshape(-1)[slots].cpu()
+            self._move(beam, slots, self._tree.child(nodes, beam.last.reshape(-1)[slots].cpu()))
         self._frames += 1
         if self._frames % _KEEP_AFTER == 0:
             self._tree.keep(beam.state[..., self.index].reshape(-1)[live_slots(beam)].cpu())
@@ -92,7 +89,7 @@ class ShallowFusion(LmFusion):
         if self.eos and slots.numel():
             nodes = beam.state[..., self.index].reshape(-1)[slots].cpu()
             ends = self._tree.eos_scores(nodes).to(beam.lm.device, torch.float32)
-            self._write(beam, slots, beam.lm[..., self.index].reshape(-1)[slots] + ends)
+            self._add(beam, slots, ends)
         self._close()
 
     def _check_pieces(self, pieces: Tensor, vocab_size: int) -> None:

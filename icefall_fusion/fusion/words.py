@@ -135,7 +135,7 @@ class WordNodes:
 
     def __init__(self, scorer: TreeScorer, arena: PrefixArena, tokens: Any, tokenizer: WordTokenizer,
                  prompted: Sequence[bool], ids: Sequence[str]) -> None:
-        self.scorer, self.arena, self.tokens, self.tokenizer = scorer, arena, tokens, tokenizer
+        self.scorer, self.tokenizer = scorer, tokenizer
         self.prompted, self.ids = list(prompted), ids
         self._words = ClosedWords(arena, tokens)
         for utterance, node in enumerate(scorer.roots().tolist()):
@@ -152,7 +152,7 @@ class WordNodes:
             ValueError: the tokenizer cannot spell a word; the message has the utterance and the word.
         """
         distinct, where = np.unique(boundaries, return_inverse=True)
-        return self._of_histories(self.histories(distinct), where)
+        return self._of_histories(self._words.closed(distinct.tolist()), where)
 
     def complete(self, nodes: ndarray) -> tuple[ndarray, ndarray]:
         """Return the same of all words of prefixes, the open last one included (end of utterance)."""

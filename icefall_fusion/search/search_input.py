@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any, NamedTuple, Optional, Sequence
 
 import torch
@@ -139,7 +138,7 @@ def _check_blank(blank_id: Optional[int], tokens: Optional[AcousticTokens], piec
         check(isinstance(tokens, AcousticTokens), "tokens", "be AcousticTokens", type(tokens).__name__)
         check(tokens.size == pieces, "tokens.size", f"equal the {pieces} pieces of log_probs", tokens.size)
     blank = blank_id if blank_id is not None else tokens.blank_id if tokens is not None else 0
-    good = isinstance(blank, Integral) and not isinstance(blank, bool) and 0 <= blank < pieces
+    good = is_count(blank, 0) and blank < pieces
     check(good, "blank_id", f"be in 0..{pieces - 1}", blank)
     if tokens is not None:
         rule = f"be the blank of tokens ({tokens.blank_id})"

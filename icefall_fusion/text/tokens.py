@@ -4,11 +4,10 @@ Knows: SentencePiece models, lists of pieces. Must not know: transformers, torch
 from __future__ import annotations
 
 import hashlib
-from numbers import Integral
 from pathlib import Path
 from typing import Any, Optional, Sequence
 
-from icefall_fusion.common.checks import check, check_text
+from icefall_fusion.common.checks import check, check_text, is_count
 from icefall_fusion.common.files import PathLike
 
 WORD_START = "▁"
@@ -43,8 +42,7 @@ class AcousticTokens:
         check(len(pieces) >= 2, "pieces", "hold a blank and at least one more piece", len(pieces))
         for index, piece in enumerate(pieces):
             check_text(piece, f"pieces[{index}]")
-        good = isinstance(blank_id, Integral) and not isinstance(blank_id, bool)
-        good = good and 0 <= blank_id < len(pieces)
+        good = is_count(blank_id, 0) and blank_id < len(pieces)
         check(good, "blank_id", f"be in 0..{len(pieces) - 1}", blank_id)
         check_text(word_start, "word_start")
         duplicates = len(pieces) - len(set(pieces))

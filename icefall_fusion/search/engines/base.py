@@ -23,12 +23,11 @@ RESCALE_EVERY = 64  # searched frames; the best path's own score is already take
 
 
 class FramePlan(NamedTuple):
-    """The n frames that are searched, with restarts and rescaling.
+    """The n frames that are searched, with restarts.
 
     log_probs: [B, n, V]; best: [B, n]; searched: [B, n] bool (False: padding or skipped).
     map: [B, n] real frame of each, or None where all frames are there.
     restarts: n columns [B, 1] bool (frames were left out just before: a piece may repeat), or None.
-    rescale: searched frame -> [B] bool, utterances whose scores are to be brought back to around 0.
     """
 
     log_probs: Tensor
@@ -36,7 +35,6 @@ class FramePlan(NamedTuple):
     searched: Tensor
     map: Optional[Tensor]
     restarts: Optional[Sequence[Tensor]]
-    rescale: dict[int, Tensor]
 
 
 def plan_frames(inputs: SearchInput, blank_skip: Optional[float], leave_out: bool) -> FramePlan:
@@ -59,10 +57,7 @@ def plan_frames(inputs: SearchInput, blank_skip: Optional[float], leave_out: boo
             log_probs = log_probs[torch.arange(len(log_probs), device=best.device).unsqueeze(1), frame_map]
             gaps = torch.diff(frame_map, dim=1, prepend=torch.full_like(frame_map[:, :1], -1)) > 1
             restarts = (gaps & searched).unsqueeze(2).unbind(1)
-    done = searched.cumsum(1) - 1
-    due = searched & (done > 0) & (done % RESCALE_EVERY == 0)
-    rescale = {t: due[:, t] for t in due.any(0).nonzero().flatten().tolist()}
-    return FramePlan(log_probs, best, searched, frame_map, restarts, rescale)
+    return FramePlan(log_probs, best, searched, frame_map, restarts)
 
 
 def hash_keys(pieces: int, device: torch.device) -> Tensor:
@@ -71,14 +66,14 @@ def hash_keys(pieces: int, device: torch.device) -> Tensor:
     return torch.randint(-(2**62), 2**62, (pieces,), generator=generator).to(device)
 
 
-def columns_needed(beam: int, pieces: int, slack: int) -> int:
-    """Return C, the number of best non-blank pieces to try (``j <= K + slack`` in candidates.py)."""
-    return min(beam + slack + 1, pieces - 1)
+def columns_needed(beam: int, limit: int, slack: int) -> int:
+    """Return C <= ``limit``, the best non-blank pieces to try (``j <= K + slack`` in candidates.py)."""
+    return min(beam + slack + 1, limit)
 
 
-def columns_kept(beam: int, pieces: int) -> int:
-    """Return C, the candidate pieces of a frame when mass is recovered."""
-    return min(pieces, max(beam + 2, 12))
+def columns_kept(beam: int, limit: int) -> int:
+    """Return C <= ``limit``, the candidate pieces of a frame when mass is recovered."""
+    return min(limit, max(beam + 2, 12))
 
 
 class CompiledSearch:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from icefall_fusion.common.checks import check
 from icefall_fusion.search.beam import ROUNDING, Beam
-from icefall_fusion.search.engines.frame_step import Candidates
+from icefall_fusion.search.engines.frame_step import Candidates, ranked
 from icefall_fusion.search.fusion import FusionSet
 
 
@@ -44,8 +44,7 @@ class ExtensionScores:
         total = out.real_total
         if not self.fusions.ranks:
             return total
-        scores = total + torch.cat([self.beam.fused, extra], dim=1)
-        return scores.masked_fill(total == -torch.inf, -torch.inf)  # dead slots may carry anything
+        return ranked(total, torch.cat([self.beam.fused, extra], dim=1))
 
     def _add_scores(self, out: Candidates, piece: Tensor, active: Tensor, extra: Tensor) -> Tensor:
         """Return ``extra`` [B, P] plus the scores of shallow fusions; strike out hopeless extensions."""
@@ -80,8 +79,7 @@ class ExtensionScores:
         beam = self.beam
         hopeful = (out.new_total > -torch.inf) & active.unsqueeze(1)
         if self.fusions.ranks:  # else the raw scores are recorded, whoever survives
-            stays = out.stay_total + beam.fused
-            worst = stays.masked_fill(out.stay_total == -torch.inf, -torch.inf).amin(1, keepdim=True)
+            worst = ranked(out.stay_total, beam.fused).amin(1, keepdim=True)
             hopeful &= out.new_total + extra + (self.ceiling + ROUNDING) >= worst
         asked = torch.zeros_like(beam.last).scatter_add_(1, out.pairs.slot.expand_as(hopeful), hopeful.long())
         beam.asked = asked > 0

@@ -209,3 +209,8 @@ class FrameStep:
         beam.log_nonblank = beam.log_nonblank.gather(1, order)
         beam.fused = beam.fused.gather(1, order)
         return order
+
+
+def ranked(mass: Tensor, fused: Tensor) -> Tensor:
+    """Return log mass and language model scores together; what is dead stays so, whatever it carries."""
+    return (mass + fused).masked_fill(mass == -torch.inf, -torch.inf)

@@ -57,7 +57,7 @@ class GpuSearch(CompiledSearch):
             check_kernel(device, form_of(fusions))
         slots, pieces = beam.node.shape[1], plan.log_probs.shape[2]
         limit, slack = options.most_columns(pieces), fusions.slack(slots)
-        columns = min(limit, columns_needed(slots, pieces, slack))
+        columns = columns_needed(slots, limit, slack)
         width = _power_of_two(slots)
         candidates = _candidates(slots, columns, slack, 2 * width, device)
         count = len(candidates.slot)

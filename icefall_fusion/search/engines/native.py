@@ -132,7 +132,7 @@ class NativeSearch(CompiledSearch):
             return columns_kept(options.beam, limit)
         if any(self.weights):
             return limit  # each frame chooses those that could survive
-        return min(limit, columns_needed(options.beam, pieces, self.fusions.slack(options.beam)))
+        return columns_needed(options.beam, limit, self.fusions.slack(options.beam))
 
     def run(self) -> None:
         """Search all frames; the fusions act where their rule stops utterances, or after each."""

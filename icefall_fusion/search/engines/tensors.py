@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from icefall_fusion.search.beam import ROUNDING, Beam
-from icefall_fusion.search.engines.base import FramePlan, columns_kept, columns_needed
+from icefall_fusion.search.engines.base import RESCALE_EVERY, FramePlan, columns_kept, columns_needed
 from icefall_fusion.search.engines.candidates import best_pieces, make_pairs, prepare_frames
 from icefall_fusion.search.engines.children import Children
 from icefall_fusion.search.engines.extension_scores import ExtensionScores
-from icefall_fusion.search.engines.frame_step import Candidates, Frame, FrameStep
+from icefall_fusion.search.engines.frame_step import Candidates, Frame, FrameStep, ranked
 from icefall_fusion.search.fusion import FusionSet
 
 if TYPE_CHECKING:
@@ -33,7 +33,10 @@ class TensorSearch:
                  fusions: FusionSet) -> None:
         self.fusions, self.blank, self.beam = fusions, inputs.blank, beam
         self.log_probs, self.best, self.searched = plan.log_probs, plan.best, plan.searched
-        self.restarts, self.rescale = plan.restarts, plan.rescale
+        self.restarts = plan.restarts
+        done = self.searched.cumsum(1) - 1
+        due = self.searched & (done > 0) & (done % RESCALE_EVERY == 0)  # scores go back to around 0
+        self.rescale = {t: due[:, t] for t in due.any(0).nonzero().flatten().tolist()}
         self.live = inputs.live
         batch, _, pieces = self.log_probs.shape
         device = self.log_probs.device
@@ -49,7 +52,7 @@ class TensorSearch:
             columns, slack = columns_kept(options.beam, self.limit), None
             self.children = Children(self.beam, pieces, columns)
         else:
-            columns = 0 if self.widens else min(self.limit, columns_needed(options.beam, pieces, slack))
+            columns = 0 if self.widens else columns_needed(options.beam, self.limit, slack)
         self.out = Candidates(batch, make_pairs(options.beam, columns, slack, device), options.beam, device)
 
     def run(self) -> None:
@@ -101,8 +104,7 @@ class TensorSearch:
         beam, stays = self.beam, self.out
         scores = frame.row + frame.shift  # [B, V]
         scores[:, self.blank] = -torch.inf
-        stay_scores = stays.stay_total + beam.fused
-        worst = stay_scores.masked_fill(stays.stay_total == -torch.inf, -torch.inf).amin(1)
+        worst = ranked(stays.stay_total, beam.fused).amin(1)
         best = beam.score.masked_fill(~beam.alive, -torch.inf).amax(1)
         needed = worst - best - self.extensions.ceiling - ROUNDING
         counts = ((scores >= needed.unsqueeze(1)) & (scores > -torch.inf)).sum(1)
