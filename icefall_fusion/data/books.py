@@ -47,13 +47,10 @@ class PrepareTextOptions:
     workers: int = 2
 
     def __post_init__(self) -> None:
-        check_at_least(1, self, "test_books", "dev_books")
-        rule = "be at least 1"
-        check(self.min_characters >= 1, "PrepareTextOptions.min_characters", rule, self.min_characters)
+        check_at_least(1, self, "test_books", "dev_books", "min_characters", "workers")
         rule = "be at least 4 times min_characters"
         long_enough = self.max_characters >= 4 * self.min_characters
         check(long_enough, "PrepareTextOptions.max_characters", rule, self.max_characters)
-        check_at_least(1, self, "workers")
 
 
 def run(options: PrepareTextOptions) -> int:

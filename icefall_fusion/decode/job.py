@@ -149,8 +149,8 @@ class DecodeRun:
                     files[method].append(result.join(), result.cost)
                 kept.drop({utterance.id for utterance, _ in recognizer.unreadable[begin:]})
                 bar.update(len(utterances_of_batch))
-        lost = [(utterance.id, str(error)) for utterance, error in recognizer.unreadable[begin:]]
-        mine = [{"test_set": name, "id": id, "error": error} for id, error in lost]
+        unreadable = recognizer.unreadable[begin:]
+        mine = [{"test_set": name, "id": u.id, "error": str(error)} for u, error in unreadable]
         skipped = [entry for share in self.processes.gather(mine) for entry in share]
         self.skipped += skipped
         return {entry["id"] for entry in skipped}

@@ -127,7 +127,7 @@ class Recognizer:
         needed = set().union(*(method.spec.needs for method in self.methods))
         for source in sorted(needed & set(LM_SOURCES)):
             self.models.get(source)  # of second passes too: an error is raised before anything is decoded
-        self._carries = self.models.carry({source for name in names for source in parse_method(name).sources})
+        self._carries = self.models.carry({s for method in self.methods for s in method.spec.sources})
         self.unreadable: list[tuple[Utterance, InputError]] = []
         self.oom_backoffs, self._most_rows = 0, options.batch_size
         self._least_memory = 0

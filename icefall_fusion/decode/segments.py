@@ -13,7 +13,7 @@ from torch import Tensor
 
 from icefall_fusion.common.counters import add_counters
 from icefall_fusion.data.audio import SAMPLE_RATE
-from icefall_fusion.data.fbank import FRAME_SHIFT
+from icefall_fusion.data.features import FRAME_SHIFT
 from icefall_fusion.decode.utterances import Utterance
 from icefall_fusion.nbest import Hypothesis, NBest, WordTime
 

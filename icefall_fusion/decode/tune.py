@@ -197,8 +197,7 @@ class _Confirmation:
         return {**weights, source: (value or 0.1) * self.options.confirm_step**share}
 
     def _wer(self, method: str, weights: Mapping[str, float]) -> float:
-        chosen = {name: value for name, value in weights.items() if name != "ctc"}
-        ready = self.recognizer.make_method(method, weights_of(method, {method: chosen}))
+        ready = self.recognizer.make_method(method, weights_of(method, {method: weights}))
         result = Recognized()
         for batch in self.batches:
             self.recognizer.decode(ready, batch, range(len(batch.segments)), result)

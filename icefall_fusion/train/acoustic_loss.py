@@ -42,7 +42,7 @@ def validation_loss(model: CtcAed, batch: Batch, tokens: int) -> tuple[Tensor, i
         "ctc": ctc,
         "attention": attention,
         "impossible": impossible,
-        "word_errors": sum(e.insertions + e.deletions + e.substitutions for e in errors),
+        "word_errors": sum(e.errors for e in errors),
         "words": sum(e.words for e in errors),
     }
     return weight * ctc + (1 - weight) * attention, tokens, parts

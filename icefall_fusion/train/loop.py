@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from icefall_fusion.common.processes import merge_over_processes
+from icefall_fusion.common.processes import gather_over_processes, merge_over_processes
 from icefall_fusion.train.checkpoints import (
     checkpoint_path,
     load_checkpoint,
@@ -178,10 +178,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write ``checkpoint-STEP.pt`` (first process) and call ``on_save``."""
-        states = [{"rng": random_states(), "batches": self.train_batches.state_dict()}]
-        if self.world > 1:
-            mine, states = states[0], [None] * self.world
-            dist.all_gather_object(states, mine)
+        states = gather_over_processes({"rng": random_states(), "batches": self.train_batches.state_dict()})
         if self.rank == 0:
             state = {
                 "model": self.model.state_dict(), "optimizer": self.train_step.optimizer.state_dict(),

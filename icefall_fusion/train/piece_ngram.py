@@ -68,8 +68,8 @@ def run(options: TrainNgramOptions) -> int:
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist")
         stream = np.load(path)
-        check(int(stream.max(initial=0)) < tokens.size, f"ids of {path}", f"be below {tokens.size}",
-              int(stream.max(initial=0)))
+        largest = int(stream.max(initial=0))
+        check(largest < tokens.size, f"ids of {path}", f"be below {tokens.size}", largest)
         streams.append((stream, document_bounds(stream, mark, mark, str(path))))
     (train, bounds), (dev, dev_bounds) = streams
     counts = count_ngrams(train, bounds, tokens.size, options.order)
