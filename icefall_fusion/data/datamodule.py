@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from typing import Any, Optional
 
@@ -20,6 +21,8 @@ from icefall_fusion.data.bucketing import Order, Rules
 from icefall_fusion.data.loading import Batch, Encode, Loading, existing_manifest, load_features
 from icefall_fusion.data.manifests import spread
 from icefall_fusion.data.options import DataOptions
+
+_STOPS = {signal.SIGINT, signal.SIGTERM}  # what Ctrl-C and schedulers send
 
 __all__ = ["DataOptions", "EvalBatches", "TrainBatches", "load_features"]
 
@@ -71,7 +74,7 @@ class TrainBatches:
         """Yield the rest of the epoch; a position at its very end leads into the next one."""
         resumed = self.order.used > 0
         any_left = False
-        for batch in self._loader:
+        for batch in _start(self._loader):
             any_left = True
             self.order.used += 1
             _note_skipped(batch, self.skipped, self._told)
@@ -144,7 +147,7 @@ class EvalBatches:
 
     def __iter__(self) -> Iterator[Batch]:
         self.skipped = []
-        for batch in self._loader:
+        for batch in _start(self._loader):
             _note_skipped(batch, self.skipped, set())
             if batch["ids"]:
                 yield batch
@@ -170,10 +173,22 @@ def _loader(loading: Loading, sampler: Any, options: DataOptions) -> DataLoader:
     return DataLoader(loading, batch_size=None, sampler=sampler, num_workers=options.workers, **workers)
 
 
+def _start(loader: DataLoader) -> Iterator[Batch]:
+    """Start the workers of a loader. Signals that stop a job wait meanwhile: a worker inherits this."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _leave_signals_to_the_trainer(worker: int) -> None:
     """Leave the process group, to which Ctrl-C and schedulers send signals. The trainer alone receives them:
     it writes a checkpoint, which may take the next batch, and ends the workers."""
     os.setpgrp()
+    while came := signal.sigpending() & _STOPS:  # between the fork and now
+        signal.sigwait(came)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
 
 
 def _note_skipped(batch: Batch, skipped: list[dict[str, str]], told: set[str]) -> None:

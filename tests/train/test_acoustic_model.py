@@ -228,6 +228,22 @@ def test_a_signal_to_the_whole_process_group_ends_with_a_checkpoint(data_dir: Pa
         assert "'reason': 'signal'" in printed and len(list_checkpoints(tmp_path / "exp")) >= max(1, begun)
 
 
+def test_a_signal_while_a_worker_starts_does_not_end_it(data_dir: Path) -> None:
+    """Ctrl-C may come between the fork of a worker and its first instruction."""
+    code = """
+import os, signal, sys
+from icefall_fusion.data.datamodule import DataOptions, EvalBatches
+
+os.register_at_fork(after_in_child=lambda: os.kill(os.getpid(), signal.SIGTERM))
+batches = list(EvalBatches(sys.argv[1], DataOptions(workers=1)))
+assert batches
+"""
+    manifest = data_dir / "fbank" / "minibooks_cuts_dev.jsonl.gz"
+    done = subprocess.run([sys.executable, "-c", code, str(manifest)], capture_output=True, text=True,
+                          timeout=60, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stderr
+
+
 def test_an_error_in_a_worker_ends_the_training(data_dir: Path, tmp_path: Path) -> None:
     """Whatever workers do with signals, they must be gone when the trainer is."""
     code = """
