@@ -36,6 +36,7 @@ sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
 import figures  # noqa: E402
 import speech  # noqa: E402
+from rates import rates  # noqa: E402
 from shapes import SHAPES, make_model  # noqa: E402
 
 from icefall_fusion.decode.job import DecodeRun  # noqa: E402
@@ -296,19 +297,6 @@ def _to_slots(values: Tensor, slots: int) -> Tensor:
 
 
 # --- measuring ----------------------------------------------------------------------------------------
-
-
-def rates(device: str, dtype: str) -> tuple[float, float]:
-    """Return bytes a second of a copy (read and written), and matrix operations a second (2 a product)."""
-    kind = getattr(torch, dtype)
-    size = 2**30 if figures.on_gpu(device) else 2**25
-    source = torch.zeros(size, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    side = 8192 if figures.on_gpu(device) else 1024
-    left, right = (torch.randn(side, side, device=device).to(kind) for _ in range(2))
-    copy = figures.least_seconds(lambda: target.copy_(source), 7, device)
-    multiply = figures.least_seconds(lambda: left @ right, 7, device)
-    return 2 * size / copy, 2 * side**3 / multiply
 
 
 @torch.inference_mode()
