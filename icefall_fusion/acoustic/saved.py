@@ -1,5 +1,5 @@
-"""Log-probs in files.
-Knows: emissions, .npz files. Must not know: acoustic models, search, fusion, manifests.
+"""Log-probs in files, and their vocabulary beside them.
+Knows: emissions, .npz files, vocabularies. Must not know: acoustic models, search, fusion, manifests.
 """
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from torch import Tensor
 from icefall_fusion.acoustic.emissions import Emissions, pad_rows
 from icefall_fusion.acoustic.loading import loading
 from icefall_fusion.common.checks import check
-from icefall_fusion.common.files import PathLike, atomic_path
+from icefall_fusion.common.files import PathLike, atomic_path, write_json
 from icefall_fusion.text.tokens import AcousticTokens
 
 _META = "__emissions__"
 _KIND = "saved log-probs"
+_BPE, _PIECES = "bpe.model", "vocabulary.json"
 
 
 class _Stored(NamedTuple):
@@ -150,3 +151,34 @@ def save_emissions(
     }
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, **{_META: np.array(json.dumps(meta))}, **arrays)
+
+
+def save_vocabulary(folder: PathLike, tokens: AcousticTokens) -> None:
+    """Write a vocabulary beside saved log-probs: ``bpe.model``, or ``vocabulary.json`` of plain pieces."""
+    folder = Path(folder)
+    if tokens.processor is not None:
+        with atomic_path(folder / _BPE) as temporary:
+            temporary.write_bytes(tokens.processor.serialized_model_proto())
+        return
+    names = ("pieces", "blank_id", "word_start", "delimiter")
+    write_json(folder / _PIECES, {name: getattr(tokens, name) for name in names})
+
+
+def read_vocabulary(path: PathLike) -> AcousticTokens:
+    """Return the vocabulary beside saved log-probs.
+
+    Args:
+        path: a ``.npz`` file, or a folder of them.
+
+    Raises:
+        FileNotFoundError: there is none. ValueError: it is broken.
+    """
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    if (folder / _BPE).is_file():
+        return AcousticTokens.load(folder)
+    if not (folder / _PIECES).is_file():
+        raise FileNotFoundError(
+            f"EmissionOptions.tokens must name a bpe.model, for there is none beside {str(path)!r}"
+        )
+    with loading(folder / _PIECES, "a vocabulary"):
+        return AcousticTokens.from_pieces(**json.loads((folder / _PIECES).read_text(encoding="utf-8")))

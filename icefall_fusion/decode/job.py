@@ -18,7 +18,7 @@ from typing import Any, Mapping, Sequence, Union
 import torch
 from tqdm import tqdm
 
-from icefall_fusion.acoustic.saved import save_emissions
+from icefall_fusion.acoustic.saved import save_emissions, save_vocabulary
 from icefall_fusion.common.checks import check, check_at_least
 from icefall_fusion.common.command_line import SKIPPED_SOME
 from icefall_fusion.common.environment import describe_environment
@@ -49,7 +49,8 @@ class DecodeOptions(RecognizerOptions):
         limit: number of utterances of each set, spread evenly over it; 0 decodes all.
         printed_wer: count words of cased text too, beside normalized words: with case and punctuation
             (wer_printed), and without both as icefall's LibriHeavy recipe does (wer_libriheavy).
-        save_emissions: folder for the log-probs (float16 .npz); empty: not kept.
+        save_emissions: folder for the log-probs (float16 .npz) and their vocabulary, a folder in it for each
+            test set, which ``emissions.model`` can name later; empty: not kept.
         threads: of torch; 0 leaves its default.
         restart: drop the files of an earlier run in ``out`` instead of going on.
     """
@@ -128,6 +129,8 @@ class DecodeRun:
         todo = [u for u in utterances if any(u.id not in file.done for file in files.values())]
         todo = self.processes.share(sorted(todo, key=lambda u: -u.seconds))  # like lengths for each process
         self.write_run("running")
+        if options.save_emissions and self.processes.rank == 0:
+            save_vocabulary(Path(options.save_emissions) / name, self.recognizer.source.tokens)
         skipped = self._decode_share(name, todo, files)
         if skipped:
             logging.warning("%s: %d utterances skipped: %s", name, len(skipped), sorted(skipped)[:10])

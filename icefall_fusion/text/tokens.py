@@ -28,6 +28,8 @@ class AcousticTokens:
         unk_id: id of the unknown piece, or None.
         starts_word: for every id, whether it begins a new word. A delimiter piece ("|") has no text and
             counts as starting the next word.
+        word_start, delimiter: as given to `from_pieces`.
+        processor: SentencePiece's, or None.
     """
 
     def __init__(
@@ -55,9 +57,10 @@ class AcousticTokens:
         self.sos_eos_id = self._find(("<sos/eos>",))
         self.unk_id = self._find(_UNKNOWNS)
         self._ids = {piece: index for index, piece in enumerate(self.pieces)}
+        self.delimiter = delimiter
         self._delimiter_id = None if delimiter is None else self._ids[delimiter]
-        self._word_start = word_start
-        self._processor = processor
+        self.word_start = word_start
+        self.processor = processor
         silent = {blank_id, self._delimiter_id} | {self._ids.get(mark) for mark in _SENTENCE_MARKS}
         self._texts: list[str] = []  # text that each id adds to its word
         self.starts_word: list[bool] = []
@@ -120,13 +123,13 @@ class AcousticTokens:
         Raises:
             ValueError: a character is in no piece and there is no unknown piece.
         """
-        if self._processor is not None:
-            return self._processor.encode(text)
+        if self.processor is not None:
+            return self.processor.encode(text)
         ids: list[int] = []
         for number, word in enumerate(word for word in text.split(" ") if word):
             if number > 0 and self._delimiter_id is not None:
                 ids.append(self._delimiter_id)
-            ids.extend(self._encode_word(word if self._delimiter_id is not None else self._word_start + word))
+            ids.extend(self._encode_word(word if self._delimiter_id is not None else self.word_start + word))
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:

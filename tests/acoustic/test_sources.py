@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from icefall_fusion.acoustic.emissions import Emissions
-from icefall_fusion.acoustic.saved import SavedSource, save_emissions
+from icefall_fusion.acoustic.saved import SavedSource, read_vocabulary, save_emissions, save_vocabulary
 from icefall_fusion.acoustic.sources import EmissionOptions, open_source
 from icefall_fusion.data.features import PADDING
 from icefall_fusion.text.tokens import AcousticTokens
@@ -398,6 +398,21 @@ def test_what_is_broken_is_refused_with_its_path(kind, tmp_path) -> None:
     with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
         open_source(EmissionOptions(str(folder / name), tokens=pieces))
     assert str(folder) in str(caught.value) and len(str(caught.value)) < 1000
+
+
+def test_a_vocabulary_beside_log_probs_comes_back_of_whatever_kind(tmp_path) -> None:
+    letters = AcousticTokens.from_pieces(["<pad>", "|", "a", "b"], blank_id=0, delimiter="|")
+    for number, tokens in enumerate((TOKENS, letters, AcousticTokens.load(tiny.write_bpe(tmp_path)))):
+        folder = tmp_path / str(number)
+        save_vocabulary(folder, tokens)
+        for path in (folder, folder / "a.npz"):
+            again = read_vocabulary(path)
+            assert again.fingerprint() == tokens.fingerprint()
+            assert again.starts_word == tokens.starts_word and again.encode("a a") == tokens.encode("a a")
+    save_vocabulary(folder := tmp_path / "broken", letters)
+    (folder / "vocabulary.json").write_text('{"pieces": []}')
+    with pytest.raises(ValueError, match="vocabulary.json cannot be loaded as a vocabulary"):
+        read_vocabulary(folder)
 
 
 def test_saved_log_probs_that_rot_later_are_named(tmp_path) -> None:

@@ -70,21 +70,29 @@ def test_printed_words_are_counted_beside_normalized_ones(made, tmp_path) -> Non
 
 
 
-def test_saved_emissions_can_be_decoded(made, tmp_path) -> None:
-    kept = tmp_path / "kept"
-    more = ["--methods", "ctc-prefix", "--save_emissions", str(kept)]
-    assert main(arguments(made, tmp_path / "one", *more)) == 0
-    again = arguments({**made, "model": str(kept / "noise")}, tmp_path / "two", "--methods", "ctc-prefix")
-    again += ["--emissions.tokens", made["model"]]
+def test_saved_emissions_can_be_decoded_where_nothing_else_is(made, tmp_path, capsys) -> None:
+    """In a folder of its own: no acoustic model, no audio, no features."""
+    kept, fresh = tmp_path / "kept", tmp_path / "fresh"
+    methods = ["--methods", "ctc-prefix,llm-delayed-shortest"]
+    assert main(arguments(made, tmp_path / "one", *methods, "--save_emissions", str(kept))) == 0
+    (kept / "noise").rename(fresh)
+    cuts = fresh / "cuts.jsonl"
+    with gzip.open(made["cuts"], "rt") as file:
+        cuts.write_text(file.read().replace('"source": "', '"source": "/gone').replace('"features"', '"no"'))
+    again = arguments({**made, "model": str(fresh), "cuts": str(cuts)}, tmp_path / "two", *methods)
     assert main(again) == 0
-    one, two = lists(tmp_path / "one", "ctc-prefix"), lists(tmp_path / "two", "ctc-prefix")
-    assert one.keys() == two.keys()
-    assert [n[0].scores["ctc"] for n in one.values()] == pytest.approx(
-        [two[u][0].scores["ctc"] for u in one], abs=0.1
-    )
-    assert main([*again[:-2], "--out", str(tmp_path / "three")]) == 2  # no vocabulary
-    needs = [*again, "--out", str(tmp_path / "four"), "--methods", "attention-rescoring"]
-    assert main(needs) == 2  # no attention decoder
+    for method in ("ctc-prefix", "llm-delayed-shortest"):
+        one, two = lists(tmp_path / "one", method), lists(tmp_path / "two", method)
+        assert one.keys() == two.keys()
+        for source in one[next(iter(one))][0].scores:
+            assert [n[0].scores[source] for n in one.values()] == pytest.approx(
+                [two[u][0].scores[source] for u in one], abs=0.1
+            )
+    assert main([*again, "--out", str(tmp_path / "four"), "--methods", "attention-rescoring"]) == 2
+    capsys.readouterr()
+    (fresh / "bpe.model").unlink()
+    assert main([*again, "--out", str(tmp_path / "three")]) == 2
+    assert "EmissionOptions.tokens must name a bpe.model" in capsys.readouterr().err
 
 
 

@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import Callable
 
 from icefall_fusion.acoustic.loading import loading
-from icefall_fusion.acoustic.saved import SavedSource
-from icefall_fusion.acoustic.sources.base import EmissionSource, tokens_of
+from icefall_fusion.acoustic.saved import SavedSource, read_vocabulary
+from icefall_fusion.acoustic.sources.base import EmissionSource
 from icefall_fusion.acoustic.sources.checkpoint import CheckpointSource
 from icefall_fusion.acoustic.sources.huggingface import HuggingFaceSource
 from icefall_fusion.acoustic.sources.icefall import IcefallSource
 from icefall_fusion.acoustic.sources.torchscript import TorchScriptSource
 from icefall_fusion.common.checks import check, check_choice
 from icefall_fusion.common.devices import check_device
+from icefall_fusion.text.tokens import AcousticTokens
 
 __all__ = ["SOURCES", "EmissionOptions", "EmissionSource", "open_source"]
 
@@ -61,7 +62,8 @@ class EmissionOptions:
 
 
 def _open_saved(options: EmissionOptions) -> SavedSource:
-    return SavedSource(options.model, tokens_of(options), options.device, options.frame_shift)
+    tokens = AcousticTokens.load(options.tokens) if options.tokens else read_vocabulary(options.model)
+    return SavedSource(options.model, tokens, options.device, options.frame_shift)
 
 
 #: By kind: what opens a source.
