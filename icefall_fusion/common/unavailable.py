@@ -38,7 +38,7 @@ def asked_once(function: Function) -> Function:
                 answers[arguments] = None, reason
         value, reason = answers[arguments]
         if reason is not None:
-            raise Unavailable(str(reason), reason.unusual)
+            raise Unavailable(str(reason), reason.unusual) from reason
         return value
 
     asked.cache_clear = answers.clear  # type: ignore[attr-defined]

@@ -16,8 +16,10 @@ from icefall_fusion.common.unavailable import Unavailable
 from icefall_fusion.fusion import AtEnd, DelayedFusion, FixedInterval, LookAhead, NgramFusion, ShallowFusion
 from icefall_fusion.fusion import ShortestHypothesis as Shortest
 from icefall_fusion.search import PrefixSearchOptions, ctc_prefix_search, engines
+from icefall_fusion.search.beam import Beam
 from icefall_fusion.search.engines import gpu, gpu_check, gpu_ngram, native
 from icefall_fusion.search.fusion import FusionSet
+from icefall_fusion.search.search_input import check_input
 from tests.fusion.test_fusion import assert_same as assert_same_scores
 from tests.fusion.test_fusion import emissions, llm, nlm, tokens  # noqa: F401 (fixtures)
 from tests.ngram.test_ngram import ngram  # noqa: F401 (a fixture)
@@ -148,36 +150,68 @@ def test_a_search_that_it_does_not_serve_is_refused(llm, nlm, ngram, tokens, mon
             decode("triton", log_probs, lens)
 
 
-@pytest.mark.parametrize("form", ["alone", "ranked", "ngram"])
-def test_a_device_is_tried_before_a_search_relies_on_it(form, monkeypatch):
-    device = torch.device(DEVICE)
+@pytest.mark.parametrize("form", gpu_check.trials())
+def test_a_device_is_tried_before_a_search_relies_on_it(form):
     gpu_check.check_kernel.cache_clear()
-    gpu_check.check_kernel(device, form)
+    gpu_check.check_kernel(torch.device(DEVICE), form)
 
+
+def _another_weight(search):
+    *before, table, probes, state = search._before
+    search._before = (*before, table._replace(weight=3 * table.weight), probes, state)
+
+
+@pytest.mark.parametrize(
+    ("form", "spoil"),
+    [
+        ("alone", lambda search: search.state.mass.total.sub_(0.5)),
+        ("pieces", lambda search: search.state.counts.longest.add_(3)),
+        ("ahead", _another_weight),
+        ("ngram", _another_weight),
+    ],
+)
+def test_a_trial_sees_a_wrong_kernel(form, spoil, monkeypatch):
     class Wrong(gpu.GpuSearch):
-        def run(self):
-            super().run()
-            self.beam.log_total.add_(1.0)
+        def __init__(self, *arguments, **more):
+            super().__init__(*arguments, **more)
+            spoil(self)
 
+    monkeypatch.setattr(gpu_check, "GpuSearch", Wrong)
+    with pytest.raises(RuntimeError, match="nats off those of tensors"):
+        gpu_check.run_trial(form, torch.device(DEVICE))
+
+
+def test_a_trial_that_fails_tells_why(monkeypatch, caplog):
     def broken(*arguments, **more):
         raise RuntimeError("no such architecture")
 
-    for engine, why in ((Wrong, "are 1 nats off"), (broken, "RuntimeError: no such architecture")):
-        gpu_check.check_kernel.cache_clear()
-        monkeypatch.setattr(gpu_check, "GpuSearch", engine)
-        with pytest.raises(Unavailable, match=why):
-            gpu_check.check_kernel(device, form)
+    monkeypatch.setattr(gpu_check, "GpuSearch", broken)
+    gpu_check.check_kernel.cache_clear()
+    with pytest.raises(Unavailable, match="trial 'alone': RuntimeError: no such architecture") as raised:
+        gpu_check.check_kernel(torch.device(DEVICE), "alone")
+    causes = [type(raised.value.__cause__), type(raised.value.__cause__.__cause__)]
+    assert causes == [Unavailable, RuntimeError]
+    with pytest.raises(ValueError, match="name must be one of .*'ahead'.* 'other'"):
+        gpu_check.run_trial("other", torch.device(DEVICE))
     gpu_check.check_kernel.cache_clear()
 
 
-def test_what_a_search_needs_of_the_kernel(llm, ngram):  # noqa: F811
-    for fusions, form in (
-        ([], "alone"),
-        ([DelayedFusion(llm, 0.0)], "alone"),
-        ([DelayedFusion(llm, 0.3)], "ranked"),
-        ([NgramFusion(ngram, 0.0)], "ngram"),
+def test_what_a_search_needs_of_the_kernel(llm, ngram, tokens):  # noqa: F811
+    log_probs, lens = emissions(batch=1, frames=5)
+    pieces, look = Shortest("pieces", 2), LookAhead(ngram)
+    for fusions, score_beam, form in (
+        ([], None, "alone"),
+        ([], 5.0, "pieces"),
+        ([DelayedFusion(llm, 0.0, trigger=pieces)], None, "alone"),
+        ([DelayedFusion(llm, 0.3)], None, "ranked"),
+        ([DelayedFusion(llm, 0.3, trigger=pieces)], None, "pieces"),
+        ([DelayedFusion(llm, 0.3, look_ahead=look)], None, "ahead"),
+        ([NgramFusion(ngram, 0.0)], None, "ngram"),
     ):
-        assert gpu_check.form_of(FusionSet(fusions, TOKENS)) == form
+        inputs, together = check_input(log_probs, lens, 0, tokens, None), FusionSet(fusions, tokens)
+        starts_word = torch.tensor(tokens.starts_word)
+        together.begin(Beam.at_root(inputs, 4, starts_word, len(fusions)), inputs.ids)
+        assert gpu_check.form_of(together, score_beam) == form
 
 
 def test_a_kernel_that_cannot_be_made_leaves_the_search_to_tensors(monkeypatch, caplog):
@@ -197,7 +231,7 @@ def test_a_kernel_that_cannot_be_made_leaves_the_search_to_tensors(monkeypatch, 
     engines._tell.cache_clear()
     nbests = decode("auto", log_probs, lens)
     assert [listing(nbest) for nbest in nbests] == [listing(nbest) for nbest in usual]
-    assert "out of resource" in caplog.text
+    assert "out of resource" in caplog.text and "Traceback" in caplog.text
     with pytest.raises(ValueError, match="be auto or torch: .*out of resource"):
         decode("triton", log_probs, lens)
 
@@ -205,8 +239,9 @@ def test_a_kernel_that_cannot_be_made_leaves_the_search_to_tensors(monkeypatch, 
 def test_a_batch_without_words_and_with_an_ngram():
     log_probs, lens = small(4, 2, 8, 40), torch.tensor([8, 5])
 
-    bigram = gpu_check._random_bigram().to(torch.device(DEVICE))
-    nbests = [decode(name, log_probs, lens, None, [gpu_check._Trial(bigram)]) for name in ("triton", "torch")]
+    bigram, trial = gpu_check._random_bigram().to(torch.device(DEVICE)), gpu_check.Trial(ngram="shallow")
+    scores = [gpu_check._Scores(trial, bigram)]
+    nbests = [decode(name, log_probs, lens, None, scores) for name in ("triton", "torch")]
     for kernel, tensors in zip(*nbests):
         assert [h.total for h in kernel] == pytest.approx([h.total for h in tensors], abs=1e-3)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import sys
 from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
 import torch
@@ -129,4 +130,6 @@ def _open(engine: str, inputs: SearchInput, beam: Beam, options: PrefixSearchOpt
 
 @functools.lru_cache(maxsize=1)
 def _tell(why: str) -> None:
-    logging.warning("the prefix search runs on tensors, several times slower: %s", why)
+    reason = sys.exc_info()[1]  # with what a compiler or a driver has raised
+    shown = reason if reason is not None and reason.__cause__ is not None else None
+    logging.warning("the prefix search runs on tensors, several times slower: %s", why, exc_info=shown)

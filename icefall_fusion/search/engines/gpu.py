@@ -54,7 +54,7 @@ class GpuSearch(CompiledSearch):
         if device.type == "cuda" and not trusted:
             from icefall_fusion.search.engines.gpu_check import check_kernel, form_of
 
-            check_kernel(device, form_of(fusions))
+            check_kernel(device, form_of(fusions, options.score_beam))
         slots, pieces = beam.node.shape[1], plan.log_probs.shape[2]
         limit, slack = options.most_columns(pieces), fusions.slack(slots)
         columns = columns_needed(slots, limit, slack)

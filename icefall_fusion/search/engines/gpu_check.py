@@ -1,61 +1,165 @@
-"""A trial of the GPU kernel against tensors, before it is first relied on.
+"""Trials of the GPU kernel against tensors: one before a device is first relied on, all for a check.
 Knows: small random searches. Must not know: language models, real data.
+
+Each trial compiles one form of the kernel; together they have every feature. `check_kernel` runs the one that
+is nearest to a search. `trials` and `run_trial` are for programs that check them all, each in a process of
+its own: an illegal access on a GPU breaks the process. They have run in Triton's interpreter, never on a GPU.
 """
 from __future__ import annotations
 
-from typing import Any, Callable, Optional
+from typing import Any, Callable, NamedTuple, Optional, Sequence
 
 import torch
 from torch import Tensor
 
+from icefall_fusion.common.checks import check
 from icefall_fusion.common.unavailable import Unavailable, asked_once
 from icefall_fusion.ngram.piece_ngram import NgramOrder, PieceNgram
 from icefall_fusion.search.beam import Beam
 from icefall_fusion.search.engines.base import plan_frames
 from icefall_fusion.search.engines.gpu import GpuSearch
 from icefall_fusion.search.engines.tensors import TensorSearch
-from icefall_fusion.search.fusion import Fusion, FusionSet, StopRule
+from icefall_fusion.search.fusion import AheadTerms, Fusion, FusionSet, StopRule, StopRuleRun
 from icefall_fusion.search.search_input import PrefixSearchOptions, check_input
 
 _PIECES, _BEAM, _FRAMES = 40, 8, 30
+_LONG = 70  # frames, in which scores are rescaled
 _WORST = 1e-2  # nats between two ways to add up the same
 
 
-class _Trial(Fusion):
-    """A fusion that ranks by the last piece every few frames, and by an n-gram if it has one."""
+class Trial(NamedTuple):
+    """A small search.
 
-    source, weight = "trial", 0.4
-    _every = 7  # frames
+    fused: whether a fusion ranks; rule: when it stops; ngram: ``shallow``, ``ahead`` or none.
+    words: whether pieces begin words; score_beam, blank_skip: see PrefixSearchOptions; frames: T.
+    """
 
-    def __init__(self, ngram: Optional[PieceNgram]) -> None:
-        self.piece_ngram, self.scores_extensions = ngram, ngram is not None
+    fused: bool = True
+    rule: StopRule = StopRule(7)
+    ngram: Optional[str] = None
+    words: bool = False
+    score_beam: Optional[float] = None
+    blank_skip: Optional[float] = None
+    frames: int = _FRAMES
+
+
+_TRIALS = {
+    "alone": Trial(fused=False, frames=_LONG),
+    "ranked": Trial(words=True),
+    "pieces": Trial(rule=StopRule(2, "pieces"), score_beam=6.0, blank_skip=0.7),
+    "ahead": Trial(rule=StopRule(1, "words"), ngram="ahead", words=True),
+    "ngram": Trial(ngram="shallow", words=True),
+}
+
+
+class _Scores(Fusion):
+    """A fusion that ranks by the last piece where the rule stops, and by an n-gram if it has one.
+
+    A search by tensors goes frame by frame, so the look-ahead is here a second time, by slots.
+    """
+
+    source, weight, _scale = "trial", 0.4, 0.3
+
+    def __init__(self, trial: Trial, ngram: Optional[PieceNgram]) -> None:
+        self.ngram, self.scores_extensions = ngram, trial.ngram == "shallow"
+        self.piece_ngram = ngram if self.scores_extensions else None
+        self.word_bonus = 0.2 if trial.words else 0.0
+        looks = trial.ngram == "ahead"
+        ahead = AheadTerms(ngram, self._scale, self.word_bonus, 2) if looks else None
+        self.rule = trial.rule._replace(ahead=ahead)
+
+    def begin(self, beam: Beam, index: int, tokens: Any, ids: Sequence[str]) -> None:
+        super().begin(beam, index, tokens, ids)
+        self.run, self.before = StopRuleRun(self.rule, beam), beam.last.clone()
+        self.whole, self.closed, self.scored, self.estimate = (torch.zeros_like(beam.fused) for _ in range(4))
 
     def stop_rule(self) -> StopRule:
-        return StopRule(self._every)
+        return self.rule
 
     def extension_scores(self, beam: Beam, pieces: Tensor, active: Tensor) -> Tensor:
-        before = torch.where(beam.last == beam.blank, self.piece_ngram.start_id, beam.last)
-        contexts = before.unsqueeze(2).expand(-1, -1, pieces.shape[1])
-        return self.piece_ngram.score([contexts], pieces.unsqueeze(1).expand_as(contexts))
+        shape = (-1, -1, pieces.shape[1])
+        return self._log_prob(beam.last.unsqueeze(2).expand(shape), pieces.unsqueeze(1).expand(shape), beam)
+
+    def advance(self, beam: Beam, source: Tensor, grew: Tensor) -> None:
+        self.run.advance(beam, source, grew)
+        names = ("before", "whole", "closed", "scored", "estimate")
+        before, self.whole, self.closed, self.scored, self.estimate = (
+            getattr(self, name).gather(1, source) for name in names
+        )
+        self.before = beam.last.clone()
+        if self.rule.ahead is not None:
+            begins = beam.arena.begins_word(beam.last, before == beam.blank)
+            gain = self._scale * self._log_prob(before, beam.last, beam) + self.word_bonus * begins
+            self.closed = torch.where(grew & beam.arena.starts_word[beam.last], self.whole, self.closed)
+            self.whole = self.whole + torch.where(grew, gain, torch.zeros_like(gain))
 
     def fuse(self, beam: Beam, frame: int, active: Tensor) -> bool:
-        due = (frame + 1) % self._every == 0
-        if due:
-            self.fuse_now(beam, active)
-        return due
+        fires = self.run.fires(beam, frame, active)
+        due = self.rule.ahead is not None and (frame + 1) % self.rule.ahead.every == 0
+        now = active if due else torch.zeros_like(active)
+        if fires is not None:
+            self.fuse_now(beam, fires)
+            now = now | fires
+            self.scored = torch.where(fires.unsqueeze(1), self.closed, self.scored)
+        if self.rule.ahead is not None:
+            wanted = torch.where(now.unsqueeze(1), self.whole - self.scored, self.estimate)
+            beam.fused += wanted - self.estimate
+            self.estimate = wanted
+        return due or fires is not None
 
     def fuse_now(self, beam: Beam, fires: Tensor) -> None:
         beam.fused += 0.7 * (beam.last % 3) * fires.unsqueeze(1)
 
+    def finish(self, beam: Beam) -> None:
+        beam.fused -= self.estimate
 
-def form_of(fusions: FusionSet) -> str:
-    """Return which of the kernel's main forms a search needs: ``alone``, ``ranked`` or ``ngram``."""
-    return "ngram" if fusions.shallow else "ranked" if fusions.ranks else "alone"
+    def _log_prob(self, before: Tensor, piece: Tensor, beam: Beam) -> Tensor:
+        return self.ngram.score([torch.where(before == beam.blank, self.ngram.start_id, before)], piece)
+
+
+class _Words(NamedTuple):
+    """A vocabulary of which only the beginnings of words are known."""
+
+    starts_word: list[bool]
+
+
+def trials() -> tuple[str, ...]:
+    """Return the names of all trials."""
+    return tuple(_TRIALS)
+
+
+def form_of(fusions: FusionSet, score_beam: Optional[float] = None) -> str:
+    """Return the name of the trial that is nearest to a search; the fusions have begun."""
+    rule = fusions.stop_rule() or StopRule(0)
+    if fusions.shallow or rule.ahead is not None:
+        return "ngram" if fusions.shallow else "ahead"
+    if score_beam is not None or (fusions.ranks and rule.unit == "pieces"):
+        return "pieces"
+    return "ranked" if fusions.ranks else "alone"
+
+
+def run_trial(name: str, device: torch.device) -> float:
+    """Search a small random batch by the kernel and by tensors; return how far their scores are apart, nats.
+
+    Args:
+        name: see `trials`.
+        device: a GPU; a CPU where Triton interprets.
+
+    Raises:
+        ValueError: there is no such trial.
+        RuntimeError: the scores differ. Whatever the compiler or the driver raises comes as it is.
+    """
+    check(name in _TRIALS, "name", f"be one of {list(_TRIALS)}", name)
+    tensors, kernel = (_best_scores(engine, device, _TRIALS[name]) for engine in (TensorSearch, _trusted))
+    worst = float((tensors - kernel).nan_to_num(0.0, torch.inf, torch.inf).abs().max())
+    if not worst < _WORST:
+        raise RuntimeError(f"the kernel's scores are {worst:.3g} nats off those of tensors")
+    return worst
 
 
 @asked_once
 def check_kernel(device: torch.device, form: str) -> None:
-    """Compare the kernel with tensors on a device, once for each form.
+    """Compare the kernel with tensors on a device, once for each trial.
 
     Args:
         device: a GPU.
@@ -64,31 +168,39 @@ def check_kernel(device: torch.device, form: str) -> None:
     Raises:
         Unavailable: the kernel does not run there, or its scores differ.
     """
-    tensors, kernel = (_masses(engine, device, form) for engine in (TensorSearch, _trusted))
-    worst = float((tensors - kernel).nan_to_num(0.0).abs().max())
-    if not worst < _WORST:
-        raise Unavailable(f"on {device} the kernel's scores are {worst:.3g} nats off those of tensors", True)
+    try:
+        run_trial(form, device)
+    except Exception as error:  # of a compiler or a driver: any
+        reason = f"on {device}, trial {form!r}: {type(error).__name__}: {str(error)[-400:]}"
+        raise Unavailable(reason, unusual=True) from error
 
 
 def _trusted(*arguments: Any) -> GpuSearch:
     return GpuSearch(*arguments, trusted=True)
 
 
-def _masses(engine: Callable[..., Any], device: torch.device, form: str) -> Tensor:
-    """Return the sorted log-masses [B, K] of a small random batch, searched by an engine."""
+def _best_scores(engine: Callable[..., Any], device: torch.device, trial: Trial) -> Tensor:
+    """Return the better half of the scores that rank [B, K / 2], sorted, of a search by an engine.
+
+    The last places are left out: where two scores are nearly equal, rounding decides who has them.
+    """
     generator = torch.Generator().manual_seed(1)
-    log_probs = (3 * torch.randn(3, _FRAMES, _PIECES, generator=generator)).log_softmax(-1).to(device)
-    inputs = check_input(log_probs, torch.tensor([_FRAMES, 21, 0]), 0, None, None)
-    ngram = _random_bigram().to(device) if form == "ngram" else None
-    fusions = FusionSet([] if form == "alone" else [_Trial(ngram)], None)
-    beam = Beam.at_root(inputs, _BEAM, None, len(fusions.members))
-    try:
-        fusions.begin(beam, inputs.ids)
-        engine(inputs, plan_frames(inputs, None, False), beam, PrefixSearchOptions(_BEAM), fusions).run()
-        return (beam.log_total.double() + beam.offset.unsqueeze(1)).sort(1).values.cpu()
-    except Exception as error:  # of a compiler or a driver: any
-        reason = f"on {device}: {type(error).__name__}: {str(error)[-400:]}"
-        raise Unavailable(reason, unusual=True) from error
+    logits = 3 * torch.randn(3, trial.frames, _PIECES, generator=generator)
+    logits[:, ::5, 0] += 12.0  # surely blank
+    lens = torch.tensor([trial.frames, trial.frames - 9, 0])
+    inputs = check_input(logits.log_softmax(-1).to(device), lens.to(device), 0, None, None)
+    ngram = None if trial.ngram is None else _random_bigram().to(device)
+    starts = torch.arange(_PIECES) % 3 == 1
+    words = _Words(starts.tolist()) if trial.words else None
+    fusions = FusionSet([_Scores(trial, ngram)] if trial.fused else [], words)  # type: ignore[arg-type]
+    beam = Beam.at_root(inputs, _BEAM, starts.to(device) if trial.words else None, len(fusions.members))
+    fusions.begin(beam, inputs.ids)
+    options = PrefixSearchOptions(_BEAM, score_beam=trial.score_beam, blank_skip=trial.blank_skip)
+    engine(inputs, plan_frames(inputs, trial.blank_skip, False), beam, options, fusions).run()
+    fusions.finish(beam)
+    scores = (beam.log_total + beam.fused).double() + beam.offset.unsqueeze(1)
+    scores = scores.masked_fill(~beam.alive, -torch.inf)
+    return scores.sort(1, descending=True).values[:, : _BEAM // 2].cpu()
 
 
 def _random_bigram() -> PieceNgram:
