@@ -3,7 +3,6 @@ Knows: transformers, tokens, devices. Must not know: acoustic models, search, fu
 """
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING, Any, Optional, Sequence, Union
 
 import torch
@@ -11,7 +10,6 @@ from torch import Tensor
 
 from icefall_fusion.common.checks import check, check_text, is_count
 from icefall_fusion.common.files import PathLike
-from icefall_fusion.common.unavailable import Unavailable
 from icefall_fusion.lm.loading import (
     Vocabulary,
     attention_window,
@@ -41,6 +39,7 @@ class CausalLm:
         name: folder or hub name.
         packed: whether tokens of all utterances share one row without padding; else each utterance has a row.
         fused: the layers as fused kernels, for the Llama family on a GPU; else None.
+        fused_failure: on a GPU, why the layers are not fused, with the traceback of what failed.
         window: sliding attention window in tokens, or None.
         max_tokens: longest path in tokens, where positions have an end; else None.
     """
@@ -58,6 +57,7 @@ class CausalLm:
         self.max_tokens = longest_path(model, config)
         self.packed = use_packed_attention(model)
         self.fused: Optional[FusedModel] = None
+        self.fused_failure: Optional[str] = None
         for what, token in (("bos", self.bos_id), ("eos", self.eos_id)):
             check(token is None or 0 <= token < self.vocab_size, f"{what} id of {name}",
                   f"lie between 0 and {self.vocab_size - 1}", token)
@@ -68,25 +68,11 @@ class CausalLm:
             # cuDNN's attention plans each new shape anew, and nearly every event has a new shape
             torch.backends.cuda.enable_cudnn_sdp(False)
             if self.packed:
-                self._use_fused_kernels()
+                from icefall_fusion.lm.fused_loading import use_fused_kernels
+
+                self.fused_failure = use_fused_kernels(self)
         if self_check and self.fused is None:
             check_tree(self)
-
-    def _use_fused_kernels(self) -> None:
-        """Use fused kernels if the model allows them and its tree scores agree with plain forwards."""
-        from icefall_fusion.lm.fused import FusedModel, check_fusible
-
-        try:
-            check_fusible(self.model)
-            self.fused = FusedModel(self.model)
-            self.fused.try_kernels()
-            check_tree(self)
-        except Unavailable as reason:
-            logging.info("%s runs as transformers runs it: %s", self.name, reason)
-        except Exception:  # compilers and drivers raise anything
-            self.fused = None
-            message = "fused kernels fail, so %s runs as transformers runs it (slower on the host)"
-            logging.warning(message, self.name, exc_info=True)
 
     @classmethod
     def from_pretrained(

@@ -13,54 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from icefall_fusion.common.devices import kernels_run_on, load_kernels
-from icefall_fusion.common.unavailable import Unavailable
+from icefall_fusion.common.devices import load_kernels
 
 if TYPE_CHECKING:
     from icefall_fusion.lm.tree_memory import TreeCache
 
-#: Classes of transformers whose layers are these: RMS norm, rotary positions, gated SiLU.
-FAMILY = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-_KERNELS = "icefall_fusion.lm.fused_kernels"
-_MOST = 8192  # entries of a row in a norm, that one program holds
+KERNELS = "icefall_fusion.lm.fused_kernels"
+LONGEST_ROW = 8192  # entries of a row in a norm, that one program holds
 _BLOCK = 1024  # of the gates
-_LEAST = 16  # sides of a block of matrix units
-
-
-def check_fusible(model: Any) -> None:
-    """Refuse a model of transformers that cannot run by these kernels.
-
-    Raises:
-        Unavailable: with the reason.
-    """
-    name = type(model).__name__
-    if name not in FAMILY or not type(model).__module__.startswith("transformers."):
-        raise Unavailable(f"{name} is none of {', '.join(FAMILY)}")
-    config = model.config
-    if config.hidden_act != "silu":
-        raise Unavailable(f"its activation is {config.hidden_act}")
-    if config.hidden_size > _MOST:
-        raise Unavailable(f"its hidden size is above {_MOST}")
-    devices = {parameter.device for parameter in model.parameters()}
-    kinds = {parameter.dtype for parameter in model.parameters()}
-    if len(devices) > 1 or len(kinds) > 1 or kinds - {torch.float32, torch.float16, torch.bfloat16}:
-        raise Unavailable("its weights lie on several devices, or have several or other types")
-    if not kernels_run_on(next(iter(devices))):
-        raise Unavailable("it is not on a GPU")
-    for layer in model.model.layers:
-        mlp, attention = layer.mlp, layer.self_attn
-        parts = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj, mlp.gate_proj,
-                 mlp.up_proj, mlp.down_proj)
-        for part in parts:
-            if type(part) is not nn.Linear or type(part.weight) is not nn.Parameter:
-                raise Unavailable(f"its layers are quantized or have adapters ({type(part).__name__})")
-        size, rows = attention.head_dim, (config.num_attention_heads, *2 * [config.num_key_value_heads])
-        shapes = [tuple(part.weight.shape) for part in parts[:3]]
-        if size % 2 or shapes != [(count * size, config.hidden_size) for count in rows]:
-            raise Unavailable(f"its heads have {size} entries and weights of {shapes}")
-    if 2 * model.model.rotary_emb.inv_freq.numel() != model.model.layers[0].self_attn.head_dim:
-        raise Unavailable("only some dimensions of each head have rotary positions")
-    load_kernels(_KERNELS)
+LEAST = 16  # sides of a block of matrix units
 
 
 def _on_its_device(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -68,7 +29,7 @@ def _on_its_device(method: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(method)
     def run(self: FusedModel, *arguments: Any) -> Any:
-        with torch.cuda.device_of(self._model.model.embed_tokens.weight):
+        with torch.cuda.device_of(self.model.model.embed_tokens.weight):
             return method(self, *arguments)
 
     return run
@@ -85,8 +46,8 @@ class FusedModel:
     """
 
     def __init__(self, model: Any) -> None:
-        self._kernels = load_kernels(_KERNELS)
-        self._model = model
+        self._kernels = load_kernels(KERNELS)
+        self.model = model
         config = model.config
         first = model.model.layers[0].self_attn
         self.head_size, self.heads = int(first.head_dim), int(config.num_attention_heads)
@@ -103,49 +64,6 @@ class FusedModel:
         self._types = list(getattr(config, "layer_types", None) or [])
         if next(model.parameters()).is_cuda:
             torch.cuda.empty_cache()  # the weights before they were joined
-
-    @_on_its_device
-    def try_kernels(self) -> None:
-        """Compare every form of attention that an event can need with plain arithmetic on random numbers.
-
-        What compiles is also ready then.
-
-        Raises:
-            RuntimeError: a form is off.
-        """
-        like = self._model.model.embed_tokens.weight
-        generator = torch.Generator().manual_seed(1)
-
-        def random(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator).to(like)
-
-        groups, slots = self.heads // self.key_heads, 160
-        for lines in (_LEAST, 32, 64):
-            width = max(1, lines // groups)
-            if self._lines(width, like.dtype) != lines:
-                continue
-            counts = [width, max(1, width - 1), 1]  # tokens of three utterances
-            places = [u * width + w for u, count in enumerate(counts) for w in range(count)][::-1]
-            padded = torch.zeros(3 * width, dtype=torch.int64)
-            padded[places] = torch.arange(len(places))
-            valid, padded = torch.tensor(places).to(like.device), padded.to(like.device)
-            queries = random(len(places), self.heads * self.head_size)
-            mask = torch.rand(3, 1, width, slots, generator=generator) < 0.3
-            mask[..., 0] = True
-            mask = mask.to(like.device)
-            for utterances in (None, torch.tensor([3, 0, 2], device=like.device)):
-                size = (3 if utterances is None else 4, slots + 40, self.key_heads, self.head_size)
-                keys, values = random(*size), random(*size)
-                output = self._look(queries, keys, values, mask, utterances, padded, valid, 0.2).float()
-                rows = slice(3) if utterances is None else utterances
-                key, value = (x[rows, :slots].float() for x in (keys, values))  # [R, S, H, D]
-                query = queries.float()[padded].view(3, width, self.key_heads, groups, self.head_size)
-                scores = 0.2 * torch.einsum("rwhgd,rshd->rwhgs", query, key)
-                shares = scores.masked_fill(~mask.view(3, width, 1, 1, slots), -torch.inf).softmax(-1)
-                wanted = torch.einsum("rwhgs,rshd->rwhgd", shares, value).reshape(3 * width, -1)[valid]
-                worst = float((output - wanted).abs().max())
-                if not worst < (1e-3 if like.dtype == torch.float32 else 5e-2):  # nan too
-                    raise RuntimeError(f"attention of {lines} queries at once is {worst:.3g} off")
 
     @_on_its_device
     def logits(
@@ -166,7 +84,7 @@ class FusedModel:
             cache: keys and values by slot, with its plan set.
             wanted: [n] index into the tokens.
         """
-        inside = self._model.model
+        inside = self.model.model
         hidden = inside.embed_tokens(tokens).clone()
         cosines, sines = (x[0].contiguous() for x in inside.rotary_emb(hidden[None], positions[None]))
         layers = inside.layers
@@ -180,7 +98,7 @@ class FusedModel:
             rows = self._norm(hidden, layer.self_attn.o_proj(looked), layer.post_attention_layernorm.weight)
             opened = self._gate(F.linear(rows, gate_weights, gate_biases))
             rows = self._norm(hidden, layer.mlp.down_proj(opened), after.weight)
-        return self._model.lm_head(rows[wanted])
+        return self.model.lm_head(rows[wanted])
 
     def _slides(self, number: int) -> bool:
         return not self._types or self._types[number] == "sliding_attention"
@@ -205,7 +123,7 @@ class FusedModel:
     ) -> Tensor:
         """Write keys and values of new tokens into the cache and return the attention of all tokens."""
         layer, size = cache.layers[number], self.head_size
-        attention = self._model.model.layers[number].self_attn
+        attention = self.model.model.layers[number].self_attn
         cells, utterances, valid, padded = cache.plan.on(mixed.device)
         query_norm, key_norm = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
         normed = query_norm is not None
@@ -219,11 +137,11 @@ class FusedModel:
             NORM=normed, Q=self.heads, H=self.key_heads, D=size,
             HEADS=_power(self.heads + 2 * self.key_heads), DP=_power(size), num_warps=8,
         )
-        return self._look(
+        return self.look(
             queries, layer.keys, layer.values, mask, utterances, padded, valid, attention.scaling
         )
 
-    def _look(
+    def look(
         self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, utterances: Optional[Tensor],
         padded: Tensor, valid: Tensor, scale: float,
     ) -> Tensor:
@@ -231,21 +149,21 @@ class FusedModel:
         rows, _, width, slots = mask.shape
         groups = self.heads // self.key_heads
         out = torch.empty_like(queries)  # of padding nothing is written, and no token reads that
-        lines = self._lines(width, out.dtype)
+        lines = self.lines(width, out.dtype)
         grid = (rows, self.key_heads, -(-width * groups // lines))
         self._kernels.attend[grid](
             queries, keys, values, mask.view(torch.uint8), utterances, padded, valid, out,
             scale, width, slots, keys.shape[1],
             EVERYONE=utterances is None, H=self.key_heads, G=groups, D=self.head_size,
-            DP=max(_LEAST, _power(self.head_size)), M=lines, N=32 if out.dtype == torch.float32 else 64,
+            DP=max(LEAST, _power(self.head_size)), M=lines, N=32 if out.dtype == torch.float32 else 64,
             num_warps=4, num_stages=2,
         )
         return out
 
-    def _lines(self, width: int, dtype: torch.dtype) -> int:
+    def lines(self, width: int, dtype: torch.dtype) -> int:
         """Return how many queries a program has, heads of a group and tokens of an utterance."""
-        most = _LEAST if dtype == torch.float32 else 64  # registers hold half as many numbers of that
-        return max(_LEAST, min(most, _power(width * (self.heads // self.key_heads))))
+        most = LEAST if dtype == torch.float32 else 64  # registers hold half as many numbers of that
+        return max(LEAST, min(most, _power(width * (self.heads // self.key_heads))))
 
 
 def _join(parts: Sequence[nn.Linear]) -> tuple[Tensor, Optional[Tensor]]:

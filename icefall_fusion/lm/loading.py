@@ -225,6 +225,8 @@ def check_tree(lm: CausalLm) -> None:
     refusal = f"model {lm.name} cannot be used in a token tree"
     try:
         worst = _worst_difference(lm)
+    except torch.OutOfMemoryError:
+        raise
     except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{refusal}: {type(error).__name__}: {error}") from error
     full = {p.dtype for p in lm.model.parameters()} == {torch.float32}

@@ -23,6 +23,7 @@ from icefall_fusion.lm.tree_memory import SLOT_BUCKET, TreeCache, rank_within
 
 PACKED_ATTENTION = "icefall_tree"  # its name in transformers
 TOKEN_BUCKET = 8  # packed tokens are padded to a multiple: matrix kernels are made once for each size
+GPU_TOKEN_BUCKET = 64  # the same on a GPU (see `token_bucket`)
 _running = threading.local()  # the interface passes no argument of ours through every model
 
 
@@ -102,7 +103,8 @@ def forward(model: TreeModel, tree: TokenTree, cache: TreeCache, nodes: ndarray,
     line, asked = np.arange(count), np.flatnonzero(wanted)
     asked_count = len(asked)
     if model.packed:  # padding repeats the first token, or asks for it
-        line, asked = (np.pad(index, (0, -len(index) % TOKEN_BUCKET)) for index in (line, asked))
+        bucket = token_bucket(model.device)
+        line, asked = (np.pad(index, (0, -len(index) % bucket)) for index in (line, asked))
     length = -(-int(slots.used[utterances].max()) // SLOT_BUCKET) * SLOT_BUCKET
 
     tokens, positions, cells, valid_, padded_, rows, wanted_ = to_device(
@@ -127,6 +129,15 @@ def forward(model: TreeModel, tree: TokenTree, cache: TreeCache, nodes: ndarray,
     window_mask = None if near is None else on_device(model.device, _spread(near, valid, shape))
     logits = model.tree_logits(tokens, positions, mask, window_mask, cache, wanted_)
     return torch.log_softmax(logits[:asked_count].float(), dim=-1)
+
+
+def token_bucket(device: torch.device) -> int:
+    """Return the multiple to which packed tokens are padded.
+
+    On a CPU each token of padding costs its time. Matrix units of a GPU work on 64 rows at least, so that
+    padding to 64 costs nothing there, and there are few shapes of products to choose kernels for.
+    """
+    return GPU_TOKEN_BUCKET if device.type == "cuda" else TOKEN_BUCKET
 
 
 def to_device(device: torch.device, *arrays: ndarray) -> Sequence[Tensor]:

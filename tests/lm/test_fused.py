@@ -17,8 +17,9 @@ import torch
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("triton")
 from icefall_fusion.common.unavailable import Unavailable  # noqa: E402
-from icefall_fusion.lm import CausalLm  # noqa: E402
-from icefall_fusion.lm.fused import FusedModel, check_fusible  # noqa: E402
+from icefall_fusion.lm import CausalLm, tree_forward  # noqa: E402
+from icefall_fusion.lm.fused import FusedModel  # noqa: E402
+from icefall_fusion.lm.fused_loading import check_fusible, try_kernels, use_fused_kernels  # noqa: E402
 from icefall_fusion.lm.loading import Vocabulary, check_tree  # noqa: E402
 from tests.lm.test_causal_lm import SIZES, WINDOW, random_model  # noqa: E402
 
@@ -74,7 +75,7 @@ def test_scores_are_those_of_transformers_layers(name: str) -> None:
     want = scores_of(lm)
     check_fusible(lm.model)
     lm.fused = FusedModel(lm.model)
-    lm.fused.try_kernels()
+    try_kernels(lm.fused)
     for found, wanted in zip(scores_of(lm), want):
         torch.testing.assert_close(found, wanted, atol=2e-4, rtol=1e-4)
     check_tree(lm)
@@ -91,19 +92,19 @@ def test_scores_are_those_of_transformers_layers(name: str) -> None:
 def test_all_forms_of_attention_are_tried_before_they_are_relied_on(monkeypatch, size) -> None:
     config = transformers.LlamaConfig(**{**SIZES, "num_hidden_layers": 1, "head_dim": size})
     model = transformers.AutoModelForCausalLM.from_config(config).to(DEVICE, torch.float16)
-    fused, forms, launch = FusedModel(model), set(), FusedModel._look
+    fused, forms, launch = FusedModel(model), set(), FusedModel.look
     monkeypatch.setattr(
-        FusedModel, "_look",
+        FusedModel, "look",
         lambda self, queries, keys, values, mask, utterances, *others: (
-            forms.add((self._lines(mask.shape[2], queries.dtype), utterances is None)),
+            forms.add((self.lines(mask.shape[2], queries.dtype), utterances is None)),
             launch(self, queries, keys, values, mask, utterances, *others),
         )[1],
     )
-    fused.try_kernels()
+    try_kernels(fused)
     assert forms == {(lines, everyone) for lines in (16, 32, 64) for everyone in (True, False)}
-    monkeypatch.setattr(FusedModel, "_look", lambda self, *given: launch(self, *given) * 1.1)
+    monkeypatch.setattr(FusedModel, "look", lambda self, *given: launch(self, *given) * 1.1)
     with pytest.raises(RuntimeError, match="attention of 16 queries at once is .* off"):
-        fused.try_kernels()
+        try_kernels(fused)
 
 
 @pytest.mark.gpu
@@ -118,6 +119,23 @@ def test_half_precision_on_a_gpu_is_near_single_precision(dtype) -> None:
     assert half.fused is not None
     for found, wanted in zip(scores_of(half)[::2], want[::2]):
         torch.testing.assert_close(found, wanted, atol=0.5, rtol=0.05)
+
+
+@pytest.mark.parametrize("device, bucket", [("cpu", 8), ("cuda", 64)])
+def test_padded_tokens_change_nothing(monkeypatch, device, bucket) -> None:
+    assert tree_forward.token_bucket(torch.device(device)) == bucket
+    lm, sizes, logits = make("llama"), [], CausalLm.tree_logits
+    lm.fused = None
+    monkeypatch.setattr(tree_forward, "token_bucket", lambda device: 1)
+    want = scores_of(lm)
+    monkeypatch.setattr(tree_forward, "token_bucket", lambda device: bucket)
+    monkeypatch.setattr(
+        CausalLm, "tree_logits",
+        lambda self, tokens, *others: (sizes.append(len(tokens)), logits(self, tokens, *others))[1],
+    )
+    for found, wanted in zip(scores_of(lm), want):
+        torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+    assert sizes and not any(size % bucket for size in sizes)
 
 
 def test_what_the_kernels_cannot_do_is_said(monkeypatch) -> None:
@@ -147,10 +165,28 @@ def test_what_fails_on_a_gpu_is_told_and_transformers_runs(monkeypatch, caplog) 
     lm = make("llama")
     want = scores_of(lm)
     monkeypatch.setattr(FusedModel, "_gate", lambda self, mixed: mixed[:, : self.inner] * 2)
-    lm._use_fused_kernels()
+    failure = use_fused_kernels(lm)
     assert lm.fused is None and "fused kernels fail" in caplog.text and "ValueError: model" in caplog.text
+    assert failure.startswith("Traceback") and failure in caplog.text
     for found, wanted in zip(scores_of(lm), want):
         torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("where", ["_gate", "look"])
+def test_memory_that_runs_out_is_not_a_failure_of_kernels(monkeypatch, caplog, where) -> None:
+    def fail(*given):
+        raise torch.OutOfMemoryError("no memory")
+
+    lm = make("llama")
+    monkeypatch.setattr(FusedModel, where, fail)
+    with pytest.raises(torch.OutOfMemoryError, match="no memory"):
+        use_fused_kernels(lm)
+    assert lm.fused is None and not caplog.text
+
+
+def test_a_model_of_another_kind_says_why_it_is_not_fused() -> None:
+    lm = CausalLm(random_model("olmo2"), Vocabulary(None, None, 1, 2), "olmo2", self_check=False)
+    assert use_fused_kernels(lm).startswith("Olmo2ForCausalLM is none of") and lm.fused is None
 
 
 _COMPILE = """
