@@ -89,7 +89,7 @@ load_native()
 PYTHON
 fi
 # what only a GPU can tell comes first
-bench llm_tree llm_tree --dtype bfloat16 --models minibooks open-llama-3b mistral-7b --events 24
+bench llm_tree llm_tree --dtype bfloat16 --models minibooks open-llama-3b mistral-7b --first 24
 bench fusion-mistral-7b fusion --dtype bfloat16 --shape mistral-7b --methods llm-shallow llm-nbest-rescoring \
   llm-delayed-shortest llm-delayed-interval-16 llm-delayed-interval-64
 bench frame_loop frame_loop --batches 1 32 128 --beams 10 20 50
