@@ -132,9 +132,8 @@ def test_whole_decodes_of_saved_log_probs_one_method_after_the_other(saved, tmp_
     for row in rows:
         assert row["floor_seconds"] > 0 and row["times_floor"] > 1
         assert 0 < row["device_seconds"] and 0 <= row["host_share"] < 1
-        assert row["kv_bytes_of_paths"] > 0 and row["kv_of_paths"] == pytest.approx(
-            row["kv_bytes_peak"] / row["kv_bytes_of_paths"]
-        )
+        assert 0 < row["kv_bytes_of_paths"] <= row["kv_bytes_of_rows"]
+        assert row["kv_of_rows"] == pytest.approx(row["kv_bytes_peak"] / row["kv_bytes_of_rows"])
     assert "targets" not in rows[0] and len(rows[1]["targets"]) == 4
 
 
@@ -144,17 +143,37 @@ def test_tokens_of_hypotheses_are_those_of_their_paths(lm) -> None:
         tree = lm.open_tree(2, [[5, 6], []])
         first = [tree.insert(tree.root(0), [7, 8, 9]), tree.insert(tree.root(0), [7])]
         tree.score(first)
-        assert held.most == (3 + 3) + (3 + 1)  # bos and prompt too
+        assert (held.tokens, held.cells) == ((3 + 3) + (3 + 1), 2 * 6)  # bos and prompt too
         tree.score([tree.insert(tree.root(1), [4, 4])])
-        assert held.most == 10 + 3
+        assert (held.tokens, held.cells) == (10 + 3, 3 * 6)
         tree.score([tree.insert(tree.root(0), [7])])  # fewer are alive now
         tree.next_log_probs(torch.tensor([tree.insert(tree.root(1), [4] * 9)]))
-        assert held.most == max(13, 4 + 10)
+        assert (held.tokens, held.cells) == (4 + 10, 2 * 10)
     lm.open_tree(1).score([0])
-    assert held.most == 14
+    assert held.tokens == 14
     bytes_a_token = runpy.run_path(str(BENCH / "hypothesis_caches.py"))["bytes_a_token"]
     assert bytes_a_token(lm) == 2 * 2 * 2 * 8 * 4
     assert tree.stats()["kv_bytes_peak"] % (bytes_a_token(lm) * 2) == 0
+
+
+def test_memory_of_methods_for_long_utterances(saved, tmp_path) -> None:
+    bench, output = runpy.run_path(str(BENCH / "memory.py")), tmp_path / "memory.json"
+    given = [*saved, "--batch", "3", "--beam", "4", "--seconds", "4", "--output", str(output)]
+    given += ["--methods", "llm-delayed-interval-4", "llm-delayed-interval-4-ahead"]
+    args = bench["arguments"](given)
+    args.methods = args.methods[:1]
+    rows = bench["measure"](args, given)  # in a process of its own
+    assert json.loads(output.read_text())["rows"] == rows
+    (row,) = rows
+    assert row["peak_bytes"] > 0 and row["kv_bytes_peak"] > 0 and row["kv_of_rows"] > 0
+    emissions = bench["long_utterances"](args, 4.0)
+    assert emissions.log_probs.shape[:2] == (3, 100) and emissions.lens.tolist() == [100] * 3
+    assert not torch.equal(emissions.log_probs[0], emissions.log_probs[1])
+    args.emissions_model, args.vocabulary = "", saved[1]
+    made = bench["long_utterances"](args, 2.0)
+    assert made.log_probs.shape == (3, 50, made.tokens.size)
+    torch.testing.assert_close(made.log_probs.exp().sum(-1), torch.ones(3, 50))
+    assert float(made.log_probs[..., made.tokens.unk_id].max()) == -30.0
 
 
 def test_a_trace_of_a_gpu_tells_kernels_gaps_and_waits(tmp_path) -> None:

@@ -19,7 +19,7 @@ memory are those of such a model, word errors say nothing.
 
 The floor of a method is the larger of: the LLM's weights read once a call at the measured copy bandwidth, and
 forwarded tokens x 2 x parameters at the measured matrix rate. "host" is the share of the time in which the
-device has nothing to do; "of paths" what keys and values take, against a cache for each hypothesis.
+device has nothing to do; "of rows" what keys and values take, against a cache with a row for each hypothesis.
 """
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ TARGETS = (
     ("times_slower_than_shallow", 0.25, ">= 4 times faster than llm-shallow"),
     ("times_slower_than_rescoring", 1.0, "as fast as N-best rescoring"),
     ("host_share", 0.2, "host < 20 % of the time"),
-    ("kv_of_paths", 0.2, "keys and values <= 1/5 of caches by hypothesis"),
+    ("kv_of_rows", 0.2, "keys and values <= 1/5 of caches by hypothesis"),
 )
 _FAINT = 1e-3  # weight of an LLM that knows nothing
 _NO_BOUND = 1e9  # seconds in a batch: --batches says how many utterances
@@ -138,7 +138,7 @@ def decode(
     with hypothesis_caches.counting() as held:  # the first time kernels are compiled
         once()
     row = together(once(), names)[0]
-    row["tokens_of_paths"] = held.most
+    row["held"] = held
     if row["seconds"] < _LONGEST_WATCHED:
         try:
             with watching(args.device, host=False) as watched:
@@ -179,6 +179,7 @@ def together(found: list[dict[str, Any]], methods: list[str]) -> list[dict[str, 
 
 def add_costs(row: dict[str, Any], run: DecodeRun, own_rates: tuple[float, float]) -> None:
     """Add to a row its floor, the share of the host, and what a cache for each hypothesis would hold."""
+    held = row.pop("held", None)
     models, sources = run.recognizer.models, set(parse_method(row["method"]).sources) & set(LM_SOURCES)
     lms = {source: models.get(source) for source in sorted(sources)}
     row["llm_weights"] = sum(weight_bytes(lm.model) for lm in lms.values())
@@ -189,9 +190,8 @@ def add_costs(row: dict[str, Any], run: DecodeRun, own_rates: tuple[float, float
             lm.model, row["lm_forwards"], row["lm_tokens_forwarded"], own_rates
         )
         row["times_floor"] = row["lm_seconds"] / row["floor_seconds"]
-        if row.get("tokens_of_paths"):
-            row["kv_bytes_of_paths"] = row["tokens_of_paths"] * hypothesis_caches.bytes_a_token(lm)
-            row["kv_of_paths"] = row["kv_bytes_peak"] / row["kv_bytes_of_paths"]
+        if held is not None:
+            row.update(held.bytes(lm, row["kv_bytes_peak"]))
     if "device_seconds" in row:
         row["host_share"] = max(0.0, 1.0 - row["device_seconds"] / row["seconds"])
 
@@ -227,9 +227,9 @@ def show(rows: list[dict[str, Any]]) -> None:
     weights = f"LLM of {rows[0]['llm_weights'] / 2**20:,.0f} MB, quantization {rows[0]['quantization']}"
     print(f"\nbeam {rows[0]['beam']}, batch {rows[0]['batch']}, {weights}: {rows[0]['words']:,} words")
     titles = f"{'WER %':>8}{'RTF':>9}{'faster':>9}{'search s':>10}{'LM s':>8}{'floor s':>9}{'x floor':>8}"
-    print(f"{'method':34}{titles}{'LM RTF':>9}{'tokens':>10}{'KV MB':>8}{'of paths':>9}{'host':>6}")
+    print(f"{'method':34}{titles}{'LM RTF':>9}{'tokens':>10}{'KV MB':>8}{'of rows':>9}{'host':>6}")
     for row in rows:
-        shares = [f"{row[key]:.2f}" if key in row else "" for key in ("kv_of_paths", "host_share")]
+        shares = [f"{row[key]:.2f}" if key in row else "" for key in ("kv_of_rows", "host_share")]
         print(f"{row['method']:34}{row['wer']:8.2f}{row['rtf']:9.5f}{row['times_faster']:8.2f}x"
               f"{row['search_seconds']:10.2f}{row['lm_seconds']:8.2f}{row.get('floor_seconds', 0.0):9.3f}"
               f"{row.get('times_floor', 0.0):8.2f}{row['llm_rtf']:9.5f}{row['lm_tokens_forwarded']:10,}"
