@@ -106,7 +106,7 @@ class DeviceAugment:
         changed = features
         if options.time_warp >= 1:
             changed = time_warp(features, lens, options.time_warp, *self._uniform(2, len(lens)))
-        mean = (changed * real[:, :, None]).sum((1, 2)) / (lens * DIM).clamp(min=1)
+        mean = changed.masked_fill(~real[:, :, None], 0.0).sum((1, 2)) / (lens * DIM).clamp(min=1)
         widths, starts = self._uniform(2, len(lens), options.feature_masks)
         size = torch.full_like(lens, DIM)
         hidden = _spans(widths, starts, options.feature_mask_size, size, DIM)[:, None, :]
