@@ -208,8 +208,28 @@ def test_a_trace_of_a_gpu_tells_kernels_gaps_and_waits(tmp_path) -> None:
     assert report["calls"]["copies_to_host"] == {"count": 1, "us": 5}
     assert [gap["us"] for gap in report["largest_gaps"]] == [75, 30, 20, 10]
     assert report["largest_gaps"][2]["host"][0]["name"] == "event 0: cudaStreamSynchronize"
-    assert report["idle_us_by_mark"] == pytest.approx({"event 0": 54, "Python": 51, "search": 30})
+    assert report["idle_us_by_mark"] == pytest.approx({"event": 54, "Python": 51, "search": 30})
     assert timeline.report(100, 110)["idle_share"] == 1.0
+
+
+def test_a_profile_has_an_event_the_frames_after_it_and_the_whole(saved, tmp_path) -> None:
+    bench, output = runpy.run_path(str(BENCH / "profile_fusion.py")), tmp_path / "profile.json"
+    methods = ["llm-delayed-interval-4", "llm-delayed-interval-4-late-2", "llm-nbest-rescoring"]
+    given = [*saved, "--beam", "4", "--batches", "3", "--output", str(output), "--methods", *methods]
+    rows, more = bench["measure"](bench["arguments"](given))
+    assert more["not_marked"] == [], "a function that the profile marks has another name now"
+    assert [(row["method"], row["section"]) for row in rows] == [
+        (method, section) for method in methods[:2] for section in ("event", "frames", "batch")
+    ] + [(methods[2], "batch")]
+    event, frames, batch = rows[:3]
+    assert {"event", "launch", "forward", "wait", "words to tokens"} <= set(event["marks"])
+    assert "launch" not in frames["marks"] and batch["marks"]["launch"]["count"] > 2
+    for row in rows:
+        assert 0 < row["wall_us"] <= batch["wall_us"] or row["method"] != methods[0]
+        assert 0 < row["device_us"] < row["wall_us"] and len(row["kernels"]) <= 15
+        idle = sum(gap["us"] for gap in row["largest_gaps"])
+        assert 0 < idle <= row["idle_us"] + 1e-3 and row["largest_gaps"][0]["host"]
+    assert output.stat().st_size < 2**20
 
 
 def test_on_a_cpu_the_device_is_the_outermost_operators() -> None:

@@ -93,7 +93,7 @@ class Timeline:
         for a, b in gaps:
             count = _PLACES if b - a > _LONG_GAP else 1
             for place in _places(a, b, count):
-                name = self._innermost(place, self._marks)
+                name = _without_number(self._innermost(place, self._marks))
                 by_mark[name] = by_mark.get(name, 0.0) + (b - a) / count
         return {
             "wall_us": whole,
@@ -105,6 +105,7 @@ class Timeline:
             "largest_gaps": [
                 {"at_us": a - start, "us": b - a, "host": self._host_in(a, b)} for a, b in gaps[:LARGEST]
             ],
+            "marks": self._by_mark(start, end),
             "calls": self._calls(start, end),
         }
 
@@ -121,6 +122,16 @@ class Timeline:
         order = sorted(found.items(), key=lambda item: -item[1][1])[:count]
         return [{"name": name[:120], "count": int(number), "us": time, "share": time / whole}
                 for name, (number, time) in order]
+
+    def _by_mark(self, start: float, end: float) -> dict[str, dict[str, float]]:
+        """Return number and microseconds of the marks that begin in some time; some lie in others."""
+        found: dict[str, dict[str, float]] = {}
+        for span in self._marks:
+            if start <= span.start < end:
+                entry = found.setdefault(_without_number(span.name), {"count": 0, "us": 0.0})
+                entry["count"] += 1
+                entry["us"] += span.end - span.start
+        return found
 
     def _calls(self, start: float, end: float) -> dict[str, dict[str, float]]:
         """Return number and microseconds of launches, of calls that wait, and of copies to the host."""
@@ -195,6 +206,10 @@ def _read(path: Path) -> list[Span]:
         for event in events
         if event.get("ph") == "X" and event.get("cat") in kinds
     ]
+
+
+def _without_number(name: str) -> str:
+    return name.rstrip("0123456789 ") or name
 
 
 def _places(start: float, end: float, count: int) -> np.ndarray:
