@@ -29,13 +29,29 @@ def check_device(device: str, option: str) -> None:
         check((wanted.index or 0) < count, option, f"be one of the {count} GPUs that PyTorch sees", device)
 
 
+#: Environment variable with the names of kernels that must not run, separated by spaces: a module of kernels
+#: or ``MODULE:FORM``. For a machine on which a kernel was seen to fail: the plain way runs then, and says so.
+WITHOUT_KERNELS = "ICEFALL_FUSION_WITHOUT_KERNELS"
+
+
+def refuse_switched_off(kernel: str) -> None:
+    """Refuse a kernel that `WITHOUT_KERNELS` names.
+
+    Raises:
+        Unavailable: it does.
+    """
+    if kernel in os.environ.get(WITHOUT_KERNELS, "").split():
+        raise Unavailable(f"{WITHOUT_KERNELS} switches {kernel} off", unusual=True)
+
+
 @asked_once
 def load_kernels(module: str) -> Any:
     """Return a module of Triton kernels by its name.
 
     Raises:
-        Unavailable: Triton is not there, or too old for the kernels.
+        Unavailable: Triton is not there, or too old for the kernels, or they are switched off.
     """
+    refuse_switched_off(module)
     try:
         return importlib.import_module(module)
     except Exception as error:  # of Triton: any

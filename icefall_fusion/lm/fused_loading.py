@@ -39,7 +39,8 @@ def use_fused_kernels(lm: CausalLm) -> Optional[str]:
         check_tree(lm)
         return None
     except Unavailable as reason:
-        logging.info("%s runs as transformers runs it: %s", lm.name, reason)
+        level = logging.WARNING if reason.unusual else logging.INFO
+        logging.log(level, "%s runs as transformers runs it: %s", lm.name, reason)
         return str(reason)
     except torch.OutOfMemoryError:
         lm.fused = None

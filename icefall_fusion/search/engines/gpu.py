@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from icefall_fusion.search.fusion import FusionSet
     from icefall_fusion.search.search_input import PrefixSearchOptions, SearchInput
 
+KERNEL = "icefall_fusion.search.engines.gpu_kernel"
 _LEAST = 16  # entries of a block
 _NEVER_STOPS = 2**30  # frames
 _BLOCK = 64  # frames prepared at once
@@ -49,7 +50,7 @@ class GpuSearch(CompiledSearch):
     def __init__(self, inputs: SearchInput, plan: FramePlan, beam: Beam, options: PrefixSearchOptions,
                  fusions: FusionSet, trusted: bool = False) -> None:
         super().__init__(beam, inputs.live, fusions)
-        self.kernel = load_kernels("icefall_fusion.search.engines.gpu_kernel")
+        self.kernel = load_kernels(KERNEL)
         arena, device = beam.arena, beam.lens.device
         if device.type == "cuda" and not trusted:
             from icefall_fusion.search.engines.gpu_check import check_kernel, form_of

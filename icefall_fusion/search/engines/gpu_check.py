@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from icefall_fusion.common.checks import check
+from icefall_fusion.common.devices import refuse_switched_off
 from icefall_fusion.common.unavailable import Unavailable, asked_once
 from icefall_fusion.ngram.piece_ngram import NgramOrder, PieceNgram
 from icefall_fusion.search.beam import Beam
 from icefall_fusion.search.engines.base import plan_frames
-from icefall_fusion.search.engines.gpu import GpuSearch
+from icefall_fusion.search.engines.gpu import KERNEL, GpuSearch
 from icefall_fusion.search.engines.tensors import TensorSearch
 from icefall_fusion.search.fusion import AheadTerms, Fusion, FusionSet, StopRule, StopRuleRun
 from icefall_fusion.search.search_input import PrefixSearchOptions, check_input
@@ -166,8 +167,9 @@ def check_kernel(device: torch.device, form: str) -> None:
         form: see `form_of`.
 
     Raises:
-        Unavailable: the kernel does not run there, or its scores differ.
+        Unavailable: the kernel does not run there, its scores differ, or it is switched off.
     """
+    refuse_switched_off(f"{KERNEL}:{form}")
     try:
         run_trial(form, device)
     except Exception as error:  # of a compiler or a driver: any

@@ -1,0 +1,127 @@
+"""The steps of a day on a GPU: what each runs, in which order, and how long it may take.
+Knows: the programs and their options. Must not know: processes, clocks, files of results.
+
+A step is a command, what follows it on a CPU (a rehearsal with tiny sizes), and what follows it when it is
+repeated after a CUDA error (as small as can be). None of this has run on a GPU yet; limits are estimates.
+"""
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from typing import Optional, Sequence
+
+#: Options of a program that can decode the sentences of the payload.
+SPEECH = "--cuts {payload}/speech/cuts.jsonl.gz --emissions-model {payload}/speech/emissions"
+#: Decoders of search.py that take long on a CPU.
+SLOW = ("torchaudio", "flashlight log_add", "flashlight log_add, 40", "flashlight max", "pyctcdecode",
+        "fast-ctc-decode", "k2, best path", "ours, mass recovered")
+_FEW = "--limit 2 --batches 2"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One program of a day.
+
+    Args:
+        name: of the step, for --only and the results.
+        limit: seconds that it may take.
+        command: the program and its options, as in a shell. ``{device}``, ``{payload}``, ``{result}`` (a JSON
+            file) and ``{out}`` (the folder that comes back) are filled in.
+        cpu: options that follow in a rehearsal on a CPU; None: there is nothing to run there.
+        small: options that follow when the step is repeated after a CUDA error; None: it is not.
+        call: 1 or 2; 0: not on the day, only by --only.
+        speech: whether the sentences of the payload are given, where they are.
+        trusts: whether kernels that failed in the first step are switched off for it.
+    """
+
+    name: str
+    limit: int
+    command: str
+    cpu: Optional[str] = ""
+    small: Optional[str] = None
+    call: int = 1
+    speech: bool = False
+    trusts: bool = True
+
+    def words(self, cpu: bool = False) -> list[str]:
+        """Return the words of the command."""
+        return shlex.split(self.command) + (shlex.split(self.cpu or "") if cpu else [])
+
+
+def _bench(name: str, limit: int, what: str, **more: object) -> Step:
+    program, _, options = what.partition(" ")
+    command = f"tools/bench/{program}.py --device {{device}} {options} --output {{result}}"
+    return Step(name, limit, command, **more)  # type: ignore[arg-type]
+
+
+def _frames(name: str, limit: int, options: str, **more: object) -> Step:
+    cpu = "--batches 2 --beams 4 --frames 40 --rounds 1 --engines native torch"
+    return _bench(name, limit, f"frame_loop {options}", cpu=cpu, small="--batches 2 --rounds 1", **more)
+
+
+def _fusion(name: str, limit: int, options: str, **more: object) -> Step:
+    return _bench(name, limit, f"fusion {options}", cpu=f"{_FEW} --shape ''", small=_FEW, speech=True, **more)
+
+
+def _tree(name: str, limit: int, options: str, **more: object) -> Step:
+    cpu = "--dtype float32 --models minibooks --batch 2"
+    call = f"llm_tree --dtype bfloat16 {options}"
+    return _bench(name, limit, call, cpu=cpu, small="--batch 2", speech=True, **more)
+
+
+def _training(name: str, limit: int, options: str, **more: object) -> Step:
+    recipe = f"--recipe egs/libriheavy/ASR/conf/ctc_aed.yaml --seconds 600 {options}"
+    cpu = "--recipe egs/minibooks/ASR/conf/ctc_aed.yaml --seconds 4 --utterance 2 --steps 2 --warmup 1"
+    return _bench(name, limit, f"training {recipe}", cpu=cpu, small="--seconds 60 --steps 2", **more)
+
+
+_7B = "--dtype bfloat16 --shape mistral-7b --methods"
+
+STEPS = (
+    Step("smoke", 75, "tools/gpu/smoke.py --device {device} --output {result}", cpu="--limit 120",
+         trusts=False),
+    _frames("frame_loop", 30, "--batches 128 --beams 10 --engines triton"),
+    _bench("search", 45,
+           f"search --batch 128 --beams 10 --rounds 3 --budget 3 --leave-out {shlex.join(SLOW)}",
+           cpu="--batch 2 --frames 40 --rounds 1", small="--batch 2 --rounds 1"),
+    _tree("llm_tree", 60, "--models mistral-7b --ways 'lazy tree' 'lazy, unfused'"),
+    _fusion("fusion-7b", 110, f"{_7B} llm-shallow llm-nbest-rescoring llm-delayed-shortest "
+            "llm-delayed-interval-16 llm-delayed-interval-16-ahead"),
+    _fusion("fusion-shipped", 40, "--methods llm-delayed-interval-16 llm-delayed-shortest-ahead "
+            "llm-nbest-rescoring"),
+    Step("tests", 90, "tools/gpu/gpu_tests.py --device {device} --output {result}",
+         cpu="--files tests/ngram/test_ngram.py", trusts=False),
+    _training("training", 40, ""),
+    # if time is left
+    _frames("frame_loop-rest", 40, "--batches 1 32 128 --beams 10 --engines triton torch --rounds 2"),
+    _tree("llm_tree-ways", 60, "--models mistral-7b --ways 'full texts' 'path caches' 'eager tree'"),
+    _tree("llm_tree-64", 40, "--models mistral-7b --batch 64 --ways 'lazy tree'"),
+    _tree("llm_tree-3b", 40, "--models open-llama-3b --ways 'lazy tree' 'lazy, unfused'"),
+    _fusion("fusion-7b-64", 60, f"{_7B} llm-delayed-shortest llm-delayed-interval-16 --batches 64"),
+    # not on the day: by --only alone, for those who have more time
+    _frames("frame_loop-wide", 300, "--batches 1 32 128 --beams 10 20 50", call=0),
+    _bench("scaling", 300, "scaling --batches 8 32 128",
+           cpu="--batches 1 2 --beams 2 4 --frames 20 40 --intervals 8 16 --rounds 1", call=0),
+    _fusion("fusion-beams", 300, "--beams 5 10 20 50", call=0),
+    _bench("long_audio", 300, "long_audio --minutes 2 10", cpu="--minutes 0.1", call=0),
+    Step("data_pipeline", 300, "tools/bench/data_pipeline.py --cuts 200000 --output {result}",
+         cpu="--cuts 2000 --lhotse_cuts 500", call=0),
+    Step("host", 120, "tools/bench/host.py --device cpu --output {result}",
+         cpu="--batch 2 --beams 2 --sentences 4 --rounds 1", call=0),
+    _bench("fbank", 120, "fbank --backends [lhotse]", cpu="--minutes 0.2 --rounds 1", call=0),
+)
+
+
+def select(call: int, only: Sequence[str]) -> list[Step]:
+    """Return the steps of a call, or those that are named.
+
+    Raises:
+        ValueError: a name is not known.
+    """
+    names = [step.name for step in STEPS]
+    unknown = [name for name in only if name not in names]
+    if unknown:
+        raise ValueError(f"--only must name steps ({', '.join(names)}), but has {', '.join(unknown)}")
+    if only:
+        return [step for step in STEPS if step.name in only]
+    return [step for step in STEPS if step.call == call]
