@@ -28,9 +28,10 @@ OWNERS = {
     "tensorboard": {"train/training_log"},
     "transformers": {
         "data/tokenizers", "acoustic/sources/huggingface", "train/llama",
-        "lm/loading", "lm/tree_forward", "lm/tree_memory",
+        "lm/loading", "lm/gguf_files", "lm/tree_forward", "lm/tree_memory",
     },
     "accelerate": {"lm/loading"},  # transformers import these two; we ask whether they are there
+    "gguf": {"lm/gguf_files"},
     "bitsandbytes": {"lm/loading"},
     "torchao": {"lm/loading"},
     "triton": {"search/engines/gpu_kernel", "lm/fused_kernels"},

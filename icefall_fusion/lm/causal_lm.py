@@ -16,6 +16,7 @@ from icefall_fusion.lm.loading import (
     check_tree,
     load_model,
     longest_path,
+    model_source,
     use_packed_attention,
 )
 from icefall_fusion.lm.tree_forward import integers, run_packed
@@ -84,23 +85,26 @@ class CausalLm:
         quantization: Optional[str] = None,
         self_check: bool = True,
     ) -> CausalLm:
-        """Load a model folder or a hub name.
+        """Load a model folder, a GGUF file or a hub name.
 
         Args:
-            path_or_name: folder with config.json, weights and tokenizer (or ``bpe.model``), or a hub name.
+            path_or_name: folder with config.json, weights and tokenizer (or ``bpe.model``); a ``.gguf`` file,
+                which is converted once into the cache; either as ``package:NAME/FILE``; or a hub name.
             dtype: torch dtype, its name, or "auto" (as saved).
             device: the model's device; not used with ``device_map``.
             device_map: as in transformers, e.g. "auto" to spread over GPUs and host (needs accelerate).
             quantization: None; "8bit" or "4bit" (by bitsandbytes); "int8" (weights alone, by torchao).
             self_check: compare a random tree with plain forwards and refuse a model that disagrees.
         Raises:
-            FileNotFoundError: no such folder, or no config.json in it.
-            ValueError: not a causal LM, missing weights, a tokenizer that contradicts its own files, or a
-                model whose tree forward differs from its plain forward (ALiBi models such as BLOOM).
+            FileNotFoundError: no such folder or file, or no config.json in it.
+            ValueError: not a causal LM, a GGUF file that is broken or of an unknown kind, missing weights,
+                a tokenizer that contradicts its own files, or a model whose tree forward differs from its
+                plain forward (ALiBi models such as BLOOM).
             ImportError: an optional package is needed; the message says which.
         """
-        model = load_model(path_or_name, dtype, device, device_map, quantization)
-        return cls(model, Vocabulary.load(path_or_name, model.config), str(path_or_name), self_check)
+        source = model_source(path_or_name)
+        model = load_model(source, dtype, device, device_map, quantization)
+        return cls(model, Vocabulary.load(source, model.config), str(path_or_name), self_check)
 
     @property
     def kv_bytes_a_token(self) -> int:
