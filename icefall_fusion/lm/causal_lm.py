@@ -213,8 +213,6 @@ class CausalLm:
         plan, (rows, _, width, _) = cache.plan, mask.shape
         arguments = {"past_key_values": cache, "use_cache": True}
         arguments["attention_mask"] = self._masks(mask, window_mask)
-        if plan.packed and self.fused is not None:
-            return self.fused.logits(tokens, positions, mask, window_mask, cache, wanted)
         if plan.packed:
             arguments.update(input_ids=tokens[None], position_ids=positions[None], logits_to_keep=wanted)
             with run_packed(plan):

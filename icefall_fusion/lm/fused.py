@@ -1,5 +1,5 @@
 """Decoder layers of the Llama family by few kernels: one kernel between two matrix products.
-Knows: modules of such models, a cache of keys and values with its plan. Must not know: trees, search.
+Knows: modules of such models, an event's tensors. Must not know: trees, search.
 
 A layer as transformers runs it is some fifty operations, each a launch that the host has to make. Here it is
 nine: four matrix products and five kernels. Keys and values are read where they lie, not gathered first.
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from icefall_fusion.common.devices import load_kernels
 
 if TYPE_CHECKING:
+    from icefall_fusion.lm.fused_event import EventInputs
     from icefall_fusion.lm.tree_memory import TreeCache
 
 KERNELS = "icefall_fusion.lm.fused_kernels"
@@ -65,40 +66,36 @@ class FusedModel:
         if next(model.parameters()).is_cuda:
             torch.cuda.empty_cache()  # the weights before they were joined
 
-    @_on_its_device
-    def logits(
-        self,
-        tokens: Tensor,
-        positions: Tensor,
-        mask: Tensor,
-        window_mask: Optional[Tensor],
-        cache: TreeCache,
-        wanted: Tensor,
-    ) -> Tensor:
-        """Return logits [n, V], as `CausalLm.tree_logits` does.
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.model.embed_tokens.weight.device
 
-        Args:
-            tokens, positions: [T] ids and depths, padding at the end.
-            mask: [R, 1, W, S] bool, True where a token sees a slot.
-            window_mask: the same for layers with a sliding window; None: as ``mask``.
-            cache: keys and values by slot, with its plan set.
-            wanted: [n] index into the tokens.
-        """
+    def allocate(self, cache: TreeCache) -> None:
+        """Make a cache's buffers, unless they are there."""
+        if cache.layers[0].is_initialized:
+            return
+        shape = self.model.model.embed_tokens.weight.new_empty(1, self.key_heads, 0, self.head_size)
+        for layer in cache.layers:
+            layer.lazy_initialization(shape, shape)
+
+    @_on_its_device
+    def logits(self, event: EventInputs) -> Tensor:
+        """Return logits [A, V] after the wanted tokens of an event; writes keys and values of all tokens."""
         inside = self.model.model
-        hidden = inside.embed_tokens(tokens).clone()
-        cosines, sines = (x[0].contiguous() for x in inside.rotary_emb(hidden[None], positions[None]))
+        hidden = inside.embed_tokens(event.tokens).clone()
+        cosines, sines = (x[0].contiguous() for x in inside.rotary_emb(hidden[None], event.positions[None]))
         layers = inside.layers
         norms = [layer.input_layernorm for layer in layers[1:]] + [inside.norm]
         rows = self._norm(hidden, None, layers[0].input_layernorm.weight)
         for number, (layer, after) in enumerate(zip(layers, norms)):
-            here = mask if window_mask is None or not self._slides(number) else window_mask
             (weights, biases), (gate_weights, gate_biases) = self._mixed[number]
             mixed = F.linear(rows, weights, biases)
-            looked = self._attend(mixed, cosines, sines, here, cache, number)
+            looked = self._attend(mixed, cosines, sines, event, number)
             rows = self._norm(hidden, layer.self_attn.o_proj(looked), layer.post_attention_layernorm.weight)
             opened = self._gate(F.linear(rows, gate_weights, gate_biases))
             rows = self._norm(hidden, layer.mlp.down_proj(opened), after.weight)
-        return self.model.lm_head(rows[wanted])
+        return self.model.lm_head(rows[event.wanted])
 
     def _slides(self, number: int) -> bool:
         return not self._types or self._types[number] == "sliding_attention"
@@ -119,50 +116,39 @@ class FusedModel:
         return out
 
     def _attend(
-        self, mixed: Tensor, cosines: Tensor, sines: Tensor, mask: Tensor, cache: TreeCache, number: int
+        self, mixed: Tensor, cosines: Tensor, sines: Tensor, event: EventInputs, number: int
     ) -> Tensor:
         """Write keys and values of new tokens into the cache and return the attention of all tokens."""
-        layer, size = cache.layers[number], self.head_size
-        attention = self.model.model.layers[number].self_attn
-        cells, utterances, valid, padded = cache.plan.on(mixed.device)
+        attention, size = self.model.model.layers[number].self_attn, self.head_size
         query_norm, key_norm = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
         normed = query_norm is not None
-        if not layer.is_initialized:
-            shape = mixed.new_empty(1, self.key_heads, 0, size)
-            layer.lazy_initialization(shape, shape)
         queries = mixed.new_empty(len(mixed), self.heads * size)
         self._kernels.rotate_and_store[(len(mixed),)](
             mixed, cosines, sines, query_norm.weight if normed else None, key_norm.weight if normed else None,
-            cells, queries, layer.keys, layer.values, len(cells), self.epsilon,
+            event.cells, event.places, queries, number, self.epsilon,
             NORM=normed, Q=self.heads, H=self.key_heads, D=size,
             HEADS=_power(self.heads + 2 * self.key_heads), DP=_power(size), num_warps=8,
         )
-        return self.look(
-            queries, layer.keys, layer.values, mask, utterances, padded, valid, attention.scaling
-        )
+        return self.look(queries, event, number, attention.scaling)
 
-    def look(
-        self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, utterances: Optional[Tensor],
-        padded: Tensor, valid: Tensor, scale: float,
-    ) -> Tensor:
-        """Return the attention of queries [T, heads * size] over the slots of their utterances."""
-        rows, _, width, slots = mask.shape
+    def look(self, queries: Tensor, event: EventInputs, number: int, scale: float) -> Tensor:
+        """Return the attention of queries [P, heads * size] over the slots of their utterances."""
         groups = self.heads // self.key_heads
+        seen = event.seen if event.near is None or not self._slides(number) else event.near
         out = torch.empty_like(queries)  # of padding nothing is written, and no token reads that
-        lines = self.lines(width, out.dtype)
-        grid = (rows, self.key_heads, -(-width * groups // lines))
+        lines = self.lines(event.width, out.dtype)
+        grid = (len(event.rows), self.key_heads, -(-event.width * groups // lines))
         self._kernels.attend[grid](
-            queries, keys, values, mask.view(torch.uint8), utterances, padded, valid, out,
-            scale, width, slots, keys.shape[1],
-            EVERYONE=utterances is None, H=self.key_heads, G=groups, D=self.head_size,
-            DP=max(LEAST, _power(self.head_size)), M=lines, N=32 if out.dtype == torch.float32 else 64,
-            num_warps=4, num_stages=2,
+            queries, event.places, event.rows, seen, out, scale, seen.shape[1], number,
+            H=self.key_heads, G=groups, D=self.head_size, DP=max(LEAST, _power(self.head_size)), M=lines,
+            N=32 if out.dtype == torch.float32 else 64, num_warps=4, num_stages=2,
         )
         return out
 
     def lines(self, width: int, dtype: torch.dtype) -> int:
         """Return how many queries a program has, heads of a group and tokens of an utterance."""
-        most = LEAST if dtype == torch.float32 else 64  # registers hold half as many numbers of that
+        most = 64 if self.head_size == _power(self.head_size) else 32  # more would not fit into registers
+        most = LEAST if dtype == torch.float32 else most
         return max(LEAST, min(most, _power(width * (self.heads // self.key_heads))))
 
 

@@ -28,17 +28,23 @@ def add_and_norm(hidden, more, weight, out, size, epsilon, ADD: tl.constexpr, BL
     tl.store(out + at, scaled, mask=inside)
 
 
+@triton.jit
+def _place(places, index, kind: tl.constexpr):
+    """Return the buffer whose address is entry ``index``: kernels of a graph find buffers that have moved."""
+    return tl.multiple_of(tl.load(places + index).to(tl.pointer_type(kind)), 16)
+
+
 # Index arrays are slices of one array. Their alignment varies, and each would compile a kernel of its own.
-@triton.jit(do_not_specialize=["tokens"], do_not_specialize_on_alignment=["cells"])
-def rotate_and_store(mixed, cosines, sines, query_norm, key_norm, cells, queries, keys, values, tokens,
-                     epsilon, NORM: tl.constexpr, Q: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
+@triton.jit(do_not_specialize=["layer"], do_not_specialize_on_alignment=["cells", "places"])
+def rotate_and_store(mixed, cosines, sines, query_norm, key_norm, cells, places, queries, layer, epsilon,
+                     NORM: tl.constexpr, Q: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
                      HEADS: tl.constexpr, DP: tl.constexpr):
     """Rotate queries and keys by position and write keys and values to the cache: one program a token.
 
     mixed: [T, (Q + 2 H) D], of Q query heads, H key heads and H value heads; cosines, sines: [T, D];
     query_norm, key_norm: [D], weights of an RMS norm of each head before that, where NORM;
-    cells: [tokens], cache cell of each token's keys and values; queries: [T, Q D] to write;
-    keys, values: [*, H D] to write.
+    cells: [T], cache cell of each token's keys and values, -1 of padding; queries: [T, Q D] to write;
+    places: [2 L], addresses of each layer's keys and values [*, H D] to write.
     """
     token = tl.program_id(0).to(tl.int64)
     head = tl.arange(0, HEADS)[:, None]
@@ -62,10 +68,12 @@ def rotate_and_store(mixed, cosines, sines, query_norm, key_norm, cells, queries
     turned = x * cosine + tl.where(column < half, -partner, partner) * sine
     turned = turned.to(kind)
     tl.store(queries + token * Q * D + head * D + column, turned, mask=inside & (head < Q))
-    if token < tokens:  # the rest is padding
-        cell = tl.load(cells + token) * H * D + column
-        tl.store(keys + cell + (head - Q) * D, turned, mask=inside & (head >= Q) & (head < Q + H))
-        tl.store(values + cell + (head - Q - H) * D, given, mask=inside & (head >= Q + H))
+    cell = tl.load(cells + token)
+    inside = inside & (cell >= 0)
+    keys = _place(places, 2 * layer, kind) + cell * H * D + column
+    values = _place(places, 2 * layer + 1, kind) + cell * H * D + column
+    tl.store(keys + (head - Q) * D, turned, mask=inside & (head >= Q) & (head < Q + H))
+    tl.store(values + (head - Q - H) * D, given, mask=inside & (head >= Q + H))
 
 
 @triton.jit
@@ -75,45 +83,46 @@ def _norm_weights(query_norm, key_norm, head, column, Q: tl.constexpr, D: tl.con
     return tl.where(head < Q, of_query, of_key)
 
 
-@triton.jit(do_not_specialize=["width", "slots", "capacity"],  # they change from event to event
-            do_not_specialize_on_alignment=["rows", "padded", "valid"])
-def attend(queries, keys, values, seen, rows, padded, valid, out, scale, width, slots, capacity,
-           EVERYONE: tl.constexpr, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
-           DP: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+@triton.jit(do_not_specialize=["words", "layer"],  # they change from event to event, from layer to layer
+            do_not_specialize_on_alignment=["places", "rows", "seen"])
+def attend(queries, places, rows, seen, out, scale, words, layer, H: tl.constexpr, G: tl.constexpr,
+           D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
     """Attend from the tokens of an utterance to its slots: a program an utterance, key head and M queries.
 
-    queries, out: [T, H, G, D], G query heads for each of H key heads; keys, values: [B, capacity, H, D];
-    seen: [R, width, slots], not 0 where a token sees a slot; rows: [R], or EVERYONE: all in order;
-    padded: [R * width] the token of each cell; valid: [T] the cell of each token; other cells are padding.
+    queries, out: [T, H, G, D], G query heads for each of H key heads; an utterance's tokens lie side by side;
+    places: [2 L], addresses of each layer's keys and values [*, H, D];
+    rows: [B, 4], of each utterance its first token, the one after its last, its slots, its first cache cell;
+    seen: [T, words], a bit for each slot that a token sees; that of slot s is bit (s % 32) ^ 7 of its word.
     """
     utterance = tl.program_id(0)
     head = tl.program_id(1)
     line = tl.program_id(2) * M + tl.arange(0, M)
-    within, group = line // G, line % G
-    place = utterance * width + within
-    inside = within < width
-    token = tl.load(padded + place, mask=inside, other=0)
-    real = inside & (tl.load(valid + token) == place)
+    begin_token = tl.load(rows + utterance * 4)
+    end_token = tl.load(rows + utterance * 4 + 1)
+    slots = tl.load(rows + utterance * 4 + 2).to(tl.int32)
+    cell = tl.load(rows + utterance * 4 + 3)
+    token, group = begin_token + line // G, line % G
+    real = token < end_token
+    slots = tl.where(begin_token + tl.program_id(2) * M // G < end_token, slots, 0)  # else nothing to do
     column = tl.arange(0, DP)
     query_at = ((token * H + head) * G + group)[:, None] * D + column[None, :]
     some = real[:, None] & (column < D)[None, :]
     query = tl.load(queries + query_at, mask=some, other=0.0)
-    row = utterance.to(tl.int64)
-    if not EVERYONE:
-        row = tl.load(rows + utterance)
+    keys = _place(places, 2 * layer, query.dtype)
+    values = _place(places, 2 * layer + 1, query.dtype)
     top = tl.full((M,), float("-inf"), tl.float32)
     total = tl.zeros((M,), tl.float32)
     sums = tl.zeros((M, DP), tl.float32)
     for begin in range(0, slots, N):
         slot = begin + tl.arange(0, N)
         here = slot < slots
-        at = ((row * capacity + slot) * H + head) * D
+        at = ((cell + slot) * H + head) * D
         key = tl.load(keys + at[None, :] + column[:, None], mask=here[None, :] & (column < D)[:, None],
                       other=0.0)
-        sees = tl.load(seen + place.to(tl.int64)[:, None] * slots + slot[None, :],
+        word = tl.load(seen + token[:, None] * words + (slot >> 5)[None, :],
                        mask=real[:, None] & here[None, :], other=0)
         score = tl.dot(query, key, input_precision="ieee") * scale
-        score = tl.where(sees != 0, score, float("-inf"))
+        score = tl.where(((word >> ((slot & 31) ^ 7)[None, :]) & 1) != 0, score, float("-inf"))
         high = tl.maximum(top, tl.max(score, 1))
         shift = tl.where(high == float("-inf"), 0.0, high)
         share = tl.exp(score - shift[:, None])

@@ -7,12 +7,14 @@ import logging
 import traceback
 from typing import TYPE_CHECKING, Any, Optional
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from icefall_fusion.common.devices import kernels_run_on, load_kernels
 from icefall_fusion.common.unavailable import Unavailable
 from icefall_fusion.lm.fused import KERNELS, LEAST, LONGEST_ROW, FusedModel
+from icefall_fusion.lm.fused_event import EventInputs
 from icefall_fusion.lm.loading import check_tree
 
 if TYPE_CHECKING:
@@ -103,31 +105,36 @@ def try_kernels(fused: FusedModel) -> None:
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(like)
 
-    groups, slots = fused.heads // fused.key_heads, 160
+    groups, slots, capacity = fused.heads // fused.key_heads, 160, 200
     for lines in (LEAST, 32, 64):
         width = max(1, lines // groups)
         if fused.lines(width, like.dtype) != lines:
             continue
-        counts = [width, max(1, width - 1), 1]  # tokens of three utterances
-        places = [u * width + w for u, count in enumerate(counts) for w in range(count)][::-1]
-        padded = torch.zeros(3 * width, dtype=torch.int64)
-        padded[places] = torch.arange(len(places))
-        valid, padded = torch.tensor(places).to(like.device), padded.to(like.device)
-        queries = random(len(places), fused.heads * fused.head_size)
-        mask = torch.rand(3, 1, width, slots, generator=generator) < 0.3
-        mask[..., 0] = True
-        mask = mask.to(like.device)
-        for utterances in (None, torch.tensor([3, 0, 2], device=like.device)):
-            size = (3 if utterances is None else 4, slots + 40, fused.key_heads, fused.head_size)
-            keys, values = random(*size), random(*size)
-            output = fused.look(queries, keys, values, mask, utterances, padded, valid, 0.2).float()
-            rows = slice(3) if utterances is None else utterances
-            key, value = (x[rows, :slots].float() for x in (keys, values))  # [R, S, H, D]
-            query = queries.float()[padded].view(3, width, fused.key_heads, groups, fused.head_size)
-            scores = 0.2 * torch.einsum("rwhgd,rshd->rwhgs", query, key)
-            shares = scores.masked_fill(~mask.view(3, width, 1, 1, slots), -torch.inf).softmax(-1)
-            wanted = torch.einsum("rwhgs,rshd->rwhgd", shares, value).reshape(3 * width, -1)[valid]
-            worst = float((output - wanted).abs().max())
-            if not worst < (1e-3 if like.dtype == torch.float32 else 5e-2):  # nan too
-                raise RuntimeError(f"attention of {lines} queries at once is {worst:.3g} off")
+        counts = torch.tensor([width, 0, max(1, width - 1), 1])  # tokens of four utterances
+        used = torch.tensor([slots, slots, 70, 1])
+        ends = counts.cumsum(0)
+        owner = torch.arange(4).repeat_interleave(counts)
+        seen = torch.rand(len(owner), slots, generator=generator) < 0.3
+        seen[:, 0] = True
+        keys, values = (random(4, capacity, fused.key_heads, fused.head_size) for _ in range(2))
+        rows = torch.stack([ends - counts, ends, used, capacity * torch.arange(4)], 1)
+        event = EventInputs(
+            *4 * [rows], torch.tensor([keys.data_ptr(), values.data_ptr()]).to(like.device),
+            rows.to(like.device), _as_bits(seen).to(like.device), None, width,
+        )
+        queries = random(len(owner), fused.heads * fused.head_size)
+        output = fused.look(queries, event, 0, 0.2).float()
+        seen = seen & (torch.arange(slots) < used[owner, None])
+        query = queries.float().view(len(owner), fused.key_heads, groups, fused.head_size)
+        key, value = (x[:, :slots].float()[owner.to(like.device)] for x in (keys, values))  # [T, S, H, D]
+        scores = 0.2 * torch.einsum("thgd,tshd->thgs", query, key)
+        shares = scores.masked_fill(~seen.to(like.device)[:, None, None], -torch.inf).softmax(-1)
+        wanted = torch.einsum("thgs,tshd->thgd", shares, value).reshape(len(owner), -1)
+        worst = float((output - wanted).abs().max())
+        if not worst < (1e-3 if like.dtype == torch.float32 else 5e-2):  # nan too
+            raise RuntimeError(f"attention of {lines} queries at once is {worst:.3g} off")
 
+
+def _as_bits(seen: Tensor) -> Tensor:
+    """Return a mask [T, S] bool as the kernels read it, [T, S / 32] int32."""
+    return torch.from_numpy(np.packbits(seen.numpy(), axis=-1).view(np.int32))

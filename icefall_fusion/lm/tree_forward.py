@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from typing import Callable, Iterator, Optional, Protocol, Sequence, Union
+from typing import TYPE_CHECKING, Callable, Iterator, Optional, Protocol, Sequence, Union
 
 import numpy as np
 import torch
@@ -20,6 +20,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from icefall_fusion.common.checks import check
 from icefall_fusion.lm.token_tree import TokenTree
 from icefall_fusion.lm.tree_memory import SLOT_BUCKET, TreeCache, rank_within
+
+if TYPE_CHECKING:
+    from icefall_fusion.lm.fused import FusedModel
 
 PACKED_ATTENTION = "icefall_tree"  # its name in transformers
 TOKEN_BUCKET = 8  # packed tokens are padded to a multiple: matrix kernels are made once for each size
@@ -67,6 +70,7 @@ class TreeModel(Protocol):
     device: torch.device
     layers: int
     packed: bool
+    fused: Optional[FusedModel]
     window: Optional[int]
     max_tokens: Optional[int]
 
@@ -93,6 +97,11 @@ def forward(model: TreeModel, tree: TokenTree, cache: TreeCache, nodes: ndarray,
         nodes: [Q] distinct, parents before children.
         wanted: [Q] bool, which distributions to return.
     """
+    if model.fused is not None:
+        from icefall_fusion.lm.fused_event import event_logits
+
+        logits = event_logits(model.fused, tree, cache, nodes, wanted, model.window)
+        return torch.log_softmax(logits.float(), dim=-1)
     slots, count = tree.slots, len(nodes)
     owner, depth = tree.utterance[nodes], tree.depth[nodes]
     utterances, row = np.unique(owner, return_inverse=True)

@@ -91,8 +91,11 @@ class SlotTable:
 
     def visible(self, utterances: ndarray, nodes: ndarray, length: int) -> ndarray:
         """Return which slots each node sees, its ancestors and itself [n, length] bool."""
-        bits = self._bits[utterances, self.of_node[nodes], : (length + 7) // 8]
-        return np.unpackbits(bits, axis=-1, count=length).view(bool)
+        return np.unpackbits(self.bits(utterances, nodes, length), axis=-1, count=length).view(bool)
+
+    def bits(self, utterances: ndarray, nodes: ndarray, length: int) -> ndarray:
+        """Return `visible` as bits [n, at most length / 8] uint8, the first slot of eight highest."""
+        return self._bits[utterances, self.of_node[nodes], : (length + 7) // 8]
 
     def in_window(self, utterances: ndarray, depths: ndarray, length: int, window: int) -> ndarray:
         """Return which slots hold a token less than ``window`` before each node [n, length] bool."""
