@@ -14,7 +14,7 @@ from typing import Iterator, Sequence
 from tqdm import tqdm
 
 from icefall_fusion.common.checks import check, check_at_least
-from icefall_fusion.common.files import PathLike, atomic_path
+from icefall_fusion.common.files import PathLike, atomic_path, opener
 from icefall_fusion.data.paragraphs import gutenberg_body, is_hard_wrapped, paragraphs
 from icefall_fusion.text.normalizer import normalize
 
@@ -99,7 +99,7 @@ def split_books(folder: PathLike, test_books: int, dev_books: int) -> dict[str, 
 
 
 def read_jsonl(path: PathLike, required: Sequence[str] = ()) -> Iterator[dict]:
-    """Yield the objects of a JSON lines file, each of which must have the keys ``required``.
+    """Yield the objects of a JSON lines file, gzipped or not, each of which must have the keys ``required``.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -107,7 +107,7 @@ def read_jsonl(path: PathLike, required: Sequence[str] = ()) -> Iterator[dict]:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no list of utterances at {path}; run prepare-text first")
-    with open(path, encoding="utf-8") as file:
+    with opener(path)(path, "rt", encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             try:
                 row = json.loads(line)

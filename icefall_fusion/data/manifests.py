@@ -4,6 +4,7 @@ Must not know: how audio or features are made, models.
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import hashlib
 import itertools
@@ -107,6 +108,21 @@ def cut_of(utterance: Mapping[str, Any], audio: Path, num_samples: int, made: Ma
         custom=custom,
     )
     return MonoCut(id, 0.0, seconds, 0, recording=recording, supervisions=[supervision])
+
+
+def span_of(cut: MonoCut, recording: str, first: int, num_samples: int) -> MonoCut:
+    """Return a cut of `cut_of` as a part of the recording that its file holds.
+
+    Args:
+        cut: as if its file held nothing else.
+        recording: id of the recording.
+        first: sample at 16 kHz at which the cut begins.
+        num_samples: length of the recording at 16 kHz.
+    """
+    seconds = num_samples / SAMPLE_RATE
+    whole = Recording(recording, cut.recording.sources, SAMPLE_RATE, num_samples, seconds)
+    said = [dataclasses.replace(one, recording_id=recording) for one in cut.supervisions]
+    return dataclasses.replace(cut, start=first / SAMPLE_RATE, recording=whole, supervisions=said)
 
 
 def write_cuts(cuts: Iterable[MonoCut], path: PathLike) -> None:

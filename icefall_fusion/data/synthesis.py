@@ -1,4 +1,5 @@
-"""Knows: utterances in, noisy synthetic speech (16 kHz FLAC) and lhotse cuts out; the job `synthesize`.
+"""Job `synthesize`: utterances in, noisy synthetic speech (16 kHz FLAC or WAV) and lhotse cuts out.
+Knows: the speech of an utterance, shards of work, manifests.
 Must not know: features, models, how utterances were selected.
 """
 
@@ -8,28 +9,32 @@ import functools
 import hashlib
 import json
 import multiprocessing
-import re
-import zlib
-from dataclasses import asdict, dataclass, field
+import random
+import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Iterator, Mapping, Optional, Sequence
+from typing import Any, Callable, Iterator, Mapping, Optional, Sequence
 
 import numpy as np
 import soundfile
+from lhotse import MonoCut
 from tqdm import tqdm
 
 from icefall_fusion.common.checks import check, check_at_least, check_choice
+from icefall_fusion.common.command_line import UNFINISHED
 from icefall_fusion.common.files import atomic_path, write_json
-from icefall_fusion.data.espeak import ACCENTS, SAMPLE_RATE, speak
+from icefall_fusion.data.espeak import ACCENTS, SAMPLE_RATE
 from icefall_fusion.data.manifests import (
     check_corpus,
     cut_of,
     cuts_path,
     join_shards,
     read_utterances,
+    span_of,
     write_cuts,
 )
-from icefall_fusion.data.noise import CLEAN, OTHER, TRAIN, Conditions, distort
+from icefall_fusion.data.noise import CLEAN, OTHER, TRAIN, Conditions
+from icefall_fusion.data.synthesizer import BABBLE_VOICES, Synthesizer
 from icefall_fusion.data.voices import SPEAKERS, Speakers
 
 SPLITS = ("train", "dev", "test-clean", "test-other")
@@ -41,7 +46,6 @@ CONDITIONS: dict[str, tuple[Conditions, ...]] = {
     "test-other": (OTHER,),
 }
 FORMAT = 1  # part of every shard's fingerprint: raise it when the audio of the same options changes
-_BABBLE_VOICES = 48
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,8 @@ class SynthesizeOptions:
     Args:
         split: train, dev, test-clean or test-other; it chooses speakers and conditions.
         data_dir: where ``text/selected_SPLIT.jsonl`` is and ``audio/``, ``manifests/`` go.
-        input: JSON lines with id, book, index, cased, text; default as above.
+        input: JSON lines (gzipped where the name ends in .gz) with id, book, index, cased, text; default as
+            above.
         seed: of speakers, noise and rooms.
         workers: processes. The result does not depend on it.
         shard_size: utterances in one resumable piece of work.
@@ -61,6 +66,11 @@ class SynthesizeOptions:
         speakers: another population than the split's own.
         conditions: other conditions than the split's own.
         corpus: names the manifest: ``CORPUS_cuts_SPLIT.jsonl.gz``.
+        joined: write the utterances of a shard one after another into one WAV file, instead of a FLAC file
+            each: the same samples, quicker to write and to read, and nearly twice as large.
+        max_minutes: begin no shard after that many minutes, and list the utterances that were spoken until
+            then; shards begin in a random order, so that all books have their share. 0: no limit. A run
+            without it goes on.
     """
 
     split: str
@@ -75,9 +85,12 @@ class SynthesizeOptions:
     speakers: Optional[Speakers] = None
     conditions: Optional[Conditions] = None
     corpus: str = "minibooks"
+    joined: bool = False
+    max_minutes: float = 0.0
 
     def __post_init__(self) -> None:
         check_choice(self.split, SPLITS, "SynthesizeOptions.split")
+        check_at_least(0, self, "max_minutes")
         check_corpus(self.corpus, "SynthesizeOptions.corpus")
         check_at_least(1, self, "workers", "shard_size")
         check(
@@ -88,94 +101,44 @@ class SynthesizeOptions:
         )
 
 
-@dataclass
-class Synthesizer:
-    """Speaks utterances of one population; chance depends on seed and id alone.
-
-    Args:
-        speakers: who may speak.
-        conditions: one is taken by lot for every utterance.
-        seed: any non-negative int.
-        babble_texts: of the talkers in the background; without any there is no babble.
-        prosody: see SynthesizeOptions.
-    """
-
-    speakers: Speakers
-    conditions: Sequence[Conditions]
-    seed: int = 0
-    babble_texts: Sequence[str] = ()
-    prosody: bool = True
-    _voices: Optional[list[np.ndarray]] = field(default=None, repr=False)
-
-    def say(self, id: str, text: str, cased: Optional[str] = None) -> tuple[np.ndarray, dict[str, Any]]:
-        """Return an utterance and how it was made.
-
-        Args:
-            id: the utterance's name, the only source of chance beside the seed.
-            text: normalized text: exactly these words are spoken.
-            cased: the same with case and punctuation, for the melody.
-
-        Returns:
-            (float32 [samples] at 16 kHz, {"voice", "speed", "pitch", "snr", "noise", "rt60", "band"}).
-        """
-        rng = np.random.default_rng([self.seed, zlib.crc32(id.encode("utf-8"))])
-        voice = self.speakers.draw(rng)
-        spoken = punctuated(text, cased) if self.prosody and cased else text
-        samples = speak(spoken, voice, seed=int(rng.integers(2**31)))
-        conditions = self.conditions[rng.integers(len(self.conditions))]
-        samples, record = distort(samples, conditions, rng, self._background())
-        return samples, {"voice": voice.name, "speed": voice.speed, "pitch": voice.pitch, **record}
-
-    def _background(self) -> list[np.ndarray]:
-        if self._voices is None:
-            rng = np.random.default_rng([self.seed, 1])
-            texts = [self.babble_texts[i] for i in rng.permutation(len(self.babble_texts))[:_BABBLE_VOICES]]
-            spoken = (speak(text, self.speakers.draw(rng), seed=0) for text in texts)
-            self._voices = [samples for samples in spoken if len(samples) > 0]
-        return self._voices
-
-
-def punctuated(text: str, cased: str) -> str:
-    """Return ``text`` with the punctuation of ``cased`` if their words have the same letters, else ``text``.
-
-    Nothing but , ; : ! ? after a word and the last full stop is taken over: the words spoken stay those of
-    ``text``.
-    """
-    words = text.split()
-    tokens = [token for token in re.split(r"[\s\-–—]+", cased) if re.search(r"\w", token)]
-    if len(words) != len(tokens):
-        return text
-    spoken = []
-    for word, token in zip(words, tokens):
-        if re.sub(r"\W", "", word).lower() != re.sub(r"[\W_]", "", token).lower():
-            return text
-        mark = re.search(r"[,;:!?]", re.sub(r"^\W+", "", token))
-        spoken.append(word + (mark.group() if mark else ""))
-    return " ".join(spoken) + ("." if spoken[-1][-1] not in ",;:!?" else "")
-
-
 def run(options: SynthesizeOptions) -> int:
-    """Make the audio and ``manifests/CORPUS_cuts_SPLIT.jsonl.gz``; return 0."""
+    """Make the audio and ``manifests/CORPUS_cuts_SPLIT.jsonl.gz``.
+
+    Returns:
+        0; 4 when ``max_minutes`` left shards out of the manifest.
+
+    Raises:
+        ValueError: ``max_minutes`` were too few for one shard.
+    """
+    deadline = time.monotonic() + options.max_minutes * 60 if options.max_minutes else float("inf")
     source = options.input or options.data_dir / "text" / f"selected_{options.split}.jsonl"
     utterances = read_utterances(source, ("id", "text"))
     parts = options.data_dir / "manifests" / ".parts" / options.split
     shards = _plan(options, utterances, parts)
     todo = [shard for shard in shards if not shard.manifest.exists()]
+    if options.max_minutes:
+        random.Random(options.seed).shuffle(todo)
     print(
         f"synthesize {options.split}: {len(utterances)} utterances in {len(shards)} shards, "
         f"{len(shards) - len(todo)} already done"
     )
     with tqdm(total=len(utterances), unit="utt", desc=options.split, smoothing=0.05) as bar:
         bar.update(len(utterances) - sum(len(shard.utterances) for shard in todo))
-        for done in _each(options, utterances, todo):
+        for done in _each(options, utterances, todo, deadline):
             bar.update(done)
-    return _finish(options, shards)
+    made = [shard for shard in shards if shard.manifest.exists()]
+    check(len(made) > 0, "SynthesizeOptions.max_minutes", "be enough for a shard", options.max_minutes)
+    _finish(options, made)
+    if len(made) < len(shards):
+        print(f"{options.split}: max_minutes are over; {len(shards) - len(made)} shards were not spoken")
+        return UNFINISHED
+    return 0
 
 
 @dataclass(frozen=True)
 class _Shard:
     manifest: Path
-    audio_dir: Path
+    audio: Path
     utterances: list[dict[str, Any]]
 
 
@@ -191,7 +154,8 @@ def _plan(options: SynthesizeOptions, utterances: list[dict[str, Any]], parts: P
     settings = {key: str(getattr(options, key)) for key in ("seed", "min_seconds", "max_seconds", "prosody")}
     for number, start in enumerate(range(0, len(utterances), options.shard_size)):
         chunk = utterances[start : start + options.shard_size]
-        content = [FORMAT, settings, repr(_population(options)), background, chunk]
+        content: list[Any] = [FORMAT, settings, repr(_population(options)), background, chunk]
+        content += ["joined"] if options.joined else []
         name = f"{number:05d}-{_hash(content)[:8]}"
         audio = options.data_dir / "audio" / options.split / name
         shards.append(_Shard(parts / f"{name}.jsonl.gz", audio, chunk))
@@ -208,41 +172,86 @@ def _hash(content: Any) -> str:
 
 
 def _babble_texts(options: SynthesizeOptions, utterances: list[dict[str, Any]]) -> list[str]:
-    chosen = np.random.default_rng(options.seed).permutation(len(utterances))[:_BABBLE_VOICES]
+    chosen = np.random.default_rng(options.seed).permutation(len(utterances))[:BABBLE_VOICES]
     return [utterances[index]["text"] for index in chosen]
 
 
-def _each(options: SynthesizeOptions, utterances: list[dict[str, Any]], todo: list[_Shard]) -> Iterator[int]:
+_make: Callable[[_Shard], int]  # of a worker process
+
+
+def _begin_worker(maker: Synthesizer, options: SynthesizeOptions, deadline: float) -> None:
+    """Let a process have one maker for all its shards: it speaks what babbles in the background once."""
+    global _make
+    _make = functools.partial(_make_shard, maker, options, deadline)
+
+
+def _make_in_worker(shard: _Shard) -> int:
+    return _make(shard)
+
+
+def _each(
+    options: SynthesizeOptions, utterances: list[dict[str, Any]], todo: list[_Shard], deadline: float
+) -> Iterator[int]:
     speakers, conditions = _population(options)
     babble = _babble_texts(options, utterances)
-    maker = Synthesizer(speakers, conditions, options.seed, babble, options.prosody)
-    make = functools.partial(_make_shard, maker, options)
+    work = Synthesizer(speakers, conditions, options.seed, babble, options.prosody), options, deadline
     if options.workers == 1 or len(todo) < 2:
-        yield from map(make, todo)
+        yield from map(functools.partial(_make_shard, *work), todo)
         return
-    with multiprocessing.get_context("spawn").Pool(min(options.workers, len(todo))) as pool:
-        yield from pool.imap_unordered(make, todo)
+    workers = min(options.workers, len(todo))
+    with multiprocessing.get_context("spawn").Pool(workers, _begin_worker, work) as pool:
+        yield from pool.imap_unordered(_make_in_worker, todo)
+        pool.close()
+        pool.join()  # lets workers leave by themselves and remove their temporary files
 
 
-def _make_shard(maker: Synthesizer, options: SynthesizeOptions, shard: _Shard) -> int:
-    shard.audio_dir.mkdir(parents=True, exist_ok=True)
-    cuts, dropped = [], []
+def _make_shard(maker: Synthesizer, options: SynthesizeOptions, deadline: float, shard: _Shard) -> int:
+    """Speak a shard if it is not too late (CLOCK_MONOTONIC is the same in all processes)."""
+    if time.monotonic() > deadline:
+        return 0
+    spoken, dropped = [], []
     for utterance in shard.utterances:
         samples, record = maker.say(utterance["id"], utterance["text"], utterance.get("cased"))
         seconds = len(samples) / SAMPLE_RATE
-        if not options.min_seconds <= seconds <= options.max_seconds:
+        if options.min_seconds <= seconds <= options.max_seconds:
+            spoken.append((utterance, samples, record))
+        else:
             dropped.append({"id": utterance["id"], "seconds": round(seconds, 2)})
-            continue
-        path = shard.audio_dir / f"{utterance['id']}.flac"
-        with atomic_path(path) as temporary:
-            soundfile.write(temporary, samples, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
-        cuts.append(cut_of(utterance, path.absolute(), len(samples), record))
+    cuts = _joined(shard, spoken) if options.joined else [_file_of_its_own(shard, *one) for one in spoken]
     write_json(shard.manifest.with_suffix(".dropped"), dropped)
     write_cuts(cuts, shard.manifest)  # last: its presence says that the shard is whole
     return len(shard.utterances)
 
 
-def _finish(options: SynthesizeOptions, shards: list[_Shard]) -> int:
+def _file_of_its_own(
+    shard: _Shard, utterance: dict[str, Any], samples: np.ndarray, record: dict[str, Any]
+) -> MonoCut:
+    path = shard.audio / f"{utterance['id']}.flac"
+    _write_audio(path, samples, "FLAC")
+    return cut_of(utterance, path.absolute(), len(samples), record)
+
+
+def _joined(
+    shard: _Shard, spoken: Sequence[tuple[dict[str, Any], np.ndarray, dict[str, Any]]]
+) -> list[MonoCut]:
+    path = shard.audio.with_suffix(".wav")
+    samples = np.concatenate([np.zeros(0, np.float32), *(one for _, one, _ in spoken)])
+    rounded = np.clip(np.rint(samples * 32768), -32768, 32767)  # as in FLAC; libsndfile's WAV would differ
+    _write_audio(path, rounded.astype(np.int16), "WAV")
+    cuts, place = [], 0
+    for utterance, one, record in spoken:
+        cut = cut_of(utterance, path.absolute(), len(one), record)
+        cuts.append(span_of(cut, shard.audio.name, place, len(samples)))
+        place += len(one)
+    return cuts
+
+
+def _write_audio(path: Path, samples: np.ndarray, kind: str) -> None:
+    with atomic_path(path) as temporary:
+        soundfile.write(temporary, samples, SAMPLE_RATE, format=kind, subtype="PCM_16")
+
+
+def _finish(options: SynthesizeOptions, shards: list[_Shard]) -> None:
     target = cuts_path(options.data_dir / "manifests", options.split, options.corpus)
     totals = join_shards([shard.manifest for shard in shards], target)
     dropped: list[Mapping[str, Any]] = []
@@ -255,7 +264,6 @@ def _finish(options: SynthesizeOptions, shards: list[_Shard]) -> int:
         f"{totals['words']} words, {totals['speakers']} speakers; {len(dropped)} dropped as shorter "
         f"than {options.min_seconds} s or longer than {options.max_seconds} s -> {target}"
     )
-    return 0
 
 
 def _plain(options: SynthesizeOptions) -> dict[str, Any]:

@@ -1,24 +1,34 @@
 """Knows: what synthetic speech promises: rate, determinism, disjoint voices. Must not know: models."""
 from __future__ import annotations
 
+import dataclasses
 import gzip
+import itertools
 import json
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
+from lhotse import CutSet
+from scipy.signal import resample_poly
 
-from icefall_fusion.data import espeak, synthesis, voices
-from icefall_fusion.data.espeak import ACCENTS, Voice, speak, variants
+from icefall_fusion.common.command_line import UNFINISHED
+from icefall_fusion.data import espeak, synthesis, synthesizer, voices
+from icefall_fusion.data.cut_audio import cut_samples
+from icefall_fusion.data.espeak import ACCENTS, Engine, Voice, speak, variants
+from icefall_fusion.data.fbank import FbankOptions
+from icefall_fusion.data.fbank import run as compute_fbank
+from icefall_fusion.data.manifests import cuts_path
+from icefall_fusion.data.noise import Conditions
 from icefall_fusion.data.synthesis import (
     CONDITIONS,
     SPLITS,
     SynthesizeOptions,
-    Synthesizer,
-    punctuated,
     run,
 )
+from icefall_fusion.data.synthesizer import Synthesizer, punctuated
 from icefall_fusion.data.voices import (
     DEV,
     DROPPED,
@@ -124,6 +134,75 @@ def test_job_is_resumable_and_independent_of_sharding(tmp_path: Path) -> None:
     sorted((first / "manifests" / ".parts" / "dev").glob("*.gz"))[1].unlink()
     assert run(SynthesizeOptions("dev", first, workers=1, shard_size=2)) == 0
     assert shard.stat().st_mtime_ns == before and _rows(first) == rows[0]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_joined_shards_hold_the_same_speech(tmp_path: Path, workers: int) -> None:
+    folders = tmp_path / "apart", tmp_path / "joined"
+    for folder, joined in zip(folders, (False, True)):
+        folder.mkdir()
+        _write_utterances(folder, 5)
+        options = SynthesizeOptions("dev", folder, workers=workers, shard_size=3, joined=joined)
+        assert run(options) == 0
+        assert compute_fbank(FbankOptions(folder, ("dev",), workers=1)) == 0
+    assert {path.suffix for path in (folders[1] / "audio" / "dev").iterdir()} == {".wav"}
+    apart, joined = (list(CutSet.from_file(cuts_path(folder / "fbank", "dev"))) for folder in folders)
+    assert [cut.id for cut in joined] == ["b-0", "b-2", "b-3", "b-4"] and joined[1].start > 1
+    for one, two in zip(apart, joined):
+        assert one.duration == two.duration
+        said = [cut.supervisions[0].to_dict() | {"recording_id": ""} for cut in (one, two)]
+        assert said[0] == said[1]
+        assert np.array_equal(cut_samples(one), cut_samples(two))
+        assert np.array_equal(one.load_features(), two.load_features())
+
+
+def test_the_clock_ends_a_job_that_another_run_goes_on_with(
+    tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _write_utterances(tmp_path, 6)
+    options = SynthesizeOptions("dev", tmp_path, workers=1, shard_size=2, joined=True, max_minutes=1e-9)
+    with pytest.raises(ValueError, match="SynthesizeOptions.max_minutes must be enough for a shard, but is"):
+        run(options)
+    now = itertools.chain([0.0, 1.0, 59.0], itertools.repeat(61.0))  # begin, a look before each shard
+    monkeypatch.setattr(synthesis.time, "monotonic", lambda: next(now))
+    assert run(dataclasses.replace(options, max_minutes=1)) == UNFINISHED
+    assert "1 shards were not spoken" in capsys.readouterr().out
+    monkeypatch.undo()
+    some = _rows(tmp_path)
+    assert 2 <= len(some) < 5 and [row["id"] for row in some] == sorted(row["id"] for row in some)
+    assert run(dataclasses.replace(options, max_minutes=0)) == 0
+    assert len(_rows(tmp_path)) == 5 and all(row in _rows(tmp_path) for row in some)
+
+
+def test_a_worker_speaks_the_background_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _write_utterances(tmp_path, 4)
+    spoken: list = []
+    count = lambda *args, **more: spoken.append(args) or speak(*args, **more)  # noqa: E731
+    monkeypatch.setattr(synthesizer, "speak", count)
+    options = SynthesizeOptions("dev", tmp_path, shard_size=1)
+    utterances = [json.loads(line) for line in (tmp_path / "text" / "selected_dev.jsonl").open()]
+    maker = Synthesizer(SPEAKERS["dev"], (Conditions(noises=("babble",)),), 1, [TEXT] * 9)
+    synthesis._begin_worker(maker, options, float("inf"))
+    for shard in synthesis._plan(options, utterances, tmp_path / "parts"):
+        synthesis._make_in_worker(shard)
+    assert len(spoken) == 9 + 4
+
+
+def test_accents_are_found_without_reading_all_voices(tmp_path: Path) -> None:
+    """Files in lower case, as the library looks for them, speak as those of eSpeak NG's own folder."""
+    own = Engine()
+    own._data = types.SimpleNamespace(name=espeak._loader().get_data_path())
+    names = {path.name for path in Path(Engine()._data.name, "lang", "gmw").iterdir()}
+    assert {Path(file).name.lower() for file in ACCENTS.values()} <= names
+    for accent in ACCENTS:
+        voice = Voice(accent, "f3")
+        assert np.array_equal(own.speak_native(TEXT, voice)[0], Engine().speak_native(TEXT, voice)[0])
+
+
+def test_resampling_is_that_of_scipy() -> None:
+    native, rate = espeak.engine().speak_native(TEXT, Voice(), 0)
+    expected = resample_poly(native.astype(np.float32) / 32768.0, 320, 441).astype(np.float32)
+    assert rate == 22_050 and np.array_equal(speak(TEXT, Voice()), expected)
 
 
 def test_shards_of_other_selections_or_voices_are_not_mixed(

@@ -10,7 +10,7 @@ import numpy as np
 
 from icefall_fusion.data.espeak import SAMPLE_RATE, speak
 from icefall_fusion.data.noise import Conditions, distort
-from icefall_fusion.data.synthesis import punctuated
+from icefall_fusion.data.synthesizer import punctuated
 from icefall_fusion.text.normalizer import normalize
 from librilike.books import Passage
 from librilike.chapters import Chapter, Sizes
