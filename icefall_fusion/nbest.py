@@ -64,12 +64,12 @@ class NBest:
 
     Args:
         utterance: the utterance's id.
-        hypotheses: sorted by ``total``, descending.
+        hypotheses: sorted by ``total``, descending; a list, or a sequence that makes them when they are read.
         weights: the weights that made ``total``, per source.
     """
 
     utterance: str
-    hypotheses: list[Hypothesis]
+    hypotheses: Sequence[Hypothesis]
     weights: dict[str, float] = field(default_factory=lambda: {"ctc": 1.0})
 
     def __getitem__(self, rank: int) -> Hypothesis:

@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Optional, TypeVar, Union
 
 import torch
 import torch.distributed as dist
@@ -129,15 +129,29 @@ def to_device(batch: Any, device: torch.device) -> Any:
     return batch
 
 
-def sum_over_processes(totals: Mapping[str, Any], device: torch.device) -> dict[str, float]:
-    """Sum every value (number or scalar tensor) over the processes; one message, one wait for the device."""
+def sum_over_processes(totals: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """Sum every value (number or scalar tensor) over the processes; one message, no wait for the device.
+
+    Returns:
+        the same of one process; float64 scalar tensors on the device of several.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return dict(totals)
     tensors = {name: value for name, value in totals.items() if isinstance(value, Tensor)}
     numbers = {name: value for name, value in totals.items() if name not in tensors}
-    values = torch.tensor(list(numbers.values()), dtype=torch.float64, device=device)
+    values = upload(list(numbers.values()), device, torch.float64)
     if tensors:
         stacked = torch.stack([value.detach().double().reshape(()) for value in tensors.values()])
         values = torch.cat([values, stacked.to(device)])
-    return dict(zip([*numbers, *tensors], sum_tensor(values).tolist()))
+    return dict(zip([*numbers, *tensors], sum_tensor(values).unbind()))
+
+
+def upload(values: Any, device: Union[str, torch.device], dtype: Optional[torch.dtype] = None) -> Tensor:
+    """Return a tensor of numbers (or lists of them) on a device, without waiting for that device."""
+    made = torch.tensor(values, dtype=dtype)
+    if torch.device(device).type == "cuda":  # from pageable memory a copy would wait for all work before it
+        made = made.pin_memory()
+    return made.to(device, non_blocking=True)
 
 
 def sum_tensor(values: Tensor) -> Tensor:

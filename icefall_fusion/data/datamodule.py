@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Optional
 
 import torch
@@ -21,6 +21,7 @@ from icefall_fusion.data.bucketing import Order, Rules
 from icefall_fusion.data.loading import Batch, Encode, Loading, existing_manifest, load_features
 from icefall_fusion.data.manifests import spread
 from icefall_fusion.data.options import DataOptions
+from icefall_fusion.data.resident import FeatureStore, ResidentBatches
 
 _STOPS = {signal.SIGINT, signal.SIGTERM}  # what Ctrl-C and schedulers send
 
@@ -38,6 +39,10 @@ class TrainBatches:
         manifest: a lhotse manifest of cuts with features (or with audio only: features are then computed).
         options: see there.
         encode: text to token ids, e.g. ``AcousticTokens.encode``; None gives empty lists.
+        store: the features of the manifest in a device's memory (resident.py): batches of the same order
+            are gathered and augmented there, without workers; see `ResidentBatches` for what they hold.
+            ``options.resident`` says that a job does so.
+        pin_memory: let workers hand over memory that a GPU copies without waiting.
 
     Attributes:
         skipped: [{"id", "error"}], utterances whose features or audio could not be read so far, each once;
@@ -45,7 +50,14 @@ class TrainBatches:
         order: the sampler.
     """
 
-    def __init__(self, manifest: PathLike, options: DataOptions, encode: Optional[Encode] = None) -> None:
+    def __init__(
+        self,
+        manifest: PathLike,
+        options: DataOptions,
+        encode: Optional[Encode] = None,
+        store: Optional[FeatureStore] = None,
+        pin_memory: bool = False,
+    ) -> None:
         self.options = options
         self.skipped: list[dict[str, str]] = []
         self._told: set[str] = set()  # ids in it: epoch by epoch they would be the same
@@ -54,7 +66,10 @@ class TrainBatches:
             options.buffer,
         )
         self.order = Order(existing_manifest(manifest), rules)
-        self._loader = _loader(Loading(encode, options), self.order, options)
+        if store is not None:
+            self._loader = ResidentBatches(store, self.order, encode, options)
+        else:
+            self._loader = _loader(Loading(encode, options), self.order, options, pin_memory)
 
     @property
     def epoch(self) -> int:
@@ -116,6 +131,8 @@ class EvalBatches:
         done: ids to leave out, e.g. those that a killed run has decoded.
         rank: of this process, from 0: it takes every ``world``-th batch from this one on.
         world: number of processes that share the batches.
+        store: the features in a device's memory, as in `TrainBatches`.
+        pin_memory: as in `TrainBatches`.
 
     Attributes:
         utterances: number of those in this process's batches.
@@ -131,6 +148,8 @@ class EvalBatches:
         done: Sequence[str] = (),
         rank: int = 0,
         world: int = 1,
+        store: Optional[FeatureStore] = None,
+        pin_memory: bool = False,
     ) -> None:
         check(world >= 1, "EvalBatches.world", "be at least 1", world)
         check(0 <= rank < world, "EvalBatches.rank", f"lie in 0..{world - 1} (below world)", rank)
@@ -140,7 +159,10 @@ class EvalBatches:
         cuts = [cut for cut in spread(cuts, limit or 0) if cut.id not in left_out]
         self._batches = _batches_by_duration(cuts, options.eval_duration)[rank::world]
         self.utterances = sum(len(batch) for _, batch in self._batches)
-        self._loader = _loader(Loading(encode, None), self._batches, options)
+        if store is not None:
+            self._loader = ResidentBatches(store, self._batches, encode)
+        else:
+            self._loader = _loader(Loading(encode, None), self._batches, options, pin_memory)
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -163,17 +185,17 @@ def _batches_by_duration(cuts: list[MonoCut], seconds: float) -> list[tuple[int,
     return batches
 
 
-def _loader(loading: Loading, sampler: Any, options: DataOptions) -> DataLoader:
-    workers: dict[str, Any] = {}
+def _loader(loading: Loading, sampler: Any, options: DataOptions, pin_memory: bool) -> DataLoader:
+    workers: dict[str, Any] = {"pin_memory": pin_memory}
     if options.workers:
-        workers = {"prefetch_factor": options.prefetch, "persistent_workers": True}
+        workers.update(prefetch_factor=options.prefetch, persistent_workers=True)
         workers["worker_init_fn"] = _leave_signals_to_the_trainer
     # Each pass draws a seed, also one that a resumed run begins: not from the generator of dropout.
     workers["generator"] = torch.Generator()
     return DataLoader(loading, batch_size=None, sampler=sampler, num_workers=options.workers, **workers)
 
 
-def _start(loader: DataLoader) -> Iterator[Batch]:
+def _start(loader: Iterable[Batch]) -> Iterator[Batch]:
     """Start the workers of a loader. Signals that stop a job wait meanwhile: a worker inherits this."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
     try:

@@ -29,13 +29,27 @@ def warp_frequencies(features: Tensor, factor: float) -> Tensor:
 
 @functools.lru_cache(maxsize=1024)
 def _sources(bins: int, factor: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return for each filter the two filters that its value lies between, and where [bins] (0..1)."""
-    bottom, top = _mel(torch.tensor(LOWEST)), _mel(torch.tensor(HIGHEST))
+    return tuple(one[0] for one in warp_sources(bins, torch.tensor([factor], dtype=torch.float64)))
+
+
+def warp_sources(bins: int, factors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return for each factor and filter the two filters that a value lies between, and where.
+
+    Args:
+        bins: number of filters.
+        factors: float64 [B], above 0.
+
+    Returns:
+        int64 [B,bins], int64 [B,bins], float32 [B,bins] (0..1).
+    """
+    factor = factors[:, None]
+    bottom, top = (_mel(torch.full((), hertz, device=factors.device)) for hertz in (LOWEST, HIGHEST))
     step = (top - bottom) / (bins + 1)
-    warped = 700.0 * (torch.exp((bottom + step * torch.arange(1, bins + 1)) / 1127.0) - 1)  # centers in Hz
-    knee = KNEE * min(factor, 1.0)
-    above = HIGHEST - (HIGHEST - warped) * (HIGHEST - knee / factor) / (HIGHEST - knee)
-    source = torch.where(warped <= knee, warped / factor, above)
+    place = torch.arange(1, bins + 1, device=factors.device)
+    warped = 700.0 * (torch.exp((bottom + step * place) / 1127.0) - 1)  # centers in Hz
+    knee = KNEE * factor.clamp(max=1.0)
+    above = HIGHEST - (HIGHEST - warped) * (HIGHEST - knee / factor).float() / (HIGHEST - knee).float()
+    source = torch.where(warped <= knee.float(), warped / factor.float(), above)
     position = ((_mel(source) - bottom) / step - 1).clamp(0, bins - 1)
     low = position.floor().long().clamp(max=max(bins - 2, 0))
     return low, (low + 1).clamp(max=bins - 1), position - low

@@ -61,6 +61,11 @@ def load_features(cut: MonoCut) -> torch.Tensor:
     return features
 
 
+def cut_text(cut: MonoCut) -> str:
+    """Return what is said in a cut."""
+    return " ".join(supervision.text or "" for supervision in cut.supervisions)
+
+
 class Loading(Dataset):
     """Turns (seed, cuts or their lines) into a batch, in a worker; ``options`` None: no augmentation."""
 
@@ -106,7 +111,7 @@ class Loading(Dataset):
                     one = self._augment(one[None])[0]
                 features.append(one)
                 kept.append(cut)
-        texts = [" ".join(supervision.text or "" for supervision in cut.supervisions) for cut in kept]
+        texts = [cut_text(cut) for cut in kept]
         padded, lens = pad_features(features)
         return {
             "features": padded,  # [B, T, 80]

@@ -40,6 +40,16 @@ def with_pretrained(
         raise FileNotFoundError(
             f"there is no pretrained model in {folder}; train one (egs/minibooks/ASR/run.sh) or {remedy}"
         )
+    emissions = replace(options.emissions, model=str(folder / "ctc_aed"))
+    return replace(with_shipped_lms(options, folder), emissions=emissions)
+
+
+def with_shipped_lms(options: Options, folder: PathLike = FOLDER) -> Options:
+    """Return options in which every language model, n-gram and weight that is not named is the shipped one.
+
+    What the folder (see `with_pretrained`) does not have is left unnamed.
+    """
+    folder = Path(folder)
     lms = {
         name: replace(getattr(options, name), path=_path(getattr(options, name), folder / name))
         for name in ("nlm", "llm", "matched_llm")
@@ -50,8 +60,7 @@ def with_pretrained(
     weights = options.weights
     if not weights and (folder / WEIGHTS).is_file():
         weights = str(folder / WEIGHTS)
-    emissions = replace(options.emissions, model=str(folder / "ctc_aed"))
-    return replace(options, emissions=emissions, weights=weights, ngram=ngram, **lms)
+    return replace(options, weights=weights, ngram=ngram, **lms)
 
 
 def _path(options: LmOptions, shipped: Path) -> str:

@@ -14,7 +14,7 @@ from icefall_fusion.lattice.ctc_forward import ctc_scores
 from icefall_fusion.lattice.graph import Labels, WordTokens
 from icefall_fusion.lattice.lattices import Lattices
 from icefall_fusion.nbest import Hypothesis, NBest, WordTime
-from icefall_fusion.search.ctc_prefix import word_times
+from icefall_fusion.search.export import word_times
 from icefall_fusion.text.tokens import AcousticTokens
 
 if TYPE_CHECKING:
@@ -43,7 +43,9 @@ def beam_lists(
     weights["words"] = float(sum(f.word_bonus for f in fusions))
     paths = _trace(searched)
     masses, graphs, scores = searched.mass.tolist(), searched.hlg.tolist(), searched.beam.lm.tolist()
-    outputs, _, counts = (x.tolist() for x in searched.beam.arena.trace(searched.beam.node))
+    arena = searched.beam.arena
+    path, counts = arena.trace(searched.beam.node.reshape(-1).cpu().numpy())
+    outputs = arena.on_host("piece")[path].tolist()
     lists = []
     for row, name in enumerate(searched.lattices.ids):
         hypotheses = []
@@ -213,5 +215,5 @@ def _hypothesis(
     ids, births = [piece for piece, _ in begun], [frame for _, frame in begun]
     times: list[WordTime] = []
     if tokens is not None and frame_shift is not None and tokens.words(ids) == list(words):
-        times = word_times(ids, words, births, tokens, frame_shift)
+        times = word_times(words, tokens.word_spans(ids), births, frame_shift)
     return Hypothesis(ids, " ".join(words), scores, times)

@@ -143,8 +143,9 @@ def forward(model: TreeModel, tree: TokenTree, cache: TreeCache, nodes: ndarray,
 def token_bucket(device: torch.device) -> int:
     """Return the multiple to which packed tokens are padded.
 
-    On a CPU each token of padding costs its time. Matrix units of a GPU work on 64 rows at least, so that
-    padding to 64 costs nothing there, and there are few shapes of products to choose kernels for.
+    On a CPU each token of padding costs its time. A GPU's matrix products go by tiles of 64 rows or more, so
+    that there are few shapes to choose kernels for. On recorded events (32 utterances, beam 10; 213 tokens on
+    average) padding to 64 adds 16 % of rows, to 128 31 %, to 8 2 %.
     """
     return GPU_TOKEN_BUCKET if device.type == "cuda" else TOKEN_BUCKET
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Optional
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -116,32 +117,26 @@ class PrefixArena:
         check(ancestor < 0 or node == ancestor, "ancestor", "be a prefix of node", ancestor)
         return pieces[::-1]
 
-    def trace(self, nodes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Trace many prefixes back at once.
+    def trace(self, nodes: Any) -> tuple[Any, Any]:
+        """Trace many prefixes back at once, on the host.
 
         Args:
-            nodes: [n] int64.
+            nodes: numpy [n] int64.
 
         Returns:
-            pieces [n, longest] (first to last, left-aligned, -1 after the end), birth frames [n, longest] and
-            lengths [n]; on the CPU.
+            numpy arrays: the nodes on the way to each [n, longest] (first to last, left-aligned, without the
+            root, -1 after the end), and their numbers [n]. A node was born at frame ``node // row_size - 1``.
         """
-        nodes = nodes.reshape(-1).cpu()
-        parents, all_pieces = (torch.as_tensor(self.on_host(name)) for name in ("parent", "piece"))
-        steps: list[Tensor] = []
-        while bool((nodes >= self.row_size).any()):
+        parent, steps = self.on_host("parent"), []
+        while (nodes >= self.row_size).any():
             steps.append(nodes)
-            nodes = parents[nodes]
+            nodes = parent[nodes]
         if not steps:
-            empty = torch.zeros(nodes.numel(), 0, dtype=torch.int64)
-            return empty, empty, torch.zeros(nodes.numel(), dtype=torch.int64)
-        path = torch.stack(steps[::-1], dim=1)  # [n, longest], right-aligned: roots stand in front
-        real = path >= self.row_size
-        order = real.to(torch.int8).sort(dim=1, descending=True, stable=True).indices
-        path, real = path.gather(1, order), real.gather(1, order)
-        pieces = torch.where(real, all_pieces[path], torch.full_like(path, -1))
-        frames = torch.where(real, path // self.row_size - 1, torch.full_like(path, -1))
-        return pieces, frames, real.sum(1)
+            return np.zeros((len(nodes), 0), np.int64), np.zeros(len(nodes), np.int64)
+        back = np.stack(steps, 1)  # last to first, then roots
+        lengths = (back >= self.row_size).sum(1)
+        place = lengths[:, None] - 1 - np.arange(back.shape[1])
+        return np.where(place < 0, -1, np.take_along_axis(back, place.clip(0), 1)), lengths
 
     # -- growing; only the search calls these
     def add_row(self, parents: Tensor, pieces: Tensor) -> Tensor:

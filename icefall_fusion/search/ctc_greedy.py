@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from icefall_fusion.nbest import Hypothesis, NBest
-from icefall_fusion.search.ctc_prefix import word_times
+from icefall_fusion.search.export import word_times
 from icefall_fusion.search.search_input import check_frame_shift, check_input
 
 if TYPE_CHECKING:
@@ -53,9 +53,10 @@ def ctc_greedy_search(
         weights = {"ctc": 1.0}
         text, times = "", []
         if tokens is not None:
-            words = tokens.words(pieces)
+            spans = tokens.word_spans(pieces)
+            words = tokens.words(pieces, spans)
             scores["words"], weights["words"] = float(len(words)), 0.0
-            text, times = " ".join(words), word_times(pieces, words, peaks, tokens, frame_shift)
+            text, times = " ".join(words), word_times(words, spans, peaks, frame_shift)
         lists.append(NBest(name, [Hypothesis(pieces, text, scores, times)], weights))
     return lists
 

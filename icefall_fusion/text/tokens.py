@@ -71,6 +71,7 @@ class AcousticTokens:
             check(" " not in text, f"pieces[{index}]", "hold no space inside a word (see delimiter)", piece)
             self._texts.append(text)
             self.starts_word.append(index == self._delimiter_id or (starts and index != self.unk_id))
+        self.has_text = [bool(text) for text in self._texts]
         self._longest = max(len(piece) for piece in self.pieces)
 
     @classmethod
@@ -136,10 +137,10 @@ class AcousticTokens:
         """Return the text of ids: words with single spaces; blanks and sentence marks are silent."""
         return " ".join(self.words(ids))
 
-    def words(self, ids: Sequence[int]) -> list[str]:
-        """Return the words that ids spell."""
-        texts = self._texts
-        return ["".join([texts[index] for index in ids[start:stop]]) for start, stop in self.word_spans(ids)]
+    def words(self, ids: Sequence[int], spans: Optional[Sequence[tuple[int, int]]] = None) -> list[str]:
+        """Return the words that ids spell; ``spans`` are those of `word_spans`, where they are known."""
+        texts, spans = self._texts, self.word_spans(ids) if spans is None else spans
+        return ["".join([texts[index] for index in ids[start:stop]]) for start, stop in spans]
 
     def word_spans(self, ids: Sequence[int]) -> list[tuple[int, int]]:
         """Return, for each word, its first piece and one past its last as positions in ``ids``.

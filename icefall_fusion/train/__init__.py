@@ -6,7 +6,9 @@ Every neural training:
 - ``loop.py``: the ``Trainer``: limits, validation, checkpoints, resume.
 - ``step.py``: one optimizer step: accumulation, bf16, data parallel, clipping.
 - ``options.py``: options of the loop and of every training job.
-- ``schedule.py``: learning rate by step. ``optimizers.py``: AdamW and Muon.
+- ``schedule.py``: learning rate by step or by the clock, which ``clock.py`` keeps.
+- ``optimizers.py``: AdamW and Muon; ``muon.py``: Muon in few calls. ``ema.py``: averages of the weights.
+- ``late_values.py``: figures of a step that are read when the device has them.
 - ``checkpoints.py``: training state on disk, averages.
 - ``training_log.py``: progress bar, tensorboard, ``log.jsonl``, signals to stop.
 

@@ -3,6 +3,7 @@ Knows: a module, a loss function, batch sources. Must not know: audio, text, wha
 """
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -23,8 +24,10 @@ from icefall_fusion.train.checkpoints import (
     seed_everything,
     set_random_states,
 )
+from icefall_fusion.train.clock import Clock
+from icefall_fusion.train.ema import Ema
 from icefall_fusion.train.options import TrainerOptions
-from icefall_fusion.train.step import LossFunction, TrainingStep, add_sums, means
+from icefall_fusion.train.step import LossFunction, Report, TrainingStep, add_sums, means
 from icefall_fusion.train.training_log import StopSignals, TrainingLog
 
 FINISHED = "finished"  # the reason to stop of a training that has done its last step
@@ -50,6 +53,8 @@ class BatchSource(Protocol):
 class Trainer:
     """Train to the last step, ``max_minutes`` or a signal, from the newest checkpoint on.
 
+    On a GPU the host reads the figures of a step while the next is under way: a stop comes a step later.
+
     Args:
         options: see TrainerOptions.
         model: on ``device``; its ``forward`` must be what ``compute_loss`` calls (data parallel needs it).
@@ -60,10 +65,12 @@ class Trainer:
         device: of the model.
         on_save: called (first process only) with the step after each checkpoint, e.g. to export the model.
         describe: turns validation means ({"loss", "weight", metrics...}) into further values to log.
+        now: seconds from any origin, by which the training counts its time.
 
     Attributes:
         step: optimizer steps so far.
-        total_steps: the last one.
+        total_steps: the last one; 0 where the clock alone ends the training.
+        ema: the moving average of the weights, or None.
     """
 
     def __init__(
@@ -77,6 +84,7 @@ class Trainer:
         device: Union[str, torch.device] = "cpu",
         on_save: Optional[Callable[[int], None]] = None,
         describe: Optional[Callable[[dict[str, float]], dict[str, float]]] = None,
+        now: Callable[[], float] = time.monotonic,
     ) -> None:
         options.check_length()
         self.options, self.model = options, model
@@ -85,12 +93,14 @@ class Trainer:
         self.world = dist.get_world_size() if dist.is_initialized() else 1
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.train_step = TrainingStep(options, model, compute_loss, torch.device(device))
+        self.ema = Ema(model, options.ema_decay) if options.ema_decay else None  # averages of the weights
+        self.unread: list[tuple[int, Report]] = []  # steps with figures that may still be on the device
         self.step = self.items_seen = 0
         self.total_steps = options.max_steps or 0  # those of epochs are counted below
-        self.seconds_before = self.step_seconds = 0.0
+        self.step_seconds = 0.0
         self.last_valid: dict[str, float] = {}
         self.agreed_stop = ""
-        self.started = self.saved_at = time.monotonic()
+        self.clock = Clock(options, self.rank, now)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.log, self.signals = TrainingLog(self.folder, self.rank == 0, options.tensorboard), StopSignals()
         seed_everything(options.seed + self.rank)
@@ -105,30 +115,37 @@ class Trainer:
     def run(self) -> dict[str, Any]:
         """Train; return {"step", "reason", "valid", "skipped", "minutes", "data_wait"}.
 
-        ``reason`` is FINISHED, "max_minutes" or "signal"; ``data_wait`` is the share of the steps' time in
+        ``reason`` is FINISHED, "max_minutes" or "signal" (a training by the clock is finished when its time
+        is over); ``data_wait`` is the share of the steps' time in
         which they waited for a batch (of this run and process).
 
         Raises:
             RuntimeError: ``nan_limit`` steps in a row had a non-finite loss or gradient norm.
             ValueError: the source has no batches.
         """
-        self.started = self.saved_at = time.monotonic()
+        self.clock.start()
         begun_at = saved_step = self.step if newest_checkpoint(self.folder) else -1
         batches, reason = self._endless(), ""
         with self.log.opened(self.total_steps, self.step), self.signals:
-            while not (reason := FINISHED if self.step >= self.total_steps else self.agreed_stop):
+            while not (reason := FINISHED if self.is_over else self.agreed_stop):
                 if self._one_step(batches):
                     self.save()
                     saved_step = self.step
+            self._read_steps()
             if self.last_valid.get("step") != self.step:
                 self.validate()
             if saved_step != self.step:
                 self.save()
-            elif begun_at == self.step and self.rank == 0 and self.on_save:
-                self.on_save(self.step)  # a kill may have come between the last checkpoint and this
+            elif begun_at == self.step and self.rank == 0:
+                self._export()  # a kill may have come between the last checkpoint and this
         return {"step": self.step, "reason": reason, "valid": self.last_valid,
-                "skipped": self.train_step.skipped, "minutes": self._seconds() / 60,
+                "skipped": self.train_step.skipped, "minutes": self.clock.seconds() / 60,
                 "data_wait": self.data_wait}
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the training has done its last step, or its time is over."""
+        return 0 < self.total_steps <= self.step or self.clock.run_out
 
     @property
     def data_wait(self) -> float:
@@ -137,34 +154,45 @@ class Trainer:
 
     def _one_step(self, batches: Iterator[Any]) -> bool:
         """Train one step, report it, validate when it is time; return whether it is time to save."""
-        begun, lr = time.monotonic(), self.options.rate(self.step, self.total_steps)
-        values, requests = self.train_step(batches, lr, self._requests)
-        self.agreed_stop = "max_minutes" if requests["late"] else "signal" if requests["signal"] else ""
-        if self.train_step.skipped_in_row:
-            self._report_skipped()
+        begun, lr = time.monotonic(), self.clock.rate(self.step, self.total_steps)
+        self.unread.append((self.step, self.train_step(batches, lr, self._requests)))
         self.step += 1
-        self.items_seen += int(values["weight"])
+        if self.ema is not None:
+            self.ema.update()
+        save = self._read_steps(newest=not self.train_step.deferred)
         self.step_seconds += time.monotonic() - begun
-        self._report_step(values)
         if self.options.valid_every_steps and self.step % self.options.valid_every_steps == 0:
             self.validate()
         every = self.options.save_every_steps
-        return requests["save"] > 0 or (every > 0 and self.step % every == 0)
+        return save or (every > 0 and self.step % every == 0)
 
     def _requests(self) -> dict[str, float]:
-        """What this process asks for; summed over processes, so that all stop and save together."""
-        now = time.monotonic()
-        late = 0 < self.options.max_minutes * 60 <= now - self.started
-        save = 0 < self.options.save_every_minutes * 60 <= now - self.saved_at
-        return {"late": float(late), "signal": float(self.signals.received), "save": float(save)}
+        return {**self.clock.asks(), "signal": float(self.signals.received)}
+
+    def _read_steps(self, newest: bool = True) -> bool:
+        """Read what finished steps tell, the newest too if asked for; return whether one asks to save."""
+        save = False
+        while len(self.unread) > (0 if newest else 1):
+            step, report = self.unread.pop(0)
+            values, answers = self.train_step.read(report)
+            self.clock.agree(answers["seconds"], step + 1)
+            self.agreed_stop = "max_minutes" if answers["late"] else "signal" if answers["signal"] else ""
+            if self.train_step.skipped_in_row:
+                self._report_skipped(step)
+            self.items_seen += int(values["weight"])
+            self._report_step(step + 1, values)
+            save = save or answers["save"] > 0
+        return save
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Mean loss and metrics over the validation batches; one line in ``log.jsonl``."""
+        """Mean loss and metrics over the validation batches, by the averages of weights if there are any."""
+        self._read_steps()
         self.model.eval()
         totals: dict[str, Any] = {"loss": 0.0, "weight": 0.0}
-        for batch in self.valid_batches:
-            add_sums(totals, self.train_step.loss_of(self.model, batch)[1])
+        with self._averaged():
+            for batch in self.valid_batches:
+                add_sums(totals, self.train_step.loss_of(self.model, batch)[1])
         values = means(merge_over_processes(totals))
         if self.describe:
             values.update(self.describe(values))
@@ -177,20 +205,30 @@ class Trainer:
     # Checkpoints.
 
     def save(self) -> None:
-        """Write ``checkpoint-STEP.pt`` (first process) and call ``on_save``."""
+        """Write ``checkpoint-STEP.pt`` (first process) and call ``on_save`` (with averages, if any)."""
+        self._read_steps()
         states = gather_over_processes({"rng": random_states(), "batches": self.train_batches.state_dict()})
         if self.rank == 0:
             state = {
                 "model": self.model.state_dict(), "optimizer": self.train_step.optimizer.state_dict(),
                 "step": self.step, "items_seen": self.items_seen, "skipped": self.train_step.skipped,
-                "seconds": self._seconds(), "processes": states, "last_valid": self.last_valid,
+                **self.clock.state_dict(), "processes": states, "last_valid": self.last_valid,
                 "options": dataclasses.asdict(self.options), "total_steps": self.total_steps,
             }
+            if self.ema is not None:
+                state["ema"] = self.ema.state_dict()
             save_checkpoint(state, checkpoint_path(self.folder, self.step), self.options.keep_checkpoints)
-            if self.on_save:
+            self._export()
+            set_random_states(states[0]["rng"])  # an export may draw numbers, which a resumed run will not
+        self.clock.saved()
+
+    def _export(self) -> None:
+        if self.on_save:
+            with self._averaged():
                 self.on_save(self.step)
-                set_random_states(states[0]["rng"])  # it may draw numbers, which a resumed run will not
-        self.saved_at = time.monotonic()
+
+    def _averaged(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self.ema is None else self.ema.applied()
 
     def resume(self) -> None:
         """Go on from the newest checkpoint of the folder, if there is one."""
@@ -202,7 +240,12 @@ class Trainer:
         self.train_step.optimizer.load_state_dict(state["optimizer"])
         self.step, self.items_seen = state["step"], state["items_seen"]
         self.train_step.skipped = state["skipped"]
-        self.seconds_before, self.last_valid = state["seconds"], state["last_valid"]
+        self.clock.load_state_dict(state)
+        self.last_valid = state["last_valid"]
+        if self.ema is not None:
+            self.ema.load_state_dict(state.get("ema") or Ema(self.model, 0.0).state_dict())
+            if "ema" not in state:
+                self.log.print(f"{path} holds no averages: they begin with its weights")
         epochs = self.options.max_epochs
         if epochs is not None and epochs == state["options"].get("max_epochs"):
             self.total_steps = state["total_steps"]
@@ -228,30 +271,27 @@ class Trainer:
                 yield batch
         raise ValueError("train_batches must yield at least one batch an epoch, but yields none")
 
-    def _seconds(self) -> float:
-        return self.seconds_before + time.monotonic() - self.started
-
-    def _report_step(self, values: dict[str, float]) -> None:
-        if self.step % self.options.log_every_steps:
+    def _report_step(self, step: int, values: dict[str, float]) -> None:
+        if step % self.options.log_every_steps:
             self.log.advance()
             return
-        rate, skipped = self.items_seen / max(self._seconds(), 1e-9), self.train_step.skipped
+        rate, skipped = self.items_seen / max(self.clock.seconds(), 1e-9), self.train_step.skipped
         loss, norm = values["loss"], values["grad_norm"]
         self.log.advance(f"loss {loss:.3f} norm {norm:.2f} {rate:.0f} items/s skipped {skipped}")
         more = {"skipped": float(skipped), "items_per_second": rate, "data_wait": self.data_wait}
-        self.log.scalars("train", {**values, **more}, self.step)
+        self.log.scalars("train", {**values, **more}, step)
 
-    def _report_skipped(self) -> None:
+    def _report_skipped(self, step: int) -> None:
         """Log a step that was skipped; raise RuntimeError after ``nan_limit`` of them in a row."""
         in_row = self.train_step.skipped_in_row
-        self._log_line({"skipped": self.train_step.skipped, "skipped_in_row": in_row})
+        self._log_line({"step": step, "skipped": self.train_step.skipped, "skipped_in_row": in_row})
         if in_row >= self.options.nan_limit:
             raise RuntimeError(
-                f"training stopped at step {self.step}: the loss or the gradient norm was not finite in "
+                f"training stopped at step {step}: the loss or the gradient norm was not finite in "
                 f"{in_row} steps in a row (nan_limit={self.options.nan_limit}); "
                 f"newest checkpoint: {newest_checkpoint(self.folder)}"
             )
 
     def _log_line(self, values: dict[str, Any]) -> None:
-        minutes = round(self._seconds() / 60, 3)
+        minutes = round(self.clock.seconds() / 60, 3)
         self.log.line({"step": self.step, "items": self.items_seen, "minutes": minutes, **values})

@@ -7,7 +7,7 @@ import dataclasses
 from typing import Optional
 
 from icefall_fusion.common.checks import check, check_at_least, check_choice
-from icefall_fusion.train.schedule import SCHEDULES, learning_rate
+from icefall_fusion.train.schedule import PROGRESS, SCHEDULES, learning_rate, learning_rate_by_time
 
 OPTIMIZERS = ("adamw", "muon")
 EXPORT_DTYPES = ("float16", "float32")
@@ -24,14 +24,19 @@ class TrainerOptions:
         warmup_steps: steps of linear growth to ``lr``.
         warmup_epochs: epochs of linear growth, in place of ``warmup_steps`` (with ``max_epochs`` only).
         schedule: "cosine" (ends at the last step) or "inverse-sqrt".
-        max_steps: optimizer steps in all; set this or ``max_epochs``.
+        progress: "steps", or "time": after ``warmup_steps`` the schedule follows the clock; it and the
+            training end when all runs together have taken ``max_minutes``.
+        max_steps: optimizer steps in all; set this or ``max_epochs`` (or ``progress`` time).
         max_epochs: passes over the training data. Their steps are counted when a training starts; a run that
             goes on keeps that number, also with another number of processes.
-        max_minutes: wall-clock limit of this run in minutes: it stops with a checkpoint; 0 = none.
+        max_minutes: wall-clock limit of this run in minutes: it stops with a checkpoint; 0 = none. With
+            ``progress`` time: the length of the training, earlier runs counted in.
         beta1: AdamW's first moment decay.
         beta2: AdamW's second moment decay.
         weight_decay: decoupled decay, for parameters with two or more dimensions.
         grad_clip: largest gradient norm; 0 = no clipping.
+        ema_decay: of an exponential moving average of the weights, which validation then uses, and exports
+            can; 0 = none.
         accumulate: batches in one optimizer step.
         precision: "bf16" (autocast, float32 weights) or "float32".
         save_every_steps: steps between checkpoints; 0 = never by steps.
@@ -50,6 +55,7 @@ class TrainerOptions:
     warmup_steps: int = 100
     warmup_epochs: Optional[float] = None
     schedule: str = "cosine"
+    progress: str = "steps"
     max_steps: Optional[int] = None
     max_epochs: Optional[float] = None
     max_minutes: float = 0.0
@@ -57,6 +63,7 @@ class TrainerOptions:
     beta2: float = 0.98
     weight_decay: float = 0.01
     grad_clip: float = 1.0
+    ema_decay: float = 0.0
     accumulate: int = 1
     precision: str = "bf16"
     save_every_steps: int = 0
@@ -71,6 +78,7 @@ class TrainerOptions:
     def __post_init__(self) -> None:
         check_choice(self.optimizer, OPTIMIZERS, "TrainerOptions.optimizer")
         check_choice(self.schedule, SCHEDULES, "TrainerOptions.schedule")
+        check_choice(self.progress, PROGRESS, "TrainerOptions.progress")
         check_choice(self.precision, ("bf16", "float32"), "TrainerOptions.precision")
         check(self.lr > 0, "TrainerOptions.lr", "be above 0", self.lr)
         check(0 <= self.min_lr <= self.lr, "TrainerOptions.min_lr", "be between 0 and lr", self.min_lr)
@@ -87,12 +95,29 @@ class TrainerOptions:
         check_at_least(1, self, "accumulate", "keep_checkpoints", "log_every_steps", "nan_limit")
         check_at_least(0, self, "warmup_steps", "max_minutes", "weight_decay", "grad_clip")
         check_at_least(0, self, "save_every_steps", "save_every_minutes", "valid_every_steps")
-        for name in ("beta1", "beta2"):
+        if self.by_time:
+            self._check_clock()
+        for name in ("beta1", "beta2", "ema_decay"):
             check(0 <= getattr(self, name) < 1, f"TrainerOptions.{name}", "be in [0, 1)", getattr(self, name))
 
+    @property
+    def by_time(self) -> bool:
+        """Whether schedule and length follow the clock."""
+        return self.progress == "time"
+
+    def _check_clock(self) -> None:
+        rule = "be above 0 with TrainerOptions.progress time"
+        check(self.max_minutes > 0, "TrainerOptions.max_minutes", rule, self.max_minutes)
+        for name in ("max_epochs", "warmup_epochs"):
+            rule = "not be set with TrainerOptions.progress time (max_minutes and warmup_steps are)"
+            check(getattr(self, name) is None, f"TrainerOptions.{name}", rule, getattr(self, name))
+        good = self.schedule != "inverse-sqrt" or self.warmup_steps > 0
+        rule = "be above 0 for inverse-sqrt with TrainerOptions.progress time"
+        check(good, "TrainerOptions.warmup_steps", rule, self.warmup_steps)
+
     def check_length(self) -> None:
-        """Raise ValueError unless ``max_steps`` or ``max_epochs`` is set."""
-        limited = self.max_steps is not None or self.max_epochs is not None
+        """Raise ValueError unless ``max_steps``, ``max_epochs`` or a length by the clock is set."""
+        limited = self.max_steps is not None or self.max_epochs is not None or self.by_time
         check(limited, "TrainerOptions.max_steps or TrainerOptions.max_epochs", "be set", None)
 
     def rate(self, step: int, total: int) -> float:
@@ -101,6 +126,13 @@ class TrainerOptions:
         if self.warmup_epochs is not None and self.max_epochs is not None:
             warmup = round(total * self.warmup_epochs / self.max_epochs)
         return learning_rate(step, self.schedule, self.lr, warmup, total, self.min_lr)
+
+    def rate_by_time(self, step: int, seconds: float, warmed: float) -> float:
+        """Return the learning rate of a step after ``seconds`` of training; see `learning_rate_by_time`."""
+        return learning_rate_by_time(
+            step, self.schedule, self.lr, self.warmup_steps, self.min_lr, seconds, warmed,
+            self.max_minutes * 60,
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Learning rates as pure functions of the step, so that a resumed run needs no scheduler state.
+"""Learning rates as pure functions of the step or of the clock: a resumed run needs no scheduler state.
 Knows: numbers. Must not know: torch, models, data.
 """
 from __future__ import annotations
@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 
 SCHEDULES = ("cosine", "inverse-sqrt")
+PROGRESS = ("steps", "time")
 
 
 def learning_rate(step: int, schedule: str, peak: float, warmup: int, total: int, floor: float) -> float:
@@ -25,4 +26,30 @@ def learning_rate(step: int, schedule: str, peak: float, warmup: int, total: int
     if schedule == "inverse-sqrt":
         return max(floor, peak * math.sqrt(max(warmup, 1) / (step + 1)))
     progress = min(1.0, (step - warmup) / max(1, total - warmup))
+    return floor + (peak - floor) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def learning_rate_by_time(
+    step: int, schedule: str, peak: float, warmup: int, floor: float, seconds: float, warmed: float,
+    allowed: float,
+) -> float:
+    """Return the learning rate of a step (the first is 0) of a training that ends by the clock.
+
+    With steps of equal length it is `learning_rate` of the steps that fit into the time.
+
+    Args:
+        step: steps taken so far, >= 0.
+        schedule: as there; "cosine" ends at ``allowed``, "inverse-sqrt" falls by 1/sqrt(seconds).
+        peak: the highest rate, reached after ``warmup`` steps of linear growth.
+        warmup: steps of growth, >= 0.
+        floor: the lowest rate after the warm-up.
+        seconds: of training so far.
+        warmed: of training when the warm-up ended.
+        allowed: of the whole training.
+    """
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    if schedule == "inverse-sqrt":
+        return max(floor, peak * math.sqrt(min(1.0, warmed / max(seconds, 1e-9))))
+    progress = min(1.0, max(0.0, seconds - warmed) / max(1e-9, allowed - warmed))
     return floor + (peak - floor) * 0.5 * (1.0 + math.cos(math.pi * progress))

@@ -4,21 +4,29 @@ Knows: a module, a loss function, batches. Must not know: how long a training la
 from __future__ import annotations
 
 import contextlib
-import math
 import time
-from typing import Any, Callable, Iterator, Mapping, Union
+from typing import Any, Callable, Iterator, Mapping, NamedTuple, Union
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from icefall_fusion.common.processes import sum_over_processes, to_device
+from icefall_fusion.train.late_values import LateValues
 from icefall_fusion.train.optimizers import make_optimizer
 from icefall_fusion.train.options import TrainerOptions
 
 Metrics = dict[str, Any]
 #: (model, batch) -> (summed loss, number of items it was summed over, further sums over the same batch).
 LossFunction = Callable[[nn.Module, Any], tuple[Tensor, Union[int, float, Tensor], Metrics]]
+
+
+class Report(NamedTuple):
+    """What a step tells, some of it still on the device; see `TrainingStep.read`."""
+
+    values: LateValues
+    requests: tuple[str, ...]  # names of the numbers of ``ask``
+    lr: float
 
 
 class TrainingStep:
@@ -31,6 +39,8 @@ class TrainingStep:
         device: of the model.
 
     Attributes:
+        deferred: the host does not wait for a step: the device skips it by itself if it is not finite, and
+            its figures are read later. So it is on CUDA.
         skipped: steps without an update, as the loss or the gradient norm was not finite.
         skipped_in_row: those since the last update.
         wait_seconds: spent waiting for batches.
@@ -40,6 +50,7 @@ class TrainingStep:
         self, options: TrainerOptions, model: nn.Module, compute_loss: LossFunction, device: torch.device
     ) -> None:
         self.options, self.model, self.compute_loss, self.device = options, model, compute_loss, device
+        self.deferred = device.type == "cuda"
         self.optimizer = make_optimizer(model, options)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.skipped = self.skipped_in_row = 0
@@ -50,9 +61,7 @@ class TrainingStep:
             ids = [device.index] if device.type == "cuda" else None
             self.wrapped = nn.parallel.DistributedDataParallel(model, device_ids=ids)
 
-    def __call__(
-        self, batches: Iterator[Any], lr: float, ask: Callable[[], Mapping[str, float]]
-    ) -> tuple[dict[str, float], dict[str, float]]:
+    def __call__(self, batches: Iterator[Any], lr: float, ask: Callable[[], Mapping[str, float]]) -> Report:
         """Do one step over ``accumulate`` batches; gradients are of the mean over all items.
 
         Args:
@@ -61,8 +70,7 @@ class TrainingStep:
             ask: called after the last backward; its numbers are summed over the processes with the loss.
 
         Returns:
-            means an item ({"loss", metrics...}), with "weight" (the number of items), "lr" and "grad_norm";
-            the summed numbers of ``ask``.
+            what `read` takes, at once or after the next step.
         """
         self.model.train()
         totals: dict[str, Any] = {}
@@ -78,9 +86,22 @@ class TrainingStep:
             add_sums(totals, sums)
         requests = ask()
         values = sum_over_processes({**totals, **requests}, self.device)
-        answers = {name: values.pop(name) for name in requests}
-        norm = self._update(values["weight"], math.isfinite(values["loss"]), lr)
-        return {**means(values), "lr": lr, "grad_norm": norm}, answers
+        norm, finite = self._update(values["weight"], values["loss"], lr)
+        return Report(LateValues({**values, "grad_norm": norm, "finite": finite}), tuple(requests), lr)
+
+    def read(self, report: Report) -> tuple[dict[str, float], dict[str, float]]:
+        """Return the figures of a step, once and in the order of the steps.
+
+        Returns:
+            means an item ({"loss", metrics...}), with "weight" (the number of items), "lr" and "grad_norm";
+            the summed numbers of ``ask``.
+        """
+        values = report.values.read()
+        answers = {name: values.pop(name) for name in report.requests}
+        norm, finite = values.pop("grad_norm"), values.pop("finite")
+        self.skipped += not finite
+        self.skipped_in_row = 0 if finite else self.skipped_in_row + 1
+        return {**means(values), "lr": report.lr, "grad_norm": norm}, answers
 
     def loss_of(self, model: nn.Module, batch: Any) -> tuple[Tensor, Metrics]:
         """Return the summed loss of a batch and all its sums: "loss", "weight" (items) and metrics."""
@@ -90,23 +111,28 @@ class TrainingStep:
             loss, weight, metrics = self.compute_loss(model, batch)
         return loss, {"loss": loss.detach(), "weight": weight, **metrics}
 
-    def _update(self, weight: float, loss_is_finite: bool, lr: float) -> float:
-        """Scale summed gradients to the mean, clip, step or skip; return the norm of the mean gradient."""
+    def _update(self, weight: Any, loss: Any, lr: float) -> tuple[Tensor, Tensor]:
+        """Scale summed gradients to the mean, clip, step or skip.
+
+        Returns:
+            the norm of the mean gradient; whether it and the loss are finite, and so the step was done.
+        """
         grads = [p.grad for p in self.parameters if p.grad is not None]
-        scale = self.world / max(weight, 1.0)  # data parallel has divided the sum by the world size
-        norm = float(nn.utils.get_total_norm(grads)) * scale
-        if not (loss_is_finite and math.isfinite(norm)):
-            self.skipped += 1
-            self.skipped_in_row += 1
-        else:
-            self.skipped_in_row = 0
+        weight = torch.as_tensor(weight, dtype=torch.float64)
+        # Data parallel has divided the sum by the world size.
+        scale = self.world / weight.clamp(min=1.0)
+        norm = nn.utils.get_total_norm(grads).double() * scale
+        finite = torch.isfinite(norm) & torch.isfinite(torch.as_tensor(loss, device=norm.device))
+        if self.deferred or bool(finite):
             clip = self.options.grad_clip
-            torch._foreach_mul_(grads, scale * min(1.0, clip / (norm + 1e-6)) if clip else scale)
+            factor = scale * (clip / (norm + 1e-6)).clamp(max=1.0) if clip else scale
+            if grads:  # of the gradients' type: else foreach would take them one by one
+                torch._foreach_mul_(grads, factor.to(grads[0].device, grads[0].dtype, non_blocking=True))
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
-            self.optimizer.step()
+            self.optimizer.step((~finite).to(torch.float32) if self.deferred else None)
         self.optimizer.zero_grad(set_to_none=True)
-        return norm
+        return norm, finite
 
 
 def add_sums(totals: dict[str, Any], sums: Metrics) -> None:

@@ -7,12 +7,15 @@ import argparse
 import ast
 import importlib
 import importlib.util
+import json
 import random
 import runpy
+import shutil
 import time
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 
 transformers = pytest.importorskip("transformers")
@@ -80,17 +83,164 @@ def test_exponents_are_those_of_powers() -> None:
 
 
 def test_rows_of_several_sets_are_put_together() -> None:
-    compare = runpy.run_path(str(BENCH / "fusion.py"))["compare"]
+    bench = runpy.run_path(str(BENCH / "fusion.py"))
     found = [
         {"method": method, "wer": wer, "words": words, "search_seconds": 1.0, "lm_seconds": lm,
          "audio_seconds": 10.0, "kv_bytes_peak": 8, "peak_memory_bytes": 5}
-        for method, wer, words, lm in [("llm-shallow", 10.0, 100, 5.0), ("other", 20.0, 100, 1.0),
-                                       ("llm-shallow", 40.0, 50, 3.0), ("other", 50.0, 50, 1.0)]
+        for method, wer, words, lm in [
+            ("llm-shallow", 10.0, 100, 5.0), ("llm-delayed-shortest", 20.0, 100, 1.0),
+            ("llm-shallow", 40.0, 50, 3.0), ("llm-delayed-shortest", 50.0, 50, 1.0),
+        ]
     ]
-    shallow, other = compare(found, ["llm-shallow", "other"], 10, 32)
-    assert shallow["wer"] == pytest.approx(20.0) and other["wer"] == pytest.approx(30.0)
-    assert other["times_faster"] == pytest.approx(10.0 / 4.0) and shallow["times_faster"] == 1
-    assert other["rtf"] == pytest.approx(0.2)
+    shallow, delayed = rows = bench["together"](found, ["llm-shallow", "llm-delayed-shortest"])
+    bench["compare"](rows)
+    assert shallow["wer"] == pytest.approx(20.0) and delayed["wer"] == pytest.approx(30.0)
+    assert delayed["times_faster"] == pytest.approx(10.0 / 4.0) and shallow["times_faster"] == 1
+    assert delayed["rtf"] == pytest.approx(0.2) and delayed["llm_rtf"] == pytest.approx(0.1)
+    assert "targets" not in shallow and delayed["targets"] == {
+        "LLM RTF <= 0.001": False, ">= 4 times faster than llm-shallow": False,
+    }
+    slow = {**shallow, "seconds": 99.0}
+    bench["compare"](rows, slow)
+    assert delayed["times_faster"] == pytest.approx(99.0 / 4.0)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> list[str]:
+    """Options that name tiny models, and log-probs that one run of speech.py kept."""
+    folder = tmp_path_factory.mktemp("saved")
+    made = tiny.everything(folder / "models")
+    speech = runpy.run_path(str(BENCH / "speech.py"))
+    given = ["--emissions", made["model"], "--cuts", made["cuts"], "--speech", str(folder / "speech")]
+    kept = speech["keep"](speech["arguments"]([*given, "--keep", str(folder / "kept")]))
+    assert {file.name for file in kept.iterdir()} >= {"bpe.model", "cuts.jsonl.gz"}
+    shutil.rmtree(made["model"])
+    return ["--emissions", str(kept), "--llm", made["llm"], "--speech", str(folder / "speech")]
+
+
+def test_whole_decodes_of_saved_log_probs_one_method_after_the_other(saved, tmp_path) -> None:
+    bench, output = runpy.run_path(str(BENCH / "fusion.py")), tmp_path / "fusion.json"
+    methods = ["llm-nbest-rescoring", "llm-delayed-interval-4", "llm-delayed-interval-4-late-2"]
+    given = [*saved, "--apart", "--limit", "3", "--beams", "4", "--batches", "2", "--output", str(output)]
+    args = bench["arguments"]([*given, "--methods", *methods])
+    rows, more = bench["measure"](args)
+    written = json.loads(output.read_text())
+    assert written["rows"] == rows and written["matrix_ops_a_second"] == more["matrix_ops_a_second"] > 0
+    assert [row["method"] for row in rows] == methods
+    for row in rows:
+        assert row["floor_seconds"] > 0 and row["times_floor"] > 1
+        assert 0 < row["device_seconds"] and 0 <= row["host_share"] < 1
+        assert 0 < row["kv_bytes_of_paths"] <= row["kv_bytes_of_rows"]
+        assert row["kv_of_rows"] == pytest.approx(row["kv_bytes_peak"] / row["kv_bytes_of_rows"])
+    assert "targets" not in rows[0] and len(rows[1]["targets"]) == 4
+
+
+def test_tokens_of_hypotheses_are_those_of_their_paths(lm) -> None:
+    counting = runpy.run_path(str(BENCH / "hypothesis_caches.py"))["counting"]
+    with counting() as held:
+        tree = lm.open_tree(2, [[5, 6], []])
+        first = [tree.insert(tree.root(0), [7, 8, 9]), tree.insert(tree.root(0), [7])]
+        tree.score(first)
+        assert (held.tokens, held.cells) == ((3 + 3) + (3 + 1), 2 * 6)  # bos and prompt too
+        tree.score([tree.insert(tree.root(1), [4, 4])])
+        assert (held.tokens, held.cells) == (10 + 3, 3 * 6)
+        tree.score([tree.insert(tree.root(0), [7])])  # fewer are alive now
+        tree.next_log_probs(torch.tensor([tree.insert(tree.root(1), [4] * 9)]))
+        assert (held.tokens, held.cells) == (4 + 10, 2 * 10)
+    lm.open_tree(1).score([0])
+    assert held.tokens == 14
+    bytes_a_token = runpy.run_path(str(BENCH / "hypothesis_caches.py"))["bytes_a_token"]
+    assert bytes_a_token(lm) == 2 * 2 * 2 * 8 * 4
+    assert tree.stats()["kv_bytes_peak"] % (bytes_a_token(lm) * 2) == 0
+
+
+def test_memory_of_methods_for_long_utterances(saved, tmp_path) -> None:
+    bench, output = runpy.run_path(str(BENCH / "memory.py")), tmp_path / "memory.json"
+    given = [*saved, "--batch", "3", "--beam", "4", "--seconds", "4", "--output", str(output)]
+    given += ["--methods", "llm-delayed-interval-4", "llm-delayed-interval-4-ahead"]
+    args = bench["arguments"](given)
+    args.methods = args.methods[:1]
+    rows = bench["measure"](args, given)  # in a process of its own
+    assert json.loads(output.read_text())["rows"] == rows
+    (row,) = rows
+    assert row["peak_bytes"] > 0 and row["kv_bytes_peak"] > 0 and row["kv_of_rows"] > 0
+    emissions = bench["long_utterances"](args, 4.0)
+    assert emissions.log_probs.shape[:2] == (3, 100) and emissions.lens.tolist() == [100] * 3
+    assert not torch.equal(emissions.log_probs[0], emissions.log_probs[1])
+    args.emissions_model, args.vocabulary = "", saved[1]
+    made = bench["long_utterances"](args, 2.0)
+    assert made.log_probs.shape == (3, 50, made.tokens.size)
+    torch.testing.assert_close(made.log_probs.exp().sum(-1), torch.ones(3, 50))
+    assert float(made.log_probs[..., made.tokens.unk_id].max()) == -30.0
+
+
+def test_a_trace_of_a_gpu_tells_kernels_gaps_and_waits(tmp_path) -> None:
+    """A trace as Kineto writes it; none of a GPU was at hand."""
+    bench = runpy.run_path(str(BENCH / "timeline.py"))
+
+    def event(cat, name, ts, dur, tid=1):
+        return {"ph": "X", "cat": cat, "name": name, "ts": ts, "dur": dur, "pid": 1, "tid": tid}
+
+    events = [
+        event("user_annotation", "event 0", 0, 100), event("cpu_op", "aten::mm", 5, 20),
+        event("cuda_runtime", "cudaLaunchKernel", 8, 2), event("cuda_driver", "cuLaunchKernelEx", 12, 3),
+        event("cuda_runtime", "cudaStreamSynchronize", 30, 40), event("user_annotation", "search", 120, 60),
+        event("kernel", "gemm", 10, 20, 7), event("kernel", "gemm", 25, 15, 20),
+        event("kernel", "scan", 60, 10, 7),
+        event("gpu_memcpy", "Memcpy DtoH (Device -> Pinned)", 70, 5, 7),
+        event("gpu_user_annotation", "event 0", 10, 90, 7), {"ph": "i", "name": "mark", "ts": 3},
+        event("kernel", "search_utterances", 150, 20, 7),
+    ]
+    path = tmp_path / "trace.json"
+    path.write_text(json.dumps({"traceEvents": events}))
+    timeline = bench["Timeline"](bench["_read"](path), True)
+    assert timeline.busy_seconds() == pytest.approx(65e-6)  # kernels of two streams overlap
+    assert [mark.name for mark in timeline.marks("e")] == ["event 0"]
+    report = timeline.report(0, 200)
+    assert report["device_us"] == 65 and report["idle_us"] == 135
+    assert [(k["name"], k["count"], k["us"]) for k in report["kernels"]][:2] == [
+        ("gemm", 2, 35), ("search_utterances", 1, 20)
+    ]
+    assert report["calls"]["launches"] == {"count": 2, "us": 5}
+    assert report["calls"]["waits"] == {"count": 1, "us": 40}
+    assert report["calls"]["copies_to_host"] == {"count": 1, "us": 5}
+    assert [gap["us"] for gap in report["largest_gaps"]] == [75, 30, 20, 10]
+    assert report["largest_gaps"][2]["host"][0]["name"] == "event 0: cudaStreamSynchronize"
+    assert report["idle_us_by_mark"] == pytest.approx({"event": 54, "Python": 51, "search": 30})
+    assert timeline.report(100, 110)["idle_share"] == 1.0
+
+
+def test_a_profile_has_an_event_the_frames_after_it_and_the_whole(saved, tmp_path) -> None:
+    bench, output = runpy.run_path(str(BENCH / "profile_fusion.py")), tmp_path / "profile.json"
+    methods = ["llm-delayed-interval-4", "llm-delayed-interval-4-late-2", "llm-nbest-rescoring"]
+    given = [*saved, "--beam", "4", "--batches", "3", "--output", str(output), "--methods", *methods]
+    rows, more = bench["measure"](bench["arguments"](given))
+    assert more["not_marked"] == [], "a function that the profile marks has another name now"
+    assert [(row["method"], row["section"]) for row in rows] == [
+        (method, section) for method in methods[:2] for section in ("event", "frames", "batch")
+    ] + [(methods[2], "batch")]
+    event, frames, batch = rows[:3]
+    assert {"event", "launch", "forward", "wait", "words to tokens"} <= set(event["marks"])
+    assert "launch" not in frames["marks"] and batch["marks"]["launch"]["count"] > 2
+    for row in rows:
+        assert 0 < row["wall_us"] <= batch["wall_us"] or row["method"] != methods[0]
+        assert 0 < row["device_us"] < row["wall_us"] and len(row["kernels"]) <= 15
+        idle = sum(gap["us"] for gap in row["largest_gaps"])
+        assert 0 < idle <= row["idle_us"] + 1e-3 and row["largest_gaps"][0]["host"]
+    assert output.stat().st_size < 2**20
+
+
+def test_on_a_cpu_the_device_is_the_outermost_operators() -> None:
+    bench = runpy.run_path(str(BENCH / "timeline.py"))
+    with bench["watching"]("cpu") as watched, bench["mark"]("whole"):
+        square = torch.randn(64, 64)
+        torch.nn.functional.linear(square, square).softmax(-1)
+    (mark,) = watched[0].marks("whole")
+    report = watched[0].report(mark.start, mark.end)
+    names = [kernel["name"] for kernel in report["kernels"]]
+    assert "aten::addmm" in names or "aten::mm" in names and "whole" not in names
+    assert 0 < report["device_us"] < report["wall_us"] and len(report["largest_gaps"]) > 1
+    assert sum(kernel["us"] for kernel in report["kernels"]) <= report["device_us"] + 1e-3
 
 
 def test_the_frame_loop_stops_as_often_as_asked_and_says_what_does_not_serve() -> None:

@@ -15,6 +15,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from icefall_fusion.common.devices import weight_bytes
 from icefall_fusion.common.environment import describe_environment
 from icefall_fusion.common.files import write_json
 
@@ -40,6 +41,18 @@ def wait(device: str) -> None:
     """Wait until the device has done what it was given."""
     if on_gpu(device):
         torch.cuda.synchronize(device)
+
+
+def floor_seconds(model: torch.nn.Module, forwards: int, tokens: int, rates: tuple[float, float]) -> float:
+    """Return the least time of a model's calls: weights read once a call, or arithmetic, whichever is more.
+
+    Args:
+        model: the language model; 2 operations a parameter and token.
+        forwards, tokens: calls, and tokens in all of them.
+        rates: bytes and matrix operations a second (see `rates.rates`).
+    """
+    parameters = sum(p.numel() for p in model.parameters())
+    return max(weight_bytes(model) * forwards / rates[0], 2.0 * parameters * tokens / rates[1])
 
 
 def write(args: argparse.Namespace, rows: list[dict[str, Any]], **more: Any) -> None:

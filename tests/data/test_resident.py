@@ -1,0 +1,148 @@
+"""Knows: features in a device's memory, their batches against those of the loader. Must not know: models."""
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from lhotse import AudioSource, CutSet, MonoCut, Recording
+
+from icefall_fusion.data.datamodule import DataOptions, EvalBatches, TrainBatches
+from icefall_fusion.data.fbank import FbankOptions, run
+from icefall_fusion.data.features import PADDING
+from icefall_fusion.data.manifests import cut_of, cuts_path, write_cuts
+from icefall_fusion.data.resident import FeatureStore
+
+OPTIONS = DataOptions(
+    max_duration=6, eval_duration=6, num_buckets=2, min_seconds=0.1, max_seconds=3, workers=0,
+    spec_augment=False,
+)
+HALF = 0.004  # float16 changes a log energy below 16 by no more
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 utterances of noise, 0.5-2.8 s; the manifest of audio, and that of features."""
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    cuts = []
+    for index in range(24):
+        samples = rng.uniform(-0.2, 0.2, int(16_000 * (0.5 + 0.1 * index)))
+        path = folder / f"{index}.flac"
+        soundfile.write(path, samples, 16_000)
+        cuts.append(cut_of({"id": f"u{index}", "text": f"word {index}"}, path, len(samples), {"voice": "x"}))
+    write_cuts(cuts, cuts_path(folder / "manifests", "train"))
+    assert run(FbankOptions(folder, ("train",), workers=1, shard_size=10)) == 0
+    return folder
+
+
+def _encode(text: str) -> list[int]:
+    return [ord(letter) for letter in text]
+
+
+def assert_same(one: dict, two: dict, tolerance: float = HALF) -> None:
+    for name in ("ids", "texts", "tokens", "seconds"):
+        assert one[name] == two[name]
+    assert torch.equal(one["lens"], two["lens"])
+    assert one["features"].dtype == two["features"].dtype == torch.float32
+    torch.testing.assert_close(one["features"], two["features"], atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["manifests", "fbank"])
+def test_batches_without_augmentation_are_those_of_the_loader(data: Path, kind: str) -> None:
+    manifest = cuts_path(data / kind, "train")
+    store = FeatureStore.of(manifest, OPTIONS, "cpu")
+    assert store.features.dtype == torch.float16 and len(store.ids) == 24 and not store.skipped
+    plain, resident = (TrainBatches(manifest, OPTIONS, _encode, store=one) for one in (None, store))
+    assert plain.batches_in(2) == resident.batches_in(2)
+    pairs = [pair for _ in range(3) for pair in zip(list(plain), list(resident))]
+    assert len(pairs) > 20 and plain.epoch == resident.epoch == 3
+    for one, two in pairs:
+        assert_same(one, two)
+        assert two["frames"] == two["lens"].tolist()
+        for ids, row, count in zip(two["tokens"], two["targets"], two["target_lens"]):
+            assert row[:count].tolist() == ids and not row[count:].any()
+        for row, length in zip(two["features"], two["frames"]):
+            assert (row[length:] == np.float32(PADDING)).all()
+    shares = [EvalBatches(manifest, OPTIONS, _encode, store=one) for one in (None, store)]
+    for one, two in zip(*shares):
+        assert_same(one, two)
+
+
+@pytest.mark.parametrize("stop", [0, 1, 4])
+def test_a_run_goes_on_from_any_batch_of_either_kind(data: Path, stop: int) -> None:
+    manifest = cuts_path(data / "fbank", "train")
+    options = dataclasses.replace(OPTIONS, spec_augment=True, frequency_warp=0.1, time_warp=10)
+    store = FeatureStore.of(manifest, options, "cpu")
+    whole = TrainBatches(manifest, options, _encode, store)
+    expected = [batch for _ in range(2) for batch in whole]
+    for kind in (None, store):  # the state of one leads the other on
+        killed = TrainBatches(manifest, options, _encode, kind)
+        source = iter(killed)
+        for _ in range(stop):
+            next(source)
+        resumed = TrainBatches(manifest, options, _encode, store)
+        resumed.load_state_dict(json.loads(json.dumps(killed.state_dict())))
+        rest = [batch for _ in range(2) for batch in resumed]
+        assert len(rest) == len(expected) - stop
+        for one, two in zip(expected[stop:], rest):
+            assert_same(one, two, 0)
+
+
+def test_cuts_of_one_recording_are_read_together(data: Path, tmp_path: Path, monkeypatch) -> None:
+    cuts = list(CutSet.from_jsonl_lazy(cuts_path(data / "manifests", "train")))
+    samples = [soundfile.read(cut.recording.sources[0].source, dtype="int16")[0] for cut in cuts]
+    whole, path = np.concatenate(samples), tmp_path / "all.wav"
+    soundfile.write(path, whole, 16_000)
+    source = AudioSource("file", [0], str(path))
+    recording = Recording("all", [source], 16_000, len(whole), len(whole) / 16_000)
+    places = np.cumsum([0, *map(len, samples)]) / 16_000
+    spans = [
+        MonoCut(cut.id, float(place), cut.duration, 0, recording=recording, supervisions=cut.supervisions)
+        for cut, place in zip(cuts, places)
+    ]
+    write_cuts(spans, tmp_path / "cuts.jsonl.gz")
+    opened = []
+    real = soundfile.SoundFile.__init__
+    monkeypatch.setattr(
+        soundfile.SoundFile, "__init__", lambda file, *args: opened.append(1) or real(file, *args)
+    )
+    joined = FeatureStore(tmp_path / "cuts.jsonl.gz")
+    assert len(opened) == 1
+    apart = FeatureStore(cuts_path(data / "manifests", "train"))
+    assert torch.equal(joined.features, apart.features) and joined.ids == apart.ids
+    long = dataclasses.replace(spans[-1], duration=5.0)  # longer than the recording; the others are good
+    write_cuts([*spans[:-1], long], tmp_path / "cuts.jsonl.gz")
+    damaged = FeatureStore(tmp_path / "cuts.jsonl.gz")
+    assert damaged.ids == apart.ids[:-1] and "truncated" in damaged.skipped[24]["error"]
+    kept = int(apart.frames[:-1].sum())
+    assert torch.equal(damaged.features[:kept], apart.features[:kept])
+
+
+def test_what_cannot_be_read_is_told_once(data: Path, tmp_path: Path, caplog) -> None:
+    cuts = list(CutSet.from_jsonl_lazy(cuts_path(data / "manifests", "train")))
+    gone = dataclasses.replace(cuts[3].recording.sources[0], source=str(tmp_path / "gone.flac"))
+    cuts[3] = dataclasses.replace(cuts[3], recording=dataclasses.replace(cuts[3].recording, sources=[gone]))
+    manifest = tmp_path / "cuts.jsonl.gz"
+    write_cuts(cuts, manifest)
+    batches = TrainBatches(manifest, OPTIONS, store=FeatureStore.of(manifest, OPTIONS, "cpu"))
+    ids = [id for _ in range(2) for batch in batches for id in batch["ids"]]
+    assert sorted(ids) == sorted(2 * [f"u{index}" for index in range(24) if index != 3])
+    assert [entry["id"] for entry in batches.skipped] == ["u3"] and "gone.flac" in batches.skipped[0]["error"]
+    evaluation = EvalBatches(manifest, OPTIONS, store=FeatureStore(manifest))
+    assert sum(len(batch["ids"]) for batch in evaluation) == 23 and evaluation.skipped[0]["id"] == "u3"
+
+
+def test_a_store_serves_what_it_was_made_for(data: Path) -> None:
+    manifest = cuts_path(data / "fbank", "train")
+    store = FeatureStore(manifest, "cpu", 0.5, 2.0)
+    assert max(store.seconds) <= 2.0 and store.features.shape == (int(store.frames.sum()), 80)
+    with pytest.raises(ValueError, match=r"min_seconds..max_seconds must lie in the 0.5-2 s .*, but is"):
+        TrainBatches(manifest, OPTIONS, store=store)
+    with pytest.raises(ValueError, match="FeatureStore.noise must be there, but is 'x'"):
+        TrainBatches(manifest, dataclasses.replace(OPTIONS, noise="x", min_seconds=0.5, max_seconds=2.0),
+                     store=store)
