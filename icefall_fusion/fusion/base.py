@@ -3,12 +3,14 @@ Knows: the Fusion base class, token trees. Must not know: which LM it is, words,
 """
 from __future__ import annotations
 
+import copy
 import weakref
 from typing import TYPE_CHECKING, Any, Mapping, MutableMapping, Optional, Sequence, Union
 
 import torch
 
 from icefall_fusion.common.checks import check, check_choice, check_text
+from icefall_fusion.common.counters import add_counters
 from icefall_fusion.fusion.retokenize import WordTokenizer
 from icefall_fusion.search.fusion import Fusion, check_fusion
 from icefall_fusion.text.styles import TEXT_STYLES
@@ -52,18 +54,31 @@ class LmFusion(Fusion):
         self._tree: Optional[TreeScorer] = None
         self._ids: Sequence[str] = ()
         self._stats: dict[str, float] = {}
+        self._groups: Sequence[LmFusion] = ()
+
+    def for_groups(self, count: int) -> list[Fusion]:
+        """Return copies that share the language model and have a tree each (see ``Fusion.for_groups``)."""
+        self._groups = ()
+        self._groups = [copy.copy(self) for _ in range(count)]
+        return list(self._groups)
 
     def _open(
         self, beam: Beam, index: int, ids: Sequence[str], prompts: Optional[list[list[int]]],
         aside: bool = False,
     ) -> None:
-        self.index, self._ids = index, ids
+        self.index, self._ids, self._groups = index, ids, ()
         self._tree = self.lm.open_tree(beam.arena.batch, prompts, aside=aside)
         beam.state[..., index] = self._tree.roots().to(beam.state.device)[:, None]
 
     def stats(self) -> dict[str, float]:
         """Return the counters since ``begin``: the tree's, and what a fusion counts itself."""
-        return dict(self._stats) if self._tree is None else self._count()
+        if not self._groups:
+            return dict(self._stats) if self._tree is None else self._count()
+        total: dict[str, float] = {}
+        for stats in [group.stats() for group in self._groups]:
+            total = {name: total.get(name, 0) + value for name, value in stats.items()}
+        add_counters(total, {})  # rates are made new; peaks add up: the groups' caches are there at once
+        return total
 
     def _count(self) -> dict[str, float]:
         return dict(self._tree.stats())
@@ -74,7 +89,11 @@ class LmFusion(Fusion):
 
     def _write(self, beam: Beam, slots: Tensor, scores: Tensor, words: Optional[Tensor] = None) -> None:
         """Give slots (flat indices [n] into [B, K]) new raw scores and numbers of paid words."""
-        scores = self._numbers(beam, slots, scores).clamp(min=LOG_ZERO)
+        self._put(beam, slots, self._numbers(beam, slots, scores), words)
+
+    def _put(self, beam: Beam, slots: Tensor, scores: Tensor, words: Optional[Tensor]) -> None:
+        """Do the same with scores that are known to be numbers."""
+        scores = scores.to(beam.lm.device, torch.float32).clamp(min=LOG_ZERO)
         lm, fused = beam.lm[..., self.index], beam.fused
         row, column = rows_and_columns(slots, lm.shape[1])
         gain = self.weight * (scores - lm[row, column])
@@ -95,6 +114,7 @@ class LmFusion(Fusion):
         beam.state[row, column, self.index] = nodes.to(beam.state.device)
 
     def _numbers(self, beam: Beam, slots: Tensor, scores: Tensor) -> Tensor:
+        """Return the scores of slots if all are numbers, else name the utterance."""
         bad = torch.isnan(scores)
         if bool(bad.any()):  # asked where the scores are: those of a tree are on the host, no wait
             utterance = int(slots[bad.nonzero()[0, 0]]) // beam.lm.shape[1]
@@ -102,7 +122,7 @@ class LmFusion(Fusion):
                 f"scores of the language model {self.lm.name!r} must be numbers, but utterance "
                 f"{self._ids[utterance]!r} has NaN"
             )
-        return scores.to(beam.lm.device, torch.float32)
+        return scores
 
 
 def rows_and_columns(slots: Tensor, width: int) -> tuple[Tensor, Tensor]:
@@ -119,6 +139,26 @@ def live_slots(beam: Beam, utterances: Optional[Tensor] = None) -> Tensor:
     """Return the flat indices [n] into [B, K] of live slots, of all utterances or of the marked [B]."""
     alive = beam.alive if utterances is None else beam.alive & utterances[:, None]
     return alive.reshape(-1).nonzero().squeeze(1)
+
+
+def slots_on_host(
+    beam: Beam, utterances: Optional[Tensor] = None, complete: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Return `live_slots` [n] and the prefixes [n] (arena nodes) of their closed words; both on the host.
+
+    Args:
+        beam: where an engine has not brought what is read here along (``beam.seen``), a GPU is waited for.
+        utterances: [B] bool on the host; None: all.
+        complete: the prefixes of all words, the open last one included.
+    """
+    seen = beam.seen
+    if seen is None and beam.lens.device.type == "cpu":
+        seen = beam.alive, beam.node, beam.node if complete else beam.boundary
+    elif seen is None:
+        seen = torch.stack([beam.alive.long(), beam.node, beam.boundary]).cpu().unbind()
+    alive = seen[0].bool() if utterances is None else seen[0].bool() & utterances[:, None]
+    slots = alive.reshape(-1).nonzero().squeeze(1)
+    return slots, seen[1 if complete else 2].reshape(-1)[slots]
 
 
 def tokenizer_for(lm: Any, style: str, strict: bool = True) -> WordTokenizer:

@@ -6,21 +6,22 @@ decoding in end-to-end speech recognition", ICASSP 2025 (arXiv 2501.09258), sect
 """
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Callable, Mapping, Optional, Sequence, Union
+from typing import TYPE_CHECKING, Any, Callable, Iterator, Mapping, NamedTuple, Optional, Sequence, Union
 
 import numpy as np
 import torch
 
 from icefall_fusion.common.checks import check, is_count
-from icefall_fusion.fusion.base import LmFusion, check_prompt, live_slots, prompt_tokens, tokenizer_for
+from icefall_fusion.fusion.base import LmFusion, check_prompt, prompt_tokens, slots_on_host, tokenizer_for
 from icefall_fusion.fusion.triggers import ShortestHypothesis, Trigger
 from icefall_fusion.fusion.word_nodes import open_word_nodes
-from icefall_fusion.search.fusion import AheadTerms, StopRule
+from icefall_fusion.lm.tree_forward import on_device
+from icefall_fusion.search.fusion import AheadTerms, Fusion, StopRule
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from icefall_fusion.fusion.late import LateScores
     from icefall_fusion.fusion.ngram import LookAhead, LookAheadRun
     from icefall_fusion.fusion.words import WordNodes
     from icefall_fusion.lm import CausalLm
@@ -30,12 +31,12 @@ Prompt = Union[None, str, Mapping[str, str]]
 _KEEP_AFTER = 8  # new tokens an utterance between two clean-ups of the tree
 
 
-@dataclass
-class _Event:
-    """Scores that are computed: of utterances [B] bool (CPU), due in a frame, and a function that waits."""
+class _Event(NamedTuple):
+    """A model call on its way; on the host: flat slots, tree nodes, numbers of words, scores; [n] each."""
 
-    utterances: Tensor
-    due: int
+    slots: Tensor
+    nodes: Tensor
+    counts: Tensor
     wait: Callable[[], Tensor]
 
 
@@ -93,7 +94,14 @@ class DelayedFusion(LmFusion):
         check_prompt(prompt, "DelayedFusion.prompt")
         self.late = int(late)
         self.trigger, self.text, self.prompt, self.look_ahead = trigger, text, prompt, look_ahead
-        self._tokenizer = tokenizer_for(lm, text, strict=weight > 0)
+        self._tokenizer, self._in_turns = tokenizer_for(lm, text, strict=weight > 0), False
+
+    def for_groups(self, count: int) -> list[Fusion]:
+        """Return fusions whose model runs aside, while others' utterances are searched."""
+        groups = super().for_groups(count)
+        for group in groups:
+            group._in_turns = True
+        return groups
 
     def begin(self, beam: Beam, index: int, tokens: Any, ids: Sequence[str]) -> None:
         """Start a batch (see ``Fusion.begin``).
@@ -105,11 +113,13 @@ class DelayedFusion(LmFusion):
         self._tokenizer.check_acoustic(tokens)
         prompts = prompt_tokens(self.lm, self.prompt, ids)
         prompted = [bool(prompt) for prompt in prompts]
-        self._open(beam, index, ids, prompts, aside=self.late > 0)
-        self._flying: list[_Event] = []
-        self._lens = beam.lens.cpu()
+        self._open(beam, index, ids, prompts, aside=self.late > 0 or self._in_turns)
         self._texts = self._tree, beam.arena, tokens, self._tokenizer, prompted, ids
+        self._flying: Optional[LateScores] = None
         if self.late:  # late scores need the words of shorter prefixes; compiled code does not keep them
+            from icefall_fusion.fusion.late import LateScores
+
+            self._flying = LateScores(self.late, beam.lens.cpu())
             self._go_by_python()
         else:
             self._word_nodes = open_word_nodes(*self._texts)
@@ -122,7 +132,7 @@ class DelayedFusion(LmFusion):
             self._look = AheadTerms(self.look_ahead.ngram, weight, self.word_bonus, self.look_ahead.every)
         self._events, self._cleaned_at = 0, len(self._tree.tree)
         self._scored = np.zeros(0, np.bool_)  # tree nodes at which a text was scored
-        self._cache_before = (self._tokenizer.hits, self._tokenizer.misses)
+        self._words_asked = np.zeros(2, np.int64)  # words known before, and others
 
     def stop_rule(self) -> Optional[StopRule]:
         """Return when to call `fuse_now`; None: the fusion must be asked after every frame."""
@@ -133,7 +143,16 @@ class DelayedFusion(LmFusion):
 
     def fuse_now(self, beam: Beam, fires: Tensor) -> None:
         """Score the closed words of every live hypothesis of the utterances [B] bool that have stopped."""
-        self._score_closed(beam, fires, 0)
+        for _ in self._fuse_in_steps(beam, fires.cpu(), 0):
+            pass
+
+    def in_steps(self, beam: Beam, fires: Optional[Tensor]) -> Iterator[None]:
+        """Score in two steps: launch the model, then join the scores (see ``Fusion.in_steps``)."""
+        own = (DelayedFusion.fuse_now, DelayedFusion.finish)
+        if (type(self).fuse_now, type(self).finish) != own:  # a subclass acts in its own way
+            yield from super().in_steps(beam, fires)
+        else:
+            yield from self._finish_in_steps(beam) if fires is None else self._fuse_in_steps(beam, fires, 0)
 
     def advance(self, beam: Beam, source: Tensor, grew: Tensor) -> None:
         """Let the trigger count, and the look-ahead estimate (see ``Fusion.advance``)."""
@@ -148,110 +167,113 @@ class DelayedFusion(LmFusion):
     def fuse(self, beam: Beam, frame: int, active: Tensor) -> bool:
         """Score the closed words of every live hypothesis of the utterances that fuse now."""
         fires = self._run.fires(beam, frame, active)
+        fires = None if fires is None else fires.cpu()
         scored, until = fires, None
-        if self.late:
-            scored, until = self._land(beam, frame, fires)
+        if self._flying is not None:
+            scored, until = self._land(beam, self._flying.due(frame, fires))
         if fires is not None:
-            self._score_closed(beam, fires, frame)
+            for _ in self._fuse_in_steps(beam, fires, frame):
+                pass
         if self._ahead is not None:
-            until = beam.boundary if scored is not None and until is None else until
+            if scored is not None:
+                scored, until = scored.to(beam.lens.device), beam.boundary if until is None else until
             return self._ahead.fuse(beam, frame, active, scored, until)
         return scored is not None
 
-    def _score_closed(self, beam: Beam, fires: Tensor, frame: int) -> None:
-        slots = live_slots(beam, fires)
-        if not slots.numel():
+    def _fuse_in_steps(self, beam: Beam, fires: Tensor, frame: int) -> Iterator[None]:
+        """Score the closed words of the utterances [B] bool (host), or start to if scores are late."""
+        event = self._launch(beam, fires)
+        if event is None:
             return
         self._events += 1
-        nodes, counts = self._nodes(beam.boundary.reshape(-1)[slots])
-        wait = self._tree.launch(nodes)
-        if self.late:
-            self._flying.append(_Event(fires.cpu(), frame + self.late, wait))
+        if self._flying is not None:
+            self._flying.add(fires, frame, event.wait)
         else:
-            self._write(beam, slots, wait(), counts.to(slots.device))
-            self._move(beam, slots, nodes)
+            yield
+            self._join(beam, *event[:3], event.wait())
         if len(self._tree.tree) - self._cleaned_at > _KEEP_AFTER * beam.arena.batch:
             self._clean(beam)
 
-    def _land(
-        self, beam: Beam, frame: int, fires: Optional[Tensor]
-    ) -> tuple[Optional[Tensor], Optional[Tensor]]:
-        """Add the scores that are due, and those of utterances that fuse again.
+    def _launch(self, beam: Beam, fires: Optional[Tensor]) -> Optional[_Event]:
+        """Start to score the closed words of utterances [B] bool (host), or (None) all words and the end."""
+        last = fires is None
+        slots, prefixes = slots_on_host(beam, fires, complete=last)
+        if not len(slots):
+            return None
+        nodes, counts = self._nodes(prefixes, last)
+        return _Event(slots, nodes, counts, self._tree.launch(nodes, eos=last and self.eos))
+
+    def _join(self, beam: Beam, slots: Tensor, nodes: Tensor, counts: Tensor, scores: Tensor) -> Tensor:
+        """Give slots their scores, states and numbers of words, all [n] on the host; return slots there."""
+        scores = self._numbers(beam, slots, scores)
+        slots, nodes, counts = on_device(beam.lens.device, torch.stack([slots, nodes, counts])).unbind()
+        self._put(beam, slots, on_device(beam.lens.device, scores), counts)
+        self._move(beam, slots, nodes)
+        return slots
+
+    def _land(self, beam: Beam, landing: Tensor) -> tuple[Optional[Tensor], Optional[Tensor]]:
+        """Add the late scores of utterances [B] bool (host).
 
         Returns:
-            the utterances whose scores came, [B] bool, and the arena nodes [B, K] up to which their
-            hypotheses are scored now; None, None where nothing came.
+            these utterances, and the arena nodes [B, K] up to which their hypotheses are scored now; None,
+            None where nothing came.
         """
-        landing = torch.zeros_like(self._lens, dtype=torch.bool)
-        again = None if fires is None else fires.cpu()
-        for event in self._flying:
-            now = event.utterances & (self._lens > frame)  # those that have ended are scored in `finish`
-            if event.due <= frame:
-                landing |= now
-            elif again is not None:
-                landing |= now & again
         if not bool(landing.any()):
             return None, None
-        for event in self._flying:
-            if bool((event.utterances & landing).any()):
-                event.wait()
-                event.utterances = event.utterances & ~landing
-        self._flying = [event for event in self._flying if bool(event.utterances.any())]
-        landed, until = landing.to(beam.lens.device), beam.boundary.clone()
-        slots = live_slots(beam, landed)
-        if slots.numel():
-            boundaries, where = until.view(-1)[slots].cpu().unique(return_inverse=True)
-            histories = self._word_nodes.scored_parts(boundaries.numpy())
-            nodes, counts, prefixes = (
-                torch.tensor([getattr(history, name) for history in histories], dtype=torch.int64)[where]
-                for name in ("node", "count", "prefix")
-            )
-            scores = torch.from_numpy(self._tree.known(nodes)[1]).float()
-            self._write(beam, slots, scores, counts.to(slots.device))
-            self._move(beam, slots, nodes)
-            until.view(-1)[slots] = prefixes.to(slots.device)
-        return landed, until
+        self._flying.wait(landing)
+        until = beam.boundary.clone()
+        slots, boundaries = slots_on_host(beam, landing)
+        if len(slots):
+            from icefall_fusion.fusion.late import beginnings
+
+            distinct, where = boundaries.unique(return_inverse=True)
+            scored = beginnings(self._ask("scored_parts", distinct.numpy()), self._tree)
+            *scored, prefixes = (values[where] for values in scored)
+            until.view(-1)[self._join(beam, slots, *scored)] = on_device(until.device, prefixes)
+        return landing, until
 
     def finish(self, beam: Beam) -> None:
         """Score all words, and the end, of every live hypothesis of the batch in one call."""
-        self._wait_for_all()
-        slots = live_slots(beam)
-        if slots.numel():
-            self._finish(beam, slots)
+        for _ in self._finish_in_steps(beam):
+            pass
+
+    def _finish_in_steps(self, beam: Beam) -> Iterator[None]:
+        if self._flying is not None:
+            self._flying.wait()
+        event = self._launch(beam, None)
+        if event is not None:
+            yield
+            self._join(beam, *event[:3], event.wait())
         if self._ahead is not None:
             self._ahead.finish(beam)
         self._close()
         del self._word_nodes, self._texts, self._run, self._ahead, self._flying
 
-    def _wait_for_all(self) -> None:
-        for event in self._flying:
-            event.wait()
-
-    def _finish(self, beam: Beam, slots: Tensor) -> None:
-        nodes, counts = self._nodes(beam.node.reshape(-1)[slots], complete=True)
-        scores = self._tree.score(nodes, eos=self.eos)
-        self._write(beam, slots, scores, counts.to(slots.device))
-        self._move(beam, slots, nodes)
-
     def _count(self) -> dict[str, float]:
         """Return the tree's counters, events, histories_scored and those of re-tokenization."""
         own = {"events": self._events, "histories_scored": int(self._scored.sum())}
-        return {**super()._count(), **own, **self._tokenizer.stats(*self._cache_before)}
+        before = np.array([self._tokenizer.hits, self._tokenizer.misses]) - self._words_asked
+        return {**super()._count(), **own, **self._tokenizer.stats(*before.tolist())}
 
     def _nodes(self, prefixes: Tensor, complete: bool = False) -> tuple[Tensor, Tensor]:
         """Return the tree nodes and numbers of words of prefixes [n] (arena nodes), int64 on the CPU."""
-        wanted = prefixes.cpu().numpy()
-        known = self._word_nodes.complete(wanted) if complete else self._word_nodes.closed(wanted)
-        if known is None:
-            self._go_by_python()
-            return self._nodes(prefixes, complete)
-        nodes, counts = known
+        nodes, counts = self._ask("complete" if complete else "closed", prefixes.numpy())
         if len(self._scored) < len(self._tree.tree):
             longer = np.zeros(2 * len(self._tree.tree), np.bool_)
             longer[: len(self._scored)] = self._scored
             self._scored = longer
         self._scored[nodes[counts > 0]] = True
         return torch.from_numpy(nodes), torch.from_numpy(counts)
+
+    def _ask(self, what: str, prefixes: np.ndarray) -> Any:
+        """Call a method of the word nodes, and count the words asked for (others may share the tokenizer)."""
+        tokenizer = self._tokenizer
+        before = np.array([tokenizer.hits, tokenizer.misses])
+        answer = getattr(self._word_nodes, what)(prefixes)
+        if answer is None:
+            answer = getattr(self._go_by_python(), what)(prefixes)
+        self._words_asked += np.array([tokenizer.hits, tokenizer.misses]) - before
+        return answer
 
     def _go_by_python(self) -> WordNodes:
         """Go on in Python: it serves tokenizers that change earlier tokens when text grows, too."""
@@ -262,10 +284,7 @@ class DelayedFusion(LmFusion):
 
     def _clean(self, beam: Beam) -> None:
         """Free what no live hypothesis needs, in the tree and among the known words."""
-        self._wait_for_all()
-        boundaries = beam.boundary.reshape(-1)[live_slots(beam)].cpu().unique().numpy()
-        nodes = self._word_nodes.keep(boundaries)
-        if nodes is None:
-            nodes = self._go_by_python().keep(boundaries)
-        self._tree.keep(nodes)
+        if self._flying is not None:
+            self._flying.wait()
+        self._tree.keep(self._ask("keep", slots_on_host(beam)[1].unique().numpy()))
         self._cleaned_at = len(self._tree.tree)

@@ -69,7 +69,7 @@ class ShallowFusion(LmFusion):
         wanted = pieces[torch.div(slots, beams, rounding_mode="floor")]  # [n, C]
         self._check_pieces(wanted, log_probs.shape[1])
         chosen = log_probs.to(scores.device)[where.to(slots.device)].gather(1, wanted)
-        chosen = self._numbers(beam, slots, chosen).masked_fill(wanted == beam.blank, 0.0)
+        chosen = self._numbers(beam, slots, chosen.float()).masked_fill(wanted == beam.blank, 0.0)
         scores.view(batch * beams, -1)[slots] = chosen.clamp(min=LOG_ZERO)
         return scores
 

@@ -76,7 +76,7 @@ class TreeScorer:
         model: the language model.
         prompts: tokens of each utterance before its text, bos included, at least one each.
         options: bounds on memory.
-        aside: run the model on a CUDA stream of its own, at the same time as the caller's kernels.
+        aside: run on the model's side stream, at the same time as the caller's kernels (side_stream.py).
     """
 
     def __init__(
@@ -88,8 +88,11 @@ class TreeScorer:
         self._cache = TreeCache(model.layers, len(prompts), self.tree.slots.capacity)
         self._store = DistributionStore(model.vocab_size, model.device, options.max_distribution_bytes)
         self._chunk = options.tokens_a_call(model.vocab_size)
-        aside = aside and model.device.type == "cuda"
-        self._stream = torch.cuda.Stream(model.device) if aside else None
+        self._side = None
+        if aside and model.device.type == "cuda":
+            from icefall_fusion.lm.side_stream import side_stream
+
+            self._side = side_stream(model)
         for b, prompt in enumerate(prompts):
             self.tree.add_root(b, prompt)
 
@@ -127,7 +130,7 @@ class TreeScorer:
         check(isinstance(live, (Tensor, ndarray, Sequence)), "live", "hold nodes", live)
         if not isinstance(live, (Tensor, ndarray)) and len(live) and not np.isscalar(live[0]):
             live = np.concatenate([integers(nodes, "live") for nodes in live])
-        with self._timed():
+        with self._timed(wait=False):
             self._store.free(self.tree.release(self._nodes(live)))
 
     # --- scores ------------------------------------------------------------------------------------------
@@ -186,14 +189,12 @@ class TreeScorer:
         with self._timed():
             wanted = self._nodes(nodes)
             missing = wanted[self.tree.row[wanted] < 0]
-            if len(missing):
-                with self._aside():
-                    for at, log_probs in self._distributions(np.unique(missing)):
-                        self._keep_distributions(at, log_probs)
-            rows = on_device(self.model.device, torch.from_numpy(self.tree.row[wanted]))
-            if self._stream is not None:
-                torch.cuda.current_stream(self.model.device).wait_stream(self._stream)
-            return self._store.log_probs.index_select(0, rows)
+            with self._aside():
+                for at, log_probs in self._distributions(np.unique(missing)):
+                    self._keep_distributions(at, log_probs)
+                rows = on_device(self.model.device, torch.from_numpy(self.tree.row[wanted]))
+                found = self._store.log_probs.index_select(0, rows)
+            return found if self._side is None else self._side.hand_over(found)
 
     def stats(self) -> dict[str, float]:
         """Return the counters (see `TreeCounters`) and the bytes of keys, values and distributions."""
@@ -288,7 +289,7 @@ class TreeScorer:
 
     def _aside(self) -> contextlib.AbstractContextManager:
         """Return the context in which the model runs."""
-        return contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+        return contextlib.nullcontext() if self._side is None else self._side.running()
 
     @contextlib.contextmanager
     def _timed(self, wait: bool = True) -> Iterator[None]:

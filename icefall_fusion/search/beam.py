@@ -206,6 +206,7 @@ class Beam:
             changes fused too. Look-ahead adds to it for a while; after ``finish`` it is this sum.
         lens: [B] int64, frames of each utterance; a row is frozen from its own end on.
         asked: [B, K] bool, while ``extension_scores`` is called: slots of which an extension could survive.
+        seen: alive, node, boundary [B, K] on the host, where an engine has copied them with its own results.
         frame: the frame just searched (-1 before the first; of no meaning in ``Fusion.fuse_now``).
         blank: id of blank.
         integers: [B, 5, K] int64: node, last, hash, parent_hash, and K + 1 where the last piece repeats that
@@ -227,7 +228,7 @@ class Beam:
         self.carried[:, 1] = self.carried[:, beam + 2] = 0.0
         self.log_nonblank = torch.full((batch, beam), -torch.inf, dtype=torch.float32, device=device)
         self.offset = torch.zeros(batch, dtype=torch.float64, device=device)
-        self.asked = self.alive
+        self.asked, self.seen = self.alive, None
         self.lm = torch.zeros(batch, beam, fusions, dtype=torch.float32, device=device)
         self.words = torch.zeros(batch, beam, fusions, dtype=torch.int64, device=device)
         self.state = torch.zeros(batch, beam, fusions, dtype=torch.int64, device=device)

@@ -3,7 +3,7 @@ Knows: arguments, the order of the steps. Must not know: how a frame is searched
 """
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Optional, Sequence
+from typing import TYPE_CHECKING, Iterator, Optional, Sequence
 
 import torch
 from torch import Tensor
@@ -62,22 +62,41 @@ def ctc_prefix_search(
     if not inputs.ids:
         return []
     with torch.autocast(inputs.log_probs.device.type, enabled=False):  # masses need float32
-        return _search(inputs, options, tokens, together)
+        if (options.groups or 1) > 1 or (options.groups is None and inputs.log_probs.is_cuda):
+            from icefall_fusion.search.turns import search_in_turns
+
+            return search_in_turns(inputs, options, tokens, together)
+        search = PrefixSearch(inputs, options, tokens, together)
+        for _ in search.steps():
+            pass
+        return search.nbests()
 
 
-def _search(inputs: SearchInput, options: PrefixSearchOptions, tokens: Optional[AcousticTokens],
-            together: FusionSet) -> list[NBest]:
-    fusions = together.members
-    starts_word = None
-    if tokens is not None and fusions:
-        starts_word = torch.tensor(tokens.starts_word, device=inputs.log_probs.device)
-    beam = Beam.at_root(inputs, options.beam, starts_word, len(fusions))
-    together.begin(beam, inputs.ids)
-    search, plan = open_search(inputs, beam, options, together)
-    search.run()
-    beam.offset += (inputs.best.double() * inputs.live).sum(1)
-    together.finish(beam)
-    from icefall_fusion.search.export import export_nbests
+class PrefixSearch:
+    """A search that is ready to start: arguments as of `ctc_prefix_search`, checked."""
 
-    return export_nbests(beam, inputs, plan.map, options.nbest or options.beam,
-                         options.frame_shift if options.word_times else None, tokens, fusions)
+    def __init__(self, inputs: SearchInput, options: PrefixSearchOptions, tokens: Optional[AcousticTokens],
+                 fusions: FusionSet) -> None:
+        self.inputs, self.options, self.tokens, self.fusions = inputs, options, tokens, fusions
+        starts_word = None
+        if tokens is not None and fusions.members:
+            starts_word = torch.tensor(tokens.starts_word, device=inputs.log_probs.device)
+        self.beam = Beam.at_root(inputs, options.beam, starts_word, len(fusions.members))
+        fusions.begin(self.beam, inputs.ids)
+        self.search, self.plan = open_search(inputs, self.beam, options, fusions)
+
+    def steps(self) -> Iterator[None]:
+        """Search all frames and score the last words, in steps (see ``Fusion.in_steps``)."""
+        yield from self.search.steps()
+        self.beam.offset += (self.inputs.best.double() * self.inputs.live).sum(1)
+        yield from self.fusions.in_steps(self.beam, None)
+
+    def nbests(self) -> list[NBest]:
+        """Return one N-best list per utterance, after all steps."""
+        from icefall_fusion.search.export import export_nbests
+
+        options = self.options
+        return export_nbests(
+            self.beam, self.inputs, self.plan.map, options.nbest or options.beam,
+            options.frame_shift if options.word_times else None, self.tokens, self.fusions.members,
+        )

@@ -7,9 +7,8 @@ that wait are scored in one call. The rule is two numbers, which compiled engine
 """
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple, Optional, Sequence
+from typing import TYPE_CHECKING, Any, Iterator, NamedTuple, Optional, Sequence
 
-import torch
 from torch import Tensor
 
 from icefall_fusion.common.checks import check, is_number
@@ -140,6 +139,25 @@ class Fusion:
     def finish(self, beam: Beam) -> None:
         """Score the last words (and the end of sentence) of every live hypothesis, once, at the end."""
 
+    def in_steps(self, beam: Beam, fires: Optional[Tensor]) -> Iterator[None]:
+        """Do what `fuse_now` (``fires`` [B] bool on the host) or `finish` (None) does, in steps.
+
+        A step ends while a model works and the host has nothing to do; resume it to collect the scores. Other
+        utterances may be searched in between (see turns.py). By default all is one step.
+        """
+        if fires is None:
+            self.finish(beam)
+        else:
+            self.fuse_now(beam, fires.to(beam.lens.device))
+        yield from ()
+
+    def for_groups(self, count: int) -> Optional[list[Fusion]]:
+        """Return a fusion like this one for each of ``count`` groups of utterances searched in turns.
+
+        Their counters are those of this one afterwards. None: it cannot serve several groups.
+        """
+        return None
+
     def stats(self) -> dict[str, float]:
         """Return the counters since `begin`: lm_forwards, lm_tokens_forwarded, lm_tokens_scored, ..."""
         return {}
@@ -233,61 +251,17 @@ class FusionSet:
         changed = [fusion.fuse(beam, frame, active) for fusion in self.members]
         self.disordered = self.ranks and any(changed)
 
-    def fuse_now(self, beam: Beam, fires: Tensor) -> None:
-        """Let the fusion that has stopped utterances [B] bool score them."""
+    def in_steps(self, beam: Beam, fires: Optional[Tensor]) -> Iterator[None]:
+        """Let the fusion that has stopped utterances [B] bool score them, or (None) all score the last words.
+
+        Yields as `Fusion.in_steps` does.
+        """
         for fusion in self.members:
-            rule = fusion.stop_rule()
-            if rule is not None and rule.every:
-                fusion.fuse_now(beam, fires)
+            rule = fusion.stop_rule() if fires is not None else None
+            if fires is None or (rule is not None and rule.every):
+                yield from fusion.in_steps(beam, fires)
 
     def finish(self, beam: Beam) -> None:
         """Let every fusion score the last words."""
         for fusion in self.members:
             fusion.finish(beam)
-
-
-class StopRuleRun:
-    """A rule watching one batch frame by frame; a few small gathers a frame.
-
-    Args:
-        rule: whose ``ahead`` is not looked at.
-        beam: before the first frame.
-    """
-
-    def __init__(self, rule: StopRule, beam: Beam) -> None:
-        self.rule: Optional[StopRule] = rule
-        self._rule = rule
-        self._begun = torch.zeros_like(beam.node)  # [B, K] words or pieces begun, the open one included
-        # [B] length of the shortest hypothesis at the last event
-        self._fused_at = torch.full_like(self._begun[:, 0], rule.first_length)
-
-    def advance(self, beam: Beam, source: Tensor, grew: Tensor) -> None:
-        """Follow prune and re-order (see ``Fusion.advance``)."""
-        if self._rule.unit is None:
-            return
-        begun = self._begun.gather(1, source)
-        if self._rule.unit == "words":
-            grew = grew & beam.arena.begins_word(beam.last, begun == 0)
-        self._begun = begun + grew
-
-    def fires(self, beam: Beam, frame: int, active: Tensor) -> Optional[Tensor]:
-        """Return the utterances that fuse now, bool [B]; None: surely none (costs no wait for the device).
-
-        Args:
-            beam: after this frame's pruning.
-            frame: index of the encoder output frame, from 0.
-            active: bool [B], the utterances that have not ended.
-        """
-        every = self._rule.every
-        if every == 0 or (frame + 1) % every:
-            return None
-        if self._rule.unit is None:
-            return active
-        alive = beam.alive
-        longest = self._begun.amax(1, keepdim=True)
-        shortest = torch.where(alive, self._begun, longest).amin(1)
-        fires = active & (shortest > self._fused_at) & alive.any(1)
-        if not bool(fires.any()):  # the one wait for the device
-            return None
-        self._fused_at = torch.where(fires, shortest, self._fused_at)
-        return fires

@@ -38,6 +38,8 @@ class PrefixSearchOptions:
         engine: native (C++, for a CPU), triton (a kernel, for a GPU), torch (tensors, for every device and
             fusion), or auto: native or triton where it serves, else torch. The results are the same. The
             table `ENGINES` in engines/__init__.py tells which searches an engine serves.
+        groups: groups of utterances that are searched in turns, so that a GPU scores for one while the host
+            works for another; none: 2 where that is so, else 1 (see turns.py). The results are the same.
     """
 
     beam: int = 10
@@ -49,11 +51,13 @@ class PrefixSearchOptions:
     frame_shift: float = 0.04
     word_times: bool = True
     engine: str = "auto"
+    groups: Optional[int] = None
 
     def __post_init__(self) -> None:
         name, least, skip = "PrefixSearchOptions.", self.score_beam, self.blank_skip
         check(is_count(self.beam), name + "beam", "be an integer, at least 1", self.beam)
-        for field, value in (("top_pieces", self.top_pieces), ("nbest", self.nbest)):
+        counts = {"top_pieces": self.top_pieces, "nbest": self.nbest, "groups": self.groups}
+        for field, value in counts.items():
             check(value is None or is_count(value), name + field, "be none or an integer, at least 1", value)
         good = least is None or (isinstance(least, float) and least == math.inf)
         good = good or (is_number(least) and least > 0)

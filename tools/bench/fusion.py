@@ -102,7 +102,7 @@ def open_run(
     args: argparse.Namespace, sets: dict[str, str], batch: int, beam: int, quantization: str
 ) -> tuple[DecodeRun, list[str]]:
     """Return a run, and the methods that it leaves out as a model is not there."""
-    search = PrefixSearchOptions(beam=beam, engine=args.engine)
+    search = PrefixSearchOptions(beam=beam, engine=args.engine, groups=args.groups)
     options = speech.decode_options(
         args, f"{args.speech}/fusion", sets, methods=list(args.methods), search=search, batch_size=batch,
         batch_seconds=_NO_BOUND, limit=args.limit, threads=args.threads,
@@ -253,6 +253,7 @@ def arguments(given: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="", help="of the LLMs' weights; none: float32")
     parser.add_argument("--shape", default="", choices=["", *SHAPES], help="random LLMs of this size")
     parser.add_argument("--engine", default="auto", choices=["auto", "native", "triton", "torch"])
+    parser.add_argument("--groups", type=int, help="of utterances in turns; none: as ever")
     parser.add_argument("--apart", action="store_true", help="method by method, as on a GPU")
     parser.add_argument("--threads", type=int, default=1, help="of torch on a CPU")
     parser.add_argument("--output", default="bench/fusion.json")

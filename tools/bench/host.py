@@ -68,10 +68,18 @@ class Clock:
 @contextlib.contextmanager
 def counting(clock: Clock) -> Iterator[None]:
     """Count the time of events, and of what a GPU would do in them."""
-    wrapped = [(owner, name, True) for owner, name in _DEVICE] + [(DelayedFusion, "_score_closed", False)]
-    before = [(owner, name, getattr(owner, name)) for owner, name, _ in wrapped]
-    for (owner, name, device), (_, _, function) in zip(wrapped, before):
-        setattr(owner, name, clock.wrap(function, device))
+    before = [(owner, name, getattr(owner, name)) for owner, name in (*_DEVICE, (DelayedFusion, "in_steps"))]
+    for owner, name, function in before[:-1]:
+        setattr(owner, name, clock.wrap(function, True))
+    in_steps = DelayedFusion.in_steps
+
+    def events(fusion: DelayedFusion, beam: Any, fires: Any) -> Iterator[None]:
+        steps, done = in_steps(fusion, beam, fires), object()
+        step = (lambda: next(steps, done)) if fires is None else clock.wrap(lambda: next(steps, done), False)
+        while step() is not done:  # the end of an utterance is no event
+            yield
+
+    DelayedFusion.in_steps = events
     try:
         yield
     finally:

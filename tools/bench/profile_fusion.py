@@ -32,19 +32,18 @@ from timeline import Timeline, mark, watching  # noqa: E402
 
 from icefall_fusion.decode.utterances import read_cuts  # noqa: E402
 
-EVENT, LAUNCH, WAIT, FORWARD, BATCH = "event", "launch", "wait", "forward", "whole batch"
+EVENT, LAUNCH, WAIT, JOIN, FORWARD, BATCH = "event", "launch", "wait", "join", "forward", "whole batch"
 #: Functions whose calls are marked, by where they are looked up, and what they do.
 MARKED = {
     "icefall_fusion.fusion.delayed:DelayedFusion.begin": "begin",
-    "icefall_fusion.fusion.delayed:DelayedFusion._score_closed": EVENT,
+    "icefall_fusion.fusion.delayed:DelayedFusion._launch": EVENT,
     "icefall_fusion.fusion.delayed:DelayedFusion._nodes": "words to tokens",
-    "icefall_fusion.fusion.delayed:DelayedFusion._write": "write scores",
+    "icefall_fusion.fusion.delayed:DelayedFusion._join": JOIN,
     "icefall_fusion.fusion.delayed:DelayedFusion._clean": "clean up the tree",
-    "icefall_fusion.fusion.delayed:DelayedFusion.finish": "last scores",
     "icefall_fusion.lm.tree_scorer:TreeScorer.launch": LAUNCH,
     "icefall_fusion.lm.tree_scorer:forward": FORWARD,
     "icefall_fusion.search.ctc_prefix:open_search": "open the search",
-    "icefall_fusion.search.ctc_prefix:export_nbests": "make lists",
+    "icefall_fusion.search.export:export_nbests": "make lists",
 }
 METHOD = "llm-delayed-interval-16"
 
@@ -114,7 +113,7 @@ def measure(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, A
                 method.decode(emitted.emissions)
                 figures.wait(args.device)
             more["not_marked"] = gone
-            for section, start, end in sections(watched[0]):
+            for section, start, end in sections(watched[0], "-late-" in method.name):
                 row = {"method": method.name, "batch": len(utterances), "beam": args.beam, "section": section}
                 rows.append({**row, **watched[0].report(start, end)})
                 figures.save(args, rows, **more)
@@ -123,10 +122,11 @@ def measure(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, A
     return rows, more
 
 
-def sections(timeline: Timeline) -> list[tuple[str, float, float]]:
+def sections(timeline: Timeline, late: bool) -> list[tuple[str, float, float]]:
     """Return one event in the middle, the frames from its end to the next event, and the whole: name, time.
 
     It is an event in which the model is called. A method without events (shallow fusion) has the whole alone.
+    Where scores are ``late``, the frames begin when the model is launched.
     """
     (whole,) = timeline.marks(BATCH)
     found = [("batch", whole.start, whole.end)]
@@ -138,12 +138,15 @@ def sections(timeline: Timeline) -> list[tuple[str, float, float]]:
     if not pairs:
         return found
     event, after = pairs[len(pairs) // 2]
-    end = event.end
+    goes_on = event.end
+    if not late:
+        goes_on = max(join.end for join in timeline.marks(f"{JOIN} ") if join.start < after.start)
+    end = goes_on
     for launch in timeline.marks(f"{LAUNCH} "):
         if event.start <= launch.start < event.end:  # its wait may come later than the event's end
             number = launch.name.removeprefix(f"{LAUNCH} ")
             end = max([end, *(w.end for w in timeline.marks(f"{WAIT} ") if w.name == f"{WAIT} {number}")])
-    return [("event", event.start, end), ("frames", event.end, after.start), *found]
+    return [("event", event.start, end), ("frames", goes_on, after.start), *found]
 
 
 def show(row: dict[str, Any]) -> None:
@@ -174,6 +177,7 @@ def arguments(given: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="", help="of the LLM's weights; none: float32")
     parser.add_argument("--shape", default="", choices=["", *fusion.SHAPES], help="a random LLM of this size")
     parser.add_argument("--engine", default="auto", choices=["auto", "native", "triton", "torch"])
+    parser.add_argument("--groups", type=int, default=1, help="of utterances in turns, see search/turns.py")
     parser.add_argument("--threads", type=int, default=1, help="of torch on a CPU")
     parser.add_argument("--trace", default="", help="file for the whole trace of the last batch")
     parser.add_argument("--output", default="bench/profile.json")

@@ -7,7 +7,7 @@ the same, for no result of an utterance depends on the others.
 """
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, Optional, Sequence
+from typing import TYPE_CHECKING, Iterator, NamedTuple, Optional, Sequence
 
 import torch
 from torch import Tensor
@@ -117,8 +117,13 @@ class CompiledSearch:
 
     def run(self) -> None:
         """Search all frames; the fusions act where their rule stops utterances, or after each frame."""
+        for _ in self.steps():
+            pass
+
+    def steps(self) -> Iterator[None]:
+        """Do the same in steps, which end while a fusion waits for a model (see ``Fusion.in_steps``)."""
         if self.rule is not None:
-            self._run_to_stops()
+            yield from self._run_to_stops()
         else:
             self._run_frame_by_frame()
 
@@ -129,7 +134,7 @@ class CompiledSearch:
         """
         raise NotImplementedError
 
-    def _run_to_stops(self) -> None:
+    def _run_to_stops(self) -> Iterator[None]:
         beam, fusions, going = self.beam, self.fusions, True
         while going:
             standing = self.at[self.at < self._ends]
@@ -139,7 +144,7 @@ class CompiledSearch:
             going = bool((self.at < self._ends).any())
             fusions.carry(beam, self.moved_from, self._gains(), self.opened)
             if bool(self.fired.any()):
-                fusions.fuse_now(beam, self.fired.to(beam.lens.device))
+                yield from fusions.in_steps(beam, self.fired)
         beam.frame = self.frames - 1
         beam.fused -= self.estimate  # `finish` scores all that is not scored yet
 

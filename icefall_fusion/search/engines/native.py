@@ -11,7 +11,7 @@ import contextlib
 import ctypes
 import weakref
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, MutableMapping, Optional
+from typing import TYPE_CHECKING, Any, Iterator, MutableMapping, Optional
 
 import torch
 
@@ -134,12 +134,12 @@ class NativeSearch(CompiledSearch):
             return limit  # each frame chooses those that could survive
         return columns_needed(options.beam, limit, self.fusions.slack(options.beam))
 
-    def run(self) -> None:
-        """Search all frames; the fusions act where their rule stops utterances, or after each."""
+    def steps(self) -> Iterator[None]:
+        """Search all frames (see `CompiledSearch.steps`)."""
         self.state = self.library.prefix_search_open(ctypes.byref(self.settings))
         try:
             with ThreadPoolExecutor(len(self.shares)) as self.pool:
-                super().run()
+                yield from super().steps()
         finally:
             self.library.prefix_search_close(self.state)
 

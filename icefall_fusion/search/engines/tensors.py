@@ -3,7 +3,7 @@ Knows: the order of work in a frame, blocks of frames. Must not know: which lang
 """
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Optional
+from typing import TYPE_CHECKING, Iterator, Optional
 
 import torch
 from torch import Tensor
@@ -54,6 +54,13 @@ class TensorSearch:
         else:
             columns = 0 if self.widens else columns_needed(options.beam, self.limit, slack)
         self.out = Candidates(batch, make_pairs(options.beam, columns, slack, device), options.beam, device)
+
+    rule = None  # it asks the fusions after each frame
+
+    def steps(self) -> Iterator[None]:
+        """Search all frames in one step (see `CompiledSearch.steps`)."""
+        self.run()
+        yield from ()
 
     def run(self) -> None:
         """Search all frames; the fusions act after each."""
