@@ -26,7 +26,11 @@ class AudioError(ValueError):
 
 
 def load_audio(
-    path: PathLike, allow_empty: bool = False, offset: float = 0.0, duration: Optional[float] = None
+    path: PathLike,
+    allow_empty: bool = False,
+    offset: float = 0.0,
+    duration: Optional[float] = None,
+    as_stored: bool = False,
 ) -> np.ndarray:
     """Return an audio file, or a span of it, as mono at 16 kHz.
 
@@ -38,9 +42,11 @@ def load_audio(
         allow_empty: return 0 samples for a file (or span) without samples, instead of an error.
         offset: start of the span in seconds.
         duration: length of the span in seconds; None: to the end. A span beyond the end is shorter.
+        as_stored: return the samples of one channel of 16 bits at 16 kHz as they are, int16 in units of
+            1/32768; other files as ever.
 
     Returns:
-        float32 [samples] in about [-1, 1].
+        float32 [samples] in about [-1, 1], or int16 (see ``as_stored``).
 
     Raises:
         FileNotFoundError: no such file.
@@ -59,11 +65,12 @@ def load_audio(
         with soundfile.SoundFile(path) as file:
             rate, declared = file.samplerate, file.frames
             span = _Span(rate, offset, duration)
-            frames = _Frames(file, span, path)
+            plain = rate == SAMPLE_RATE and file.channels == 1 and file.subtype == "PCM_16"
+            frames = _Frames(file, span, path, "int16" if as_stored and plain else "float32")
             end = declared if span.last is None else min(span.last, declared)
             known = max(0, end - span.first) if declared < UNKNOWN_LENGTH else 0
             blocks = frames if rate == SAMPLE_RATE else _resampled(frames, rate)
-            samples = _joined(blocks, min(-(-known * SAMPLE_RATE // rate), _MOST))
+            samples = _joined(blocks, min(-(-known * SAMPLE_RATE // rate), _MOST), frames.dtype)
     except (soundfile.LibsndfileError, RuntimeError) as error:
         raise AudioError(f"audio file {path} cannot be read (truncated, or no audio): {error}") from None
     if path.suffix.lower() in (".wav", ".flac") and declared < UNKNOWN_LENGTH:
@@ -113,13 +120,14 @@ class _Frames:
         file: open.
         span: the frames to read.
         path: for messages.
+        dtype: int16 or float32.
 
     Attributes:
         read: number of frames read so far; less than the span's at the end of the file.
     """
 
-    def __init__(self, file: soundfile.SoundFile, span: _Span, path: Path) -> None:
-        self._file, self._span, self._path, self.read = file, span, path, 0
+    def __init__(self, file: soundfile.SoundFile, span: _Span, path: Path, dtype: str) -> None:
+        self._file, self._span, self._path, self.dtype, self.read = file, span, path, dtype, 0
 
     def __iter__(self) -> Iterator[np.ndarray]:
         first, last, seekable = self._span.first, self._span.last, self._file.seekable()
@@ -128,13 +136,13 @@ class _Frames:
         position = first if seekable else 0
         while last is None or position < last:
             size = _BLOCK if last is None else min(_BLOCK, last - position)
-            block = self._file.read(size, dtype="float32", always_2d=True)
+            block = self._file.read(size, dtype=self.dtype, always_2d=True)
             if len(block) == 0:
                 break
             unwanted = max(0, first - position)  # a stream that cannot seek
             position += len(block)
             block = block[unwanted:]
-            if not np.isfinite(block).all():
+            if self.dtype == "float32" and not np.isfinite(block).all():
                 raise AudioError(f"audio file {self._path} holds samples that are not finite numbers")
             self.read += len(block)
             yield block.mean(axis=1) if block.shape[1] > 1 else block[:, 0]
@@ -155,12 +163,12 @@ def _resampled(blocks: Iterable[np.ndarray], rate: int) -> Iterator[np.ndarray]:
     yield resample(held, rate)[yielded - begin // down * up :]
 
 
-def _joined(blocks: Iterable[np.ndarray], expected: int) -> np.ndarray:
+def _joined(blocks: Iterable[np.ndarray], expected: int, dtype: str = "float32") -> np.ndarray:
     """Return blocks as one array, without a copy if there are ``expected`` samples."""
-    result, count = np.empty(expected, np.float32), 0
+    result, count = np.empty(expected, dtype), 0
     for block in blocks:
         if count + len(block) > len(result):  # headers may promise less
-            result = np.concatenate((result[:count], np.empty(len(block) + count // 4, np.float32)))
+            result = np.concatenate((result[:count], np.empty(len(block) + count // 4, dtype)))
         result[count : count + len(block)] = block
         count += len(block)
     return result[:count]

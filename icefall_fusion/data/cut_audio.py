@@ -61,7 +61,8 @@ def read_recordings(
 ) -> Iterator[tuple[MonoCut, Union[Samples, Exception]]]:
     """Yield each cut with its audio, or the error that was raised instead; threads read ahead.
 
-    Consecutive cuts of one recording open its file once.
+    Audio is that of `cut_samples`, but int16 where it is stored so (in units of 1/32768). Consecutive cuts
+    of one recording open its file once.
 
     Args:
         cuts: of any recordings.
@@ -94,7 +95,7 @@ def _together(group: list[MonoCut], stored: Callable[[MonoCut], Tensor]) -> list
     first, last = min(cut.start for cut in group), max(cut.end for cut in group)
     if path is not None and last - first <= 2 * sum(cut.duration for cut in group):  # they lie together
         with contextlib.suppress(AudioError, FileNotFoundError):  # told below, cut by cut
-            whole = load_audio(path, allow_empty=True, offset=first, duration=last - first)
+            whole = load_audio(path, allow_empty=True, offset=first, duration=last - first, as_stored=True)
             return [_span(whole, cut, first, path) for cut in group]
     return [_or_error(stored if cut.has_features else cut_samples, cut) for cut in group]
 

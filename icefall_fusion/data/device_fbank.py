@@ -36,9 +36,10 @@ def extract_together(samples: Sequence[np.ndarray], device: Union[str, torch.dev
     total = int(counts.sum())
     if total == 0:
         return torch.zeros(0, DIM, device=device)
-    padded = [np.pad(one, (0, max(0, SHORTEST - len(one)))) for one in samples]
+    short = [max(0, SHORTEST - len(one)) for one in samples]
+    padded = [np.pad(one, (0, more)) if more else one for one, more in zip(_alike(samples), short)]
     sizes = np.array([len(one) for one in padded], np.int64)
-    flat = torch.from_numpy(np.concatenate(padded)).to(device)
+    flat = _on_device(padded, int(sizes.sum()), torch.device(device))
     if flat.is_floating_point():
         finite = bool(torch.isfinite(flat).all())
         check(finite, "samples", "be finite numbers", "an array with NaN or infinity")
@@ -54,6 +55,21 @@ def extract_together(samples: Sequence[np.ndarray], device: Union[str, torch.dev
             windows = _windows(flat, frames[:, start : start + step])
             made[start : start + step] = _log_mel(windows, device)
     return made
+
+
+def _alike(samples: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
+    """Return samples of one type: int16 if all are, else float32."""
+    if all(one.dtype == np.int16 for one in samples):
+        return samples
+    return [one.astype(np.float32) / (32768 if one.dtype == np.int16 else 1) for one in samples]
+
+
+def _on_device(samples: Sequence[np.ndarray], total: int, device: torch.device) -> Tensor:
+    """Return arrays one after another on the device; a GPU copies while the host goes on."""
+    kind = torch.from_numpy(samples[0]).dtype
+    flat = torch.empty(total, dtype=kind, pin_memory=device.type == "cuda")
+    np.concatenate(samples, out=flat.numpy())
+    return flat.to(device, non_blocking=True)
 
 
 def _windows(flat: Tensor, frames: Tensor) -> Tensor:

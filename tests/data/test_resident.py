@@ -9,10 +9,14 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from lhotse import AudioSource, CutSet, MonoCut, Recording
 
+from icefall_fusion.data.audio import load_audio
 from icefall_fusion.data.datamodule import DataOptions, EvalBatches, TrainBatches
-from icefall_fusion.data.fbank import FbankOptions, run
+from icefall_fusion.data.device_fbank import extract_together
+from icefall_fusion.data.fbank import FbankOptions, extract, run
 from icefall_fusion.data.features import PADDING
 from icefall_fusion.data.manifests import cut_of, cuts_path, write_cuts
 from icefall_fusion.data.resident import FeatureStore
@@ -135,6 +139,39 @@ def test_what_cannot_be_read_is_told_once(data: Path, tmp_path: Path, caplog) ->
     assert [entry["id"] for entry in batches.skipped] == ["u3"] and "gone.flac" in batches.skipped[0]["error"]
     evaluation = EvalBatches(manifest, OPTIONS, store=FeatureStore(manifest))
     assert sum(len(batch["ids"]) for batch in evaluation) == 23 and evaluation.skipped[0]["id"] == "u3"
+
+
+SHAPES = st.lists(st.one_of(st.integers(1, 900), st.integers(20_000, 60_000)), min_size=1, max_size=4)
+
+
+@given(SHAPES, st.sampled_from(["float32", "int16", "both"]))
+def test_features_together_are_those_of_each_alone(sizes: list[int], kind: str) -> None:
+    rng = np.random.default_rng(len(sizes))
+    pcm = [rng.integers(-9000, 9000, size).astype(np.int16) for size in sizes]
+    samples = [one.astype(np.float32) / 32768 for one in pcm]
+    expected = torch.cat([extract(one) for one in samples])
+    whole = {"float32": [True], "int16": [False], "both": [True, False]}[kind]
+    chosen = [one if whole[at % len(whole)] else raw for at, (one, raw) in enumerate(zip(samples, pcm))]
+    made = extract_together(chosen)
+    torch.testing.assert_close(made, expected, atol=2e-5, rtol=0)
+    if len(made):
+        error = (made.half().float() - made).abs()
+        assert error.max() < HALF and error.mean() < 0.001  # lilcom's are up to 0.016
+
+
+def test_samples_that_are_no_numbers_are_refused() -> None:
+    with pytest.raises(ValueError, match="samples must be finite numbers"):
+        extract_together([np.array([0.0, np.nan] * 500, np.float32)])
+    assert extract_together([]).shape == (0, 80)
+
+
+@pytest.mark.parametrize(("form", "kind"), [("wav", "PCM_16"), ("flac", "PCM_16"), ("wav", "FLOAT")])
+def test_audio_as_it_is_stored_is_the_same(tmp_path: Path, form: str, kind: str) -> None:
+    path = tmp_path / f"a.{form}"
+    soundfile.write(path, np.random.default_rng(0).uniform(-0.5, 0.5, 5000), 16_000, subtype=kind)
+    expected, stored = (load_audio(path, offset=0.1, duration=0.2, as_stored=one) for one in (False, True))
+    assert stored.dtype == (np.int16 if kind == "PCM_16" else np.float32)
+    assert np.array_equal(expected, stored / np.float32(32768 if kind == "PCM_16" else 1))
 
 
 def test_a_store_serves_what_it_was_made_for(data: Path) -> None:
