@@ -33,7 +33,6 @@ _KEEP_AFTER = 8  # new tokens an utterance between two clean-ups of the tree
 
 class _Event(NamedTuple):
     """A model call on its way; on the host: flat slots, tree nodes, numbers of words, scores; [n] each."""
-
     slots: Tensor
     nodes: Tensor
     counts: Tensor
@@ -137,22 +136,34 @@ class DelayedFusion(LmFusion):
     def stop_rule(self) -> Optional[StopRule]:
         """Return when to call `fuse_now`; None: the fusion must be asked after every frame."""
         own = (DelayedFusion.fuse, DelayedFusion.advance)
-        if self.late or self._run.rule is None or (type(self).fuse, type(self).advance) != own:
+        if self._run.rule is None or (type(self).fuse, type(self).advance) != own:
             return None
-        return self._run.rule._replace(ahead=self._look)
+        if self.late and (self._look is not None or not self._scores_in_steps()):
+            return None  # engines do not know how far look-ahead was scored when late scores come
+        return self._run.rule._replace(ahead=self._look, late=self.late)
 
     def fuse_now(self, beam: Beam, fires: Tensor) -> None:
         """Score the closed words of every live hypothesis of the utterances [B] bool that have stopped."""
         for _ in self._fuse_in_steps(beam, fires.cpu(), 0):
             pass
 
-    def in_steps(self, beam: Beam, fires: Optional[Tensor]) -> Iterator[None]:
+    def in_steps(self, beam: Beam, fires: Optional[Tensor], lands: Optional[Tensor] = None) -> Iterator[None]:
         """Score in two steps: launch the model, then join the scores (see ``Fusion.in_steps``)."""
-        own = (DelayedFusion.fuse_now, DelayedFusion.finish)
-        if (type(self).fuse_now, type(self).finish) != own:  # a subclass acts in its own way
-            yield from super().in_steps(beam, fires)
+        if not self._scores_in_steps():
+            yield from super().in_steps(beam, fires, lands)
+        elif fires is None:
+            yield from self._finish_in_steps(beam)
         else:
-            yield from self._finish_in_steps(beam) if fires is None else self._fuse_in_steps(beam, fires, 0)
+            if self._flying is not None:
+                lands = (fires | lands) & self._flying.flying()
+                if bool(lands.any()):
+                    yield
+                    self._land(beam, lands)
+            yield from self._fuse_in_steps(beam, fires, 0)
+
+    def _scores_in_steps(self) -> bool:
+        """Return whether no subclass scores in its own way."""
+        return (type(self).fuse_now, type(self).finish) == (DelayedFusion.fuse_now, DelayedFusion.finish)
 
     def advance(self, beam: Beam, source: Tensor, grew: Tensor) -> None:
         """Let the trigger count, and the look-ahead estimate (see ``Fusion.advance``)."""
@@ -214,9 +225,7 @@ class DelayedFusion(LmFusion):
     def _land(self, beam: Beam, landing: Tensor) -> tuple[Optional[Tensor], Optional[Tensor]]:
         """Add the late scores of utterances [B] bool (host).
 
-        Returns:
-            these utterances, and the arena nodes [B, K] up to which their hypotheses are scored now; None,
-            None where nothing came.
+        Return these, and the arena nodes [B, K] up to which they are scored; None, None where nothing came.
         """
         if not bool(landing.any()):
             return None, None
@@ -283,8 +292,9 @@ class DelayedFusion(LmFusion):
         return self._word_nodes
 
     def _clean(self, beam: Beam) -> None:
-        """Free what no live hypothesis needs, in the tree and among the known words."""
-        if self._flying is not None:
-            self._flying.wait()
+        """Free what no live hypothesis needs, in the tree and among the known words.
+
+        A model call on its way has read its input: what it needs on the device is reused in the same stream.
+        """
         self._tree.keep(self._ask("keep", slots_on_host(beam)[1].unique().numpy()))
         self._cleaned_at = len(self._tree.tree)

@@ -53,6 +53,11 @@ class LateScores:
                 landing |= now & fires
         return landing
 
+    def flying(self) -> Tensor:
+        """Return the utterances [B] bool whose scores have not joined."""
+        flights = [flight.utterances for flight in self._flights]
+        return torch.stack(flights).any(0) if flights else torch.zeros_like(self._lens, dtype=torch.bool)
+
     def wait(self, landing: Optional[Tensor] = None) -> None:
         """Wait for the events of utterances [B] bool, which land; None: for all, and none lands."""
         for flight in self._flights:

@@ -43,11 +43,13 @@ class StopRule(NamedTuple):
     unit: None: each look stops it; ``words`` or ``pieces``: if its shortest live hypothesis has begun more of
         them than at the last stop.
     ahead: the look-ahead, if there is one.
+    late: frames after such a stop at which the utterance stops again, if it has not before; 0: it does not.
     """
 
     every: int
     unit: Optional[str] = None
     ahead: Optional[AheadTerms] = None
+    late: int = 0
 
     @property
     def code(self) -> int:
@@ -139,11 +141,12 @@ class Fusion:
     def finish(self, beam: Beam) -> None:
         """Score the last words (and the end of sentence) of every live hypothesis, once, at the end."""
 
-    def in_steps(self, beam: Beam, fires: Optional[Tensor]) -> Iterator[None]:
+    def in_steps(self, beam: Beam, fires: Optional[Tensor], lands: Optional[Tensor] = None) -> Iterator[None]:
         """Do what `fuse_now` (``fires`` [B] bool on the host) or `finish` (None) does, in steps.
 
         A step ends while a model works and the host has nothing to do; resume it to collect the scores. Other
-        utterances may be searched in between (see turns.py). By default all is one step.
+        utterances may be searched in between (see turns.py). By default all is one step. Where the rule has
+        late stops, ``lands`` [B] bool on the host are the utterances that stand there.
         """
         if fires is None:
             self.finish(beam)
@@ -251,7 +254,7 @@ class FusionSet:
         changed = [fusion.fuse(beam, frame, active) for fusion in self.members]
         self.disordered = self.ranks and any(changed)
 
-    def in_steps(self, beam: Beam, fires: Optional[Tensor]) -> Iterator[None]:
+    def in_steps(self, beam: Beam, fires: Optional[Tensor], lands: Optional[Tensor] = None) -> Iterator[None]:
         """Let the fusion that has stopped utterances [B] bool score them, or (None) all score the last words.
 
         Yields as `Fusion.in_steps` does.
@@ -259,7 +262,7 @@ class FusionSet:
         for fusion in self.members:
             rule = fusion.stop_rule() if fires is not None else None
             if fires is None or (rule is not None and rule.every):
-                yield from fusion.in_steps(beam, fires)
+                yield from fusion.in_steps(beam, fires, lands)
 
     def finish(self, beam: Beam) -> None:
         """Let every fusion score the last words."""

@@ -11,7 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from icefall_fusion.fusion import DelayedFusion, FixedInterval, LookAhead, NgramFusion, ShallowFusion
+from icefall_fusion.fusion import (
+    DelayedFusion,
+    FixedInterval,
+    LookAhead,
+    NgramFusion,
+    ShallowFusion,
+    ShortestHypothesis,
+)
 from icefall_fusion.lm import CausalLm, TreeScorer
 from icefall_fusion.lm.loading import Vocabulary
 from icefall_fusion.search import Fusion, PrefixSearchOptions, ctc_prefix_search
@@ -241,3 +248,54 @@ def test_groups_on_a_gpu_are_one_batch_on_a_cpu(tokens, trigger):  # noqa: F811
         assert len(fusion._groups) == {1: 0, None: 2, 3: 3}[groups]
     assert_same(found[0], found[1], 1e-3)
     assert_same(found[0], found[2], 1e-3)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    batch=st.integers(1, 5),
+    late=st.sampled_from([1, 2, 3, 5, 9, 50]),
+    trigger=st.sampled_from([*TRIGGERS, ShortestHypothesis("pieces", 3)]),
+    shallow=st.booleans(),
+    groups=st.sampled_from([1, 2]),
+    engine=st.sampled_from(["native", "torch"]),
+)
+def test_late_scores_land_at_each_utterances_own_pace(
+    llm, ngram, tokens, seed, batch, late, trigger, shallow, groups, engine  # noqa: F811
+):
+    """Its slow twin goes frame by frame: the same, bit for bit, in the same engine."""
+
+    class FrameByFrame(DelayedFusion):
+        def stop_rule(self):
+            return None
+
+    log_probs, lens = emissions(batch, 30, seed)
+    lens[seed % batch] = seed % 3
+    found, calls = [], []
+    for kind in (DelayedFusion, FrameByFrame):
+        fusion = kind(llm, 0.5, 0.4, trigger, late=late)
+        first = [NgramFusion(ngram, 0.2)] if shallow else []
+        found.append(decode(log_probs, lens, tokens, [*first, fusion], groups, engine=engine))
+        calls.append(fusion.stats()["events"])
+    assert calls[0] <= calls[1]
+    for one, other in zip(*found):
+        if shallow and engine == "native":  # its raw scores are added up between two stops
+            assert_same([one], [other], 1e-5)
+        else:
+            assert one.hypotheses == other.hypotheses
+
+
+def test_late_scores_stop_an_utterance_no_more_than_they_must(llm, ngram, tokens, monkeypatch):  # noqa: F811
+    from icefall_fusion.search.engines.native import NativeSearch
+
+    runs, search = [], NativeSearch._search
+    monkeypatch.setattr(NativeSearch, "_search", lambda self, until: (search(self, until),
+                                                                      runs.append(self.at.tolist()))[0])
+    log_probs, _ = emissions(2, 24, 3)
+    fusion = DelayedFusion(llm, 0.5, trigger=FixedInterval(10), late=4)
+    decode(log_probs, torch.tensor([24, 13]), tokens, [fusion], 1)
+    assert runs == [[10, 10], [14, 13], [20, 13], [24, 13]]
+    runs.clear()
+    look = DelayedFusion(llm, 0.5, trigger=FixedInterval(10), late=4, look_ahead=LookAhead(ngram))
+    decode(log_probs, torch.tensor([24, 13]), tokens, [look], 1)
+    assert len(runs) == 24  # an engine does not know how far the look-ahead was scored

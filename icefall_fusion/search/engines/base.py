@@ -91,6 +91,7 @@ class CompiledSearch:
         score of the n-gram; estimate: float32, the estimate of the look-ahead in ``beam.fused``.
     Attributes (of the utterances [B]):
         at: int64, frames searched; fired: bool, whether the rule has stopped them; both on the host.
+        ends: int64 on the device, frames before which each must stop anyway.
     """
 
     def __init__(self, beam: Beam, live: Tensor, fusions: FusionSet) -> None:
@@ -108,7 +109,7 @@ class CompiledSearch:
             torch.zeros(shape, dtype=torch.float32, device=device) for _ in "12"
         )
         self.at, self.fired = torch.zeros(batch, dtype=torch.int64), torch.zeros(batch, dtype=torch.bool)
-        self._ends = beam.lens.cpu()
+        self._lens, self.ends = beam.lens.cpu(), beam.lens.clone(memory_format=torch.contiguous_format)
 
     @property
     def stops(self) -> StopRule:
@@ -136,15 +137,22 @@ class CompiledSearch:
 
     def _run_to_stops(self) -> Iterator[None]:
         beam, fusions, going = self.beam, self.fusions, True
+        late_at = torch.full_like(self.at, -1)  # frames searched at the late stop of each utterance
         while going:
-            standing = self.at[self.at < self._ends]
+            standing = self.at[self.at < self._lens]
             before = int(standing.min()) if len(standing) else self.frames
             self._search(self.frames)
             beam.arena.reach(before + 1, int(self.at.max()) + 1)
-            going = bool((self.at < self._ends).any())
+            going = bool((self.at < self._lens).any())
             fusions.carry(beam, self.moved_from, self._gains(), self.opened)
-            if bool(self.fired.any()):
-                yield from fusions.in_steps(beam, self.fired)
+            lands = self.at == late_at
+            if bool((self.fired | lands).any()):
+                yield from fusions.in_steps(beam, self.fired, lands)
+                if self.stops.late:
+                    late_at[lands] = -1
+                    late_at = torch.where(self.fired, self.at + self.stops.late, late_at)
+                    ends = torch.where(late_at < 0, self._lens, torch.minimum(self._lens, late_at))
+                    self.ends.copy_(ends.pin_memory() if self.ends.is_cuda else ends, non_blocking=True)
         beam.frame = self.frames - 1
         beam.fused -= self.estimate  # `finish` scores all that is not scored yet
 

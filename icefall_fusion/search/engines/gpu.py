@@ -75,7 +75,7 @@ class GpuSearch(CompiledSearch):
         self.estimate = self.state.ahead.estimate[:, :slots]
         log_probs = plan.log_probs if plan.log_probs.stride(2) == 1 else plan.log_probs.contiguous()
         self._before = (
-            log_probs, *log_probs.stride()[:2], beam.lens.contiguous(), *candidates,
+            log_probs, *log_probs.stride()[:2], self.ends, *candidates,
             _prepare(log_probs, plan, beam.blank, columns),
             gpu_layout.Pieces(hash_keys(pieces, device), arena.starts_word), gpu_layout.Arena(*arena.fields),
             table._replace(weight=weight, bonus=bonus), probes, self.state,

@@ -103,7 +103,6 @@ class NativeSearch(CompiledSearch):
         log_probs = plan.log_probs
         self.log_probs = log_probs if log_probs.stride(2) == 1 else log_probs.contiguous()
         self.best, self.searched = plan.best.contiguous(), plan.searched.contiguous()
-        self.lens = beam.lens.contiguous()
         self.keys = hash_keys(log_probs.shape[2], log_probs.device)
         self.tables = [native_tables(library, ngram) for ngram in (self.ngram, self.ahead.ngram)]
         ngram, ahead = (None if tables is None else tables.handle for tables in self.tables)
@@ -161,10 +160,11 @@ class NativeSearch(CompiledSearch):
         if arena.starts_word is not None:
             boundaries, starts = arena.fields[2].data_ptr(), arena.starts_word.data_ptr()
         row_stride, frame_stride, _ = self.log_probs.stride()
-        read = {name: getattr(self, name).data_ptr() for name in ("log_probs", "best", "searched", "lens")}
+        read = {name: getattr(self, name).data_ptr() for name in ("log_probs", "best", "searched")}
         written = ("moved_from", "opened", "grew", "gain", "estimate", "at", "fired")
         return _Batch(
-            **read, row_stride=row_stride, frame_stride=frame_stride, frames=self.frames,
+            **read, lens=self.ends.data_ptr(), frames=self.frames,
+            row_stride=row_stride, frame_stride=frame_stride,
             parents=arena.fields[0].data_ptr(), pieces=arena.fields[1].data_ptr(),
             boundaries=boundaries, starts=starts, fused=beam.fused.data_ptr(),
             **{name: getattr(self, name).data_ptr() for name in written},
