@@ -117,9 +117,9 @@ def check_compiler(device: torch.device, option: str) -> None:
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """Move the tensors of a tensor, dict, list or tuple; leave everything else as it is."""
+    """Move the tensors of a tensor, dict, list or tuple; leave everything else as it is. Nothing waits."""
     if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
+        return _pinned(batch, device).to(device, non_blocking=True)
     if isinstance(batch, Mapping):
         return {key: to_device(value, device) for key, value in batch.items()}
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
@@ -148,10 +148,12 @@ def sum_over_processes(totals: Mapping[str, Any], device: torch.device) -> dict[
 
 def upload(values: Any, device: Union[str, torch.device], dtype: Optional[torch.dtype] = None) -> Tensor:
     """Return a tensor of numbers (or lists of them) on a device, without waiting for that device."""
-    made = torch.tensor(values, dtype=dtype)
-    if torch.device(device).type == "cuda":  # from pageable memory a copy would wait for all work before it
-        made = made.pin_memory()
-    return made.to(device, non_blocking=True)
+    return _pinned(torch.tensor(values, dtype=dtype), torch.device(device)).to(device, non_blocking=True)
+
+
+def _pinned(values: Tensor, device: torch.device) -> Tensor:
+    """Return values that a GPU can copy by itself: from other memory a copy waits for all work before it."""
+    return values.pin_memory() if device.type == "cuda" and values.device.type == "cpu" else values
 
 
 def sum_tensor(values: Tensor) -> Tensor:

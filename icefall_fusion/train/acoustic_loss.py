@@ -22,7 +22,7 @@ def compute_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, int, dict[str,
     tokens = max(sum(map(len, targets)), 1)
     if not core.training:
         return validation_loss(core, batch, tokens)
-    loss, info = model(batch["features"], batch["lens"], targets)
+    loss, info = model(batch["features"], batch["lens"], targets, batch.get("frames"))
     parts = {name: info[name] * tokens for name in ("ctc", "ctc_middle", "attention") if name in info}
     more = {"impossible": info["impossible"], "seconds": sum(batch["seconds"])}
     return loss * tokens, tokens, {**parts, **more}

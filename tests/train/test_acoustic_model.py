@@ -255,7 +255,7 @@ class Broken:
     def __getitem__(self, place):
         raise RuntimeError("a worker that fails")
 
-loader = datamodule._loader(Broken(), [0, 1, 2], datamodule.DataOptions(workers=1))
+loader = datamodule._loader(Broken(), [0, 1, 2], datamodule.DataOptions(workers=1), False)
 sys.exit(exit_code(lambda options: list(loader), None))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60,

@@ -7,7 +7,7 @@ Legend: B utterances, T frames (of the layer's own rate), D model size, H heads,
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Optional
+from typing import Optional, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -79,10 +79,14 @@ class ConformerEncoder(nn.Module):
         return out, out_lens
 
     def forward_with_middle(
-        self, features: Tensor, lens: Tensor, chunk: Optional[ChunkOptions] = None
+        self, features: Tensor, lens: Tensor, chunk: Optional[ChunkOptions] = None,
+        frames: Optional[Sequence[int]] = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """As ``forward``; also return the 80 ms frames half-way up the middle stack, for a further loss."""
-        self._check(features, lens)
+        """As ``forward``; also return the 80 ms frames half-way up the middle stack, for a further loss.
+
+        With ``frames``, the numbers of ``lens`` on the host, a GPU is not waited for.
+        """
+        self._check(features, lens, frames)
         x = self._normalize(features, lens)
         if x.shape[1] == 0:
             nothing = x.new_zeros(x.shape[0], 0, self.options.size)
@@ -199,9 +203,10 @@ class ConformerEncoder(nn.Module):
             drop = max(cache.keys.shape[2] - keep[int(first <= index < second)], 0)
             cache.keys, cache.values = cache.keys[:, :, drop:], cache.values[:, :, drop:]
 
-    def _check(self, features: Tensor, lens: Tensor) -> None:
+    def _check(self, features: Tensor, lens: Tensor, frames: Optional[Sequence[int]] = None) -> None:
         good = features.dim() == 3 and features.shape[2] == self.options.bins
         check(good, "features", f"be [B,T,{self.options.bins}]", tuple(features.shape))
         check(lens.shape == features.shape[:1], "lens", f"be [{features.shape[0]}]", tuple(lens.shape))
-        in_range = bool((lens >= 0).all()) and bool((lens <= features.shape[1]).all())
-        check(in_range, "lens", f"be in 0..{features.shape[1]}", lens.tolist())
+        frames = lens.tolist() if frames is None else frames
+        in_range = all(0 <= count <= features.shape[1] for count in frames)
+        check(in_range, "lens", f"be in 0..{features.shape[1]}", frames)

@@ -4,11 +4,13 @@ Knows: frames and piece ids. Must not know: data, search, fusion, the encoder.
 
 from __future__ import annotations
 
-from typing import Callable, Optional, Sequence
+from typing import Callable, Optional, Sequence, Union
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from icefall_fusion.common.processes import upload
 
 #: Another implementation of the loss: (log_probs [B,T,V], lens [B], targets) -> losses [B].
 RowLosses = Callable[[Tensor, Tensor, Sequence[Sequence[int]]], Tensor]
@@ -36,45 +38,56 @@ class CtcHead(nn.Module):
         """Return log-probs [B,T,V] in float32."""
         return self.linear(frames).float().log_softmax(dim=-1)
 
-    def loss(self, frames: Tensor, lens: Tensor, targets: Sequence[Sequence[int]]) -> tuple[Tensor, int]:
+    def loss(
+        self, frames: Tensor, lens: Sequence[int], targets: Sequence[Sequence[int]],
+        padded: Optional[Tensor] = None,
+    ) -> tuple[Tensor, int]:
         """Return the summed CTC loss (Graves et al. 2006) of possible utterances and the number of others.
 
         Args:
-            frames: [B,T,D]; lens: [B].
-            targets: pieces of each utterance, without blanks.
+            frames: [B,T,D].
+            lens, targets, padded: as for `ctc_loss_sum`.
         """
-        return ctc_loss_sum(self(frames), lens, targets, self.blank_id, self.row_losses)
+        return ctc_loss_sum(self(frames), lens, targets, self.blank_id, self.row_losses, padded)
 
 
 def ctc_loss_sum(
-    log_probs: Tensor, lens: Tensor, targets: Sequence[Sequence[int]], blank_id: int,
-    row_losses: Optional[RowLosses] = None,
+    log_probs: Tensor, lens: Union[Tensor, Sequence[int]], targets: Sequence[Sequence[int]], blank_id: int,
+    row_losses: Optional[RowLosses] = None, padded: Optional[Tensor] = None,
 ) -> tuple[Tensor, int]:
     """Sum the CTC loss over utterances that have a path; those too short for their text count zero.
 
+    Which these are, the host finds out; with numbers in ``lens`` it does not wait for a GPU. (Inside torch's
+    own loss the lengths are copied to the GPU, which the host waits for: three times forward and back.)
+
     Args:
         log_probs: [B,T,V] natural-log.
+        lens: B numbers, or a tensor of them.
+        targets: pieces of each utterance, without blanks.
         row_losses: another implementation than torch's.
+        padded: ``targets`` as [B,U] on the device of ``log_probs``, padded with anything.
     """
-    needed = [frames_needed(pieces) for pieces in targets]
-    possible = [need <= frames for need, frames in zip(needed, lens.tolist())]
-    rows = [row for row, (fits, frames) in enumerate(zip(possible, lens.tolist())) if fits and frames > 0]
+    device = log_probs.device
+    lens = lens.tolist() if isinstance(lens, Tensor) else lens
+    possible = [frames_needed(pieces) <= frames for pieces, frames in zip(targets, lens)]
+    rows = [row for row, (fits, frames) in enumerate(zip(possible, lens)) if fits and frames > 0]
     if not rows:
         return log_probs.sum() * 0.0, possible.count(False)
-    if len(rows) < len(possible):
-        index = torch.tensor(rows, device=log_probs.device)
-        log_probs, lens = log_probs[index], lens[index]
     kept = [list(targets[row]) for row in rows]
-    if row_losses is not None:
-        with torch.autocast(log_probs.device.type, enabled=False):
-            return row_losses(log_probs, lens, kept).sum(), possible.count(False)
-    flat = torch.tensor(
-        [piece for pieces in kept for piece in pieces], dtype=torch.long, device=log_probs.device
-    )
-    sizes = torch.tensor([len(pieces) for pieces in kept], device=log_probs.device)
-    with torch.autocast(log_probs.device.type, enabled=False):
+    kept_lens = [lens[row] for row in rows]
+    if len(rows) < len(possible):
+        index = upload(rows, device)
+        log_probs, padded = log_probs[index], None if padded is None else padded[index]
+    with torch.autocast(device.type, enabled=False):
+        if row_losses is not None:
+            return row_losses(log_probs, upload(kept_lens, device), kept).sum(), possible.count(False)
+        if padded is None:
+            longest = max(map(len, kept))
+            padded = upload([pieces + [0] * (longest - len(pieces)) for pieces in kept], device, torch.long)
+        sizes = torch.tensor([len(pieces) for pieces in kept])
         loss = F.ctc_loss(
-            log_probs.transpose(0, 1), flat, lens, sizes, blank=blank_id, reduction="sum", zero_infinity=True
+            log_probs.transpose(0, 1), padded, torch.tensor(kept_lens), sizes, blank=blank_id,
+            reduction="sum", zero_infinity=True,
         )
     return loss, possible.count(False)
 

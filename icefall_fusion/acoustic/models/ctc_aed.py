@@ -23,8 +23,10 @@ from torch.nn import functional as F
 from icefall_fusion.acoustic.models.conformer import ChunkOptions, ConformerEncoder, EncoderOptions
 from icefall_fusion.acoustic.models.ctc import CtcHead
 from icefall_fusion.acoustic.models.decoder import AttentionDecoder, DecoderOptions
+from icefall_fusion.acoustic.models.subsampling import FACTOR
 from icefall_fusion.common.checks import check, check_at_least
 from icefall_fusion.common.files import PathLike, atomic_path, write_json
+from icefall_fusion.common.processes import upload
 from icefall_fusion.text.tokens import AcousticTokens
 
 MODEL_TYPE = "icefall_fusion_ctc_aed"
@@ -104,53 +106,66 @@ class CtcAed(nn.Module):
         self.decoder = AttentionDecoder(size, options.vocab_size, options.decoder)
 
     def forward(
-        self, features: Tensor, lens: Tensor, targets: Sequence[Sequence[int]]
+        self, features: Tensor, lens: Tensor, targets: Sequence[Sequence[int]],
+        frames: Optional[Sequence[int]] = None,
     ) -> tuple[Tensor, dict]:
         """Return ``loss``; a DDP wrapper calls ``forward``."""
-        return self.loss(features, lens, targets)
+        return self.loss(features, lens, targets, frames)
 
     def ctc_log_probs(self, encoder_out: Tensor) -> Tensor:
         """Return float32 log-probs [B,T,V] of encoder frames [B,T,D]."""
         return self.ctc(encoder_out)
 
-    def loss(self, features: Tensor, lens: Tensor, targets: Sequence[Sequence[int]]) -> tuple[Tensor, dict]:
+    def loss(
+        self, features: Tensor, lens: Tensor, targets: Sequence[Sequence[int]],
+        frames: Optional[Sequence[int]] = None,
+    ) -> tuple[Tensor, dict]:
         """Return the loss a token (CTC and attention) and its terms.
 
         Args:
             features: [B,T,bins]; lens: [B].
             targets: pieces of each utterance, without blank, sos or eos.
+            frames: the numbers of ``lens`` on the host; without them a GPU is waited for.
 
         Returns:
             scalar loss; dict of detached scalars: ``loss``, ``ctc``, ``ctc_middle``, ``attention`` (all a
             token), ``tokens``, ``frames``, ``impossible`` (utterances too short for CTC; they count zero).
         """
         options = self.options
+        frames = lens.tolist() if frames is None else frames
         tokens = max(sum(len(pieces) for pieces in targets), 1)
-        frames, out_lens, middle = self.encoder.forward_with_middle(features, lens, self._random_chunk())
-        ctc, impossible = self.ctc.loss(frames, out_lens, targets)
+        x, out_lens, middle = self.encoder.forward_with_middle(features, lens, self._random_chunk(), frames)
+        teacher = self._teacher([[pieces] for pieces in targets], x.device)
+        padded = teacher[1][:, 0].clamp(min=0)
+        host_lens = [-(-count // FACTOR) for count in frames]
+        ctc, impossible = self.ctc.loss(x, host_lens, targets, padded)
         ctc = ctc / tokens
         total = ctc
         terms = {"ctc": ctc}
         if options.middle_weight > 0:
-            half_lens = torch.div(out_lens + 1, 2, rounding_mode="floor")
-            inner, _ = self.middle_ctc.loss(self.middle_norm(middle), half_lens, targets)
+            half_lens = [(count + 1) // 2 for count in host_lens]
+            inner, _ = self.middle_ctc.loss(self.middle_norm(middle), half_lens, targets, padded)
             terms["ctc_middle"] = inner / tokens
             total = (1 - options.middle_weight) * ctc + options.middle_weight * terms["ctc_middle"]
         if options.ctc_weight < 1:
-            terms["attention"] = self.decoder_loss(frames, out_lens, targets)
+            terms["attention"] = self.decoder_loss(x, out_lens, targets, teacher)
             total = options.ctc_weight * total + (1 - options.ctc_weight) * terms["attention"]
         info: dict[str, Any] = {name: value.detach() for name, value in {"loss": total, **terms}.items()}
-        info.update(tokens=tokens, frames=int(lens.sum()), impossible=impossible)
+        info.update(tokens=tokens, frames=sum(frames), impossible=impossible)
         return total, info
 
-    def decoder_loss(self, encoder_out: Tensor, lens: Tensor, targets: Sequence[Sequence[int]]) -> Tensor:
+    def decoder_loss(
+        self, encoder_out: Tensor, lens: Tensor, targets: Sequence[Sequence[int]],
+        teacher: Optional[tuple[Tensor, Tensor]] = None,
+    ) -> Tensor:
         """Return the label-smoothed cross-entropy a token (eos included) of teacher forcing.
 
         Args:
             encoder_out: [B,T,D]; lens: [B].
             targets: pieces of each utterance.
+            teacher: inputs and outputs made of them, if they are there.
         """
-        inputs, outputs = self._teacher([[pieces] for pieces in targets], encoder_out.device)
+        inputs, outputs = teacher or self._teacher([[pieces] for pieces in targets], encoder_out.device)
         logits = self.decoder(inputs, encoder_out, lens)
         return F.cross_entropy(
             logits.flatten(0, 2).float(),
@@ -193,7 +208,8 @@ class CtcAed(nn.Module):
         length = 1 + max((len(pieces) for lists in token_lists for pieces in lists), default=0)
         inputs = [[[end, *p] + [end] * (length - 1 - len(p)) for p in lists] for lists in token_lists]
         outputs = [[[*p, end] + [IGNORED] * (length - 1 - len(p)) for p in lists] for lists in token_lists]
-        return torch.tensor(inputs, device=device), torch.tensor(outputs, device=device)
+        both = upload([inputs, outputs], device, torch.long)
+        return both[0], both[1]
 
     def _random_chunk(self) -> Optional[ChunkOptions]:
         options = self.options
