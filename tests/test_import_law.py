@@ -32,6 +32,7 @@ OWNERS = {
     },
     "accelerate": {"lm/loading"},  # transformers import these two; we ask whether they are there
     "gguf": {"lm/gguf_files"},
+    "peft": {"lm/adapters"},
     "bitsandbytes": {"lm/loading"},
     "torchao": {"lm/loading"},
     "triton": {"search/engines/gpu_kernel", "lm/fused_kernels"},

@@ -194,7 +194,9 @@ class DecodeRun:
         }
         for name in sorted(set(method.spec.sources) & set(LM_SOURCES)):
             lm = getattr(options, name)
-            received[name] = {**dataclasses.asdict(lm), "fingerprint": self._fingerprint(lm.path)}
+            files = {"fingerprint": lm.path, **({"adapter_fingerprint": lm.adapter} if lm.adapter else {})}
+            files = {key: self._fingerprint(path) for key, path in files.items()}
+            received[name] = {**dataclasses.asdict(lm), **files}
         if any(fusion.look_ahead for fusion in method.spec.fusions):
             received["look_ahead"] = {"scale": options.ngram.scale, "every": options.ngram.every}
         if method.spec.of_lattices:

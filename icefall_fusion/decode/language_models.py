@@ -26,7 +26,8 @@ class LmOptions:
     """A language model and how it is used.
 
     Args:
-        path: folder or Hugging Face name; empty: there is none.
+        path: folder, GGUF file (also package:NAME/FILE) or Hugging Face name; empty: there is none.
+        adapter: PEFT folder of a LoRA adapter of this model, e.g. of train-lm --base; empty: none.
         dtype: float32, bfloat16, float16 or auto.
         device: e.g. cpu or cuda; empty: that of the acoustic model.
         device_map: for models that need more than one device, e.g. auto.
@@ -41,6 +42,7 @@ class LmOptions:
     """
 
     path: str = ""
+    adapter: str = ""
     dtype: str = "float32"
     device: str = ""
     device_map: Optional[str] = None
@@ -59,6 +61,9 @@ class LmOptions:
         both = self.prompt is not None and self.tracks_context
         check(not both, "LmOptions.prompt", "be left out with LmOptions.context or carry", self.prompt)
         check_at_least(1, self, "context_words")
+        rule = "be left out where LmOptions.path names no model, or with LmOptions.quantization"
+        check(not self.adapter or bool(self.path) and self.quantization is None, "LmOptions.adapter", rule,
+              self.adapter)
 
     @property
     def tracks_context(self) -> bool:
@@ -121,6 +126,7 @@ class LanguageModels:
             self._loaded[source] = CausalLm.from_pretrained(
                 options.path, dtype=dtype, device=options.device or self._device,
                 device_map=options.device_map, quantization=options.quantization,
+                adapter=options.adapter or None,
             )
         return self._loaded[source]
 

@@ -84,6 +84,7 @@ class CausalLm:
         device_map: Any = None,
         quantization: Optional[str] = None,
         self_check: bool = True,
+        adapter: Optional[PathLike] = None,
     ) -> CausalLm:
         """Load a model folder, a GGUF file or a hub name.
 
@@ -95,15 +96,16 @@ class CausalLm:
             device_map: as in transformers, e.g. "auto" to spread over GPUs and host (needs accelerate).
             quantization: None; "8bit" or "4bit" (by bitsandbytes); "int8" (weights alone, by torchao).
             self_check: compare a random tree with plain forwards and refuse a model that disagrees.
+            adapter: PEFT folder of a LoRA adapter to add to the weights (not with ``quantization``).
         Raises:
-            FileNotFoundError: no such folder or file, or no config.json in it.
+            FileNotFoundError: no such folder or file, or no config in it.
             ValueError: not a causal LM, a GGUF file that is broken or of an unknown kind, missing weights,
                 a tokenizer that contradicts its own files, or a model whose tree forward differs from its
-                plain forward (ALiBi models such as BLOOM).
+                plain forward (ALiBi models such as BLOOM); an adapter that was made for another model.
             ImportError: an optional package is needed; the message says which.
         """
         source = model_source(path_or_name)
-        model = load_model(source, dtype, device, device_map, quantization)
+        model = load_model(source, dtype, device, device_map, quantization, adapter)
         return cls(model, Vocabulary.load(source, model.config), str(path_or_name), self_check)
 
     @property

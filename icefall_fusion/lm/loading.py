@@ -37,7 +37,7 @@ TOLERANCE_HALF = 0.2  # of the mean: bfloat16 rounds a logit of 16 by 0.06; a wr
 def model_source(path_or_name: PathLike) -> str:
     """Return the folder or hub name of a model; a GGUF file is converted, a package's file is found."""
     good = isinstance(path_or_name, (str, os.PathLike))
-    check(good, "path_or_name", "be a folder or hub name, or a GGUF file", path_or_name)
+    check(good, "path_or_name", "be a folder or a hub name", path_or_name)
     name = str(path_or_name)
     if name.startswith("package:") or name.endswith(".gguf"):
         from icefall_fusion.lm import gguf_files
@@ -47,11 +47,15 @@ def model_source(path_or_name: PathLike) -> str:
     return name
 
 
-def load_model(name: str, dtype: Any, device: Any, device_map: Any, quantization: Optional[str]) -> Any:
+def load_model(
+    name: str, dtype: Any, device: Any, device_map: Any, quantization: Optional[str], adapter: Any = None
+) -> Any:
     """Return the transformers model of a `model_source`; see `CausalLm.from_pretrained`."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     _check_folder(name)
+    rule = "not be set with a quantization (quantized weights cannot take it in exactly)"
+    check(not adapter or quantization is None, "adapter", rule, str(adapter))
     options = {"dtype": dtype, "device_map": device_map, **_quantization(quantization)}
     if device_map is not None and find_spec("accelerate") is None:
         raise ImportError("device_map needs the package accelerate: pip install accelerate")
@@ -69,7 +73,12 @@ def load_model(name: str, dtype: Any, device: Any, device_map: Any, quantization
         raise ValueError(f"{name} cannot be loaded as a causal LM: {error}") from error
     missing = sorted(info["missing_keys"])
     check(not missing, f"weights of {name}", "be complete, but these are missing", missing[:5])
-    return model if "device_map" in options else model.to(device)
+    model = model if "device_map" in options else model.to(device)
+    if adapter:
+        from icefall_fusion.lm.adapters import merge
+
+        return merge(model, adapter, name)
+    return model
 
 
 def _quantization(quantization: Optional[str]) -> dict[str, Any]:
@@ -136,7 +145,7 @@ def _check_folder(name: str) -> None:
         if not (folder / "config.json").is_file():
             raise FileNotFoundError(f"model folder must hold a config.json, but {name!r} does not")
     elif folder.exists() or folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        raise FileNotFoundError(f"model must be a folder or a hub name, but {name!r} is neither")
+        raise FileNotFoundError(f"model must be a folder, a .gguf file or a hub name, but {name!r} is neither")
 
 
 # --- the vocabulary -----------------------------------------------------------------------------------

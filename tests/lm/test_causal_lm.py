@@ -333,7 +333,7 @@ def test_models_without_positions_or_plain_attention_are_refused(config, tmp_pat
 def test_folders_that_are_no_models_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="must hold a config.json"):
         CausalLm.from_pretrained(tmp_path)
-    with pytest.raises(FileNotFoundError, match="must be a folder or a hub name"):
+    with pytest.raises(FileNotFoundError, match="must be a folder, a .gguf file or a hub name"):
         CausalLm.from_pretrained(tmp_path / "absent")
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="cannot be loaded as a causal LM"):
