@@ -3,9 +3,11 @@ Knows: peft, weights of a causal LM. Must not know: trees, search, fusion, train
 """
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Sequence, Union
@@ -41,6 +43,25 @@ def sample_of(model: torch.nn.Module) -> list[float]:
         flat = matrices[index % len(matrices)][1].detach().view(-1)
         values.append(float(flat[int(generator.integers(0, len(flat)))]))
     return values
+
+
+def weights_sha256(folder: PathLike) -> str:
+    """Return the SHA-256 of a base: of the GGUF file that its folder was made of, else of its weight files.
+
+    A name on the hub gives an empty string.
+    """
+    from icefall_fusion.lm.gguf_files import source_of
+
+    known = source_of(folder).get("sha256")
+    if known:
+        return str(known)
+    files = sorted(f for f in Path(folder).glob("*") if f.suffix in (".safetensors", ".bin"))
+    digest = hashlib.sha256()
+    for file in files:
+        with open(file, "rb") as content:
+            while block := content.read(2**24):
+                digest.update(block)
+    return digest.hexdigest() if files else ""
 
 
 def check_base(folder: PathLike, model: torch.nn.Module, name: str) -> None:
@@ -92,7 +113,7 @@ def merge(model: Any, folder: PathLike, name: str) -> Any:
         weights = peft.load_peft_weights(str(folder), device="cpu")
         finite = all(bool(weight.isfinite().all()) for weight in weights.values())
         check(finite, f"weights of adapter {folder}", "be finite", "nan or inf")
-        adapted = peft.get_peft_model(model, config)
+        adapted = _with_adapter(model, config)
         result = peft.set_peft_model_state_dict(adapted, weights)
     except (AttributeError, KeyError, OSError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split("\n")[:2])  # peft names every tensor
@@ -130,12 +151,28 @@ def add_adapter(
     config = peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=wanted,
                              task_type="CAUSAL_LM", base_model_name_or_path=name)
     try:
-        adapted = peft.get_peft_model(model, config)
+        adapted = _with_adapter(model, config)
     except ValueError as error:
         raise ValueError(f"targets of an adapter must be linear layers of {name}, but are {wanted!r}: {error}"
                          ) from error
-    adapted.peft_config["default"].base_model_name_or_path = name
     return adapted
+
+
+def start_from(adapted: Any, folder: PathLike) -> None:
+    """Give a new adapter the weights of another one of the same base (see `check_base`), layers and rank.
+
+    Raises:
+        ValueError: it does not fit.
+    """
+    import peft
+
+    try:
+        result = peft.set_peft_model_state_dict(adapted, peft.load_peft_weights(str(folder), device="cpu"))
+    except RuntimeError as error:
+        reason = " ".join(str(error).split("\n")[:2])
+        raise ValueError(f"TrainLmOptions.init: {folder} has another rank: {reason}") from error
+    odd = [*(key for key in result.missing_keys if "lora_" in key), *result.unexpected_keys]
+    check(not odd, f"TrainLmOptions.init {folder}", "have the layers of TrainLmOptions.lora", odd[:3])
 
 
 def save_adapter(adapted: Any, folder: PathLike, base: dict[str, Any], dtype: torch.dtype, card: str) -> None:
@@ -147,13 +184,18 @@ def save_adapter(adapted: Any, folder: PathLike, base: dict[str, Any], dtype: to
         base: {"name", "sha256", "sample"} of the base.
         dtype: of the stored weights.
         card: text of README.md.
+
+    Raises:
+        ValueError: the weights do not fit ``dtype``; nothing is written.
     """
     import peft
 
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     state = peft.get_peft_model_state_dict(adapted)
     state = {key: value.detach().to("cpu", dtype) for key, value in state.items()}
+    finite = all(bool(value.isfinite().all()) for value in state.values())
+    check(finite, "dtype", "be one in which the adapter's weights are finite", str(dtype))
+    folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
         made = Path(temporary)
         config = adapted.peft_config["default"]
@@ -166,6 +208,18 @@ def save_adapter(adapted: Any, folder: PathLike, base: dict[str, Any], dtype: to
         for path in sorted(made.iterdir()):
             path.chmod(0o644)
             os.replace(path, folder / path.name)
+
+
+def _with_adapter(model: Any, config: Any) -> Any:
+    """Return the PEFT model of a config, which keeps its base's name."""
+    import peft
+
+    name = config.base_model_name_or_path
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*base_model_name_or_path. was renamed")
+        adapted = peft.get_peft_model(model, config)
+    config.base_model_name_or_path = name
+    return adapted
 
 
 def _save_tensors(state: dict[str, Tensor], path: Path) -> None:

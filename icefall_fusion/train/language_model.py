@@ -1,4 +1,4 @@
-"""Job ``train-lm``: a Llama language model from a stream of token ids, exported as a Hugging Face folder.
+"""Job ``train-lm``: a new Llama language model, or a LoRA adapter of any causal LM, from streams of tokens.
 Knows: the model, the training loop, token streams. Must not know: audio, search, fusion.
 """
 from __future__ import annotations
@@ -7,13 +7,14 @@ import dataclasses
 import math
 from dataclasses import field
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 
 import torch
 from torch import Tensor, nn
 
 from icefall_fusion.common.checks import check, check_at_least
-from icefall_fusion.common.processes import check_compiler
+from icefall_fusion.common.processes import check_compiler, to_device
+from icefall_fusion.lm.adapters import save_adapter
 from icefall_fusion.train.checkpoints import newest_checkpoint
 from icefall_fusion.train.job import report_size, run_training
 from icefall_fusion.train.llama import (
@@ -25,6 +26,8 @@ from icefall_fusion.train.llama import (
     load_vocabulary,
     start_from,
 )
+from icefall_fusion.train.lm_documents import DocumentOptions, prepare_streams
+from icefall_fusion.train.lora import AdapterLoss, Base, LoraOptions, add_adapter, card, check_packing
 from icefall_fusion.train.loop import Trainer
 from icefall_fusion.train.options import TrainingOptions
 from icefall_fusion.train.token_stream import TokenBatch, TokenBatches, ValidationPass
@@ -34,15 +37,21 @@ SAMPLE = 128  # tokens of dev on which an exported model is compared with the tr
 
 @dataclasses.dataclass(frozen=True)
 class TrainLmOptions(TrainingOptions):
-    """Train a language model on a folder of token streams.
+    """Train a new language model, or a LoRA adapter of another one (``base``).
 
     Args:
-        data: folder with ``train.npy`` and ``dev.npy``: ids of documents ``bos t1 .. tn eos`` end to end.
-        tokenizer: folder of a Hugging Face tokenizer, or a folder or file of a SentencePiece ``bpe.model``.
-        exp: folder of checkpoints, logs and ``export/``, the Hugging Face folder of the newest checkpoint.
+        data: folder with ``train.npy`` and ``dev.npy``: ids of documents ``bos t1 .. tn eos`` end to end. With
+            ``base`` also a folder with ``train.jsonl`` and ``dev.jsonl``: a sentence a line, key ``text``.
+        tokenizer: folder of a Hugging Face tokenizer, or a folder or file of a SentencePiece ``bpe.model``; a
+            ``base`` has its own.
+        exp: folder of checkpoints, logs and ``export/``, the newest checkpoint as a Hugging Face folder, or as
+            a PEFT folder (for ``--llm.adapter``).
         init: folder of a Llama model of the same size and vocabulary whose weights a new training starts
-            from; empty: random weights.
-        model: size of the model.
+            from, or of an adapter of ``base``; empty: random weights.
+        base: folder, GGUF file or hub name of the causal LM to adapt; empty: train a new model.
+        lora: the adapter.
+        documents: how sentences become documents for a ``base``.
+        model: size of a new model.
         rows: rows in a batch; a batch of one process has ``rows * length`` tokens.
         length: tokens in a row, filled with whole documents where possible.
         valid_tokens: tokens of ``dev.npy`` to validate on (about), spread over it; 0 = all.
@@ -50,7 +59,10 @@ class TrainLmOptions(TrainingOptions):
     """
 
     data: str
-    tokenizer: str
+    tokenizer: str = ""
+    base: str = ""
+    lora: LoraOptions = field(default_factory=LoraOptions)
+    documents: DocumentOptions = field(default_factory=DocumentOptions)
     model: LlamaOptions = field(default_factory=LlamaOptions)
     rows: int = 16
     length: int = 256
@@ -60,7 +72,9 @@ class TrainLmOptions(TrainingOptions):
         super().__post_init__()
         check_at_least(1, self, "rows")
         check_at_least(0, self, "valid_tokens")
-        longest = self.model.max_positions
+        rule = "be set, or else TrainLmOptions.base (which has its own tokenizer)"
+        check(bool(self.tokenizer) != bool(self.base), "TrainLmOptions.tokenizer", rule, self.tokenizer)
+        longest = max(self.length, 2) if self.base else self.model.max_positions
         check(2 <= self.length <= longest, "TrainLmOptions.length", f"be from 2 to {longest}", self.length)
 
 
@@ -79,16 +93,16 @@ def words_per_token(batches: TokenBatches, count_words: Any) -> tuple[float, flo
 
 
 def load_streams(
-    options: TrainLmOptions, vocabulary: Vocabulary, rank: int, world: int
+    options: TrainLmOptions, vocabulary: Vocabulary, rank: int, world: int, folder: str = ""
 ) -> tuple[TokenBatches, TokenBatches]:
-    """Return the batches of ``train.npy`` and of ``dev.npy``.
+    """Return the batches of ``train.npy`` and of ``dev.npy`` of ``folder``, by default that of the options.
 
     Raises:
         FileNotFoundError, ValueError: a stream is missing, or has ids beyond the vocabulary.
     """
     shape = (vocabulary.bos, vocabulary.eos, options.rows, options.length)
     share: dict[str, int] = {"rank": rank, "world": world}
-    data = Path(options.data)
+    data = Path(folder or options.data)
     train = TokenBatches(data / "train.npy", *shape, seed=options.trainer.seed, **share)
     dev = TokenBatches(data / "dev.npy", *shape, shuffle=False, max_tokens=options.valid_tokens, **share)
     for source in (train, dev):
@@ -97,8 +111,24 @@ def load_streams(
     return train, dev
 
 
+def perplexities(dev: TokenBatches, count_words: Any) -> Callable[[dict[str, float]], dict[str, float]]:
+    """Return a function from validation means to perplexities a token and a word.
+
+    Per word as n-gram toolkits count: the end of a document is one more word to predict.
+    """
+    words, documents = words_per_token(dev, count_words)
+
+    def describe(means: dict[str, float]) -> dict[str, float]:
+        nats = {"perplexity": means["loss"], "word_perplexity": means["loss"] / (words + documents)}
+        return {name: math.exp(min(value, 50.0)) for name, value in nats.items()}
+
+    return describe
+
+
 def make_trainer(options: TrainLmOptions, device: torch.device, rank: int = 0, world: int = 1) -> Trainer:
     """Build the loop with its model and batches."""
+    if options.base:
+        return make_adapter_trainer(options, device, rank, world)
     vocabulary = load_vocabulary(options.tokenizer)
     train, dev = load_streams(options, vocabulary, rank, world)
     torch.manual_seed(options.trainer.seed)
@@ -106,13 +136,6 @@ def make_trainer(options: TrainLmOptions, device: torch.device, rank: int = 0, w
     lm = build_model(options.model, vocabulary, "sdpa" if device.type == "cuda" else "eager").to(device)
     if options.init and newest_checkpoint(options.exp) is None:
         start_from(lm, options.init)
-    words, documents = words_per_token(dev, vocabulary.count_words)
-
-    def describe(means: dict[str, float]) -> dict[str, float]:
-        # Per word as n-gram toolkits count: the end of a document is one more word to predict.
-        nats = {"perplexity": means["loss"], "word_perplexity": means["loss"] / (words + documents)}
-        return {name: math.exp(min(value, 50.0)) for name, value in nats.items()}
-
     trained = PackedLoss(lm)
     if options.compile:
         check_compiler(device, "TrainLmOptions.compile")
@@ -122,8 +145,38 @@ def make_trainer(options: TrainLmOptions, device: torch.device, rank: int = 0, w
     return Trainer(
         options.trainer, trained, compute_loss, train, ValidationPass(dev), options.exp, device=device,
         on_save=lambda step: export(lm, vocabulary, folder, options.export_dtype, sample),
-        describe=describe,
+        describe=perplexities(dev, vocabulary.count_words),
     )
+
+
+def make_adapter_trainer(options: TrainLmOptions, device: torch.device, rank: int, world: int) -> Trainer:
+    """Build the loop of an adapter with its base and batches."""
+    torch.manual_seed(options.trainer.seed)
+    dtype = torch.bfloat16 if options.trainer.precision == "bf16" else torch.float32  # of the frozen weights
+    base = Base.load(options.base, dtype, device, eager=options.compile and device.type == "cpu")
+    base.check_length(options.length)
+    made_for, begins_at = base.identity(), "" if newest_checkpoint(options.exp) else options.init
+    trained = AdapterLoss(add_adapter(base, options.lora, begins_at).to(device))
+    streams = prepare_streams(options.data, Path(options.exp) / "streams", options.documents, base.encode,
+                              base.marks, made_for["sha256"] or base.name, base.size, rank)
+    vocabulary = Vocabulary(Path(base.source), base.size, *base.marks, base.count_words)
+    train, dev = load_streams(options, vocabulary, rank, world, str(streams))
+    check_packing(trained, to_device(next(iter(ValidationPass(dev))), device), base.name)
+    if options.compile:
+        check_compiler(device, "TrainLmOptions.compile")
+        trained.compile()
+    report_size(trained, f" with {sum(p.numel() for p in trained.parameters() if p.requires_grad) / 1e6:.2f}M "
+                f"of the adapter, {len(train.stream)} training tokens, {device}", rank)
+
+    def save(step: int) -> None:
+        about = {"text": options.documents.text, "tokens seen": trainer.items_seen, "steps": step}
+        page = card(made_for, options.lora, about, Path(options.exp) / "log.jsonl")
+        save_adapter(trained.adapted, Path(options.exp) / "export", made_for,
+                     getattr(torch, options.export_dtype), page)
+
+    trainer = Trainer(options.trainer, trained, compute_loss, train, ValidationPass(dev), options.exp,
+                      device=device, on_save=save, describe=perplexities(dev, base.count_words))
+    return trainer
 
 
 def run(options: TrainLmOptions) -> int:
