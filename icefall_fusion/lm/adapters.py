@@ -29,7 +29,7 @@ SAME_SHARE = 0.98  # fine-tuning moves far more of the values by more than `SAME
 
 
 def sample_of(model: torch.nn.Module) -> list[float]:
-    """Return weights at `SAMPLES` fixed places: what tells a base from its fine-tuned relatives, in any dtype.
+    """Return weights at `SAMPLES` fixed places: they tell a base from its fine-tuned relatives, in any dtype.
 
     Raises:
         ValueError: weights are not in memory, or quantized.
@@ -120,7 +120,7 @@ def merge(model: Any, folder: PathLike, name: str) -> Any:
         raise ValueError(f"adapter {folder} does not fit the model {name}: {reason}") from error
     absent = [key for key in result.missing_keys if "lora_" in key]
     odd = [*absent, *result.unexpected_keys]
-    check(not odd, f"weights of adapter {folder}", f"be those that its {CONFIG_FILE} names for {name}", odd[:3])
+    check(not odd, f"weights of adapter {folder}", f"be those that {CONFIG_FILE} names for {name}", odd[:3])
     merged = adapted.merge_and_unload()
     merged.requires_grad_(False)
     return merged

@@ -145,7 +145,7 @@ def _check_folder(name: str) -> None:
         if not (folder / "config.json").is_file():
             raise FileNotFoundError(f"model folder must hold a config.json, but {name!r} does not")
     elif folder.exists() or folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        raise FileNotFoundError(f"model must be a folder, a .gguf file or a hub name, but {name!r} is neither")
+        raise FileNotFoundError(f"model must be a folder, a .gguf file or a hub name, but {name!r} is none")
 
 
 # --- the vocabulary -----------------------------------------------------------------------------------

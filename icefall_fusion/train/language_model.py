@@ -27,8 +27,8 @@ from icefall_fusion.train.llama import (
     start_from,
 )
 from icefall_fusion.train.lm_documents import DocumentOptions, prepare_streams
-from icefall_fusion.train.lora import AdapterLoss, Base, LoraOptions, add_adapter, card, check_packing
 from icefall_fusion.train.loop import Trainer
+from icefall_fusion.train.lora import AdapterLoss, Base, LoraOptions, add_adapter, card, check_packing
 from icefall_fusion.train.options import TrainingOptions
 from icefall_fusion.train.token_stream import TokenBatch, TokenBatches, ValidationPass
 
@@ -40,12 +40,12 @@ class TrainLmOptions(TrainingOptions):
     """Train a new language model, or a LoRA adapter of another one (``base``).
 
     Args:
-        data: folder with ``train.npy`` and ``dev.npy``: ids of documents ``bos t1 .. tn eos`` end to end. With
-            ``base`` also a folder with ``train.jsonl`` and ``dev.jsonl``: a sentence a line, key ``text``.
+        data: folder with ``train.npy`` and ``dev.npy``: ids of documents ``bos t1 .. tn eos`` end to end.
+            With ``base`` also a folder with ``train.jsonl`` and ``dev.jsonl``: a sentence a line, key ``text``.
         tokenizer: folder of a Hugging Face tokenizer, or a folder or file of a SentencePiece ``bpe.model``; a
             ``base`` has its own.
-        exp: folder of checkpoints, logs and ``export/``, the newest checkpoint as a Hugging Face folder, or as
-            a PEFT folder (for ``--llm.adapter``).
+        exp: folder of checkpoints, logs and ``export/``, the newest checkpoint as a Hugging Face folder, or
+            as a PEFT folder (for ``--llm.adapter``).
         init: folder of a Llama model of the same size and vocabulary whose weights a new training starts
             from, or of an adapter of ``base``; empty: random weights.
         base: folder, GGUF file or hub name of the causal LM to adapt; empty: train a new model.
@@ -165,8 +165,8 @@ def make_adapter_trainer(options: TrainLmOptions, device: torch.device, rank: in
     if options.compile:
         check_compiler(device, "TrainLmOptions.compile")
         trained.compile()
-    report_size(trained, f" with {sum(p.numel() for p in trained.parameters() if p.requires_grad) / 1e6:.2f}M "
-                f"of the adapter, {len(train.stream)} training tokens, {device}", rank)
+    own = sum(value.numel() for value in trained.state_dict().values()) / 1e6
+    report_size(trained, f", {own:.2f}M of the adapter, {len(train.stream)} training tokens, {device}", rank)
 
     def save(step: int) -> None:
         about = {"text": options.documents.text, "tokens seen": trainer.items_seen, "steps": step}

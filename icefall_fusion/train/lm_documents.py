@@ -60,11 +60,11 @@ def prepare_streams(
     size: int,
     rank: int = 0,
 ) -> Path:
-    """Return a folder with ``train.npy`` and ``dev.npy``; they are made on the first call, by the first process.
+    """Return a folder with ``train.npy`` and ``dev.npy``; the first process makes them on the first call.
 
     Args:
-        data: folder with ``train.jsonl`` and ``dev.jsonl``: a sentence a line, in order, with the key ``text``
-            and perhaps ``cased`` (as printed) and ``book``; or with both streams, which are then used.
+        data: folder with ``train.jsonl`` and ``dev.jsonl``: a sentence a line, in order, with key ``text`` and
+            perhaps ``cased`` (as printed) and ``book``; or with both streams, which are then used.
         folder: where streams are kept, one folder for each text, tokenizer and options.
         options: of the documents.
         encode: texts -> token ids of each.
@@ -90,7 +90,8 @@ def prepare_streams(
         for split in SPLITS:
             if not (target / f"{split}.npy").is_file():
                 documents = read_documents(data / f"{split}.jsonl", options, split == "train")
-                _write(target / f"{split}.npy", documents, encode, marks, np.uint16 if size <= 2**16 else np.uint32)
+                dtype = np.uint16 if size <= 2**16 else np.uint32
+                _write(target / f"{split}.npy", documents, encode, marks, dtype)
     gather_over_processes(None)
     return target
 

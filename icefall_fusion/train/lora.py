@@ -115,7 +115,7 @@ class Base:
 
 
 def add_adapter(base: Base, lora: LoraOptions, init: str) -> Any:
-    """Return the PEFT model of a new adapter; ``init`` is a PEFT folder whose weights it begins with, or empty.
+    """Return the PEFT model of a new adapter; ``init``: empty, or a PEFT folder whose weights it begins with.
 
     Raises:
         FileNotFoundError, ValueError: the base has no such layers, or ``init`` is for another base or rank.
@@ -167,7 +167,8 @@ class AdapterLoss(nn.Module):
         own = {name: tuple(value.shape) for name, value in self.state_dict().items()}
         other = {name: tuple(value.shape) for name, value in state.items()}
         odd = sorted(name for name in own.keys() | other.keys() if own.get(name) != other.get(name))
-        check(not odd, "the checkpoint's adapter", "have the layers and the rank of TrainLmOptions.lora", odd[:3])
+        rule = "have the layers and the rank of TrainLmOptions.lora"
+        check(not odd, "the checkpoint's adapter", rule, odd[:3])
         return super().load_state_dict(state, strict=False)
 
 
@@ -187,8 +188,8 @@ def check_packing(loss: AdapterLoss, batch: TokenBatch, name: str) -> None:
         together = float(loss(row))
         alone = sum(_alone(loss, row.tokens[:, own], row.targets[:, own]) for own in singles)
     except (AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"TrainLmOptions.base {name} cannot be trained on packed documents: {reason}") from error
+        reason = f"cannot be trained on packed documents: {type(error).__name__}: {error}"
+        raise ValueError(f"TrainLmOptions.base {name} {reason}") from error
     difference = abs(together - alone) / max(int((row.targets >= 0).sum()), 1)
     allowed = TOLERANCE.get(loss.adapted.dtype, 0.05)
     rule = f"score packed documents like single ones, within {allowed:g} a token"

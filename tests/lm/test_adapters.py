@@ -24,7 +24,8 @@ IDS = torch.tensor([[0, 40, 50, 60, 41]])
 def new_adapter(base: Path, name: str = "", **more) -> peft.PeftModel:
     """Return a base with a random adapter whose second factor is not zero."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    asked = {"rank": 3, "alpha": 6.0, "dropout": 0.0, "targets": "all-linear", "name": name or str(base), **more}
+    asked = {"rank": 3, "alpha": 6.0, "dropout": 0.0, "targets": "all-linear", "name": name or str(base)}
+    asked.update(more)
     torch.manual_seed(1)
     adapted = adapters.add_adapter(model, **asked)
     with torch.no_grad():
@@ -82,7 +83,7 @@ def test_an_adapter_knows_its_base_in_any_dtype(base: Path, tmp_path: Path, dtyp
 def test_adapters_of_another_base_are_refused_with_both_names(base, foreign, tmp_path: Path) -> None:
     other = tiny.language_model(tmp_path / "other-llm", 4, pieces=False)  # the same shape
     our_folder(base, tmp_path / "ours")
-    with pytest.raises(ValueError, match="ours must have been made for the model '.*other-llm', but is '.*llm'"):
+    with pytest.raises(ValueError, match="ours must have been made for .*other-llm', but is '.*llm'"):
         CausalLm.from_pretrained(other, adapter=tmp_path / "ours")
     with pytest.raises(ValueError, match="must have been made for the model '.*other-llm'.*, but is '.*llm'"):
         CausalLm.from_pretrained(other, adapter=foreign)
@@ -117,12 +118,12 @@ def test_broken_adapters_are_refused(base: Path, foreign: Path, tmp_path: Path, 
 
     refused(changed(copy("rank"), r=4), "does not fit the model .*size mismatch")
     refused(changed(copy("targets"), target_modules=["w_query"]), "does not fit the model .*w_query")
-    refused(changed(copy("fewer"), target_modules=["q_proj"]), "must be those that its adapter_config.json names")
+    refused(changed(copy("fewer"), target_modules=["q_proj"]), "must be those that adapter_config.json names")
     refused(changed(copy("kind"), peft_type="IA3"), "does not fit the model|must be of type LORA")
     weights = load_file(foreign / adapters.WEIGHTS_FILE)
     folder = copy("less")
     save_file(dict(list(weights.items())[1:]), folder / adapters.WEIGHTS_FILE)
-    refused(folder, "must be those that its adapter_config.json names")
+    refused(folder, "must be those that adapter_config.json names")
     save_file({name: value * torch.nan for name, value in weights.items()}, folder / adapters.WEIGHTS_FILE)
     refused(folder, "must be finite")
     (folder / adapters.WEIGHTS_FILE).write_bytes(b"no tensors")
@@ -133,7 +134,7 @@ def test_broken_adapters_are_refused(base: Path, foreign: Path, tmp_path: Path, 
     refused(folder, "must be a folder with adapter_config.json", FileNotFoundError)
     with pytest.raises(ValueError, match="adapter must not be set with a quantization"):
         CausalLm.from_pretrained(base, adapter=foreign, quantization="int8")
-    with pytest.raises(ValueError, match="targets of an adapter must be linear layers .*, but are .'w_query'"):
+    with pytest.raises(ValueError, match="targets of an adapter must be linear layers .*'w_query'"):
         new_adapter(base, targets=["w_query"])
     monkeypatch.setattr(adapters, "find_spec", lambda name: None)
     refused(foreign, "needs the package peft", ImportError)

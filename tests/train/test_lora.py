@@ -1,4 +1,4 @@
-"""Job ``train-lm --base``: documents of sentences, packed loss of many families, resume, the exported adapter.
+"""Job ``train-lm --base``: documents of sentences, packed loss of many families, resume, export.
 Knows: the job, adapters, CausalLm. Must not know: search, fusion, audio.
 """
 from __future__ import annotations
@@ -26,7 +26,8 @@ from tests.lm.test_causal_lm import random_model
 
 pytest.importorskip("peft")
 
-SENTENCES = ["the cat sat on the mat", "a dog met near the old harbor", "we saw the sea at dawn", "she sold shells"]
+SENTENCES = ["the cat sat on the mat", "a dog met near the old harbor",
+             "we saw the sea at dawn", "she sold shells"]
 
 
 def write_text(folder: Path, train: list[str], dev: list[str]) -> Path:
@@ -49,8 +50,8 @@ def text(tmp_path: Path) -> Path:
 
 
 def make_options(base: Path, text: Path, exp: Path, max_steps: int = 20, **more) -> TrainLmOptions:
-    trainer = TrainerOptions(lr=1e-2, warmup_steps=2, max_steps=max_steps, tensorboard=False, valid_every_steps=10,
-                             precision=more.pop("precision", "float32"), save_every_steps=10)
+    trainer = TrainerOptions(lr=1e-2, warmup_steps=2, max_steps=max_steps, tensorboard=False,
+                             valid_every_steps=10, precision=more.pop("precision", "float32"), save_every_steps=10)
     asked = {"lora": LoraOptions(rank=4, alpha=8.0), "export_dtype": "float32", **more}
     return TrainLmOptions(data=str(text), base=str(base), exp=str(exp), trainer=trainer, rows=4, length=32,
                           device="cpu", **asked)
@@ -140,7 +141,8 @@ def test_streams_are_made_once_for_a_text_and_options(base: Path, text: Path, tm
     source = Base.load(str(base), torch.float32, torch.device("cpu"), eager=False)
 
     def prepare(options: DocumentOptions = DocumentOptions()) -> Path:
-        return prepare_streams(text, tmp_path / "streams", options, source.encode, source.marks, "x", source.size)
+        more = (source.encode, source.marks, "x", source.size)
+        return prepare_streams(text, tmp_path / "streams", options, *more)
 
     folder = prepare()
     made = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
@@ -158,7 +160,8 @@ def test_bad_input_is_named(base: Path, text: Path, tmp_path: Path) -> None:
             run(make_options(model, data, tmp_path / "exp", **more))
 
     refused("must hold train.jsonl or train.npy", FileNotFoundError, tmp_path)
-    refused("the text of train must hold a sentence", data=write_text(tmp_path / "none", ["", " "], SENTENCES))
+    none = write_text(tmp_path / "none", ["", " "], SENTENCES)
+    refused("the text of train must hold a sentence", data=none)
     refused("must be linear layers", lora=LoraOptions(targets=("w_query",)))
     refused("init: .* must be a PEFT folder", FileNotFoundError, init=str(base))
     config = transformers.MistralConfig(**{**AutoModelForCausalLM.from_pretrained(base).config.to_dict(),
