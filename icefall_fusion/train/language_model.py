@@ -41,7 +41,7 @@ class TrainLmOptions(TrainingOptions):
 
     Args:
         data: folder with ``train.npy`` and ``dev.npy``: ids of documents ``bos t1 .. tn eos`` end to end.
-            With ``base`` also a folder with ``train.jsonl`` and ``dev.jsonl``: a sentence a line, key ``text``.
+            With ``base`` also one with ``train.jsonl`` and ``dev.jsonl``: a sentence a line, key ``text``.
         tokenizer: folder of a Hugging Face tokenizer, or a folder or file of a SentencePiece ``bpe.model``; a
             ``base`` has its own.
         exp: folder of checkpoints, logs and ``export/``, the newest checkpoint as a Hugging Face folder, or

@@ -63,7 +63,7 @@ def prepare_streams(
     """Return a folder with ``train.npy`` and ``dev.npy``; the first process makes them on the first call.
 
     Args:
-        data: folder with ``train.jsonl`` and ``dev.jsonl``: a sentence a line, in order, with key ``text`` and
+        data: folder with ``train.jsonl`` and ``dev.jsonl``: a sentence a line, in order; key ``text``, and
             perhaps ``cased`` (as printed) and ``book``; or with both streams, which are then used.
         folder: where streams are kept, one folder for each text, tokenizer and options.
         options: of the documents.

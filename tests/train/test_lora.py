@@ -50,8 +50,9 @@ def text(tmp_path: Path) -> Path:
 
 
 def make_options(base: Path, text: Path, exp: Path, max_steps: int = 20, **more) -> TrainLmOptions:
+    precision = more.pop("precision", "float32")
     trainer = TrainerOptions(lr=1e-2, warmup_steps=2, max_steps=max_steps, tensorboard=False,
-                             valid_every_steps=10, precision=more.pop("precision", "float32"), save_every_steps=10)
+                             precision=precision, valid_every_steps=10, save_every_steps=10)
     asked = {"lora": LoraOptions(rank=4, alpha=8.0), "export_dtype": "float32", **more}
     return TrainLmOptions(data=str(text), base=str(base), exp=str(exp), trainer=trainer, rows=4, length=32,
                           device="cpu", **asked)
@@ -116,7 +117,7 @@ def test_packed_documents_of_any_family_score_as_if_alone(
     moved = batch._replace(positions=batch.positions + 3 * (batch.documents > 0))
     seen = batch._replace(documents=torch.zeros_like(batch.documents))  # documents see each other
     for wrong in [moved] * (name == "gpt2") + [seen] * (name == "llama"):  # rotary positions are relative
-        monkeypatch.setattr(lora, "attention_mask", lambda documents: attention_mask(wrong.documents))
+        monkeypatch.setattr(lora, "attention_mask", lambda _, wrong=wrong: attention_mask(wrong.documents))
         with pytest.raises(ValueError, match=f"base {name} must score packed documents like single ones"):
             check_packing(AdapterLoss(adapted), wrong._replace(documents=batch.documents), name)
 
@@ -140,14 +141,15 @@ def test_documents_are_neighbours_in_the_asked_form(text: Path) -> None:
 def test_streams_are_made_once_for_a_text_and_options(base: Path, text: Path, tmp_path: Path) -> None:
     source = Base.load(str(base), torch.float32, torch.device("cpu"), eager=False)
 
-    def prepare(options: DocumentOptions = DocumentOptions()) -> Path:
+    def prepare(**asked: int) -> Path:
+        options = DocumentOptions(**asked)
         more = (source.encode, source.marks, "x", source.size)
         return prepare_streams(text, tmp_path / "streams", options, *more)
 
     folder = prepare()
     made = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert prepare() == folder and made == {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    assert prepare(DocumentOptions(max_group=1)) != folder
+    assert prepare(max_group=1) != folder
     stream = np.load(folder / "dev.npy")
     first = stream[1 : int(np.flatnonzero(stream == source.marks[1])[0])].tolist()
     assert stream[0] == source.marks[0] and source.vocabulary.tokenizer.decode(first) == SENTENCES[0]
