@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from icefall_fusion.fusion import DelayedFusion, FixedInterval, LookAhead, NgramFusion, ShortestHypothesis
-from icefall_fusion.fusion.triggers import StopRuleRun
 from icefall_fusion.search import PrefixSearchOptions, ctc_prefix_search
+from icefall_fusion.search.stop_rule import StopRuleRun
 from tests.fusion.test_fusion import TRIGGERS, assert_same, emissions, llm, names, tokens  # noqa: F401 (fixtures)
 from tests.ngram.test_ngram import OPTIONS, ngram  # noqa: F401 (a fixture)
 

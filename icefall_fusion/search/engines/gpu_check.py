@@ -20,8 +20,9 @@ from icefall_fusion.search.beam import Beam
 from icefall_fusion.search.engines.base import plan_frames
 from icefall_fusion.search.engines.gpu import KERNEL, GpuSearch
 from icefall_fusion.search.engines.tensors import TensorSearch
-from icefall_fusion.search.fusion import AheadTerms, Fusion, FusionSet, StopRule, StopRuleRun
+from icefall_fusion.search.fusion import AheadTerms, Fusion, FusionSet, StopRule
 from icefall_fusion.search.search_input import PrefixSearchOptions, check_input
+from icefall_fusion.search.stop_rule import StopRuleRun
 
 _PIECES, _BEAM, _FRAMES = 40, 8, 30
 _LONG = 70  # frames, in which scores are rescaled
