@@ -35,7 +35,7 @@ OWNERS = {
     "peft": {"lm/adapters"},
     "bitsandbytes": {"lm/loading"},
     "torchao": {"lm/loading"},
-    "triton": {"search/engines/gpu_kernel", "lm/fused_kernels"},
+    "triton": {"search/engines/gpu_kernel", "lm/fused_kernels", "lm/fused_matmul", "lm/products"},
 }
 #: Files that must stay importable with Python 3.9 and torch 1.13.
 OLD_PYTHON = (

@@ -10,10 +10,10 @@ import functools
 from typing import TYPE_CHECKING, Any, Callable, Optional, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from icefall_fusion.common.devices import load_kernels
+from icefall_fusion.lm.products import Products, Shape, gpu_clock
 
 if TYPE_CHECKING:
     from icefall_fusion.lm.fused_event import EventInputs
@@ -62,6 +62,7 @@ class FusedModel:
             )
             for layer in model.model.layers
         ]
+        self.products = Products(self._gate)
         self._types = list(getattr(config, "layer_types", None) or [])
         if next(model.parameters()).is_cuda:
             torch.cuda.empty_cache()  # the weights before they were joined
@@ -85,27 +86,46 @@ class FusedModel:
         inside = self.model.model
         hidden = inside.embed_tokens(event.tokens).clone()
         cosines, sines = (x[0].contiguous() for x in inside.rotary_emb(hidden[None], event.positions[None]))
-        layers = inside.layers
+        layers, products = inside.layers, self.products
         norms = [layer.input_layernorm for layer in layers[1:]] + [inside.norm]
         rows = self._norm(hidden, None, layers[0].input_layernorm.weight)
         for number, (layer, after) in enumerate(zip(layers, norms)):
             (weights, biases), (gate_weights, gate_biases) = self._mixed[number]
-            mixed = F.linear(rows, weights, biases)
+            mixed = products.plain("heads", rows, weights, biases)
             looked = self._attend(mixed, cosines, sines, event, number)
-            rows = self._norm(hidden, layer.self_attn.o_proj(looked), layer.post_attention_layernorm.weight)
-            opened = self._gate(F.linear(rows, gate_weights, gate_biases))
-            rows = self._norm(hidden, layer.mlp.down_proj(opened), after.weight)
-        return self.model.lm_head(rows[event.wanted])
+            output, down = layer.self_attn.o_proj, layer.mlp.down_proj
+            more = products.plain("output", looked, output.weight, output.bias)
+            rows = self._norm(hidden, more, layer.post_attention_layernorm.weight)
+            opened = products.gated("gates", rows, gate_weights, gate_biases)
+            rows = self._norm(hidden, products.plain("down", opened, down.weight, down.bias), after.weight)
+        last = self.model.lm_head
+        return products.plain("last", rows[event.wanted], last.weight, last.bias)
 
     def _slides(self, number: int) -> bool:
         return not self._types or self._types[number] == "sliding_attention"
+
+    def tune(self, counts: Sequence[int], budget: float) -> None:
+        """Choose the forms of the products for so many tokens, within ``budget`` seconds (see `Products`)."""
+        layers, last = self.model.model.layers[:8], self.model.lm_head.weight
+        size, inner, heads = self.hidden, self.inner, self.heads * self.head_size
+        mixed = heads + 2 * self.key_heads * self.head_size
+        self.products.tune(
+            {
+                "gates": (Shape(inner, size, gated=True), [pair[1][0] for pair in self._mixed[:8]]),
+                "down": (Shape(size, inner, parts=True), [layer.mlp.down_proj.weight for layer in layers]),
+                "heads": (Shape(mixed, size, parts=True), [pair[0][0] for pair in self._mixed[:8]]),
+                "output": (Shape(size, heads, parts=True), [x.self_attn.o_proj.weight for x in layers]),
+                "last": (Shape(len(last), size), [last]),
+            },
+            counts, budget, gpu_clock,
+        )
 
     def _norm(self, hidden: Tensor, more: Optional[Tensor], weight: Tensor) -> Tensor:
         """Add to ``hidden`` [T, hidden] in place and return its norm."""
         out = torch.empty_like(hidden)
         self._kernels.add_and_norm[(len(hidden),)](
             hidden, hidden if more is None else more, weight, out, self.hidden, self.epsilon,
-            ADD=more is not None, BLOCK=_power(self.hidden), num_warps=8 if self.hidden > 2048 else 4,
+            ADD=_parts(more), BLOCK=_power(self.hidden), num_warps=8 if self.hidden > 2048 else 4,
         )
         return out
 
@@ -122,11 +142,11 @@ class FusedModel:
         attention, size = self.model.model.layers[number].self_attn, self.head_size
         query_norm, key_norm = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
         normed = query_norm is not None
-        queries = mixed.new_empty(len(mixed), self.heads * size)
-        self._kernels.rotate_and_store[(len(mixed),)](
+        queries = cosines.new_empty(len(cosines), self.heads * size)
+        self._kernels.rotate_and_store[(len(queries),)](
             mixed, cosines, sines, query_norm.weight if normed else None, key_norm.weight if normed else None,
             event.cells, event.places, queries, number, self.epsilon,
-            NORM=normed, Q=self.heads, H=self.key_heads, D=size,
+            PARTS=_parts(mixed), NORM=normed, Q=self.heads, H=self.key_heads, D=size,
             HEADS=_power(self.heads + 2 * self.key_heads), DP=_power(size), num_warps=8,
         )
         return self.look(queries, event, number, attention.scaling)
@@ -167,6 +187,11 @@ def _join(parts: Sequence[nn.Linear]) -> tuple[Tensor, Optional[Tensor]]:
             part.bias.data = biases[begin:end]
         begin = end
     return weights, biases
+
+
+def _parts(values: Optional[Tensor]) -> int:
+    """Return in how many parts values [parts, T, n] or [T, n] come; none: 0."""
+    return 0 if values is None else 1 if values.dim() == 2 else len(values)
 
 
 def _power(size: int) -> int:

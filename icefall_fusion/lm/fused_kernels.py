@@ -13,19 +13,31 @@ import triton.language as tl
 
 @triton.jit
 def add_and_norm(hidden, more, weight, out, size, epsilon, ADD: tl.constexpr, BLOCK: tl.constexpr):
-    """Add ``more`` to ``hidden`` in place (where ADD) and write its RMS norm: one program a token."""
+    """Add ``more`` to ``hidden`` in place and write its RMS norm: one program a token.
+
+    hidden, out: [T, size]; ADD: in how many parts ``more`` comes, [ADD, T, size]; 0: there is none.
+    """
     at = tl.program_id(0).to(tl.int64) * size + tl.arange(0, BLOCK)
     column = tl.arange(0, BLOCK)
     inside = column < size
     x = tl.load(hidden + at, mask=inside, other=0.0)
     if ADD:
-        x = x + tl.load(more + at, mask=inside, other=0.0)
+        x = x + _sum_parts(more + at, inside, size, ADD, x.dtype)
         tl.store(hidden + at, x, mask=inside)
     wide = x.to(tl.float32)
     scaled = wide / tl.sqrt(tl.sum(wide * wide, 0) / size + epsilon)
     kind = out.dtype.element_ty
     scaled = scaled.to(kind) * tl.load(weight + column, mask=inside, other=0.0).to(kind)
     tl.store(out + at, scaled, mask=inside)
+
+
+@triton.jit
+def _sum_parts(at, inside, size, PARTS: tl.constexpr, kind: tl.constexpr):
+    """Return the sum of parts, each of ``size`` entries a program, in order, rounded to ``kind``."""
+    total = tl.load(at, mask=inside, other=0.0)
+    for part in tl.static_range(1, PARTS):
+        total += tl.load(at + tl.num_programs(0).to(tl.int64) * size * part, mask=inside, other=0.0)
+    return total.to(kind)
 
 
 @triton.jit
@@ -37,11 +49,12 @@ def _place(places, index, kind: tl.constexpr):
 # Index arrays are slices of one array. Their alignment varies, and each would compile a kernel of its own.
 @triton.jit(do_not_specialize=["layer"], do_not_specialize_on_alignment=["cells", "places"])
 def rotate_and_store(mixed, cosines, sines, query_norm, key_norm, cells, places, queries, layer, epsilon,
-                     NORM: tl.constexpr, Q: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
-                     HEADS: tl.constexpr, DP: tl.constexpr):
+                     PARTS: tl.constexpr, NORM: tl.constexpr, Q: tl.constexpr, H: tl.constexpr,
+                     D: tl.constexpr, HEADS: tl.constexpr, DP: tl.constexpr):
     """Rotate queries and keys by position and write keys and values to the cache: one program a token.
 
-    mixed: [T, (Q + 2 H) D], of Q query heads, H key heads and H value heads; cosines, sines: [T, D];
+    mixed: [PARTS, T, (Q + 2 H) D], to be added up, of Q query heads, H key heads and H value heads;
+    cosines, sines: [T, D];
     query_norm, key_norm: [D], weights of an RMS norm of each head before that, where NORM;
     cells: [T], cache cell of each token's keys and values, -1 of padding; queries: [T, Q D] to write;
     places: [2 L], addresses of each layer's keys and values [*, H D] to write.
@@ -53,10 +66,11 @@ def rotate_and_store(mixed, cosines, sines, query_norm, key_norm, cells, places,
     inside = (head < Q + 2 * H) & (column < D)
     half: tl.constexpr = D // 2
     other = tl.where(column < half, column + half, column - half)
-    given = tl.load(row + head * D + column, mask=inside, other=0.0)
-    kind = given.dtype
+    kind = queries.dtype.element_ty
+    size: tl.constexpr = (Q + 2 * H) * D
+    given = _sum_parts(row + head * D + column, inside, size, PARTS, kind)
     x = given.to(tl.float32)
-    partner = tl.load(row + head * D + other, mask=inside & (head < Q + H), other=0.0).to(tl.float32)
+    partner = _sum_parts(row + head * D + other, inside & (head < Q + H), size, PARTS, kind).to(tl.float32)
     if NORM:
         scale = 1.0 / tl.sqrt(tl.sum(x * x, 1) / D + epsilon)
         x = (x * scale[:, None]).to(kind).to(tl.float32)

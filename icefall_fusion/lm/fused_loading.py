@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 #: Classes of transformers whose layers are these: RMS norm, rotary positions, gated SiLU.
 FAMILY = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+#: Tokens of an event whose products are timed, the usual ones first (see `Products.tune`).
+COUNTS = (320, 256, 384, 192, 448, 128, 512, 64, 576, 640)
+TUNING_SECONDS = 5.0
 
 
 def use_fused_kernels(lm: CausalLm) -> Optional[str]:
@@ -38,6 +41,8 @@ def use_fused_kernels(lm: CausalLm) -> Optional[str]:
         lm.fused = FusedModel(lm.model)
         with torch.cuda.device_of(lm.model.get_input_embeddings().weight):
             try_kernels(lm.fused)
+            if lm.device.type == "cuda":
+                lm.fused.tune(COUNTS, TUNING_SECONDS)
         check_tree(lm)
         return None
     except Unavailable as reason:
