@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from icefall_fusion.common.devices import load_kernels
-from icefall_fusion.lm.products import Products, Shape, gpu_clock
+from icefall_fusion.lm.products import Products, Shape
 
 if TYPE_CHECKING:
     from icefall_fusion.lm.fused_event import EventInputs
@@ -104,21 +104,18 @@ class FusedModel:
     def _slides(self, number: int) -> bool:
         return not self._types or self._types[number] == "sliding_attention"
 
-    def tune(self, counts: Sequence[int], budget: float) -> None:
-        """Choose the forms of the products for so many tokens, within ``budget`` seconds (see `Products`)."""
+    def shapes(self) -> dict[str, tuple[Shape, list[Tensor]]]:
+        """Return by name the shape of each product and its weights in some layers."""
         layers, last = self.model.model.layers[:8], self.model.lm_head.weight
         size, inner, heads = self.hidden, self.inner, self.heads * self.head_size
         mixed = heads + 2 * self.key_heads * self.head_size
-        self.products.tune(
-            {
-                "gates": (Shape(inner, size, gated=True), [pair[1][0] for pair in self._mixed[:8]]),
-                "down": (Shape(size, inner, parts=True), [layer.mlp.down_proj.weight for layer in layers]),
-                "heads": (Shape(mixed, size, parts=True), [pair[0][0] for pair in self._mixed[:8]]),
-                "output": (Shape(size, heads, parts=True), [x.self_attn.o_proj.weight for x in layers]),
-                "last": (Shape(len(last), size), [last]),
-            },
-            counts, budget, gpu_clock,
-        )
+        return {
+            "gates": (Shape(inner, size, gated=True), [pair[1][0] for pair in self._mixed[:8]]),
+            "down": (Shape(size, inner, parts=True), [layer.mlp.down_proj.weight for layer in layers]),
+            "heads": (Shape(mixed, size, parts=True), [pair[0][0] for pair in self._mixed[:8]]),
+            "output": (Shape(size, heads, parts=True), [layer.self_attn.o_proj.weight for layer in layers]),
+            "last": (Shape(len(last), size), [last]),
+        }
 
     def _norm(self, hidden: Tensor, more: Optional[Tensor], weight: Tensor) -> Tensor:
         """Add to ``hidden`` [T, hidden] in place and return its norm."""

@@ -16,6 +16,7 @@ from icefall_fusion.common.unavailable import Unavailable
 from icefall_fusion.lm.fused import KERNELS, LEAST, LONGEST_ROW, FusedModel
 from icefall_fusion.lm.fused_event import EventInputs
 from icefall_fusion.lm.loading import check_tree
+from icefall_fusion.lm.products import gpu_clock
 
 if TYPE_CHECKING:
     from icefall_fusion.lm.causal_lm import CausalLm
@@ -42,7 +43,7 @@ def use_fused_kernels(lm: CausalLm) -> Optional[str]:
         with torch.cuda.device_of(lm.model.get_input_embeddings().weight):
             try_kernels(lm.fused)
             if lm.device.type == "cuda":
-                lm.fused.tune(COUNTS, TUNING_SECONDS)
+                lm.fused.products.tune(lm.fused.shapes(), COUNTS, TUNING_SECONDS, gpu_clock)
         check_tree(lm)
         return None
     except Unavailable as reason:

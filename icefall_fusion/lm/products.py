@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from icefall_fusion.common.devices import load_kernels
+from icefall_fusion.common.unavailable import Unavailable
 
 MATMUL = "icefall_fusion.lm.fused_matmul"
 DEPTH = 64  # entries of a row in one step
@@ -178,6 +179,11 @@ class Products:
             clock: seconds of a call, on average over several.
             least: entries of the weights of products worth it.
         """
+        try:
+            load_kernels(MATMUL)
+        except Unavailable as reason:
+            logging.warning("all products go by cuBLAS: %s", reason)
+            return
         begun, broken = time.perf_counter(), set()
         for count in counts:
             for name, (shape, layers) in weights.items():

@@ -75,6 +75,30 @@ def test_a_recording_tree_scores_like_others_and_notes_what_it_is_asked() -> Non
     assert scorers[0].events == [EVENTS["Event"]([0, 1], [(3, 4), (5,)], True, ([0], [(3, 4)]))]
 
 
+@pytest.mark.gpu
+def test_ways_of_fused_layers_agree_and_their_products_are_told(capsys) -> None:
+    pytest.importorskip("triton")
+    from icefall_fusion.lm.fused import FusedModel
+
+    bench, lm = runpy.run_path(str(BENCH / "llm_tree.py")), tiny(num_key_value_heads=1)
+    lm.model.to("cuda" if torch.cuda.is_available() else "cpu")
+    lm.device, lm.fused = lm.model.device, FusedModel(lm.model)
+    events = [EVENTS["Event"]([0, 0, 1], [(5, 6), (5, 7, 8), (9,)], False, ([0], [(5, 6)])),
+              EVENTS["Event"]([0, 1], [(5, 6, 9), (9, 4)], True)]
+    found = {way: bench["replay"](way, lm, [(2, events)], lm.device.type)[1]
+             for way, kind in bench["WAYS"].items() if issubclass(kind, bench["LazyTree"])}
+    for scores in found.values():
+        for one, other in zip(scores, found["lazy, unfused"]):
+            torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+    lm.fused.products.told = [
+        {"product": "down", "rows": 320, "form": form, "seconds": seconds}
+        for form, seconds in ((None, 3e-6), ([64], 2e-6))
+    ]
+    table = bench["tell_products"]("tiny", lm, (1e12, 1e12))
+    assert len(table) == 3 * 5 and all(row["predicted"] >= row["floor"] > 0 for row in table)
+    assert "3.0 us cuBLAS     2.0 us least" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_floor_reads_each_weight_once_and_the_table_of_embeddings_only_as_output_layer(tied) -> None:
     bench = runpy.run_path(str(BENCH / "llm_tree.py"))

@@ -13,7 +13,8 @@ the tokens of every hypothesis. Then each model scores the same events
     path caches   keys and values of each hypothesis apart, re-ordered by copying when the beam changes;
     eager tree    one tree an utterance, every token forwarded as soon as it is there;
     lazy, unfused one tree an utterance, a token forwarded when a child of it has to be scored;
-    lazy tree     the same by fused kernels where a model has them, on a GPU (ours).
+    lazy, cublas  the same by fused kernels where a model has them, on a GPU;
+    lazy tree     the same with the matrix products that were the fastest when the model was loaded (ours).
 
 All must give the same scores (float32; in bfloat16 the largest difference is told). Models but the
 shipped one have random weights of the named configuration: time and memory do not depend on the values. The
@@ -45,8 +46,11 @@ from rates import rates  # noqa: E402
 from shapes import SHAPES, make_model  # noqa: E402
 
 from icefall_fusion.lm import CausalLm  # noqa: E402
+from icefall_fusion.lm.products import Machine  # noqa: E402
+from icefall_fusion.lm.tree_forward import GPU_TOKEN_BUCKET  # noqa: E402
 
 _SLEEP = 40_000_000  # cycles, some 20 ms: longer than the host needs for an event
+ROWS = (307, 320, 640)  # tokens of events in the table of products
 Batches = Sequence[tuple[int, list[Event]]]
 
 
@@ -155,21 +159,49 @@ def tell(row: dict[str, Any]) -> None:
           f"  differs by {row['largest_difference']}{', fused' if row['fused'] else ''}", flush=True)
 
 
+def tell_products(name: str, lm: CausalLm, speeds: tuple[float, float]) -> list[dict[str, Any]]:
+    """Print and return the floor, the prediction by count and the trials of a fused model's products."""
+    machine, found = Machine(memory=speeds[0], operations=speeds[1]), []
+    for rows in ROWS:
+        for product, (shape, _) in lm.fused.shapes().items():
+            padded = -(-rows // GPU_TOKEN_BUCKET) * GPU_TOKEN_BUCKET
+            best = shape.candidates(padded, machine)[0]
+            trials = [each for each in lm.fused.products.told
+                      if (each["product"], each["rows"]) == (product, padded)]
+            row = {"product": product, "rows": rows, "times": 1 if product == "last" else lm.layers,
+                   "floor": shape.floor(rows, machine), "form": list(best.form), "tiles": best.tiles,
+                   "waves": best.waves, "bytes": best.bytes, "predicted": best.seconds, "trials": trials}
+            found.append(row)
+            times = [row["floor"], best.seconds]
+            if trials:
+                times += [trials[0]["seconds"], min(each["seconds"] for each in trials)]
+            words = zip(times, ("floor", "predicted", "cuBLAS", "least"))
+            print(f"{name:16}{rows:4} rows {product:8}{best.tiles:5} tiles{best.waves:3} waves"
+                  + "".join(f"{1e6 * seconds:8.1f} us {word}" for seconds, word in words), flush=True)
+        here = [row for row in found if row["rows"] == rows]
+        sums = (1e3 * sum(row["times"] * row[key] for row in here) for key in ("floor", "predicted"))
+        print(f"{name:16}{rows:4} rows, all products: {next(sums):.2f} ms floor, {next(sums):.2f} predicted")
+    return found
+
+
 def measure(
     args: argparse.Namespace, recording: Recording
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Replay every way with every model; return rows, and what was measured once."""
     speeds = rates(args.device, args.dtype)
     more = {"audio_seconds": recording.audio_seconds, "recorded": recording.told,
-            "copy_bytes_a_second": speeds[0], "matrix_ops_a_second": speeds[1], "not_fused": {}}
+            "copy_bytes_a_second": speeds[0], "matrix_ops_a_second": speeds[1], "not_fused": {},
+            "products": {}}
     rows: list[dict[str, Any]] = []
     for name in args.models:
         lm, reference = make_model(name, args.device, args.dtype), None
         if lm.fused_failure is not None:
             more["not_fused"][name] = lm.fused_failure
             print(f"{name} is not fused: {lm.fused_failure}", flush=True)
+        if lm.fused is not None:
+            more["products"][name] = tell_products(name, lm, speeds)
         for way in args.ways:
-            if way == "lazy, unfused" and lm.fused is None:
+            if WAYS[way].needs_fused and lm.fused is None:
                 continue
             row, scores = measure_way(way, name, lm, recording, speeds, reference, args.device)
             reference = reference or scores

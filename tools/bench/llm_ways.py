@@ -26,6 +26,8 @@ _TOKENS_AT_ONCE = 2048  # of full texts and path caches, as many as the trees' l
 class Way:
     """Scores the events of one batch; counts tokens forwarded and bytes of keys and values."""
 
+    needs_fused = False  # whether it is another way only where a model is fused
+
     def __init__(self, lm: CausalLm, batch: int) -> None:
         self.lm, self.batch = lm, batch
         self.forwarded = self.forwards = self.kv_bytes = 0
@@ -218,6 +220,8 @@ class EagerTree(LazyTree):
 class UnfusedTree(LazyTree):
     """Ours without fused kernels: layers as transformers runs them."""
 
+    needs_fused = True
+
     def launch(self, prepared: tuple[Tensor, bool]) -> Callable[[], Tensor]:
         fused, self.lm.fused = self.lm.fused, None
         try:
@@ -226,9 +230,23 @@ class UnfusedTree(LazyTree):
             self.lm.fused = fused
 
 
+class UntunedTree(LazyTree):
+    """Ours with fused kernels, all products by cuBLAS."""
+
+    needs_fused = True
+
+    def launch(self, prepared: tuple[Tensor, bool]) -> Callable[[], Tensor]:
+        products = self.lm.fused.products
+        before, products.on = products.on, False
+        try:
+            return super().launch(prepared)
+        finally:
+            products.on = before
+
+
 WAYS: dict[str, type[Way]] = {
     "full texts": FullTexts, "path caches": PathCaches, "eager tree": EagerTree,
-    "lazy, unfused": UnfusedTree, "lazy tree": LazyTree,
+    "lazy, unfused": UnfusedTree, "lazy, cublas": UntunedTree, "lazy tree": LazyTree,
 }
 
 
