@@ -185,7 +185,9 @@ def _batches_by_duration(cuts: list[MonoCut], seconds: float) -> list[tuple[int,
     return batches
 
 
-def _loader(loading: Loading, sampler: Any, options: DataOptions, pin_memory: bool) -> DataLoader:
+def _loader(
+    loading: Loading, sampler: Any, options: DataOptions, pin_memory: bool = False
+) -> DataLoader:
     workers: dict[str, Any] = {"pin_memory": pin_memory}
     if options.workers:
         workers.update(prefetch_factor=options.prefetch, persistent_workers=True)

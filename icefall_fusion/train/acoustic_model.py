@@ -8,7 +8,7 @@ import dataclasses
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from icefall_fusion.common.files import write_json
 from icefall_fusion.common.processes import check_compiler, gather_over_processes
 from icefall_fusion.data.datamodule import DataOptions, EvalBatches, TrainBatches
 from icefall_fusion.data.manifests import cuts_path
+from icefall_fusion.data.resident import FeatureStore
 from icefall_fusion.train.acoustic_loss import compute_loss, describe, use_k2_loss
 from icefall_fusion.train.checkpoints import average_checkpoints, list_checkpoints
 from icefall_fusion.train.curriculum import Curriculum, feature_statistics
@@ -193,27 +194,46 @@ def make_model(options: TrainOptions, device: torch.device, source: TrainBatches
     return model.to(device)
 
 
+def manifest_of(options: TrainOptions, split: str) -> Path:
+    """Return a split's manifest: of features, or of audio where only `DataOptions.resident` needs it."""
+    stored, audio = (cuts_path(Path(options.data_dir) / folder, split, options.corpus)
+                     for folder in ("fbank", "manifests"))
+    return audio if options.data.resident and audio.is_file() and not stored.is_file() else stored
+
+
+def stores(
+    options: TrainOptions, train: Path, valid: Path, device: torch.device
+) -> tuple[Optional[FeatureStore], Optional[FeatureStore]]:
+    """Return the features of training and validation in the device's memory; None without `data.resident`."""
+    if not options.data.resident:
+        return None, None
+    heard = FeatureStore(valid, device, threads=max(1, options.data.workers))
+    return FeatureStore.of(train, options.data, device), heard
+
+
 def make_trainer(options: TrainOptions, device: torch.device, rank: int = 0, world: int = 1) -> Trainer:
     """Build the loop with its model and batches."""
     torch.manual_seed(options.trainer.seed)
-    folder = Path(options.data_dir) / "fbank"
-    train, valid = (
-        cuts_path(folder, split, options.corpus) for split in (options.train_split, options.valid_split)
-    )
+    train, valid = manifest_of(options, options.train_split), manifest_of(options, options.valid_split)
+    memory, heard = stores(options, train, valid, device)
+    pin = device.type == "cuda"
     plain = dataclasses.replace(options.data, frequency_warp=0.0, spec_augment=False, noise="")
-    model = make_model(options, device, TrainBatches(train, dataclasses.replace(plain, workers=0)))
+    first = TrainBatches(train, dataclasses.replace(plain, workers=0), store=memory)
+    model = make_model(options, device, first)
     encoder = sum(p.numel() for p in model.encoder.parameters()) / 1e6
     report_size(model, f" ({encoder:.2f}M encoder), {device}", rank)
     encode = model.tokens.encode
     longest = min(options.easy_seconds, options.data.max_seconds)
     short = dataclasses.replace(plain, max_seconds=longest)
-    easy, full = TrainBatches(train, short, encode), TrainBatches(train, options.data, encode)
+    easy, full = (TrainBatches(train, data, encode, memory, pin) for data in (short, options.data))
     return Trainer(
         options.trainer,
         model,
         compute_loss,
         Curriculum(easy, full, options.easy_batches),
-        EvalBatches(valid, options.data, encode, options.valid_utterances or None, rank=rank, world=world),
+        EvalBatches(
+            valid, options.data, encode, options.valid_utterances or None, (), rank, world, heard, pin
+        ),
         options.exp,
         device=device,
         on_save=lambda step: export(options, str(Path(options.exp) / "export")),

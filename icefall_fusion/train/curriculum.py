@@ -28,7 +28,7 @@ def feature_statistics(
     """
     count, total, squares = 0, torch.zeros(()), torch.zeros(())
     for batch in batches:
-        real = torch.arange(batch["features"].shape[1]) < batch["lens"][:, None]
+        real = torch.arange(batch["features"].shape[1], device=batch["lens"].device) < batch["lens"][:, None]
         frames = batch["features"][real].double()
         count, total, squares = count + len(frames), total + frames.sum(0), squares + frames.square().sum(0)
         if count >= seconds * 100:
