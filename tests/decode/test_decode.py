@@ -19,7 +19,9 @@ import torch
 from job_tools import arguments, assert_same, lists
 
 from icefall_fusion.__main__ import main
+from icefall_fusion.acoustic.sources import EmissionOptions, open_source
 from icefall_fusion.decode.method_names import METHODS, parse_method
+from icefall_fusion.decode.utterances import read_cuts
 from icefall_fusion.scoring.table import ROW_KEYS
 
 
@@ -159,17 +161,55 @@ def test_a_second_call_keeps_the_rows_of_the_first(made, tmp_path, capsys) -> No
 
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_gpu_decodes_what_a_cpu_decodes(tmp_path):
-    made = tiny.everything(tmp_path / "models")
-    models = ["--emissions.model", made["model"], "--llm.path", made["llm"], "--nlm.path", made["nlm"]]
-    methods = "ctc-prefix,nlm-shallow,llm-delayed-shortest,llm-nbest-rescoring,attention-rescoring"
-    rates = []
-    for device in ("cpu", "cuda"):
-        out = tmp_path / device
-        what = ["--test_sets.noise", made["cuts"], "--methods", methods, "--out", str(out)]
-        assert main(["decode", *models, *what, "--emissions.device", device]) == 0
-        rates.append([row["wer"] for row in json.loads((out / "results.json").read_text())])
-    assert rates[0] == pytest.approx(rates[1], abs=1e-6)
+_GPU = pytest.param("cuda", marks=[
+    pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+])
+
+
+@pytest.mark.parametrize("device", ["cpu", _GPU])
+def test_a_gpu_decodes_what_a_cpu_decodes(made, tmp_path, device) -> None:
+    """The same log-probs on both: those of a random model differ by more than rounding should decide.
+
+    With "cpu" the test tries itself. It has never run on a GPU.
+    """
+    methods = "ctc-prefix,nlm-shallow,llm-delayed-shortest,llm-delayed-interval-4-ahead,"
+    methods += "llm-delayed-interval-4-late-2,llm-nbest-rescoring"
+    kept = tmp_path / "kept"
+    assert main(arguments(made, tmp_path / "0", "--methods=ctc-greedy", f"--save_emissions={kept}")) == 0
+    saved = {**made, "model": str(kept / "noise")}
+    for name, engine in (("cpu", "torch" if device == "cpu" else "auto"), (device, "auto")):
+        out = tmp_path / f"{name}-{engine}"
+        more = ["--methods", methods, "--emissions.device", name, "--search.engine", engine]
+        assert main(arguments(saved, out, *more)) == 0
+    here, there = tmp_path / f"cpu-{'torch' if device == 'cpu' else 'auto'}", tmp_path / f"{device}-auto"
+    for method in methods.split(","):
+        one, other = lists(here, method), lists(there, method)
+        assert one.keys() == other.keys()
+        for name, nbest in one.items():
+            assert [h.total for h in nbest][:2] == pytest.approx([h.total for h in other[name]][:2], abs=1e-2)
+            clear = len(nbest) < 2 or nbest[0].total - nbest[1].total > 0.02
+            assert not clear or nbest[0].text == other[name][0].text, (method, name)
+
+
+@pytest.mark.parametrize("device", ["cpu", _GPU])
+def test_a_gpu_hears_what_a_cpu_hears(made, tmp_path, monkeypatch, device) -> None:
+    """Log-probs of the acoustic model and scores of its attention decoder; never run on a GPU."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    utterances = read_cuts(made["cuts"], "features")
+    found = []
+    for name in ("cpu", device):
+        source = open_source(EmissionOptions(made["model"], device=name))
+        emitted = source.emit([u.id for u in utterances], [u.load() for u in utterances])
+        some = [[[5, 6, 7], [8]] for _ in utterances]
+        scores = source.model.score_tokens(emitted.encoder_out, emitted.lens.to(name), some)
+        found.append((emitted, torch.stack(scores)))
+    (one, scores), (other, their_scores) = found
+    assert one.lens.tolist() == other.lens.tolist() and other.log_probs.device.type == device
+    for row, frames in enumerate(one.lens.tolist()):
+        theirs = other.log_probs[row, :frames].cpu()
+        torch.testing.assert_close(theirs, one.log_probs[row, :frames], atol=5e-3, rtol=1e-3)
+    torch.testing.assert_close(their_scores, scores, atol=5e-3, rtol=1e-3)
+    out, methods = tmp_path / "out", "ctc-greedy,attention-rescoring"
+    assert main(arguments(made, out, "--methods", methods, "--emissions.device", device)) == 0
+    assert all(lists(out, method).keys() == {u.id for u in utterances} for method in methods.split(","))
 

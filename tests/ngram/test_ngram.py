@@ -391,7 +391,11 @@ def test_a_gpu_finds_the_same(llm, ngram, tokens):  # noqa: F811
         options = PrefixSearchOptions(beam=4)
         return ctc_prefix_search(log_probs.to(device), lens.to(device), options, tokens, fusions)
 
-    assert_same(decode("cpu"), decode("cuda"))
+    for here, there in zip(decode("cpu"), decode("cuda")):  # of all but the last: it may tie with one pruned
+        assert here[0].tokens == there[0].tokens
+        assert here[0].scores == pytest.approx(there[0].scores, abs=1e-3, rel=1e-5)
+        totals = [[hypothesis.total for hypothesis in nbest][:-1] for nbest in (here, there)]
+        assert totals[0] == pytest.approx(totals[1], abs=2e-3, rel=1e-5)
     assert_same(*(rescore_with_ngram(decode("cpu"), ngram.to(device)) for device in ("cpu", "cuda")))
 
 
