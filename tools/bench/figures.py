@@ -43,16 +43,21 @@ def wait(device: str) -> None:
         torch.cuda.synchronize(device)
 
 
-def floor_seconds(model: torch.nn.Module, forwards: int, tokens: int, rates: tuple[float, float]) -> float:
+def floor_seconds(model: Any, forwards: int, tokens: int, rates: tuple[float, float]) -> float:
     """Return the least time of a model's calls: weights read once a call, or arithmetic, whichever is more.
 
+    A table of embeddings is read by rows; it counts where it is the output layer too.
+
     Args:
-        model: the language model; 2 operations a parameter and token.
+        model: the language model, of transformers; 2 operations a parameter and token.
         forwards, tokens: calls, and tokens in all of them.
         rates: bytes and matrix operations a second (see `rates.rates`).
     """
-    parameters = sum(p.numel() for p in model.parameters())
-    return max(weight_bytes(model) * forwards / rates[0], 2.0 * parameters * tokens / rates[1])
+    inputs, outputs = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    table = 0 if inputs is outputs else inputs.numel()
+    size = weight_bytes(model) - table * inputs.element_size()
+    parameters = sum(p.numel() for p in model.parameters()) - table
+    return max(size * forwards / rates[0], 2.0 * parameters * tokens / rates[1])
 
 
 def write(args: argparse.Namespace, rows: list[dict[str, Any]], **more: Any) -> None:

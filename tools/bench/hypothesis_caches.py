@@ -55,9 +55,9 @@ class Held:
     def bytes(self, lm: CausalLm, kv_bytes: int) -> dict[str, float]:
         """Return the bytes of both, and ``kv_bytes`` of a tree as a share of them."""
         size = bytes_a_token(lm)
-        found = {"kv_bytes_of_paths": self.tokens * size, "kv_bytes_of_rows": self.cells * size}
-        return {**found, "kv_of_paths": kv_bytes / max(1, self.tokens * size),
-                "kv_of_rows": kv_bytes / max(1, self.cells * size)}
+        paths, rows = self.tokens * size, self.cells * size
+        return {"kv_bytes_a_token": size, "kv_bytes_of_paths": paths, "kv_bytes_of_rows": rows,
+                "kv_of_paths": kv_bytes / max(1, paths), "kv_of_rows": kv_bytes / max(1, rows)}
 
 
 @contextlib.contextmanager

@@ -20,6 +20,9 @@ from icefall_fusion.lm.loading import Vocabulary
 _LLAMA = {"kind": "Llama", "vocab_size": 32000, "max_position_embeddings": 2048}
 #: Configurations by name.
 SHAPES: dict[str, dict[str, Any]] = {
+    # to count on a CPU: calls and tokens of a method do not depend on the model where its weight is faint
+    "tiny": {**_LLAMA, "vocab_size": 9000, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
+             "num_attention_heads": 2},
     "llama-160m": {**_LLAMA, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
                    "num_attention_heads": 12},
     "tinyllama-1.1b": {**_LLAMA, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22,

@@ -89,6 +89,11 @@ STEPS = (
             "llm-delayed-interval-16 llm-delayed-interval-16-ahead"),
     _fusion("fusion-shipped", 40, "--methods llm-delayed-interval-16 llm-delayed-shortest-ahead "
             "llm-nbest-rescoring"),
+    _bench("profile", 45, "profile_fusion --dtype bfloat16 --shape mistral-7b --batches 32",
+           cpu="--shape '' --dtype '' --batches 2", small="--batches 2", speech=True),
+    _bench("memory", 75, "memory --dtype bfloat16 --shapes mistral-7b --batch 8",
+           cpu="--dtype '' --shapes minibooks --batch 2 --seconds 3 --methods llm-delayed-interval-16",
+           small="--batch 2 --seconds 5", speech=True),
     Step("tests", 90, "tools/gpu/gpu_tests.py --device {device} --output {result}",
          cpu="--files tests/ngram/test_ngram.py", trusts=False),
     _training("training", 40, ""),
