@@ -21,7 +21,7 @@ from icefall_fusion.data.datamodule import DataOptions, EvalBatches, TrainBatche
 from icefall_fusion.data.manifests import cuts_path
 from icefall_fusion.data.resident import FeatureStore
 from icefall_fusion.train.acoustic_loss import compute_loss, describe, use_k2_loss
-from icefall_fusion.train.checkpoints import average_checkpoints, list_checkpoints
+from icefall_fusion.train.checkpoints import average_checkpoints, list_checkpoints, load_checkpoint
 from icefall_fusion.train.curriculum import Curriculum, feature_statistics
 from icefall_fusion.train.job import check_export, report_size, run_training
 from icefall_fusion.train.loop import Trainer
@@ -41,7 +41,7 @@ class TrainOptions(TrainingOptions):
         valid_split: split to validate on.
         bpe: the SentencePiece model, or its folder; empty: ``lang_bpe_500`` of ``data_dir``.
         data: batches and augmentation.
-        exp: folder of checkpoints, logs and ``export/``, the average of the newest ``avg`` checkpoints.
+        exp: folder of checkpoints, logs and ``export/``.
         init: acoustic model folder whose weights and feature statistics a new training starts from (set
             ``easy_batches`` to 0 then); empty: random weights.
         model: shape and loss.
@@ -49,6 +49,9 @@ class TrainOptions(TrainingOptions):
             alignments soonest (after Amodei et al. 2016, Deep Speech 2, section 3.2); 0 = none.
         easy_seconds: longest utterance in them.
         avg: number of newest checkpoints that an export averages.
+        export_weights: "average" of the newest ``avg`` checkpoints, or "ema": the moving average
+            (``trainer.ema_decay``) of the newest one.
+        export_shards: largest file of exported weights, e.g. "15MB"; empty: one file.
         valid_utterances: number of utterances in a validation; 0 = all.
         stats_seconds: seconds of training data from which feature mean and deviation are computed.
         ctc_loss: "torch", or "k2" (equal within rounding; needs k2, see tools/install_k2.sh).
@@ -68,6 +71,8 @@ class TrainOptions(TrainingOptions):
     easy_batches: int = 0
     easy_seconds: float = 4.0
     avg: int = 3
+    export_weights: str = "average"
+    export_shards: str = ""
     valid_utterances: int = 200
     stats_seconds: float = 3600.0
     ctc_loss: str = "torch"
@@ -81,23 +86,36 @@ class TrainOptions(TrainingOptions):
         check_at_least(0, self, "valid_utterances", "easy_batches")
         check(self.stats_seconds > 0, "TrainOptions.stats_seconds", "be above 0", self.stats_seconds)
         check_choice(self.ctc_loss, ("torch", "k2"), "TrainOptions.ctc_loss")
+        check_choice(self.export_weights, ("average", "ema"), "TrainOptions.export_weights")
+        averaged = self.export_weights == "average" or self.trainer.ema_decay > 0
+        rule = "be above 0 for export_weights ema"
+        check(averaged, "TrainOptions.trainer.ema_decay", rule, self.trainer.ema_decay)
 
 
 def export(options: TrainOptions, folder: str) -> list[Path]:
-    """Write the average of the newest checkpoints of ``options.exp`` as a model folder; return their paths.
+    """Write the averaged weights of ``options.exp`` as a model folder; return the paths of their checkpoints.
 
     Raises:
         FileNotFoundError: there is no checkpoint.
         ValueError: the weights do not fit ``options.export_dtype``; nothing is written.
     """
-    paths = list_checkpoints(options.exp)[-options.avg :]
+    paths = list_checkpoints(options.exp)[-(1 if options.export_weights == "ema" else options.avg) :]
     if not paths:
         raise FileNotFoundError(f"{options.exp} holds no checkpoint-STEP.pt to export")
     model = CtcAed(options.model, bpe_path(options))
-    model.load_state_dict(average_checkpoints(paths))
+    model.load_state_dict(exported_weights(options, paths))
     check_export(model.eval(), options.export_dtype, log_probs_of_noise)
-    save(model, folder, getattr(torch, options.export_dtype))
+    save(model, folder, getattr(torch, options.export_dtype), options.export_shards or None)
     return paths
+
+
+def exported_weights(options: TrainOptions, paths: list[Path]) -> dict[str, Tensor]:
+    """Return the weights that an export has: averaged over checkpoints, or as they moved until the newest."""
+    if options.export_weights == "average":
+        return average_checkpoints(paths)
+    state = load_checkpoint(paths[-1])
+    check("ema" in state, f"{paths[-1]}", "hold averages for TrainOptions.export_weights ema", sorted(state))
+    return {**state["model"], **state["ema"]["weights"]}
 
 
 def log_probs_of_noise(model: CtcAed) -> Tensor:

@@ -235,3 +235,20 @@ def test_encoder_refuses_wrong_shapes(model: CtcAed) -> None:
         model.encoder(torch.zeros(1, 5, 80), torch.tensor([5]))
     with pytest.raises(ValueError, match="lens must be in 0..5"):
         model.encoder(torch.zeros(1, 5, BINS), torch.tensor([6]))
+
+
+def test_weights_in_several_files_are_the_same_model(model: CtcAed, tmp_path: Path) -> None:
+    """Each below the size; one of them missing is named; another split or a single file replaces them."""
+    save(model, tmp_path / "one", torch.float16)
+    save(model, tmp_path / "parts", torch.float16, "5KB")
+    parts = sorted(path.name for path in (tmp_path / "parts").glob("*.safetensors"))
+    assert len(parts) > 2 and parts[0] == f"model-00001-of-{len(parts):05d}.safetensors"
+    one, several = (load(tmp_path / name).state_dict() for name in ("one", "parts"))
+    assert all(torch.equal(value, several[name]) for name, value in one.items())
+    (tmp_path / "parts" / parts[1]).unlink()
+    with pytest.raises(FileNotFoundError, match=f"{parts[1]} is missing"):
+        load(tmp_path / "parts")
+    save(model, tmp_path / "parts", torch.float16)
+    assert [path.name for path in (tmp_path / "parts").glob("*.safetensors")] == ["model.safetensors"]
+    save(model, tmp_path / "parts", torch.float16, "5KB")
+    assert sorted(path.name for path in (tmp_path / "parts").glob("*.safetensors")) == parts

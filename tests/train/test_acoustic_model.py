@@ -140,6 +140,31 @@ def test_training_resumes_to_the_same_model_and_exports_an_average(data_dir: Pat
     assert torch.equal(load(tmp_path / "out").ctc.linear.weight, exported.ctc.linear.weight)
 
 
+def test_a_training_by_the_clock_exports_the_moving_average_in_several_files(
+    data_dir: Path, tmp_path: Path
+) -> None:
+    """As on a GPU: features in memory, computed from audio; the length in minutes; chunk masks in half."""
+    options = options_for(data_dir, tmp_path / "exp", max_steps=None, progress="time", max_minutes=0.05,
+                          save_every_steps=2, valid_every_steps=0, ema_decay=0.9)
+    options = dataclasses.replace(
+        options, export_weights="ema", export_shards="20KB",
+        data=dataclasses.replace(options.data, resident=True),
+        model=dataclasses.replace(options.model, chunk_probability=0.5),
+    )
+    assert run(options) == 0
+    newest = torch.load(newest_checkpoint(tmp_path / "exp"), weights_only=True)
+    assert newest["seconds"] >= 3.0 and newest["ema"]["updates"] == newest["step"] > 1
+    exported = load(tmp_path / "exp" / "export").state_dict()
+    assert len(list((tmp_path / "exp" / "export").glob("model-*.safetensors"))) > 1
+    for name, mean in newest["ema"]["weights"].items():
+        torch.testing.assert_close(exported[name], mean, rtol=1e-3, atol=1e-4)
+    line = json.loads((tmp_path / "exp" / "log.jsonl").read_text().splitlines()[-1])
+    assert line["valid_loss"] > 0 and run(options) == 0  # its time is over: it exports again
+    assert newest_checkpoint(tmp_path / "exp").name == f"checkpoint-{newest['step']}.pt"
+    with pytest.raises(ValueError, match="trainer.ema_decay must be above 0 for export_weights ema"):
+        dataclasses.replace(options, trainer=dataclasses.replace(options.trainer, ema_decay=0.0))
+
+
 def test_exports_keep_the_log_probs_of_the_trained_model(data_dir: Path, tmp_path: Path) -> None:
     """On real features; weights that a float16 cannot hold are refused before anything is written."""
     options = options_for(data_dir, tmp_path / "exp")

@@ -1,6 +1,7 @@
 """Acoustic models: Conformer encoder, CTC head, attention decoder.
 
-    ctc_aed.py           the whole model: loss, N-best scores, model folders
+    ctc_aed.py           the whole model: loss, N-best scores
+    model_folder.py      folders of weights, options and vocabulary
     conformer.py         the encoder: whole, with a chunk mask, or chunk by chunk
     conformer_layer.py   one layer of it
     subsampling.py       10 ms feature frames to 40 ms encoder frames
@@ -18,8 +19,9 @@ from icefall_fusion.acoustic.models.conformer import (
     StreamingState,
 )
 from icefall_fusion.acoustic.models.ctc import CtcHead, greedy_pieces
-from icefall_fusion.acoustic.models.ctc_aed import CtcAed, ModelOptions, load, save
+from icefall_fusion.acoustic.models.ctc_aed import CtcAed, ModelOptions
 from icefall_fusion.acoustic.models.decoder import AttentionDecoder, DecoderOptions
+from icefall_fusion.acoustic.models.model_folder import load, save
 
 __all__ = [
     "AttentionDecoder",

@@ -1,4 +1,4 @@
-"""CTC and attention encoder-decoder: loss, N-best scores, model folders.
+"""CTC and attention encoder-decoder: loss, N-best scores.
 Knows: features and piece ids. Must not know: data, search, fusion.
 
 Legend: B utterances, N token lists an utterance, U tokens, T frames, D model size, V pieces.
@@ -6,17 +6,11 @@ Legend: B utterances, N token lists an utterance, U tokens, T frames, D model si
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import shutil
-import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional, Sequence
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -25,11 +19,10 @@ from icefall_fusion.acoustic.models.ctc import CtcHead
 from icefall_fusion.acoustic.models.decoder import AttentionDecoder, DecoderOptions
 from icefall_fusion.acoustic.models.subsampling import FACTOR
 from icefall_fusion.common.checks import check, check_at_least
-from icefall_fusion.common.files import PathLike, atomic_path, write_json
+from icefall_fusion.common.files import PathLike
 from icefall_fusion.common.processes import upload
 from icefall_fusion.text.tokens import AcousticTokens
 
-MODEL_TYPE = "icefall_fusion_ctc_aed"
 IGNORED = -100  # target id that the decoder's loss skips
 
 
@@ -227,68 +220,3 @@ def check_vocabulary(options: ModelOptions, size: int, blank_id: int, what: str)
         raise ValueError(f"{what} have {size} pieces, but the acoustic model has {outputs} outputs")
     rule = f"be {options.blank_id} as in the acoustic model"
     check(blank_id == options.blank_id, "blank_id", rule, blank_id)
-
-
-def save(model: CtcAed, folder: PathLike, dtype: Optional[torch.dtype] = None) -> None:
-    """Write ``config.json``, ``model.safetensors`` and ``bpe.model`` (if the model knows its pieces).
-
-    Args:
-        folder: made if missing.
-        dtype: type of the stored weights; None keeps float32. Feature statistics stay float32.
-    """
-    folder = Path(folder)
-    weights = {}
-    for name, value in model.state_dict().items():
-        keep = dtype is None or name in ("encoder.mean", "encoder.deviation")
-        weights[name] = value.detach().cpu().to(value.dtype if keep else dtype).contiguous()
-    config = {"model_type": MODEL_TYPE, "options": dataclasses.asdict(model.options)}
-    if model.bpe is not None and model.tokens is not None:
-        config["bpe_fingerprint"] = model.tokens.fingerprint()
-        with atomic_path(folder / "bpe.model") as temporary:
-            shutil.copyfile(model.bpe, temporary)
-    with atomic_path(folder / "model.safetensors") as temporary:
-        save_file(weights, str(temporary))
-    write_json(folder / "config.json", config)
-
-
-def load(folder: PathLike, device: str = "cpu") -> CtcAed:
-    """Read a folder that ``save`` wrote; the model is in float32 and in eval mode.
-
-    Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: the folder holds another kind of model, a vocabulary that does not fit, or broken files.
-    """
-    folder = Path(folder)
-    for name in ("config.json", "model.safetensors"):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} is no acoustic model folder: {name} is missing")
-    config = _read_config(folder / "config.json")
-    if config.get("model_type") != MODEL_TYPE:
-        kind = config.get("model_type")
-        raise ValueError(f"{folder}/config.json: model_type must be {MODEL_TYPE!r}, but is {kind!r}")
-    check("options" in config, f"{folder}/config.json", "have options", sorted(config))
-    bpe = folder / "bpe.model"
-    try:
-        options = ModelOptions.from_dict(config["options"])
-    except (ValueError, TypeError, AttributeError) as error:  # unknown names, values of another type
-        raise ValueError(f"{folder} cannot be loaded as an acoustic model: {error}") from error
-    model = CtcAed(options, bpe if bpe.is_file() else None)
-    wanted = config.get("bpe_fingerprint")
-    if wanted is not None and (model.tokens is None or model.tokens.fingerprint() != wanted):
-        raise ValueError(f"{bpe} must be the SentencePiece model of the training, but is missing or differs")
-    try:
-        weights = load_file(folder / "model.safetensors")
-        model.load_state_dict({name: value.float() for name, value in weights.items()})
-    except (SafetensorError, RuntimeError, OSError) as error:  # cut short, or of another size
-        what = textwrap.shorten(str(error), 400)
-        raise ValueError(f"{folder} cannot be loaded as an acoustic model: {what}") from error
-    return model.to(device).eval()
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # no JSON, or no text at all
-        raise ValueError(f"{path} cannot be loaded as JSON: {error}") from error
-    check(isinstance(config, dict), str(path), "be a JSON object", config)
-    return config

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from icefall_fusion.acoustic.models.ctc_aed import check_vocabulary, load
+from icefall_fusion.acoustic.models import load
+from icefall_fusion.acoustic.models.ctc_aed import check_vocabulary
 from icefall_fusion.acoustic.sources.base import FeatureSource, tokens_of
 from icefall_fusion.common.checks import check
 
