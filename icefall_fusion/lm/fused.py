@@ -7,6 +7,7 @@ nine: four matrix products and five kernels. Keys and values are read where they
 from __future__ import annotations
 
 import functools
+import weakref
 from typing import TYPE_CHECKING, Any, Callable, Optional, Sequence
 
 import torch
@@ -17,6 +18,7 @@ from icefall_fusion.lm.products import Products, Shape
 
 if TYPE_CHECKING:
     from icefall_fusion.lm.fused_event import EventInputs
+    from icefall_fusion.lm.graphs import EventGraphs
     from icefall_fusion.lm.tree_memory import TreeCache
 
 KERNELS = "icefall_fusion.lm.fused_kernels"
@@ -44,6 +46,10 @@ class FusedModel:
 
     Args:
         model: one that `check_fusible` has nothing against.
+
+    Attributes:
+        products: runs the matrix products.
+        graphs: replays events of usual sizes; None: each kernel is launched by itself.
     """
 
     def __init__(self, model: Any) -> None:
@@ -62,7 +68,9 @@ class FusedModel:
             )
             for layer in model.model.layers
         ]
-        self.products = Products(self._gate)
+        mine = weakref.proxy(self)  # a circle would keep all weights until a collection
+        self.products = Products(lambda mixed: mine._gate(mixed))
+        self.graphs: Optional[EventGraphs] = None
         self._types = list(getattr(config, "layer_types", None) or [])
         if next(model.parameters()).is_cuda:
             torch.cuda.empty_cache()  # the weights before they were joined

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from icefall_fusion.lm.token_tree import TokenTree
     from icefall_fusion.lm.tree_memory import TreeCache
 
+_LEAST_WIDTH, _LEAST_WORDS = 8, 4  # smaller ones cost as much: fewer sizes, fewer graphs
+
 
 class EventSizes(NamedTuple):
     """What the launches of an event depend on; few values each.
@@ -109,8 +111,8 @@ def lay_out(
     near = window is not None and int(depth.max()) >= window
     sizes = EventSizes(
         -(-len(nodes) // bucket) * bucket, -(-len(asked) // bucket) * bucket,
-        _power(int((ends - begins).max())), _power(-(-int(used.max()) // SLOT_BUCKET)), near, batch,
-        len(cache.layers),
+        max(_LEAST_WIDTH, _power(int((ends - begins).max()))),
+        max(_LEAST_WORDS, _power(-(-int(used.max()) // SLOT_BUCKET))), near, batch, len(cache.layers),
     )
     buffer = np.zeros(sum(sizes.parts), np.int64)
     views = np.split(buffer, np.cumsum(sizes.parts)[:-1])
@@ -136,8 +138,13 @@ def event_logits(
     device = fused.device
     fused.allocate(cache)
     sizes, buffer = lay_out(tree, cache, nodes, wanted, window, token_bucket(device))
-    inputs = EventInputs.of(on_device(device, torch.from_numpy(buffer)), sizes)
-    return fused.logits(inputs)[: int(wanted.sum())]
+    logits = None
+    if fused.graphs is not None:
+        host = torch.from_numpy(buffer)
+        logits = fused.graphs.logits(sizes, host.pin_memory() if device.type == "cuda" else host)
+    if logits is None:
+        logits = fused.logits(EventInputs.of(on_device(device, torch.from_numpy(buffer)), sizes))
+    return logits[: int(wanted.sum())]
 
 
 def _bytes(view: ndarray, sizes: EventSizes) -> ndarray:

@@ -14,7 +14,8 @@ the tokens of every hypothesis. Then each model scores the same events
     eager tree    one tree an utterance, every token forwarded as soon as it is there;
     lazy, unfused one tree an utterance, a token forwarded when a child of it has to be scored;
     lazy, cublas  the same by fused kernels where a model has them, on a GPU;
-    lazy tree     the same with the matrix products that were the fastest when the model was loaded (ours).
+    lazy, graphs  as the next, with events of usual sizes as CUDA graphs;
+    lazy tree     fused kernels, each product in the form that was the fastest when the model was loaded (ours).
 
 All must give the same scores (float32; in bfloat16 the largest difference is told). Models but the
 shipped one have random weights of the named configuration: time and memory do not depend on the values. The
@@ -59,7 +60,7 @@ def replay(way: str, lm: CausalLm, batches: Batches, device: str) -> tuple[dict,
     """Score all events one way; return what it cost, and the scores."""
     if figures.on_gpu(device):
         torch.cuda.reset_peak_memory_stats()
-    scores, seconds, launching, forwarded, forwards, kv_bytes = [], 0.0, 0.0, 0, 0, 0
+    scores, seconds, launching, forwarded, forwards, kv_bytes, told = [], 0.0, 0.0, 0, 0, 0, {}
     for batch, recorded in batches:
         scorer = WAYS[way](lm, batch)
         for event in recorded:
@@ -73,10 +74,10 @@ def replay(way: str, lm: CausalLm, batches: Batches, device: str) -> tuple[dict,
             seconds += time.perf_counter() - begun
             scorer.after(event)
         forwarded, forwards = forwarded + scorer.forwarded, forwards + scorer.forwards
-        kv_bytes = max(kv_bytes, scorer.kv_bytes)
+        kv_bytes, told = max(kv_bytes, scorer.kv_bytes), scorer.told()
     events = max(1, len(scores))
     row = {"way": way, "seconds": seconds, "events": len(scores), "ms_an_event": 1000 * seconds / events,
-           "tokens_forwarded": forwarded, "forwards": forwards, "kv_mb": kv_bytes / 2**20}
+           "tokens_forwarded": forwarded, "forwards": forwards, "kv_mb": kv_bytes / 2**20, **told}
     if figures.on_gpu(device):
         row["peak_mb"] = torch.cuda.max_memory_allocated() / 2**20
         row["host_ms_an_event"] = 1000 * launching / events
@@ -128,7 +129,8 @@ def measure_way(
         lm.model.set_attn_implementation("sdpa")
     few = [(batch, events[:2]) for batch, events in batches[:1]]
     # of trees all: on a GPU each size that comes for the first time may cost as much as all events
-    replay(way, lm, batches if tree and figures.on_gpu(device) else few, device)
+    for _ in range(WAYS[way].rounds):
+        replay(way, lm, batches if tree and figures.on_gpu(device) else few, device)
     row, scores = replay(way, lm, batches, device)
     if figures.on_gpu(device) and tree and not WAYS[way].eager:
         row.update(gpu_alone(way, lm, batches))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+import weakref
 from pathlib import Path
 from typing import Any, Callable, Optional, Sequence
 
@@ -17,6 +18,7 @@ sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 from llm_events import Event  # noqa: E402
 
 from icefall_fusion.lm import CausalLm  # noqa: E402
+from icefall_fusion.lm.graphs import EventGraphs, graphs_of  # noqa: E402
 from icefall_fusion.lm.tree_forward import ForwardPlan  # noqa: E402
 from icefall_fusion.lm.tree_memory import TreeCache  # noqa: E402
 
@@ -27,6 +29,7 @@ class Way:
     """Scores the events of one batch; counts tokens forwarded and bytes of keys and values."""
 
     needs_fused = False  # whether it is another way only where a model is fused
+    rounds = 1  # before it is timed
 
     def __init__(self, lm: CausalLm, batch: int) -> None:
         self.lm, self.batch = lm, batch
@@ -44,6 +47,10 @@ class Way:
 
     def after(self, event: Event) -> None:
         """Do what follows an event (untimed): clean up, count."""
+
+    def told(self) -> dict[str, Any]:
+        """Return what else a row has."""
+        return {}
 
     def score(self, event: Event) -> Tensor:
         raise NotImplementedError
@@ -244,9 +251,32 @@ class UntunedTree(LazyTree):
             products.on = before
 
 
+class GraphsTree(LazyTree):
+    """Ours with events of usual sizes as CUDA graphs."""
+
+    needs_fused = True
+    rounds = 2  # a size is run, then captured, then replayed
+    _graphs: weakref.WeakKeyDictionary[Any, EventGraphs] = weakref.WeakKeyDictionary()  # by fused model
+
+    def launch(self, prepared: tuple[Tensor, bool]) -> Callable[[], Tensor]:
+        fused = self.lm.fused
+        if fused not in self._graphs:
+            self._graphs[fused] = graphs_of(fused)
+        fused.graphs = self._graphs[fused]
+        try:
+            return super().launch(prepared)
+        finally:
+            fused.graphs = None
+
+    def told(self) -> dict[str, Any]:
+        graphs = self._graphs[self.lm.fused]
+        return {"graphs": graphs.captured, "graphs_failed": graphs.failure}
+
+
 WAYS: dict[str, type[Way]] = {
     "full texts": FullTexts, "path caches": PathCaches, "eager tree": EagerTree,
-    "lazy, unfused": UnfusedTree, "lazy, cublas": UntunedTree, "lazy tree": LazyTree,
+    "lazy, unfused": UnfusedTree, "lazy, cublas": UntunedTree,
+    "lazy, graphs": GraphsTree, "lazy tree": LazyTree,
 }
 
 

@@ -1,0 +1,103 @@
+"""Events on static buffers against the plain path; what is kept, what goes, what fails.
+Knows: graphs.py, fused layers, tiny random models. Must not know: search, fusion.
+
+No graph was ever captured on a GPU. Without one the same class runs each event on its static buffer without
+a capture; kernels run in Triton's interpreter (see conftest.py).
+"""
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("triton")
+from icefall_fusion.lm import CausalLm
+from icefall_fusion.lm.fused import FusedModel
+from icefall_fusion.lm.graphs import EventGraphs, graphs_of, use_graphs
+from tests.lm.test_fused import DEVICE, make, scores_of
+
+
+def fused(name: str) -> CausalLm:
+    lm = make(name)
+    lm.fused = FusedModel(lm.model)
+    return lm
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral-window", "qwen2-window"])
+@pytest.mark.parametrize("after, most", [(0, 32), (1, 1)])
+def test_static_buffers_change_no_score(name, after, most) -> None:
+    lm = fused(name)
+    want = scores_of(lm)
+    lm.fused.graphs = EventGraphs(lm.fused.logits, None, most, after)
+    for _ in range(2):  # another tree with other buffers: what was kept serves it too
+        for found, wanted in zip(scores_of(lm), want):
+            torch.testing.assert_close(found, wanted, atol=1e-6, rtol=0)
+    graphs = lm.fused.graphs
+    assert 0 < len(graphs._kept) <= most and graphs.failure is None
+    assert graphs.captured == len(graphs._kept) if most == 32 else graphs.captured > most
+    assert graphs.replayed > graphs.captured or most == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["llama", "mistral-window"])
+def test_graphs_on_a_gpu_change_no_score(name) -> None:
+    lm = fused(name)
+    want = scores_of(lm)
+    use_graphs(lm)
+    for _ in range(3):
+        for found, wanted in zip(scores_of(lm), want):
+            torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
+    assert lm.fused.graphs.failure is None and lm.fused.graphs.replayed > 0
+
+
+def test_a_capture_that_fails_is_told_once_and_each_kernel_is_launched(caplog) -> None:
+    class Fails:
+        device = torch.device("cpu")
+
+        def __call__(self, work):
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    lm = fused("llama")
+    want = scores_of(lm)
+    lm.fused.graphs = EventGraphs(lm.fused.logits, Fails(), after=0)
+    lm.fused.graphs._take_turns = lambda: None  # there are no streams here
+    for found, wanted in zip(scores_of(lm), want):
+        assert torch.equal(found, wanted)
+    assert caplog.text.count("no CUDA graphs") == 1 and "not permitted" in lm.fused.graphs.failure
+    assert lm.fused.graphs.replayed == 0
+
+
+def test_memory_that_runs_out_is_not_swallowed() -> None:
+    def run(event):
+        raise torch.OutOfMemoryError("no memory")
+
+    lm = fused("llama")
+    lm.fused.graphs = EventGraphs(run, None, after=0)
+    with pytest.raises(torch.OutOfMemoryError):
+        scores_of(lm)
+
+
+def test_weights_are_freed_with_their_model() -> None:
+    lm = fused("llama")
+    lm.fused.graphs = graphs_of(lm.fused)
+    scores_of(lm)
+    scores_of(lm)
+    assert lm.fused.graphs.captured
+    gone = weakref.ref(lm.fused)
+    gc.disable()  # a collection would free circles, too
+    try:
+        lm.fused = None
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_a_model_that_is_not_fused_has_no_graphs() -> None:
+    lm = make("llama")
+    lm.fused = None
+    with pytest.raises(ValueError, match="model llama must run by fused kernels on a GPU"):
+        use_graphs(lm)
