@@ -15,7 +15,7 @@ the tokens of every hypothesis. Then each model scores the same events
     lazy, unfused one tree an utterance, a token forwarded when a child of it has to be scored;
     lazy, cublas  the same by fused kernels where a model has them, on a GPU;
     lazy, graphs  as the next, with events of usual sizes as CUDA graphs;
-    lazy tree     fused kernels, each product in the form that was the fastest when the model was loaded (ours).
+    lazy tree     fused kernels, each product in the form that was the fastest at loading (ours).
 
 All must give the same scores (float32; in bfloat16 the largest difference is told). Models but the
 shipped one have random weights of the named configuration: time and memory do not depend on the values. The
