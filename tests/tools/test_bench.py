@@ -124,11 +124,13 @@ def test_whole_decodes_of_saved_log_probs_one_method_after_the_other(saved, tmp_
     bench, output = runpy.run_path(str(BENCH / "fusion.py")), tmp_path / "fusion.json"
     methods = ["llm-nbest-rescoring", "llm-delayed-interval-4", "llm-delayed-interval-4-late-2"]
     given = [*saved, "--apart", "--limit", "3", "--beams", "4", "--batches", "2", "--output", str(output)]
-    args = bench["arguments"]([*given, "--methods", *methods])
+    args = bench["arguments"]([*given, "--methods", *methods, "--groups", "1", "2"])
     rows, more = bench["measure"](args)
     written = json.loads(output.read_text())
     assert written["rows"] == rows and written["matrix_ops_a_second"] == more["matrix_ops_a_second"] > 0
-    assert [row["method"] for row in rows] == methods
+    expected = [(methods[0], 1), *((method, groups) for method in methods[1:] for groups in (1, 2))]
+    assert [(row["method"], row["groups"]) for row in rows] == expected
+    assert all(rows[1][key] == rows[2][key] for key in ("lm_tokens_forwarded", "wer"))
     for row in rows:
         assert row["floor_seconds"] > 0 and row["times_floor"] > 1
         assert 0 < row["device_seconds"] and 0 <= row["host_share"] < 1
@@ -151,6 +153,14 @@ def test_tokens_of_hypotheses_are_those_of_their_paths(lm) -> None:
         assert (held.tokens, held.cells) == (4 + 10, 2 * 10)
     lm.open_tree(1).score([0])
     assert held.tokens == 14
+    with counting() as held:
+        other = lm.open_tree(1)
+        tree.score(first)
+        other.score([other.insert(0, [4])])
+        assert (held.tokens, held.cells) == (10 + 2, 12 + 2)  # both trees are there
+        del other
+        tree.score([tree.insert(tree.root(0), [7] * 9)])
+        assert (held.tokens, held.cells) == (12, 14)
     bytes_a_token = runpy.run_path(str(BENCH / "hypothesis_caches.py"))["bytes_a_token"]
     assert bytes_a_token(lm) == 2 * 2 * 2 * 8 * 4
     assert tree.stats()["kv_bytes_peak"] % (bytes_a_token(lm) * 2) == 0

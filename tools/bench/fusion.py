@@ -27,7 +27,7 @@ import argparse
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Optional, Sequence
+from typing import Any, Iterator, Optional, Sequence
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
@@ -35,6 +35,7 @@ sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 import figures  # noqa: E402
 import hypothesis_caches  # noqa: E402
 import speech  # noqa: E402
+from fusion_columns import SHOWN  # noqa: E402
 from rates import rates  # noqa: E402
 from shapes import SHAPES, of_shape  # noqa: E402
 from timeline import watching  # noqa: E402
@@ -63,6 +64,7 @@ TARGETS = (
     ("host_share", 0.2, "host < 20 % of the time"),
     ("kv_of_rows", 0.2, "keys and values <= 1/5 of caches by hypothesis"),
 )
+
 _FAINT = 1e-3  # weight of an LLM that knows nothing
 _NO_BOUND = 1e9  # seconds in a batch: --batches says how many utterances
 _LONGEST_WATCHED = 10.0  # seconds of a decode that is watched by the profiler
@@ -83,10 +85,10 @@ def measure(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, A
             for quantization in args.quantizations:
                 run, more["left_out"] = open_run(args, sets, batch, beam, quantization)
                 every, new = list(run.recognizer.methods), []
-                for some in [[one] for one in every] if args.apart else [every]:
+                for some, groups in turns(every, args):
                     made = decode(args, run, some, sets)
                     for row in made:
-                        row.update(beam=beam, batch=batch, quantization=quantization)
+                        row.update(beam=beam, batch=batch, quantization=quantization, groups=groups)
                         add_costs(row, run, own_rates)
                     new += made
                     compare(new, base)
@@ -98,11 +100,24 @@ def measure(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, A
     return rows, more
 
 
+def turns(every: list[Any], args: argparse.Namespace) -> Iterator[tuple[list[Any], int]]:
+    """Yield methods that are decoded together, and the groups of their searches (0: as the search chooses).
+
+    Groups make a difference to delayed fusion alone; other methods come once.
+    """
+    for some in [[one] for one in every] if args.apart else [every]:
+        delayed = any(spec.trigger is not None for method in some for spec in method.spec.fusions)
+        for groups in args.groups if delayed else args.groups[:1]:
+            for method in some:
+                method.search = replace(method.search, groups=groups or None)
+            yield some, groups
+
+
 def open_run(
     args: argparse.Namespace, sets: dict[str, str], batch: int, beam: int, quantization: str
 ) -> tuple[DecodeRun, list[str]]:
     """Return a run, and the methods that it leaves out as a model is not there."""
-    search = PrefixSearchOptions(beam=beam, engine=args.engine, groups=args.groups)
+    search = PrefixSearchOptions(beam=beam, engine=args.engine)
     options = speech.decode_options(
         args, f"{args.speech}/fusion", sets, methods=list(args.methods), search=search, batch_size=batch,
         batch_seconds=_NO_BOUND, limit=args.limit, threads=args.threads,
@@ -190,6 +205,7 @@ def add_costs(row: dict[str, Any], run: DecodeRun, own_rates: tuple[float, float
             lm.model, row["lm_forwards"], row["lm_tokens_forwarded"], own_rates
         )
         row["times_floor"] = row["lm_seconds"] / row["floor_seconds"]
+        row["whole_times_floor"] = row["seconds"] / row["floor_seconds"]
         if held is not None:
             row.update(held.bytes(lm, row["kv_bytes_peak"]))
     if "device_seconds" in row:
@@ -226,14 +242,9 @@ def show(rows: list[dict[str, Any]]) -> None:
         return
     weights = f"LLM of {rows[0]['llm_weights'] / 2**20:,.0f} MB, quantization {rows[0]['quantization']}"
     print(f"\nbeam {rows[0]['beam']}, batch {rows[0]['batch']}, {weights}: {rows[0]['words']:,} words")
-    titles = f"{'WER %':>8}{'RTF':>9}{'faster':>9}{'search s':>10}{'LM s':>8}{'floor s':>9}{'x floor':>8}"
-    print(f"{'method':34}{titles}{'LM RTF':>9}{'tokens':>10}{'KV MB':>8}{'of rows':>9}{'host':>6}")
+    print(f"{'method':34}" + "".join(f"{column.title:>{column.width}}" for column in SHOWN))
     for row in rows:
-        shares = [f"{row[key]:.2f}" if key in row else "" for key in ("kv_of_rows", "host_share")]
-        print(f"{row['method']:34}{row['wer']:8.2f}{row['rtf']:9.5f}{row['times_faster']:8.2f}x"
-              f"{row['search_seconds']:10.2f}{row['lm_seconds']:8.2f}{row.get('floor_seconds', 0.0):9.3f}"
-              f"{row.get('times_floor', 0.0):8.2f}{row['llm_rtf']:9.5f}{row['lm_tokens_forwarded']:10,}"
-              f"{row['kv_bytes_peak'] / 2**20:8.1f}{shares[0]:>9}{shares[1]:>6}", flush=True)
+        print(f"{row['method']:34}" + "".join(column.cell(row) for column in SHOWN), flush=True)
     for row in rows:
         if row.get("targets"):
             said = ", ".join(f"{name}: {'met' if met else 'MISSED'}" for name, met in row["targets"].items())
@@ -253,7 +264,8 @@ def arguments(given: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="", help="of the LLMs' weights; none: float32")
     parser.add_argument("--shape", default="", choices=["", *SHAPES], help="random LLMs of this size")
     parser.add_argument("--engine", default="auto", choices=["auto", "native", "triton", "torch"])
-    parser.add_argument("--groups", type=int, help="of utterances in turns; none: as ever")
+    parser.add_argument("--groups", type=int, nargs="+", default=[0],
+                        help="groups of utterances in turns, for delayed fusion; 0: as the search chooses")
     parser.add_argument("--apart", action="store_true", help="method by method, as on a GPU")
     parser.add_argument("--threads", type=int, default=1, help="of torch on a CPU")
     parser.add_argument("--output", default="bench/fusion.json")

@@ -34,13 +34,14 @@ MB = 1 / 2**20
 COLUMNS: dict[str, list[Column]] = {
     "fusion": [
         Column("method", "method"), Column("batch", "batch"), Column("beam", "beam"),
+        Column("groups", lambda row: row.get("groups") or None),
         Column("search s", "search_seconds", "{:.3f}"), Column("LM s", "lm_seconds", "{:.3f}"),
         Column("floor s", "floor_seconds", "{:.3f}"), Column("x floor", "times_floor", "{:.2f}"),
-        Column("LLM RTF", "llm_rtf", "{:.5f}"), Column("RTF", "rtf", "{:.5f}"),
-        Column("times llm-shallow", "times_faster", "{:.2f}"), Column("LM calls", "lm_forwards", "{:,}"),
-        Column("tokens", "lm_tokens_forwarded", "{:,}"), Column("KV MB", "kv_bytes_peak", "{:,.0f}", MB),
-        Column("of rows", "kv_of_rows", "{:.2f}"), Column("host %", "host_share", "{:.0f}", 100),
-        Column("WER %", "wer", "{:.2f}"),
+        Column("all x floor", "whole_times_floor", "{:.2f}"), Column("LLM RTF", "llm_rtf", "{:.5f}"),
+        Column("RTF", "rtf", "{:.5f}"), Column("times llm-shallow", "times_faster", "{:.2f}"),
+        Column("LM calls", "lm_forwards", "{:,}"), Column("tokens", "lm_tokens_forwarded", "{:,}"),
+        Column("KV MB", "kv_bytes_peak", "{:,.0f}", MB), Column("of rows", "kv_of_rows", "{:.2f}"),
+        Column("host %", "host_share", "{:.0f}", 100), Column("WER %", "wer", "{:.2f}"),
     ],
     "llm_tree": [
         Column("model", "model"), Column("way", "way"), Column("fused", "fused"),

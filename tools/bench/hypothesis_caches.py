@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import weakref
 from pathlib import Path
 from typing import Any, Callable, Iterator
 
@@ -24,7 +25,7 @@ from icefall_fusion.lm.tree_scorer import TreeScorer
 
 
 class Held:
-    """Tokens that hypotheses hold: the most at once, over all trees of a block.
+    """Tokens that hypotheses hold: the most at once, of all trees that there are then.
 
     Attributes:
         tokens: the most.
@@ -33,24 +34,26 @@ class Held:
 
     def __init__(self) -> None:
         self.tokens = self.cells = 0
+        self._trees: weakref.WeakKeyDictionary[TreeScorer, np.ndarray] = weakref.WeakKeyDictionary()
 
-    def note(self, scorer: TreeScorer, held: np.ndarray, nodes: Any) -> None:
+    def note(self, scorer: TreeScorer, nodes: Any) -> None:
         """Take the hypotheses of some utterances into account.
 
         Args:
-            scorer: of the batch.
-            held: [3, B] tokens of each utterance's hypotheses, their number, the tokens of the longest; kept
-                from call to call.
+            scorer: of their batch.
             nodes: of all hypotheses of the utterances that are scored now.
         """
         flat = integers(nodes, "nodes")
         owner, depth = scorer.tree.utterance[flat], scorer.tree.depth[flat] + 1
+        # of each utterance: tokens of its hypotheses, their number, tokens of the longest
+        held = self._trees.setdefault(scorer, np.zeros((3, len(scorer.tree.roots)), np.int64))
         held[:, np.unique(owner)] = 0
         np.add.at(held[0], owner, depth)
         np.add.at(held[1], owner, 1)
         np.maximum.at(held[2], owner, depth)
-        self.tokens = max(self.tokens, int(held[0].sum()))
-        self.cells = max(self.cells, int(held[1].sum() * held[2].max()))
+        every = list(self._trees.values())
+        self.tokens = max(self.tokens, sum(int(one[0].sum()) for one in every))
+        self.cells = max(self.cells, sum(int(one[1].sum() * one[2].max()) for one in every))
 
     def bytes(self, lm: CausalLm, kv_bytes: int) -> dict[str, float]:
         """Return the bytes of both, and ``kv_bytes`` of a tree as a share of them."""
@@ -63,14 +66,13 @@ class Held:
 @contextlib.contextmanager
 def counting() -> Iterator[Held]:
     """Count within the block what hypotheses hold when a tree is asked for their scores."""
-    found, trees = Held(), {}
+    found = Held()
     before = {name: getattr(TreeScorer, name) for name in ("launch", "next_log_probs")}
 
     def counted(method: Callable[..., Any]) -> Callable[..., Any]:
         def call(self: TreeScorer, nodes: Any, *more: Any, **named: Any) -> Any:
             result = method(self, nodes, *more, **named)  # before: new nodes come into the tree's arrays
-            _, held = trees.setdefault(id(self), (self, np.zeros((3, len(self.tree.roots)), np.int64)))
-            found.note(self, held, nodes)
+            found.note(self, nodes)
             return result
 
         return call

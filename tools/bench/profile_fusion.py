@@ -39,6 +39,7 @@ MARKED = {
     "icefall_fusion.fusion.delayed:DelayedFusion._launch": EVENT,
     "icefall_fusion.fusion.delayed:DelayedFusion._nodes": "words to tokens",
     "icefall_fusion.fusion.delayed:DelayedFusion._join": JOIN,
+    "icefall_fusion.fusion.delayed:DelayedFusion._land": "late scores",
     "icefall_fusion.fusion.delayed:DelayedFusion._clean": "clean up the tree",
     "icefall_fusion.lm.tree_scorer:TreeScorer.launch": LAUNCH,
     "icefall_fusion.lm.tree_scorer:forward": FORWARD,
@@ -106,7 +107,7 @@ def measure(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, A
         utterances = [u for path in sets.values() for u in read_cuts(path, recognizer.source.wants)]
         utterances = sorted(utterances, key=lambda u: -u.seconds)[:batch]
         (emitted,) = recognizer.emit(utterances)
-        for method in recognizer.methods:
+        for (method,), groups in fusion.turns(recognizer.methods, args):
             for _ in range(2):
                 method.decode(emitted.emissions)
             with marking() as gone, watching(args.device, trace=args.trace) as watched, mark(BATCH):
@@ -115,7 +116,7 @@ def measure(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, A
             more["not_marked"] = gone
             for section, start, end in sections(watched[0], "-late-" in method.name):
                 row = {"method": method.name, "batch": len(utterances), "beam": args.beam, "section": section}
-                rows.append({**row, **watched[0].report(start, end)})
+                rows.append({**row, "groups": groups, **watched[0].report(start, end)})
                 figures.save(args, rows, **more)
                 show(rows[-1])
         del run, recognizer, emitted
@@ -138,15 +139,15 @@ def sections(timeline: Timeline, late: bool) -> list[tuple[str, float, float]]:
     if not pairs:
         return found
     event, after = pairs[len(pairs) // 2]
-    goes_on = event.end
-    if not late:
-        goes_on = max(join.end for join in timeline.marks(f"{JOIN} ") if join.start < after.start)
-    end = goes_on
+    end = event.end
     for launch in timeline.marks(f"{LAUNCH} "):
-        if event.start <= launch.start < event.end:  # its wait may come later than the event's end
-            number = launch.name.removeprefix(f"{LAUNCH} ")
-            end = max([end, *(w.end for w in timeline.marks(f"{WAIT} ") if w.name == f"{WAIT} {number}")])
-    return [("event", event.start, end), ("frames", goes_on, after.start), *found]
+        if event.start <= launch.start < event.end:
+            name = f"{WAIT} {launch.name.removeprefix(f'{LAUNCH} ')}"
+            waits = [wait for wait in timeline.marks(WAIT) if wait.name == name]
+            joins = [join for wait in waits for join in timeline.marks(JOIN) if join.start >= wait.end]
+            end = max([end, *(wait.end for wait in waits), *(join.end for join in joins[:1])])
+    frames = (end, after.start) if end < after.start else (event.end, after.start)  # groups take turns
+    return [("event", event.start, end), ("frames", *frames), *found]
 
 
 def show(row: dict[str, Any]) -> None:
@@ -177,11 +178,12 @@ def arguments(given: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="", help="of the LLM's weights; none: float32")
     parser.add_argument("--shape", default="", choices=["", *fusion.SHAPES], help="a random LLM of this size")
     parser.add_argument("--engine", default="auto", choices=["auto", "native", "triton", "torch"])
-    parser.add_argument("--groups", type=int, default=1, help="of utterances in turns, see search/turns.py")
+    parser.add_argument("--groups", type=int, nargs="+", default=[1],
+                        help="of utterances in turns, see search/turns.py; 0: as the search chooses")
     parser.add_argument("--threads", type=int, default=1, help="of torch on a CPU")
     parser.add_argument("--trace", default="", help="file for the whole trace of the last batch")
     parser.add_argument("--output", default="bench/profile.json")
-    return argparse.Namespace(**vars(parser.parse_args(given)), limit=0)
+    return argparse.Namespace(**vars(parser.parse_args(given)), limit=0, apart=True)
 
 
 def main() -> None:
