@@ -27,7 +27,7 @@ ROOT = HERE.parents[1]
 sys.path.insert(0, str(HERE))
 
 from processes import Log, Outcome, run_command, stop_on_signals  # noqa: E402
-from steps import SPEECH, STEPS, Step, select  # noqa: E402
+from steps import STEPS, Step, select  # noqa: E402
 
 BUDGETS = {1: 420, 2: 330}  # seconds of a call, from its start
 LEAST = 8  # seconds with which a step is still begun
@@ -158,7 +158,8 @@ class Day:
     ) -> list[str]:
         """Run a step's command, keep its outcome and rows in ``entry``; return the last lines it said."""
         result, said = self.scratch / f"{name}.json", self.scratch / f"{name}.log"
-        command = [*before, sys.executable, *fill(step, self.args, result, self.cpu), *more]
+        words = fill(step, self.args, result, self.cpu)
+        command = [*before, "bash" if words[0].endswith(".sh") else sys.executable, *words, *more]
         entry.update(status="runs", command=" ".join(command[1:]))
         self.log.say(f"== {name}, at most {limit:.0f} s of {self.left():.0f} s left")
         self.log.follow(said)
@@ -223,8 +224,8 @@ class Day:
 def fill(step: Step, args: argparse.Namespace, result: Path, cpu: bool) -> list[str]:
     """Return the arguments of Python for a step."""
     words = step.words(cpu)
-    if step.speech and (Path(args.payload) / "speech" / "cuts.jsonl.gz").is_file():
-        words += SPEECH.split()
+    if step.given is not None and (Path(args.payload) / step.given[0]).is_file():
+        words += step.given[1].split()
     names = {"device": args.device, "payload": args.payload, "result": result, "out": args.out}
     for name, value in names.items():
         words = [word.replace(f"{{{name}}}", str(value)) for word in words]

@@ -16,16 +16,19 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any, Optional, Sequence
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-sys.path[:0] = [str(HERE), str(HERE.parent / "bench"), str(ROOT)]
+sys.path.insert(0, str(HERE))
 
 import lean  # noqa: E402
+from steps import SHIPPED_METHODS  # noqa: E402
 from wheels import make_wheels, unserved  # noqa: E402
 
 MOST = 60 * 2**20  # bytes of one call; 64 MiB are allowed
@@ -44,7 +47,7 @@ LEFT_OUT = tuple(
 )
 #: Ignored paths of each call; those of .gpu need not be there.
 CARRIED = {
-    1: (".gpu/pack.json", ".gpu/wheels", ".gpu/speech", ".gpu/events", LEFT_OUT[1], LEFT_OUT[4]),
+    1: (".gpu/pack.json", ".gpu/wheels", ".gpu/speech", LEFT_OUT[1], LEFT_OUT[4]),
     2: (".gpu/pack.json", ".gpu/wheels", ".gpu/call2"),
 }
 TIMEOUTS = {1: 480, 2: 400}
@@ -59,46 +62,40 @@ SENTENCES = 64
 
 
 def make_speech(out: Path) -> None:
-    """Speak the demo's sentences, keep their log-probs by the shipped model, and what a CPU finds in them."""
+    """Make log-probs of the demo's sentences by the shipped model, the LLM's events, and a CPU's rows.
+
+    With these neither speech nor the acoustic model travels. The rows of a CPU stay here, to compare with.
+    """
     import numpy as np
-    import speech
 
-    from icefall_fusion.decode.demo import SETS, DemoOptions, read_sentences, speak
-    from icefall_fusion.decode.job import DecodeRun
+    folder, work = out / "speech", out / "work"
+    made_of = digest([ROOT / name for name in (*LEFT_OUT[:2], "tools/demo/stories.txt")])
+    stamp = out / "speech.made-of"
+    if not (stamp.is_file() and stamp.read_text() == made_of):
+        bench("speech", "--keep", folder, "--speech", work / "speech", "--sentences", SENTENCES)
+        for path in folder.glob("*.npz"):  # a third smaller
+            with np.load(path) as archive:
+                np.savez_compressed(path, **{name: archive[name] for name in archive.files})
+        given = ("--emissions", folder, "--speech", work / "events")
+        for batch in (32, 64):
+            bench("llm_tree", *given, "--batch", batch, "--record", folder / f"events-{batch}.json.gz")
+        methods = SHIPPED_METHODS.split()
+        bench("fusion", *given, "--methods", *methods, "--output", out / "cpu-fusion.json")
+        shutil.rmtree(work, ignore_errors=True)
+        stamp.write_text(made_of)
 
-    stamp = digest([ROOT / LEFT_OUT[0], ROOT / "tools/demo/stories.txt", HERE / "pack.py"])
-    done = out / "speech" / "made-of"
-    if done.is_file() and done.read_text() == stamp:
-        return
-    shutil.rmtree(out / "speech", ignore_errors=True)
-    work = out / "work"
-    shutil.rmtree(work, ignore_errors=True)
-    demo = DemoOptions(out=str(work / "speech"))
-    every = read_sentences(demo.stories)
-    chosen = [
-        every[number * len(every) // SENTENCES] for number in range(SENTENCES)
-    ]  # half clean, half noisy
-    sets = [speak(demo, work / "speech", name, chosen) for name in SETS]
-    cuts = out / "speech" / "cuts.jsonl.gz"
-    cuts.parent.mkdir(parents=True)
-    with open(cuts, "wb") as file:  # files of gzip may follow one another
-        for path in sets:
-            file.write(Path(path).read_bytes())
-    args = argparse.Namespace(device="cpu", emissions_model="", llm="")
-    options = speech.decode_options(
-        args,
-        str(work / "decode"),
-        {"demo": str(cuts)},
-        methods=["ctc-greedy"],
-        save_emissions=str(work / "emissions"),
-    )
-    DecodeRun(options).decode_all()
-    target = out / "speech" / "emissions"
-    shutil.copytree(work / "emissions" / "demo", target)
-    for path in target.glob("*.npz"):  # a third smaller
-        with np.load(path) as archive:
-            np.savez_compressed(path, **{name: archive[name] for name in archive.files})
-    done.write_text(stamp)
+
+def bench(program: str, *options: object) -> None:
+    """Run a benchmark here, on the CPU.
+
+    Raises:
+        RuntimeError: it fails; with the end of what it says.
+    """
+    command = [sys.executable, f"tools/bench/{program}.py", *map(str, options)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{program} failed: {(done.stdout + done.stderr)[-2000:]}")
 
 
 def digest(paths: Sequence[Path]) -> str:

@@ -10,8 +10,12 @@ import shlex
 from dataclasses import dataclass
 from typing import Optional, Sequence
 
-#: Options of a program that can decode the sentences of the payload.
-SPEECH = "--cuts {payload}/speech/cuts.jsonl.gz --emissions-model {payload}/speech/emissions"
+#: Options that follow where a file of the payload is: the file, the options.
+SPEECH = ("speech/cuts.jsonl.gz", "--emissions {payload}/speech")
+EVENTS = {size: (f"speech/events-{size}.json.gz", f"--events {{payload}}/speech/events-{size}.json.gz")
+          for size in (32, 64)}
+#: What is decoded by the shipped LLM; a CPU's rows of the same are made with the payload.
+SHIPPED_METHODS = "llm-delayed-interval-16 llm-delayed-shortest-ahead llm-nbest-rescoring"
 #: Decoders of search.py that take long on a CPU.
 SLOW = ("torchaudio", "flashlight log_add", "flashlight log_add, 40", "flashlight max", "pyctcdecode",
         "fast-ctc-decode", "k2, best path", "ours, mass recovered")
@@ -30,7 +34,7 @@ class Step:
         cpu: options that follow in a rehearsal on a CPU; None: there is nothing to run there.
         small: options that follow when the step is repeated after a CUDA error; None: it is not.
         call: 1 or 2; 0: not on the day, only by --only.
-        speech: whether the sentences of the payload are given, where they are.
+        given: a file of the payload and the options that follow where it is.
         trusts: whether kernels that failed in the first step are switched off for it.
     """
 
@@ -40,7 +44,7 @@ class Step:
     cpu: Optional[str] = ""
     small: Optional[str] = None
     call: int = 1
-    speech: bool = False
+    given: Optional[tuple[str, str]] = None
     trusts: bool = True
 
     def words(self, cpu: bool = False) -> list[str]:
@@ -60,13 +64,14 @@ def _frames(name: str, limit: int, options: str, **more: object) -> Step:
 
 
 def _fusion(name: str, limit: int, options: str, **more: object) -> Step:
-    return _bench(name, limit, f"fusion {options}", cpu=f"{_FEW} --shape ''", small=_FEW, speech=True, **more)
+    cpu = f"{_FEW} --shape '' --dtype '' --methods llm-nbest-rescoring llm-delayed-interval-16"
+    return _bench(name, limit, f"fusion {options}", cpu=cpu, small=_FEW, given=SPEECH, **more)
 
 
-def _tree(name: str, limit: int, options: str, **more: object) -> Step:
-    cpu = "--dtype float32 --models minibooks --batch 2"
+def _tree(name: str, limit: int, options: str, batch: int = 32, **more: object) -> Step:
+    cpu = "--dtype float32 --models minibooks --first 2"
     call = f"llm_tree --dtype bfloat16 {options}"
-    return _bench(name, limit, call, cpu=cpu, small="--batch 2", speech=True, **more)
+    return _bench(name, limit, call, cpu=cpu, small="--first 2", given=EVENTS[batch], **more)
 
 
 def _training(name: str, limit: int, options: str, **more: object) -> Step:
@@ -75,7 +80,7 @@ def _training(name: str, limit: int, options: str, **more: object) -> Step:
     return _bench(name, limit, f"training {recipe}", cpu=cpu, small="--seconds 60 --steps 2", **more)
 
 
-_7B = "--dtype bfloat16 --shape mistral-7b --methods"
+_7B = "--dtype bfloat16 --shape mistral-7b"
 
 STEPS = (
     Step("smoke", 75, "tools/gpu/smoke.py --device {device} --output {result}", cpu="--limit 120",
@@ -85,24 +90,23 @@ STEPS = (
            f"search --batch 128 --beams 10 --rounds 3 --budget 3 --leave-out {shlex.join(SLOW)}",
            cpu="--batch 2 --frames 40 --rounds 1", small="--batch 2 --rounds 1"),
     _tree("llm_tree", 60, "--models mistral-7b --ways 'lazy tree' 'lazy, unfused'"),
-    _fusion("fusion-7b", 110, f"{_7B} llm-shallow llm-nbest-rescoring llm-delayed-shortest "
-            "llm-delayed-interval-16 llm-delayed-interval-16-ahead"),
-    _fusion("fusion-shipped", 40, "--methods llm-delayed-interval-16 llm-delayed-shortest-ahead "
-            "llm-nbest-rescoring"),
-    _bench("profile", 45, "profile_fusion --dtype bfloat16 --shape mistral-7b --batches 32",
-           cpu="--shape '' --dtype '' --batches 2", small="--batches 2", speech=True),
-    _bench("memory", 75, "memory --dtype bfloat16 --shapes mistral-7b --batch 8",
-           cpu="--dtype '' --shapes minibooks --batch 2 --seconds 3 --methods llm-delayed-interval-16",
-           small="--batch 2 --seconds 5", speech=True),
+    _bench("profile", 50, f"profile_fusion {_7B}", cpu="--batches 2 --shape '' --dtype ''",
+           small="--batches 2", given=SPEECH),
+    _fusion("fusion-7b", 110, f"{_7B} --methods llm-shallow llm-nbest-rescoring llm-delayed-shortest "
+            "llm-delayed-interval-16 llm-delayed-interval-16-ahead llm-delayed-interval-16-late-8"),
+    _fusion("fusion-shipped", 40, f"--methods {SHIPPED_METHODS}"),
     Step("tests", 90, "tools/gpu/gpu_tests.py --device {device} --output {result}",
          cpu="--files tests/ngram/test_ngram.py", trusts=False),
+    _bench("memory", 75, "memory --dtype bfloat16 --shapes mistral-7b --batch 8",
+           cpu="--dtype '' --shapes minibooks --batch 2 --seconds 3 --methods llm-delayed-interval-16",
+           small="--batch 2 --seconds 5", given=SPEECH),
     _training("training", 40, ""),
     # if time is left
     _frames("frame_loop-rest", 40, "--batches 1 32 128 --beams 10 --engines triton torch --rounds 2"),
+    _tree("llm_tree-64", 40, "--models mistral-7b --ways 'lazy tree'", 64),
     _tree("llm_tree-ways", 60, "--models mistral-7b --ways 'full texts' 'path caches' 'eager tree'"),
-    _tree("llm_tree-64", 40, "--models mistral-7b --batch 64 --ways 'lazy tree'"),
+    _fusion("fusion-7b-64", 60, f"{_7B} --methods llm-delayed-shortest llm-delayed-interval-16 --batches 64"),
     _tree("llm_tree-3b", 40, "--models open-llama-3b --ways 'lazy tree' 'lazy, unfused'"),
-    _fusion("fusion-7b-64", 60, f"{_7B} llm-delayed-shortest llm-delayed-interval-16 --batches 64"),
     # not on the day: by --only alone, for those who have more time
     _frames("frame_loop-wide", 300, "--batches 1 32 128 --beams 10 20 50", call=0),
     _bench("scaling", 300, "scaling --batches 8 32 128",
