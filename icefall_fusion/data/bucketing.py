@@ -99,17 +99,20 @@ class Epoch:
         rules: see there.
         epoch: number of the epoch, part of the seed.
         position: of the group to begin with, as `position` returned it there; None: the first group.
+        bins: those of another epoch, which are the same; None: they are looked for.
 
     Attributes:
         groups: how many were made before.
+        bins: durations in seconds that part the buckets.
     """
 
     def __init__(
-        self, manifest: Path, rules: Rules, epoch: int, position: Optional[dict[str, Any]] = None
+        self, manifest: Path, rules: Rules, epoch: int, position: Optional[dict[str, Any]] = None,
+        bins: Optional[list[float]] = None,
     ) -> None:
         self._manifest, self._rules = manifest, rules
-        self._bins = self._find_bins()
-        self._buckets: list[list[CutLine]] = [[] for _ in range(len(self._bins) + 1)]
+        self.bins = self._find_bins() if bins is None else bins
+        self._buckets: list[list[CutLine]] = [[] for _ in range(len(self.bins) + 1)]
         self._rng = random.Random(rules.seed + epoch)
         self._bucket_rng = random.Random(_BUCKET_SEED + rules.seed + epoch)
         self._lines = epoch_lines(manifest, rules.seed, epoch)
@@ -173,7 +176,7 @@ class Epoch:
             self._read += 1
             cut = cut_line(*line, self._manifest)
             if self._is_kept(cut):
-                self._buckets[bisect_left(self._bins, cut.duration)].append(cut)
+                self._buckets[bisect_left(self.bins, cut.duration)].append(cut)
                 count -= 1
 
     def _next_batch(self) -> list[CutLine]:
@@ -230,6 +233,7 @@ class Order:
         self.epoch, self.used = 0, 0
         self._manifest, self._rules = manifest, rules
         self._positions: dict[int, dict[str, Any]] = {}  # by number of the next batch; some lie ahead of it
+        self._bins: tuple[str, Optional[list[float]]] = ("", None)  # and of which rules and manifest they are
 
     def go_to(self, epoch: int, used: int = 0, position: Optional[dict[str, Any]] = None) -> None:
         """Go to a batch; ``position`` is the value of `position` there, if known."""
@@ -253,7 +257,9 @@ class Order:
         if known is not None and known["key"] != key:  # of other rules, data or processes
             known, self._positions = None, {}
         number, skip = self.epoch, self.used
-        epoch = Epoch(self._manifest, rules, number, known)
+        bins = self._bins[1] if self._bins[0] == key else None
+        epoch = Epoch(self._manifest, rules, number, known, bins)
+        self._bins = key, epoch.bins
         while True:
             batch = epoch.groups
             if batch > 0 and batch % SNAPSHOT_EVERY == 0:

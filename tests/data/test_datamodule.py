@@ -199,8 +199,23 @@ def test_epochs_differ_in_what_is_read_together_and_in_buckets(tmp_path: Path) -
     assert orders[1] != [number for number, _ in epoch_lines(manifest, 4, 1)]
     assert len(neighbors(1) - neighbors(0)) > 5 and len(neighbors(2) - neighbors(1)) > 5
     longest = [[max(cut.duration for cut in group[0]) for group in Epoch(manifest, rules, e)] for e in (1, 2)]
-    buckets = [np.searchsorted(Epoch(manifest, rules, 0)._bins, one[:100]).tolist() for one in longest]
+    buckets = [np.searchsorted(Epoch(manifest, rules, 0).bins, one[:100]).tolist() for one in longest]
     assert buckets[0] != buckets[1]
+
+
+def test_buckets_are_parted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = _described(tmp_path / "cuts.jsonl.gz", 300)
+    found = []
+    find = Epoch._find_bins
+    monkeypatch.setattr(Epoch, "_find_bins", lambda epoch: found.append(1) or find(epoch))
+    order = TrainBatches(manifest, dataclasses.replace(OPTIONS, **LONG)).order
+    for number in range(3):
+        order.go_to(number)
+        expected = [group[0] for group in Epoch(manifest, order._rules, number)]
+        found.clear()
+        assert [lines for _, lines in order] == expected and len(found) == (number == 0)
+    _described(manifest, 200)  # another manifest
+    assert len(list(order)) < len(expected) and len(found) == 1
 
 
 def test_a_larger_buffer_shuffles_farther(tmp_path: Path) -> None:
