@@ -191,7 +191,7 @@ def save_adapter(adapted: Any, folder: PathLike, base: dict[str, Any], dtype: to
     import peft
 
     folder = Path(folder)
-    state = peft.get_peft_model_state_dict(adapted)
+    state = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
     state = {key: value.detach().to("cpu", dtype) for key, value in state.items()}
     finite = all(bool(value.isfinite().all()) for value in state.values())
     check(finite, "dtype", "be one in which the adapter's weights are finite", str(dtype))

@@ -126,7 +126,7 @@ def _write(path: Path, folder: Path) -> None:
             ValueError) as error:
         kind, reader = fields["general.architecture"], f"transformers {version('transformers')}"
         raise ValueError(f"{path} (architecture {kind}) cannot be read by {reader}: {error}") from error
-    _check_tokenizer(path, tokenizer, fields)
+    _correct_tokenizer(path, tokenizer, fields)
     _plain(model).save_pretrained(folder)
     _save_tokenizer(tokenizer, len(fields["tokenizer.ggml.tokens"]), folder)
     digest = hashlib.sha256()
@@ -198,18 +198,20 @@ def _plain(model: Any) -> Any:
     return plain
 
 
-def _check_tokenizer(path: Path, tokenizer: Any, fields: dict[str, Any]) -> None:
-    """Raise ValueError unless transformers gave the tokens of the file their own ids."""
+def _correct_tokenizer(path: Path, tokenizer: Any, fields: dict[str, Any]) -> None:
+    """Give the tokenizer bos and eos of the file; raise ValueError unless tokens have the file's ids."""
     own = fields.get("tokenizer.ggml.tokens", [])
     check(len(own) > 0, f"GGUF file {path}", "have a tokenizer", "without tokens")
     read = tokenizer.convert_ids_to_tokens(list(range(len(own))))
     odd = [(index, token, other) for index, (token, other) in enumerate(zip(own, read)) if token != other]
     rule = "be read with its own ids, but transformers give other tokens (id, file's token, theirs)"
     check(not odd, f"tokenizer of {path}", rule, odd[:3])
-    for name in ("bos", "eos"):
-        wanted, actual = fields.get(f"tokenizer.ggml.{name}_token_id"), getattr(tokenizer, f"{name}_token_id")
-        rule = f"be {wanted} as the file says"
-        check(wanted is None or actual == wanted, f"{name} token of {path}", rule, actual)
+    for name in ("bos", "eos"):  # transformers 5.17 take those of GPT-2
+        token = fields.get(f"tokenizer.ggml.{name}_token_id")
+        rule = f"lie between 0 and {len(own) - 1}"
+        check(token is None or 0 <= token < len(own), f"{name} token of {path}", rule, token)
+        if token is not None and getattr(tokenizer, f"{name}_token_id") != token:
+            setattr(tokenizer, f"{name}_token", own[token])
     kind, split = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre", "default")
     if kind == "gpt2" and split not in SPLIT_LIKE_GPT2:
         logging.warning("the tokenizer of %s splits words by rule %r, but transformers read it as GPT-2's: "

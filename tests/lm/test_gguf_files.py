@@ -189,14 +189,16 @@ def test_tokens_that_transformers_read_otherwise_are_refused(tmp_path: Path, cap
                                 convert_ids_to_tokens=lambda ids: [tokens[index] for index in ids])
     fields = {"tokenizer.ggml.tokens": list(tokens), "tokenizer.ggml.bos_token_id": 0,
               "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "llama-bpe"}
-    our_gguf._check_tokenizer(tmp_path, tokenizer, fields)
+    our_gguf._correct_tokenizer(tmp_path, tokenizer, fields)
     assert "splits words by rule 'llama-bpe'" in caplog.text
     with pytest.raises(ValueError, match="must be read with its own ids"):
-        our_gguf._check_tokenizer(tmp_path, tokenizer, {**fields, "tokenizer.ggml.tokens": tokens[::-1]})
-    with pytest.raises(ValueError, match="bos token of .* must be 3 as the file says, but is 0"):
-        our_gguf._check_tokenizer(tmp_path, tokenizer, {**fields, "tokenizer.ggml.bos_token_id": 3})
+        our_gguf._correct_tokenizer(tmp_path, tokenizer, {**fields, "tokenizer.ggml.tokens": tokens[::-1]})
+    our_gguf._correct_tokenizer(tmp_path, tokenizer, {**fields, "tokenizer.ggml.bos_token_id": 3})
+    assert tokenizer.bos_token == "b"
+    with pytest.raises(ValueError, match="bos token of .* must lie between 0 and 3, but is 4"):
+        our_gguf._correct_tokenizer(tmp_path, tokenizer, {**fields, "tokenizer.ggml.bos_token_id": 4})
     with pytest.raises(ValueError, match="must have a tokenizer"):
-        our_gguf._check_tokenizer(tmp_path, tokenizer, {})
+        our_gguf._correct_tokenizer(tmp_path, tokenizer, {})
 
 
 def test_processes_convert_once_and_a_killed_conversion_is_cleared(folder, tmp_path: Path, cache) -> None:
