@@ -113,17 +113,19 @@ def check_input(log_probs: Tensor, lens: Tensor, blank_id: Optional[int], tokens
     check(good, "ids", "be a sequence of names of utterances", ids)
     names = [str(i) for i in (range(batch) if ids is None else ids)]
     check(len(names) == batch, "ids", f"name {batch} utterances", len(names))
-    for name, length in zip(names, lens.tolist()):
+    lengths = lens.tolist()
+    longest = max(lengths, default=0)
+    for name, length in zip(names, lengths):
         check(0 <= length <= frames, f"lens of utterance {name}", f"be in 0..{frames}", length)
     lens = lens.to(device=log_probs.device, dtype=torch.int64)
     allowed = max(_ABOVE_ZERO, _ROUNDINGS * torch.finfo(log_probs.dtype).eps)
-    log_probs = log_probs[:, : int(lens.max()) if batch else 0].float()
+    log_probs = log_probs[:, :longest].float()
     live = torch.arange(log_probs.shape[1], device=lens.device) < lens.unsqueeze(1)
     if not log_probs.numel():
         return SearchInput(log_probs, live.float(), live, lens, names, blank)
     best = log_probs.amax(-1)  # NaN passes through a maximum
     _refuse_bad_frames(best, live, names, allowed)
-    if bool((~live & ~(best < torch.inf)).any()):
+    if min(lengths) < longest and bool((~live & ~(best < torch.inf)).any()):
         log_probs = log_probs.masked_fill(~live.unsqueeze(-1), 0.0)
     return SearchInput(log_probs, best.masked_fill(~live, 0.0), live, lens, names, blank)
 

@@ -7,6 +7,7 @@ the same, for no result of an utterance depends on the others.
 """
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Iterator, NamedTuple, Optional, Sequence
 
 import torch
@@ -60,8 +61,9 @@ def plan_frames(inputs: SearchInput, blank_skip: Optional[float], leave_out: boo
     return FramePlan(log_probs, best, searched, frame_map, restarts)
 
 
+@functools.lru_cache(maxsize=16)
 def hash_keys(pieces: int, device: torch.device) -> Tensor:
-    """Return [V] int64 random numbers, one a piece, always the same."""
+    """Return [V] int64 random numbers, one a piece, always the same; nobody writes to them."""
     generator = torch.Generator().manual_seed(20250109)
     return torch.randint(-(2**62), 2**62, (pieces,), generator=generator).to(device)
 

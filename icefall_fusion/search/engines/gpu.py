@@ -8,6 +8,8 @@ Without a GPU, Triton's interpreter runs the kernel slowly (``TRITON_INTERPRET=1
 """
 from __future__ import annotations
 
+import functools
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,7 +31,14 @@ if TYPE_CHECKING:
 KERNEL = "icefall_fusion.search.engines.gpu_kernel"
 _LEAST = 16  # entries of a block
 _NEVER_STOPS = 2**30  # frames
-_BLOCK = 64  # frames prepared at once
+_BLOCK = 2**24  # log-probs prepared at once
+#: Warps that search an utterance: (whether an n-gram ranks extensions, slots W at most, candidates N at most,
+#: warps); the first row that fits counts. Few warps wait less for each other, more have more registers and
+#: less work each. By spills and an estimate of cycles (tools/bench/kernel_registers.py), not yet by time.
+WARPS = (
+    (False, 16, 64, 1), (False, 32, 512, 4), (False, 64, math.inf, 8),
+    (True, 16, math.inf, 4), (True, 64, math.inf, 8),
+)
 
 
 class GpuSearch(CompiledSearch):
@@ -68,7 +77,7 @@ class GpuSearch(CompiledSearch):
         ngram, (weight, bonus) = self.ahead.ngram, (self.ahead.weight, self.ahead.bonus)
         if self.ngram is not None:
             ngram, (weight, bonus) = self.ngram, self.weights
-        table, probes = (gpu_layout.Ngram(), 0) if ngram is None else table_of(ngram, device)
+        table = gpu_layout.Ngram() if ngram is None else table_of(ngram, device)
         context = ngram.start_id + 1 if ngram is not None and ngram.order > 1 else 0
         changes = gpu_layout.Changes(self.moved_from, self.grew, self.opened, self.gain)
         self.state = gpu_layout.root_state(beam, width, changes, context, self.stops.first_length)
@@ -78,7 +87,7 @@ class GpuSearch(CompiledSearch):
             log_probs, *log_probs.stride()[:2], self.ends, *candidates,
             _prepare(log_probs, plan, beam.blank, columns),
             gpu_layout.Pieces(hash_keys(pieces, device), arena.starts_word), gpu_layout.Arena(*arena.fields),
-            table._replace(weight=weight, bonus=bonus), probes, self.state,
+            table._replace(weight=weight, bonus=bonus), self.state,
         )
         self._after = self.stops.every or _NEVER_STOPS, options.score_beam or 0.0
         self.form = gpu_layout.Form(
@@ -89,7 +98,7 @@ class GpuSearch(CompiledSearch):
             order=0 if ngram is None else ngram.order, base=1 if ngram is None else ngram.base,
             shallow=shallow, ahead_every=0 if self.ahead.ngram is None else self.ahead.every,
         )
-        self.warps = _warps(count, width, shallow == 2)
+        self.warps = _warps(shallow == 2, width, count)
 
     def arguments(self, until: int) -> tuple[Any, ...]:
         """Return the arguments of the kernel, without its form."""
@@ -129,6 +138,7 @@ class GpuSearch(CompiledSearch):
             self.fired = fired > 0
 
 
+@functools.lru_cache(maxsize=64)  # nobody writes to them
 def _candidates(slots: int, columns: int, slack: int, least: int,
                 device: torch.device) -> gpu_layout.Candidates:
     """Return the stays and the extensions that can survive, padded to a block of at least ``least``."""
@@ -148,19 +158,19 @@ def _prepare(log_probs: Tensor, plan: FramePlan, blank: int, columns: int) -> gp
     blanks, shifts = (log_probs.new_empty(frames, batch) for _ in "12")
     pieces = torch.empty(frames, batch, columns, dtype=torch.int32, device=log_probs.device)
     whole = gpu_layout.Frames(blanks, shifts, pieces, log_probs.new_empty(frames, batch, columns))
-    for start in range(0, frames, _BLOCK):
-        block = slice(start, start + _BLOCK)
+    step = max(1, _BLOCK // max(1, batch * log_probs.shape[2]))
+    for start in range(0, frames, step):
+        block = slice(start, start + step)
         rows = (x[:, block] for x in (log_probs, plan.best, plan.searched))
         for field, made in zip(whole, frame_columns(*rows, blank, columns)):
             field[block] = made
     return whole
 
 
-def _warps(candidates: int, width: int, ngram: bool) -> int:
-    """Return how many warps search an utterance: few wait less for each other, more have more registers."""
-    if ngram:
-        return 4 if width <= 16 else 8
-    return 1 if candidates <= 128 else 4 if candidates <= 512 else 8
+def _warps(ranks: bool, width: int, candidates: int) -> int:
+    """Return how many warps search an utterance, by `WARPS`."""
+    fit = (row[3] for row in WARPS if row[0] == ranks and width <= row[1] and candidates <= row[2])
+    return next(fit)
 
 
 def _power_of_two(size: int) -> int:

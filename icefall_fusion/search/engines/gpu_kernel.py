@@ -31,6 +31,7 @@ FAR = tl.constexpr(1 << 40)  # pieces, more than any hypothesis has
 BITS = tl.constexpr(62)  # columns that one number marks
 STAY = tl.constexpr(gpu_layout.STAY)
 MOST_COLUMNS = tl.constexpr(gpu_layout.MOST_COLUMNS)
+BUCKET = tl.constexpr(gpu_layout.BUCKET)
 
 
 class Frame(NamedTuple):
@@ -163,37 +164,52 @@ def sort(state, form: tl.constexpr):
 
 
 @triton.jit
-def look_up(ngram, probes, key, wanted):
-    """Return whether each key is in the n-gram's table, its log-prob and its back-off weight."""
-    place = key * FACTOR
-    place = (place ^ (place >> 29)) & ngram.mask
-    known = key < 0
-    score = tl.zeros(key.shape, tl.float32)
-    backoff = tl.zeros(key.shape, tl.float32)
-    for _ in range(probes):
-        there = tl.load(ngram.key + place, mask=wanted & ~known, other=-1) == key
-        score = tl.where(there, tl.load(ngram.score + place, mask=there, other=0.0), score)
-        backoff = tl.where(there, tl.load(ngram.backoff + place, mask=there, other=0.0), backoff)
-        known = known | there
-        place = (place + 1) & ngram.mask
-    return known, score, backoff
+def look_up(ngram, key, wanted):
+    """Return the cell of each key in the n-gram's table, -1 where it has none. All loads are independent."""
+    mixed = key * FACTOR
+    one = ((mixed ^ (mixed >> 29)) & ngram.mask) * BUCKET
+    two = ((mixed >> 40) & ngram.mask) * BUCKET
+    cell = tl.full(key.shape, -1, tl.int64)
+    for i in tl.static_range(BUCKET):
+        cell = tl.where(tl.load(ngram.key + one + i, mask=wanted, other=-1) == key, one + i, cell)
+        cell = tl.where(tl.load(ngram.key + two + i, mask=wanted, other=-1) == key, two + i, cell)
+    return cell
 
 
 @triton.jit
-def score_piece(ngram, probes, context, piece, wanted, form: tl.constexpr):
-    """Return natural-log P(piece | context), as PieceNgram.score does."""
-    _, scores, _ = look_up(ngram, probes, piece * 16 + 1, wanted)
-    history = piece * 0
-    known = wanted
+def backoffs_of(ngram, context, wanted, form: tl.constexpr):
+    """Return the back-off weight of the last 1, 2, ... pieces of each context, 0 where there is none."""
+    history = context * 0
+    backoffs = ()
     order: tl.constexpr = form.order
     for length in tl.static_range(1, order):
         before = context % (form.base + 1) - 1
         context = context // (form.base + 1)
-        known = known & (before >= 0)
+        wanted = wanted & (before >= 0)
         history = history + tl.maximum(before, 0) * form.base ** (length - 1)
-        seen, _, backoff = look_up(ngram, probes, history * 16 + length, known)
-        longer, score, _ = look_up(ngram, probes, (history * form.base + piece) * 16 + length + 1, known)
-        scores = tl.where(longer, score, scores + tl.where(seen, backoff, 0.0))
+        if length == 1:
+            backoff = tl.load(ngram.first_backoff + history, mask=wanted, other=0.0)
+        else:
+            cell = look_up(ngram, history * 16 + length, wanted)
+            backoff = tl.load(ngram.backoff + cell, mask=cell >= 0, other=0.0)
+        backoffs = backoffs + (backoff,)
+    return backoffs
+
+
+@triton.jit
+def score_piece(ngram, context, backoffs, piece, wanted, form: tl.constexpr):
+    """Return natural-log P(piece | context), as PieceNgram.score does; ``backoffs`` are the context's."""
+    scores = tl.load(ngram.first_score + piece, mask=wanted, other=0.0)
+    history = piece * 0
+    order: tl.constexpr = form.order
+    for length in tl.static_range(1, order):
+        before = context % (form.base + 1) - 1
+        context = context // (form.base + 1)
+        wanted = wanted & (before >= 0)
+        history = history + tl.maximum(before, 0) * form.base ** (length - 1)
+        cell = look_up(ngram, (history * form.base + piece) * 16 + length + 1, wanted)
+        longer = tl.load(ngram.score + cell, mask=cell >= 0, other=0.0)
+        scores = tl.where(cell >= 0, longer, scores + backoffs[length - 1])
     return scores
 
 
@@ -281,7 +297,7 @@ def last_score(keys, form: tl.constexpr):
 
 
 @triton.jit
-def best_with_ngram(state, stay, parent, frame, pieces, ngram, probes, form: tl.constexpr):
+def best_with_ngram(state, stay, parent, frame, pieces, ngram, form: tl.constexpr):
     """Return slot, column (or `STAY`) and score of the best W stays and extensions, with the n-gram's score.
 
     Columns are tried in blocks, the most probable pieces first, until no piece could enter the beam even if
@@ -297,6 +313,11 @@ def best_with_ngram(state, stay, parent, frame, pieces, ngram, probes, form: tl.
     blank = tl.gather(mass.blank, from_slot, 0)
     fused = tl.gather(mass.fused, from_slot, 0)
     context = tl.gather(state.context, from_slot, 0)
+    backoffs = ()
+    of_slots = backoffs_of(ngram, state.context, mass.total > NEVER, form)
+    order: tl.constexpr = form.order
+    for length in tl.static_range(1, order):
+        backoffs = backoffs + (tl.gather(of_slots[length - 1], from_slot, 0),)
     links = tl.where(parent >= 0, parent.to(tl.int64) * form.base + prefix.last, -1)  # extensions in the beam
     kept = tl.sort(to_keys(ranked(stay.total, mass.fused), slot), descending=True)
     most = tl.max(ranked(mass.total, mass.fused), 0) + tl.maximum(ngram.bonus, 0.0) + SLACK
@@ -312,7 +333,7 @@ def best_with_ngram(state, stay, parent, frame, pieces, ngram, probes, form: tl.
         link = from_slot.to(tl.int64) * form.base + piece
         out = tl.sum((link[:, None] == links[None, :]).to(tl.int32), 1) > 0
         hopeful = there & ~out & (extended > NEVER)
-        gain = ngram.weight * score_piece(ngram, probes, context, piece, hopeful, form)
+        gain = ngram.weight * score_piece(ngram, context, backoffs, piece, hopeful, form)
         if form.words:
             begins = (tl.load(pieces.starts_word + piece) != 0) | (last == form.blank)
             gain += ngram.bonus * begins.to(tl.float32)
@@ -340,7 +361,7 @@ def prune(value, frame, score_beam, form: tl.constexpr):
 
 
 @triton.jit
-def extend(state, stay, source, column, alive, frame, pieces, arena, ngram, probes, b, form: tl.constexpr):
+def extend(state, stay, source, column, alive, frame, pieces, arena, ngram, b, form: tl.constexpr):
     """Return the state of the chosen candidates; write the new prefixes to the arena."""
     grew = alive & (column >= 0)
     piece = tl.load(frame.piece + column, mask=grew, other=form.blank).to(tl.int64)
@@ -358,7 +379,8 @@ def extend(state, stay, source, column, alive, frame, pieces, arena, ngram, prob
     context, ahead, changes = old.context, old.ahead, old.changes
     changes = Changes(changes.source, changes.grew | grew.to(tl.int32), changes.words, changes.gain)
     if form.order > 0:
-        gain = tl.where(grew, score_piece(ngram, probes, context, piece, grew, form), 0.0)
+        backoffs = backoffs_of(ngram, context, grew, form)
+        gain = tl.where(grew, score_piece(ngram, context, backoffs, piece, grew, form), 0.0)
         longer = (context * (form.base + 1) + piece + 1) % (form.base + 1) ** (form.order - 1)
         context = tl.where(grew, longer, context)
         mass, ahead, changes = add_gain(mass, ahead, changes, gain, marked, begins, ngram, form)
@@ -471,10 +493,10 @@ def go_on(state, form: tl.constexpr):
 # they are named here. Fields of named tuples cannot be named: what varies among searches is an argument.
 # The candidates are always aligned. But where the compiler knows it, each thread loads four neighbours and
 # keeps four in all that is done with candidates. That takes up to 90 registers more.
-@triton.jit(do_not_specialize=["row_stride", "frame_stride", "probes", "until", "every"],
+@triton.jit(do_not_specialize=["row_stride", "frame_stride", "until", "every"],
             do_not_specialize_on_alignment=["log_probs", "lens", "slots", "columns"])
 def search_utterances(
-    log_probs, row_stride, frame_stride, lens, slots, columns, frames, pieces, arena, ngram, probes, stored,
+    log_probs, row_stride, frame_stride, lens, slots, columns, frames, pieces, arena, ngram, stored,
     until, every, score_beam, form: tl.constexpr,
 ):
     """Search each utterance on, up to frame ``until`` or its end, or where ``form.stops`` to its next stop.
@@ -484,7 +506,6 @@ def search_utterances(
         lens: [B] int64, frames of each utterance.
         slots, columns: [N] int32, see Candidates.
         frames, pieces, arena, ngram, stored: Frames, Pieces, Arena, Ngram, State.
-        probes: cells of the n-gram's table to read until any key must have come up.
         until: frames; every: frames between two looks of the stop rule; score_beam: nats; form: Form.
     """
     b = tl.program_id(0)
@@ -502,13 +523,11 @@ def search_utterances(
         frame = read_frame(row, frames, state.counts.at, b, form)
         stay, parent = merge(state.prefix, state.mass, frame, form)
         if form.shallow == 2:
-            source, column, value = best_with_ngram(
-                state, stay, parent, frame, pieces, ngram, probes, form
-            )
+            source, column, value = best_with_ngram(state, stay, parent, frame, pieces, ngram, form)
         else:
             chosen, value = best(state.prefix, state.mass, stay, parent, frame, candidates, form)
             source, column = tl.load(slots + chosen), tl.load(columns + chosen)
         alive = prune(value, frame, score_beam, form)
-        state = extend(state, stay, source, column, alive, frame, pieces, arena, ngram, probes, b, form)
+        state = extend(state, stay, source, column, alive, frame, pieces, arena, ngram, b, form)
         state = end_frame(state, alive, frame, every, form)
     store_state(stored, state, b, form)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from icefall_fusion.search.beam import Beam
 
 MOST_COLUMNS = 1024  # of a search whose extensions are scored by an n-gram
+BUCKET = 4  # cells: 32 bytes of keys, which a GPU reads at once
 STAY, NO_CANDIDATE = -1, -2  # see Candidates
 
 
@@ -148,14 +149,17 @@ class Arena(NamedTuple):
 class Ngram(NamedTuple):
     """An n-gram as one hash table, see gpu_ngram.py. Without an n-gram there are no tables.
 
-    key: [room] int64, -1 in empty cells; score, backoff: [room] float32, natural logs.
-    mask: room - 1.
+    key: [cells] int64, -1 in empty cells; score, backoff: [cells] float32, natural logs.
+    first_score, first_backoff: [base] float32, those of single pieces.
+    mask: number of buckets - 1; a bucket is `BUCKET` cells.
     weight: of its score; bonus: for a word that begins.
     """
 
     key: Any = None
     score: Any = None
     backoff: Any = None
+    first_score: Any = None
+    first_backoff: Any = None
     mask: Any = 0
     weight: Any = 0.0
     bonus: Any = 0.0
@@ -205,7 +209,7 @@ def root_state(beam: Beam, width: int, changes: Changes, context: int, length: i
     (batch, slots), device = beam.node.shape, beam.lens.device
 
     def rows(kind: Any, dtype: torch.dtype, value: float, *shape: int) -> Any:
-        return kind(*(torch.full(shape, value, dtype=dtype, device=device) for _ in kind._fields))
+        return kind(*torch.full((len(kind._fields), *shape), value, dtype=dtype, device=device))
 
     prefix = rows(Prefix, torch.int64, 0, batch, width)
     prefix.node[:] = prefix.boundary[:] = beam.node[:, :1]
@@ -216,7 +220,8 @@ def root_state(beam: Beam, width: int, changes: Changes, context: int, length: i
     mass.total[:, 0] = mass.blank[:, 0] = 0.0
     mass.fused[:] = 0.0
     ahead = rows(Ahead, torch.float32, 0.0, batch, width)
-    counts = rows(Counts, torch.int64, 0, batch)
+    # each in memory of its own, for the address of each must be a multiple of 16 bytes in batches of any size
+    counts = Counts(*(torch.zeros(batch, dtype=torch.int64, device=device) for _ in Counts._fields))
     counts.longest[:] = length
     contexts = torch.full((batch, width), context, device=device)
     return State(prefix, mass, contexts, ahead, counts, beam.offset, changes)
