@@ -313,3 +313,20 @@ def test_what_a_program_imports_of_the_package_is_there(path) -> None:
                 inside = hasattr(module, "__path__") and f"{node.module}.{alias.name}"
                 there = hasattr(module, alias.name) or (inside and importlib.util.find_spec(inside))
                 assert there, f"{path.name} imports {alias.name}, which {node.module} does not have"
+
+
+def test_the_cycles_of_a_kernel_are_those_of_its_largest_loop_in_order() -> None:
+    cycles = runpy.run_path(str(BENCH / "kernel_registers.py"))["cycles"]
+    program = [
+        (0x00, "LDG.E R9, desc[UR4][R2.64]"),  # before the loop
+        (0x10, "LDG.E R4, desc[UR4][R2.64]"),  # 1, there at 264
+        (0x20, "IMAD.WIDE R10, R3, R3, R8"),  # 2, there at 7
+        (0x30, "FADD R5, R4, R11"),  # 264, there at 268
+        (0x40, "SHFL.BFLY PT, R6, R5, 0x1, 0x1f"),  # 268, there at 291
+        (0x50, "ISETP.GT.AND P0, PT, R6, R7, PT"),  # 291, there at 295
+        (0x60, "@P0 BRA 0x50"),
+        (0x70, "@P0 BRA 0x10"),
+    ]
+    assert cycles(program) == 296
+    independent = [*program[:3], (0x30, "FADD R5, R9, R9"), (0x40, "@P0 BRA 0x10")]
+    assert cycles(independent) == 4

@@ -25,6 +25,11 @@ class Decoder:
     make: Callable[[], Decode]
     any_device: bool = False
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether it is made for a GPU: not by tensors, frame by frame, nor by the CPU."""
+        return self.any_device and self.name not in ("ours, mass recovered", "ours, by tensors")
+
 
 def collapse(path: list[int], blank: int) -> list[int]:
     """Return the pieces of an alignment."""
@@ -106,8 +111,12 @@ def torchaudio_cpu(beam: int, blank: int) -> Callable[[], Decode]:
     return make
 
 
-def torchaudio_cuda(beam: int, blank: int) -> Callable[[], Decode]:
-    """Return a maker of torchaudio's CUDA decoder, no frame skipped."""
+def torchaudio_cuda(beam: int, blank: int, nbest: Optional[int] = None) -> Callable[[], Decode]:
+    """Return a maker of torchaudio's CUDA decoder, no frame skipped; ``nbest`` None: all of the beam.
+
+    It makes lists of hypotheses in Python; with ``nbest`` 0 it makes none, which is the GPU's work alone.
+    Blank must be piece 0, and the beam no larger than the vocabulary.
+    """
 
     def make() -> Decode:
         make_decoder = importlib.import_module("torchaudio.models.decoder").cuda_ctc_decoder
@@ -119,8 +128,8 @@ def torchaudio_cuda(beam: int, blank: int) -> Callable[[], Decode]:
             size = log_probs.shape[2]
             if size not in state:
                 names = [f"p{v}" for v in range(size)]
-                state[size] = make_decoder(
-                    names, nbest=beam, beam_size=beam, blank_skip_threshold=1.0)
+                count = beam if nbest is None else nbest
+                state[size] = make_decoder(names, nbest=count, beam_size=beam, blank_skip_threshold=1.0)
             on_device = log_probs.cuda().contiguous(), lens.cuda().int()
             found = state[size](*on_device)  # type: ignore[operator]
             return [[list(h.tokens) for h in nbest] for nbest in found]

@@ -7,7 +7,9 @@ Knows: emissions, decoders as functions, exact log-probabilities. Must not know:
 
 Quality: the gap in exact log P(pieces | emissions) (torch's ctc_loss) to the best hypothesis that any decoder
 found, mean over utterances; token error rate against the spoken pieces where they are known (synthetic sets),
-and the oracle of the beam's list. Speed: the least of the rounds, decoders taking turns, one thread.
+and the oracle of the beam's list. Speed: the least of the rounds, decoders taking turns, one thread. With a
+GPU as --device, decoders that know the CPU alone are left out unless --peers names them, and so are our
+searches by tensors; --peers all takes every one.
 """
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ import platform
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple, Optional, Sequence
+from typing import Callable, NamedTuple, Optional, Sequence
 
 import numpy as np
 import torch
@@ -28,6 +30,7 @@ from torch import Tensor
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
+import figures  # noqa: E402
 from decoders import Decoder, all_decoders, try_to_make  # noqa: E402
 from synthetic_emissions import synthetic_emissions  # noqa: E402
 
@@ -75,12 +78,13 @@ def error_rate(found: Sequence[Sequence[Sequence[int]]], references: Sequence[Se
 
 
 def measure(
-    data: Data, decoders: Sequence[Decoder], blank: int, rounds: int, budget: float, device: str
+    data: Data, decoders: Sequence[Decoder], blank: int, rounds: int, budget: float, device: str,
+    save: Callable[[list[dict]], None] = lambda rows: None,
 ) -> list[dict]:
     """Decode with every decoder, judge and time them; those that cannot be imported are reported as such.
 
     Decoders that know one device only get the log-probs on the CPU. All return lists, so that a time holds
-    the device's work too.
+    the device's work too. ``save`` gets all rows whenever one has changed.
     """
     rows, functions, results = [], {}, {}
     on_device = data.log_probs.to(device), data.lens.to(device)
@@ -104,6 +108,7 @@ def measure(
             continue
         functions[len(rows) - 1] = decode
         row["first_seconds"] = time.perf_counter() - started
+        save(rows)
     wide = data.log_probs.transpose(0, 1).double()
     firsts = {i: [hyps[0] for hyps in found] for i, found in results.items()}
     exact = {i: exact_log_probs(data, first, blank, wide) for i, first in firsts.items()}
@@ -122,6 +127,7 @@ def measure(
             started = time.perf_counter()
             decode()
             times[i].append(time.perf_counter() - started)
+    save(rows)
     for i, taken in times.items():
         rows[i]["ms_per_second"] = 1000.0 * min(taken) / data.seconds
         rows[i]["rounds"] = len(taken)
@@ -157,7 +163,8 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=20.0, help="seconds a decoder; slower ones run once")
     parser.add_argument("--only", default="", help="only decoders whose name has this in it")
     parser.add_argument("--leave-out", nargs="+", default=[], help="decoders by name, e.g. slow ones")
-    parser.add_argument("--device", default="cpu", help="of our decoders, e.g. cuda; the others know the CPU")
+    parser.add_argument("--peers", nargs="+", default=[], help="decoders that a GPU leaves out; or all")
+    parser.add_argument("--device", default="cpu", help="of decoders that know more than the CPU, e.g. cuda")
     parser.add_argument("--output", default="bench/search.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -168,14 +175,20 @@ def main() -> None:
             sets.append(Data(name, *made, seconds=args.batch * args.frames * 0.04))
     decoders = all_decoders(args.beams, args.blank)
     decoders = [d for d in decoders if args.only in d.name and d.name not in args.leave_out]
+    if figures.on_gpu(args.device) and args.peers != ["all"]:
+        decoders = [d for d in decoders if d.on_gpu or d.name in args.peers]
     settings = (args.blank, args.rounds, args.budget, args.device)
     machine = {"machine": platform.processor() or platform.machine(), "python": platform.python_version(),
                "torch": torch.__version__, "threads": torch.get_num_threads()}
     rows: list[dict] = []
+
+    def save(more: list[dict]) -> None:
+        write_json(args.output, {"machine": machine, "options": vars(args), "rows": rows + more})
+
     for data in sets:
-        rows += measure(data, decoders, *settings)
+        rows += measure(data, decoders, *settings, save)
         show([row for row in rows if row["set"] == data.name])
-        write_json(args.output, {"machine": machine, "options": vars(args), "rows": rows})
+        save([])
     print(f"\nwritten: {args.output}; machine: {json.dumps(machine)}")
 
 

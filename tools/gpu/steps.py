@@ -85,7 +85,7 @@ _7B = "--dtype bfloat16 --shape mistral-7b"
 STEPS = (
     Step("smoke", 75, "tools/gpu/smoke.py --device {device} --output {result}", cpu="--limit 120",
          trusts=False),
-    _frames("frame_loop", 30, "--batches 128 --beams 10 --engines triton"),
+    _frames("frame_loop", 30, "--batches 128 --beams 10 --engines triton torchaudio"),
     _bench("search", 45,
            f"search --batch 128 --beams 10 --rounds 3 --budget 3 --leave-out {shlex.join(SLOW)}",
            cpu="--batch 2 --frames 40 --rounds 1", small="--batch 2 --rounds 1"),
@@ -102,7 +102,9 @@ STEPS = (
            small="--batch 2 --seconds 5", given=SPEECH),
     _training("training", 40, ""),
     # if time is left
-    _frames("frame_loop-rest", 40, "--batches 1 32 128 --beams 10 --engines triton torch --rounds 2"),
+    _frames("frame_loop-warps", 70, "--batches 128 --beams 10 --engines triton --warps 1 2 4 8 --rounds 3"),
+    _frames("frame_loop-rest", 40,
+            "--batches 1 32 128 --beams 10 --engines triton torchaudio torch --rounds 2"),
     _tree("llm_tree-64", 40, "--models mistral-7b --ways 'lazy tree'", 64),
     _tree("llm_tree-ways", 60, "--models mistral-7b --ways 'full texts' 'path caches' 'eager tree'"),
     _fusion("fusion-7b-64", 60, f"{_7B} --methods llm-delayed-shortest llm-delayed-interval-16 --batches 64"),
@@ -113,6 +115,8 @@ STEPS = (
            cpu="--batches 1 2 --beams 2 4 --frames 20 40 --intervals 8 16 --rounds 1", call=0),
     _fusion("fusion-beams", 300, "--beams 5 10 20 50", call=0),
     _bench("long_audio", 300, "long_audio --minutes 2 10", cpu="--minutes 0.1", call=0),
+    Step("kernel_registers", 300, "tools/bench/kernel_registers.py --output {result}",
+         cpu="--forms alone --beams 4 --warps 1", call=0),
     Step("data_pipeline", 300, "tools/bench/data_pipeline.py --cuts 200000 --output {result}",
          cpu="--cuts 2000 --lhotse_cuts 500", call=0),
     Step("host", 120, "tools/bench/host.py --device cpu --output {result}",
