@@ -90,10 +90,11 @@ STEPS = (
            f"search --batch 128 --beams 10 --rounds 3 --budget 3 --leave-out {shlex.join(SLOW)}",
            cpu="--batch 2 --frames 40 --rounds 1", small="--batch 2 --rounds 1"),
     _tree("llm_tree", 60, "--models mistral-7b --ways 'lazy tree' 'lazy, unfused'"),
-    _bench("profile", 50, f"profile_fusion {_7B}", cpu="--batches 2 --shape '' --dtype ''",
+    _bench("profile", 50, f"profile_fusion {_7B} --groups 1 2", cpu="--batches 2 --shape '' --dtype ''",
            small="--batches 2", given=SPEECH),
     _fusion("fusion-7b", 110, f"{_7B} --methods llm-shallow llm-nbest-rescoring llm-delayed-shortest "
-            "llm-delayed-interval-16 llm-delayed-interval-16-ahead llm-delayed-interval-16-late-8"),
+            "llm-delayed-interval-16 llm-delayed-interval-16-ahead llm-delayed-interval-16-late-8 "
+            "--groups 0 1"),
     _fusion("fusion-shipped", 40, f"--methods {SHIPPED_METHODS}"),
     Step("tests", 90, "tools/gpu/gpu_tests.py --device {device} --output {result}",
          cpu="--files tests/ngram/test_ngram.py", trusts=False),
@@ -107,7 +108,8 @@ STEPS = (
             "--batches 1 32 128 --beams 10 --engines triton torchaudio torch --rounds 2"),
     _tree("llm_tree-64", 40, "--models mistral-7b --ways 'lazy tree'", 64),
     _tree("llm_tree-ways", 60, "--models mistral-7b --ways 'full texts' 'path caches' 'eager tree'"),
-    _fusion("fusion-7b-64", 60, f"{_7B} --methods llm-delayed-shortest llm-delayed-interval-16 --batches 64"),
+    _fusion("fusion-7b-64", 60, f"{_7B} --batches 64 --methods llm-nbest-rescoring llm-delayed-shortest "
+            "llm-delayed-interval-16 llm-delayed-interval-16-ahead"),
     _tree("llm_tree-3b", 40, "--models open-llama-3b --ways 'lazy tree' 'lazy, unfused'"),
     # not on the day: by --only alone, for those who have more time
     _frames("frame_loop-wide", 300, "--batches 1 32 128 --beams 10 20 50", call=0),
