@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from lhotse import CutSet
 from lhotse.dataset import DynamicBucketingSampler
 
-from icefall_fusion.data import bucketing
+from icefall_fusion.data import bucketing, espeak
 from icefall_fusion.data.audio import AudioError, load_audio
 from icefall_fusion.data.bucketing import Epoch, Rules, epoch_lines
 from icefall_fusion.data.cut_lines import CutLine, TruncatedError, cut_line, read_cut_lines
@@ -337,7 +337,10 @@ def test_too_few_utterances_for_the_buckets_are_refused(tmp_path: Path) -> None:
 def test_bench_of_the_data_pipeline(tmp_path: Path) -> None:
     tool = Path(__file__).resolve().parents[2] / "tools" / "bench" / "data_pipeline.py"
     bench = runpy.run_path(str(tool))
-    figures = bench["measure"](bench["BenchOptions"](cuts=3000, points=3, lhotse_cuts=1000), tmp_path)
+    spoken = 12 if espeak.available() else 0
+    options = bench["BenchOptions"](cuts=3000, points=3, lhotse_cuts=1000, spoken=spoken)
+    figures = bench["measure"](options, tmp_path)
+    assert not spoken or all(value > 0 for value in figures["resident"].values())
     assert figures["resume"]["same_next_batch"] and len(figures["points"]) == 3
     assert figures["points"][-1]["cuts"] == 3000 and figures["memory_growth_mb"] < 50
 

@@ -9,6 +9,9 @@ Writes a manifest like LibriHeavy's (features are described, never read; the fil
 several points: memory must not grow with the corpus. Then it goes to the middle of the epoch by a saved
 position, as a killed training does, and checks that the next batch is the one that had followed. For
 comparison: lhotse's own DynamicBucketingSampler on the first cuts (--lhotse_cuts).
+
+Then it speaks some utterances by eSpeak NG (--spoken) and reports how many hours of speech one core makes,
+loads and augments in an hour: by the loader from stored features, and from features resident in memory.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2])]
 
+import torch  # noqa: E402
 from lhotse import CutSet  # noqa: E402
 from lhotse.dataset import DynamicBucketingSampler  # noqa: E402
 from tqdm import tqdm  # noqa: E402
@@ -38,7 +42,15 @@ from icefall_fusion.common.checks import check, check_at_least  # noqa: E402
 from icefall_fusion.common.command_line import REFUSED, parse_options  # noqa: E402
 from icefall_fusion.common.files import atomic_path, write_json  # noqa: E402
 from icefall_fusion.common.memory import memory_in_use, peak_rss_bytes  # noqa: E402
+from icefall_fusion.data import espeak  # noqa: E402
+from icefall_fusion.data.books import write_jsonl  # noqa: E402
 from icefall_fusion.data.datamodule import DataOptions, TrainBatches  # noqa: E402
+from icefall_fusion.data.fbank import FbankOptions  # noqa: E402
+from icefall_fusion.data.fbank import run as compute_fbank  # noqa: E402
+from icefall_fusion.data.manifests import cuts_path  # noqa: E402
+from icefall_fusion.data.resident import FeatureStore  # noqa: E402
+from icefall_fusion.data.synthesis import SynthesizeOptions  # noqa: E402
+from icefall_fusion.data.synthesis import run as synthesize  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -51,6 +63,7 @@ class BenchOptions:
         max_duration: seconds of audio in a batch.
         points: how many times memory and speed are noted.
         lhotse_cuts: so many cuts are also taken by lhotse's own sampler; 0 leaves that out.
+        spoken: utterances that are spoken for the row "resident"; 0 leaves that out (it needs eSpeak NG).
         folder: keep the manifest here and use it again; none is a temporary folder.
         output: a JSON file of all figures.
     """
@@ -60,13 +73,14 @@ class BenchOptions:
     max_duration: float = 600.0
     points: int = 10
     lhotse_cuts: int = 100_000
+    spoken: int = 200
     folder: str = ""
     output: str = ""
 
     def __post_init__(self) -> None:
         check_at_least(1000, self, "cuts")
         check_at_least(2, self, "points")
-        check_at_least(0, self, "pre_text", "lhotse_cuts")
+        check_at_least(0, self, "pre_text", "lhotse_cuts", "spoken")
         rule = "be at least 25 (the longest cut)"
         check(self.max_duration >= 25, "BenchOptions.max_duration", rule, self.max_duration)
 
@@ -104,6 +118,10 @@ def measure(options: BenchOptions, folder: Path) -> dict[str, Any]:
     }
     if options.lhotse_cuts:
         figures["lhotse_cuts_per_second"] = lhotse_speed(manifest, options)
+    if options.spoken and not espeak.available():
+        print("no row of resident features: pip install espeakng-loader", file=sys.stderr)
+    elif options.spoken:
+        figures["resident"] = resident(folder / "speech", options.spoken)
     return {**figures, **go_through(manifest, options)}
 
 
@@ -192,6 +210,41 @@ def lhotse_speed(manifest: Path, options: BenchOptions) -> int:
         first, max_duration=data.max_duration, num_buckets=data.num_buckets, shuffle=True, seed=data.seed
     )
     return round(sum(map(len, sampler)) / (time.monotonic() - start))
+
+
+def resident(folder: Path, count: int) -> dict[str, Any]:
+    """Return hours of speech that one core (by its own clock) makes, loads and augments in an hour."""
+    rng = random.Random(0)
+    words = "seven ships came home before the old keeper of that light had counted them at breakfast".split()
+    texts = (" ".join(rng.choices(words, k=rng.randint(8, 30))) for _ in range(count))
+    rows = [{"id": f"u{at}", "text": text} for at, text in enumerate(texts)]
+    write_jsonl(folder / "text" / "selected_train.jsonl", rows)
+    torch.set_num_threads(1)
+    spoken = SynthesizeOptions("train", folder, workers=1, shard_size=100, joined=True)
+    audio, stored = (cuts_path(folder / kind, "train") for kind in ("manifests", "fbank"))
+    seconds: dict[str, float] = {}
+    with clock(seconds, "speak"):
+        synthesize(spoken)
+    with clock(seconds, "features_to_disk"):
+        compute_fbank(FbankOptions(folder, ("train",), workers=1))
+    data = DataOptions(max_duration=100.0, num_buckets=2, workers=0, time_warp=0, frequency_warp=0.1)
+    with clock(seconds, "features_to_memory"):
+        store = FeatureStore.of(audio, data, "cpu")
+    sources = {"loader": TrainBatches(stored, data), "resident": TrainBatches(audio, data, store=store)}
+    for name, source in sources.items():
+        with clock(seconds, f"batches_{name}"):
+            batches = sum(1 for _ in source)
+    hours = sum(store.seconds) / 3600
+    return {"hours": round(hours, 3), "batches": batches,
+            **{f"{name}_hours_an_hour": round(3600 * hours / spent) for name, spent in seconds.items()}}
+
+
+@contextlib.contextmanager
+def clock(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Note the processor time of a block."""
+    begun = time.process_time()
+    yield
+    seconds[name] = time.process_time() - begun
 
 
 def memory() -> dict[str, float]:
