@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from icefall_fusion.lm.token_tree import TokenTree
     from icefall_fusion.lm.tree_memory import TreeCache
 
-_LEAST_WIDTH, _LEAST_WORDS = 8, 4  # smaller ones cost as much: fewer sizes, fewer graphs
+_LEAST_WIDTH, _LEAST_WORDS = 16, 4  # smaller ones cost as much: fewer sizes, fewer graphs
 
 
 class EventSizes(NamedTuple):
@@ -33,7 +33,7 @@ class EventSizes(NamedTuple):
         width: at least the most new tokens of one utterance; a power of two.
         words: of a mask, 32 slots each; a power of two.
         near: whether there are masks of a sliding window.
-        utterances: B.
+        utterances: at least B; a power of two.
         layers: L.
     """
 
@@ -61,7 +61,7 @@ class EventInputs(NamedTuple):
         cells: [P] cache cell of each token, utterance * slots_per_utterance + slot; -1 of padding.
         wanted: [A] index of the tokens whose distributions are wanted.
         places: [2 L] addresses of each layer's keys and values.
-        rows: [B, 4] of each utterance: first token, the one after the last, slots, first cache cell.
+        rows: [B or more, 4] of each utterance: first token, the one after the last, slots, first cache cell.
         seen: [P, words] int32, the bits of `SlotTable`.
         near: the same for layers with a sliding window; None: as ``seen``.
         width: at least the most tokens of one utterance.
@@ -112,7 +112,7 @@ def lay_out(
     sizes = EventSizes(
         -(-len(nodes) // bucket) * bucket, -(-len(asked) // bucket) * bucket,
         max(_LEAST_WIDTH, _power(int((ends - begins).max()))),
-        max(_LEAST_WORDS, _power(-(-int(used.max()) // SLOT_BUCKET))), near, batch, len(cache.layers),
+        max(_LEAST_WORDS, _power(-(-int(used.max()) // SLOT_BUCKET))), near, _power(batch), len(cache.layers),
     )
     buffer = np.zeros(sum(sizes.parts), np.int64)
     views = np.split(buffer, np.cumsum(sizes.parts)[:-1])
@@ -121,7 +121,7 @@ def lay_out(
         view[: len(values)] = values
     views[2][len(nodes) :] = -1
     views[4][:] = [x.data_ptr() for layer in cache.layers for x in (layer.keys, layer.values)]
-    views[5].reshape(-1, 4)[:] = np.stack([begins, ends, used, cache.slots * np.arange(batch)], 1)
+    views[5].reshape(-1, 4)[:batch] = np.stack([begins, ends, used, cache.slots * np.arange(batch)], 1)
     bits = slots.bits(owner, nodes, SLOT_BUCKET * sizes.words)
     _bytes(views[6], sizes)[: len(nodes), : bits.shape[1]] = bits
     if near:

@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from icefall_fusion.common.devices import kernels_run_on, load_kernels
+from icefall_fusion.common.devices import kernels_run_on, load_kernels, refuse_switched_off
 from icefall_fusion.common.unavailable import Unavailable
 from icefall_fusion.lm.fused import KERNELS, LEAST, LONGEST_ROW, FusedModel
 from icefall_fusion.lm.fused_event import EventInputs
+from icefall_fusion.lm.graphs import graphs_of
 from icefall_fusion.lm.loading import check_tree
 from icefall_fusion.lm.products import gpu_clock
 
@@ -26,6 +27,7 @@ FAMILY = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3Fo
 #: Tokens of an event whose products are timed, the usual ones first (see `Products.tune`).
 COUNTS = (320, 256, 384, 192, 448, 128, 512, 64, 576, 640)
 TUNING_SECONDS = 5.0
+GRAPHS = "icefall_fusion.lm.graphs"  # its name for `WITHOUT_KERNELS`
 
 
 def use_fused_kernels(lm: CausalLm) -> Optional[str]:
@@ -45,6 +47,8 @@ def use_fused_kernels(lm: CausalLm) -> Optional[str]:
             if lm.device.type == "cuda":
                 lm.fused.products.tune(lm.fused.shapes(), COUNTS, TUNING_SECONDS, gpu_clock)
         check_tree(lm)
+        if lm.device.type == "cuda":
+            use_graphs(lm)
         return None
     except Unavailable as reason:
         level = logging.WARNING if reason.unusual else logging.INFO
@@ -59,6 +63,29 @@ def use_fused_kernels(lm: CausalLm) -> Optional[str]:
         message = "fused kernels fail, so %s runs as transformers runs it (slower on the host)\n%s"
         logging.warning(message, lm.name, failure)
         return failure
+
+
+def use_graphs(lm: CausalLm) -> None:
+    """Let events of a fused model be replayed as graphs, if its scores by them agree with plain forwards.
+
+    Without graphs its products go by cuBLAS: launches of other forms keep the host busier than the GPU.
+    """
+    try:
+        refuse_switched_off(GRAPHS)
+        lm.fused.graphs = graphs = graphs_of(lm.fused, after=0)
+        for _ in range(2):  # sizes come again, with keys and values elsewhere
+            check_tree(lm)
+        if graphs.failure is None:
+            graphs.after = 1
+            return
+    except Unavailable as reason:
+        logging.warning("each kernel of %s is launched by itself: %s", lm.name, reason)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # drivers raise anything
+        message = "CUDA graphs fail, so each kernel of %s is launched by itself"
+        logging.warning(message, lm.name, exc_info=True)
+    lm.fused.graphs, lm.fused.products.on = None, False
 
 
 def check_fusible(model: Any) -> None:

@@ -1,10 +1,9 @@
 """CUDA graphs of events: one launch instead of some ten a layer, for sizes that come again.
 Knows: an event's buffer and sizes, CUDA graphs. Must not know: what the kernels do, trees, search.
 
-Off unless `use_graphs` is called, and never run on a GPU yet: groups of utterances in turns hide the host's
-time, too, and a graph of each size costs a capture and its memory. All that changes from event to event lies
-in one static buffer (see fused_event.py), addresses of keys and values included. So a graph depends on sizes
-alone and serves every batch.
+All that changes from event to event lies in one static buffer (see fused_event.py), addresses of keys and
+values included. So a graph depends on sizes alone and serves every batch. Never run on a GPU yet; there a
+model goes by graphs when its scores by them have agreed with plain forwards (see fused_loading.py).
 """
 from __future__ import annotations
 
@@ -16,11 +15,9 @@ from typing import TYPE_CHECKING, Callable, Optional
 import torch
 from torch import Tensor
 
-from icefall_fusion.common.checks import check
 from icefall_fusion.lm.fused_event import EventInputs, EventSizes
 
 if TYPE_CHECKING:
-    from icefall_fusion.lm.causal_lm import CausalLm
     from icefall_fusion.lm.fused import FusedModel
 
 Work = Callable[[], Tensor]
@@ -28,26 +25,16 @@ _MOST_TOKENS = 1024  # an event of more is no usual one, and the GPU works longe
 _MOST_SEEN = 4096  # sizes that are counted
 
 
-def use_graphs(lm: CausalLm, most: int = 32) -> None:
-    """Let a fused model on a GPU replay its events as CUDA graphs.
+def graphs_of(fused: FusedModel, most: int = 32, after: int = 1) -> EventGraphs:
+    """Return graphs of a model's events; on a CPU they are no graphs, but the work itself.
 
     Args:
-        lm: its layers are fused.
-        most: graphs that are kept; the one that was not used for the longest time goes first.
-    Raises:
-        ValueError: the model is not fused or not on a GPU (quantized, of another family, on a CPU).
+        fused: the model.
+        most, after: see `EventGraphs`.
     """
-    good = lm.fused is not None and lm.device.type == "cuda"
-    rule = "run by fused kernels on a GPU to be replayed as graphs"
-    check(good, f"model {lm.name}", rule, lm.fused_failure)
-    lm.fused.graphs = graphs_of(lm.fused, most)
-
-
-def graphs_of(fused: FusedModel, most: int = 32) -> EventGraphs:
-    """Return graphs of a model's events; on a CPU they are no graphs, but the work itself."""
     mine = weakref.proxy(fused)  # a circle would keep all weights until a collection
     capture = GraphCapture(fused.device) if fused.device.type == "cuda" else None
-    return EventGraphs(lambda event: mine.logits(event), capture, most)
+    return EventGraphs(lambda event: mine.logits(event), capture, most, after)
 
 
 class EventGraphs:
@@ -60,6 +47,7 @@ class EventGraphs:
         after: so often a size is run without a graph first.
 
     Attributes:
+        after: as given.
         captured: graphs that were made.
         replayed: events that went by them.
         failure: why no more graphs are made; None: nothing failed.
@@ -70,10 +58,11 @@ class EventGraphs:
         after: int = 1,
     ) -> None:
         self._run, self._capture = run, capture
-        self._most, self._after = most, after
+        self._most, self.after = most, after
         self._seen: Counter[EventSizes] = Counter()
         self._kept: OrderedDict[EventSizes, tuple[Tensor, Work]] = OrderedDict()
         self._stream: Optional[torch.cuda.Stream] = None
+        self._out = torch.empty(0)  # one for all: each is read before the next event
         self.captured = self.replayed = 0
         self.failure: Optional[str] = None
 
@@ -86,7 +75,7 @@ class EventGraphs:
         """
         if self.failure is not None or sizes.tokens > _MOST_TOKENS:
             return None
-        if sizes not in self._kept and self._seen[sizes] < self._after:
+        if sizes not in self._kept and self._seen[sizes] < self.after:
             if len(self._seen) < _MOST_SEEN:
                 self._seen[sizes] += 1
             return None
@@ -110,7 +99,10 @@ class EventGraphs:
         inputs = EventInputs.of(static, sizes)
 
         def work() -> Tensor:
-            return self._run(inputs)
+            logits = self._run(inputs)
+            if logits.numel() > self._out.numel() or logits.dtype != self._out.dtype:
+                self._out = torch.empty_like(logits)  # not while it is captured: `GraphCapture` runs it first
+            return self._out.view(-1)[: logits.numel()].view_as(logits).copy_(logits)
 
         try:
             self._kept[sizes] = static, work if self._capture is None else self._capture(work)

@@ -16,7 +16,8 @@ pytest.importorskip("transformers")
 pytest.importorskip("triton")
 from icefall_fusion.lm import CausalLm
 from icefall_fusion.lm.fused import FusedModel
-from icefall_fusion.lm.graphs import EventGraphs, graphs_of, use_graphs
+from icefall_fusion.lm.fused_loading import use_graphs
+from icefall_fusion.lm.graphs import EventGraphs, graphs_of
 from tests.lm.test_fused import DEVICE, make, scores_of
 
 
@@ -47,7 +48,7 @@ def test_static_buffers_change_no_score(name, after, most) -> None:
 def test_graphs_on_a_gpu_change_no_score(name) -> None:
     lm = fused(name)
     want = scores_of(lm)
-    use_graphs(lm)
+    lm.fused.graphs = graphs_of(lm.fused)
     for _ in range(3):
         for found, wanted in zip(scores_of(lm), want):
             torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
@@ -96,8 +97,22 @@ def test_weights_are_freed_with_their_model() -> None:
         gc.enable()
 
 
-def test_a_model_that_is_not_fused_has_no_graphs() -> None:
-    lm = make("llama")
-    lm.fused = None
-    with pytest.raises(ValueError, match="model llama must run by fused kernels on a GPU"):
+def test_graphs_are_relied_on_when_scores_by_them_agree(monkeypatch, caplog) -> None:
+    lm = fused("llama")
+    use_graphs(lm)
+    graphs = lm.fused.graphs
+    assert graphs.after == 1 and graphs.replayed > graphs.captured > 0 and lm.fused.products.on
+    logits = EventGraphs.logits
+
+    def off(self, sizes, host):
+        found = logits(self, sizes, host)
+        return None if found is None else found.flip(0)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EventGraphs, "logits", off)
         use_graphs(lm)
+    assert lm.fused.graphs is None and not lm.fused.products.on and "CUDA graphs fail" in caplog.text
+    monkeypatch.setenv("ICEFALL_FUSION_WITHOUT_KERNELS", "icefall_fusion.lm.graphs")
+    caplog.clear()
+    use_graphs(lm)
+    assert lm.fused.graphs is None and "switches icefall_fusion.lm.graphs off" in caplog.text

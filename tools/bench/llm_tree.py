@@ -13,9 +13,9 @@ the tokens of every hypothesis. Then each model scores the same events
     path caches   keys and values of each hypothesis apart, re-ordered by copying when the beam changes;
     eager tree    one tree an utterance, every token forwarded as soon as it is there;
     lazy, unfused one tree an utterance, a token forwarded when a child of it has to be scored;
-    lazy, cublas  the same by fused kernels where a model has them, on a GPU;
-    lazy, graphs  as the next, with events of usual sizes as CUDA graphs;
-    lazy tree     fused kernels, each product in the form that was the fastest at loading (ours).
+    lazy, launches the same by fused kernels where a model has them, on a GPU, each launched by itself;
+    lazy, cublas  the same, events of usual sizes as CUDA graphs;
+    lazy tree     the same, each product in the form that was the fastest at loading (ours).
 
 All must give the same scores (float32; in bfloat16 the largest difference is told). Models but the
 shipped one have random weights of the named configuration: time and memory do not depend on the values. The

@@ -193,6 +193,7 @@ class LazyTree(Way):
     """Ours, as it is by default."""
 
     eager = False
+    rounds = 2  # with graphs a size is run, then captured, then replayed
 
     def __init__(self, lm: CausalLm, batch: int) -> None:
         super().__init__(lm, batch)
@@ -215,6 +216,10 @@ class LazyTree(Way):
         self.forwarded, self.forwards = int(stats["lm_tokens_forwarded"]), int(stats["lm_forwards"])
         self.kv_bytes = int(stats["kv_bytes_peak"])
 
+    def told(self) -> dict[str, Any]:
+        graphs = getattr(self, "graphs", self.lm.fused and self.lm.fused.graphs)
+        return {"graphs": graphs.captured, "graphs_failed": graphs.failure} if graphs else {"graphs": 0}
+
     def _nodes(self, utterances: Sequence[int], paths: Sequence[Sequence[int]]) -> Tensor:
         roots = [self.tree.root(utterance) for utterance in utterances]
         return torch.tensor([self.tree.insert(root, path) for root, path in zip(roots, paths)])
@@ -228,6 +233,7 @@ class UnfusedTree(LazyTree):
     """Ours without fused kernels: layers as transformers runs them."""
 
     needs_fused = True
+    graphs = None
 
     def launch(self, prepared: tuple[Tensor, bool]) -> Callable[[], Tensor]:
         fused, self.lm.fused = self.lm.fused, None
@@ -237,46 +243,38 @@ class UnfusedTree(LazyTree):
             self.lm.fused = fused
 
 
-class UntunedTree(LazyTree):
-    """Ours with fused kernels, all products by cuBLAS."""
+class LaunchesTree(LazyTree):
+    """Ours with fused kernels, each launched by itself, and all products by cuBLAS."""
 
     needs_fused = True
-
-    def launch(self, prepared: tuple[Tensor, bool]) -> Callable[[], Tensor]:
-        products = self.lm.fused.products
-        before, products.on = products.on, False
-        try:
-            return super().launch(prepared)
-        finally:
-            products.on = before
-
-
-class GraphsTree(LazyTree):
-    """Ours with events of usual sizes as CUDA graphs."""
-
-    needs_fused = True
-    rounds = 2  # a size is run, then captured, then replayed
-    _graphs: weakref.WeakKeyDictionary[Any, EventGraphs] = weakref.WeakKeyDictionary()  # by fused model
+    graphs: Optional[EventGraphs] = None
 
     def launch(self, prepared: tuple[Tensor, bool]) -> Callable[[], Tensor]:
         fused = self.lm.fused
-        if fused not in self._graphs:
-            self._graphs[fused] = graphs_of(fused)
-        fused.graphs = self._graphs[fused]
+        before = fused.graphs, fused.products.on
+        fused.graphs, fused.products.on = self.graphs, False
         try:
             return super().launch(prepared)
         finally:
-            fused.graphs = None
+            fused.graphs, fused.products.on = before
 
-    def told(self) -> dict[str, Any]:
-        graphs = self._graphs[self.lm.fused]
-        return {"graphs": graphs.captured, "graphs_failed": graphs.failure}
+
+class CublasTree(LaunchesTree):
+    """Ours with events of usual sizes as CUDA graphs, all products by cuBLAS."""
+
+    _graphs: weakref.WeakKeyDictionary[Any, EventGraphs] = weakref.WeakKeyDictionary()  # by fused model
+
+    def __init__(self, lm: CausalLm, batch: int) -> None:
+        super().__init__(lm, batch)
+        if lm.fused not in self._graphs:
+            self._graphs[lm.fused] = graphs_of(lm.fused)
+        self.graphs = self._graphs[lm.fused]
 
 
 WAYS: dict[str, type[Way]] = {
     "full texts": FullTexts, "path caches": PathCaches, "eager tree": EagerTree,
-    "lazy, unfused": UnfusedTree, "lazy, cublas": UntunedTree,
-    "lazy, graphs": GraphsTree, "lazy tree": LazyTree,
+    "lazy, unfused": UnfusedTree, "lazy, launches": LaunchesTree,
+    "lazy, cublas": CublasTree, "lazy tree": LazyTree,
 }
 
 
