@@ -21,6 +21,7 @@ class SelectOptions:
         data_dir: has ``text/{train,dev,test}.jsonl``; ``text/selected_*.jsonl`` is written for train, dev,
             test-clean and test-other.
         train_hours: speech for training, estimated from characters.
+        at_most: take fewer hours for training where the books hold fewer.
         dev_hours: speech for development.
         test_hours: speech for test-clean, and as much again for test-other.
         characters_per_second: how fast the voices read.
@@ -30,6 +31,7 @@ class SelectOptions:
 
     data_dir: str = "data"
     train_hours: float = 30.0
+    at_most: bool = False
     dev_hours: float = 1.2
     test_hours: float = 1.7
     characters_per_second: float = 14.5
@@ -57,8 +59,9 @@ def run(options: SelectOptions) -> int:
         ("train", (("train", options.train_hours),)),
     )
     for split, sets in plans:
+        exact = not (options.at_most and split == "train")
         books = _speakable_by_book(folder / f"{split}.jsonl", options.min_words)
-        chosen = select_utterances(books, [hours for _, hours in sets], used, options)
+        chosen = select_utterances(books, [hours for _, hours in sets], used, options, exact)
         for (name, hours), utterances in zip(sets, chosen):
             write_jsonl(folder / f"selected_{name}.jsonl", utterances)
             words = sum(utterance["text"].count(" ") + 1 for utterance in utterances)
@@ -67,7 +70,8 @@ def run(options: SelectOptions) -> int:
 
 
 def select_utterances(
-    books: dict[str, list[dict]], hours: Sequence[float], used: set[str], options: SelectOptions
+    books: dict[str, list[dict]], hours: Sequence[float], used: set[str], options: SelectOptions,
+    exact: bool = True,
 ) -> list[list[dict]]:
     """Deal utterances to the sets, one of each book in turn, until every set has its hours.
 
@@ -76,6 +80,7 @@ def select_utterances(
         hours: of each set.
         used: texts that may not be taken; those that are taken are added.
         options: seed and reading speed.
+        exact: whether less than the hours is an error.
 
     Returns:
         for each set its utterances, in book order.
@@ -98,7 +103,7 @@ def select_utterances(
     available = sum(sizes) / 3600 / options.characters_per_second
     enough = all(size >= budget for size, budget in zip(sizes, budgets))
     rule = f"not exceed the speakable text of the books, about {available:.3f} h"
-    check(enough, "hours", rule, list(hours))
+    check(enough or not exact, "hours", rule, list(hours))
     for utterances in chosen:
         utterances.sort(key=lambda utterance: (utterance["book"], utterance["index"]))
     return chosen
