@@ -31,6 +31,7 @@ from steps import STEPS, Step, select  # noqa: E402
 
 BUDGETS = {1: 420, 2: 330}  # seconds of a call, from its start
 LEAST = 8  # seconds with which a step is still begun
+TO_END = 15  # seconds that a program has to end after the minutes that it is given
 AGAIN = 70  # seconds for all repetitions after CUDA errors
 SLACK_ON_CPU = 20  # a rehearsal's limits are that many times larger
 MOST_FILES, MOST_BYTES, MOST_FOLDERS = 8, 16 * 2**20, 2  # that come back
@@ -158,7 +159,7 @@ class Day:
     ) -> list[str]:
         """Run a step's command, keep its outcome and rows in ``entry``; return the last lines it said."""
         result, said = self.scratch / f"{name}.json", self.scratch / f"{name}.log"
-        words = fill(step, self.args, result, self.cpu)
+        words = fill(step, self.args, result, self.cpu, (limit - TO_END) / 60)
         command = [*before, "bash" if words[0].endswith(".sh") else sys.executable, *words, *more]
         entry.update(status="runs", command=" ".join(command[1:]))
         self.log.say(f"== {name}, at most {limit:.0f} s of {self.left():.0f} s left")
@@ -221,12 +222,15 @@ class Day:
         shutil.rmtree(self.scratch, ignore_errors=True)
 
 
-def fill(step: Step, args: argparse.Namespace, result: Path, cpu: bool) -> list[str]:
-    """Return the arguments of Python for a step."""
+def fill(
+    step: Step, args: argparse.Namespace, result: Path, cpu: bool, minutes: float = 5.0
+) -> list[str]:
+    """Return a step's program and its arguments."""
     words = step.words(cpu)
-    if step.given is not None and (Path(args.payload) / step.given[0]).is_file():
+    if step.given is not None and (Path(args.payload) / step.given[0]).exists():
         words += step.given[1].split()
-    names = {"device": args.device, "payload": args.payload, "result": result, "out": args.out}
+    names = {"device": args.device, "payload": args.payload, "result": result, "out": args.out,
+             "minutes": f"{minutes:.2f}"}
     for name, value in names.items():
         words = [word.replace(f"{{{name}}}", str(value)) for word in words]
     return words

@@ -30,7 +30,7 @@ class Step:
         name: of the step, for --only and the results.
         limit: seconds that it may take.
         command: the program and its options, as in a shell. ``{device}``, ``{payload}``, ``{result}`` (a JSON
-            file) and ``{out}`` (the folder that comes back) are filled in.
+            file), ``{out}`` (the folder that comes back) and ``{minutes}`` (that are left) are filled in.
         cpu: options that follow in a rehearsal on a CPU; None: there is nothing to run there.
         small: options that follow when the step is repeated after a CUDA error; None: it is not.
         call: 1 or 2; 0: not on the day, only by --only.
@@ -76,7 +76,7 @@ def _tree(name: str, limit: int, options: str, batch: int = 32, **more: object) 
 
 def _training(name: str, limit: int, options: str, **more: object) -> Step:
     recipe = f"--recipe egs/libriheavy/ASR/conf/ctc_aed.yaml --seconds 600 {options}"
-    cpu = "--recipe egs/minibooks/ASR/conf/ctc_aed.yaml --seconds 4 --utterance 2 --steps 2 --warmup 1"
+    cpu = "--recipe egs/minibooks/ASR/conf/tiny/ctc_aed.yaml --seconds 4 --utterance 2 --steps 2 --warmup 1"
     return _bench(name, limit, f"training {recipe}", cpu=cpu, small="--seconds 60 --steps 2", **more)
 
 
@@ -89,7 +89,8 @@ STEPS = (
     _bench("search", 45,
            f"search --batch 128 --beams 10 --rounds 3 --budget 3 --leave-out {shlex.join(SLOW)}",
            cpu="--batch 2 --frames 40 --rounds 1", small="--batch 2 --rounds 1"),
-    _tree("llm_tree", 60, "--models mistral-7b --ways 'lazy tree' 'lazy, unfused'"),
+    _tree("llm_tree", 75, "--models mistral-7b --ways 'lazy tree' 'lazy, graphs' 'lazy, cublas' "
+          "'lazy, unfused'"),
     _bench("profile", 50, f"profile_fusion {_7B} --groups 1 2", cpu="--batches 2 --shape '' --dtype ''",
            small="--batches 2", given=SPEECH),
     _fusion("fusion-7b", 110, f"{_7B} --methods llm-shallow llm-nbest-rescoring llm-delayed-shortest "
@@ -98,6 +99,8 @@ STEPS = (
     _fusion("fusion-shipped", 40, f"--methods {SHIPPED_METHODS}"),
     Step("tests", 90, "tools/gpu/gpu_tests.py --device {device} --output {result}",
          cpu="--files tests/ngram/test_ngram.py", trusts=False),
+    _fusion("fusion-7b-64", 60, f"{_7B} --batches 64 --groups 0 1 --methods llm-nbest-rescoring "
+            "llm-delayed-shortest llm-delayed-interval-16 llm-delayed-interval-16-ahead"),
     _bench("memory", 75, "memory --dtype bfloat16 --shapes mistral-7b --batch 8",
            cpu="--dtype '' --shapes minibooks --batch 2 --seconds 3 --methods llm-delayed-interval-16",
            small="--batch 2 --seconds 5", given=SPEECH),
@@ -108,8 +111,6 @@ STEPS = (
             "--batches 1 32 128 --beams 10 --engines triton torchaudio torch --rounds 2"),
     _tree("llm_tree-64", 40, "--models mistral-7b --ways 'lazy tree'", 64),
     _tree("llm_tree-ways", 60, "--models mistral-7b --ways 'full texts' 'path caches' 'eager tree'"),
-    _fusion("fusion-7b-64", 60, f"{_7B} --batches 64 --methods llm-nbest-rescoring llm-delayed-shortest "
-            "llm-delayed-interval-16 llm-delayed-interval-16-ahead"),
     _tree("llm_tree-3b", 40, "--models open-llama-3b --ways 'lazy tree' 'lazy, unfused'"),
     # not on the day: by --only alone, for those who have more time
     _frames("frame_loop-wide", 300, "--batches 1 32 128 --beams 10 20 50", call=0),
