@@ -36,6 +36,7 @@ from tests.fusion.test_fusion import (  # noqa: F401 (fixtures)
     tokens,
 )
 from tests.ngram.test_ngram import OPTIONS, ngram  # noqa: F401 (a fixture)
+from tests.search_tools import assert_near
 
 
 @pytest.fixture(scope="module")
@@ -246,8 +247,9 @@ def test_groups_on_a_gpu_are_one_batch_on_a_cpu(tokens, trigger):  # noqa: F811
         fusion = DelayedFusion(lm, 0.5, 0.7, trigger)
         found.append(decode(log_probs.to(device), lens, tokens, [fusion], groups))
         assert len(fusion._groups) == {1: 0, None: 2, 3: 3}[groups]
-    assert_same(found[0], found[1], 1e-3)
-    assert_same(found[0], found[2], 1e-3)
+    for on_gpu in found[1:]:
+        for one, other in zip(found[0], on_gpu):
+            assert_near(*([(tuple(h.tokens), h.total) for h in nbest] for nbest in (other, one)), 1e-2)
 
 
 @settings(max_examples=40, deadline=None)

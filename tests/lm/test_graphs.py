@@ -51,7 +51,7 @@ def test_graphs_on_a_gpu_change_no_score(name) -> None:
     lm.fused.graphs = graphs_of(lm.fused)
     for _ in range(3):
         for found, wanted in zip(scores_of(lm), want):
-            torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
+            torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-5)  # other sizes, other kernels
     assert lm.fused.graphs.failure is None and lm.fused.graphs.replayed > 0
 
 
