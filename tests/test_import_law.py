@@ -28,13 +28,14 @@ OWNERS = {
     "tensorboard": {"train/training_log"},
     "transformers": {
         "data/tokenizers", "acoustic/sources/huggingface", "train/llama",
-        "lm/loading", "lm/gguf_files", "lm/tree_forward", "lm/tree_memory",
+        "lm/loading", "lm/gguf_files", "lm/quantization",
+        "lm/tree_forward", "lm/tree_memory",
     },
     "accelerate": {"lm/loading"},  # transformers import these two; we ask whether they are there
     "gguf": {"lm/gguf_files"},
     "peft": {"lm/adapters"},
-    "bitsandbytes": {"lm/loading"},
-    "torchao": {"lm/loading"},
+    "bitsandbytes": {"lm/quantization"},
+    "torchao": {"lm/quantization"},
     "triton": {"search/engines/gpu_kernel", "lm/fused_kernels", "lm/fused_matmul", "lm/products"},
 }
 #: Files that must stay importable with Python 3.9 and torch 1.13.

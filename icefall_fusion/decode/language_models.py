@@ -39,6 +39,8 @@ class LmOptions:
             segments of an utterance are then decoded one after the other.
         context_words: number of trailing words of the earlier text to keep.
         eos: score the end of the utterance too.
+        bos_token: what starts a text: a token of the LM or the text of one; default: as its tokenizer says.
+        eos_token: what ends one.
     """
 
     path: str = ""
@@ -53,6 +55,8 @@ class LmOptions:
     carry: bool = False
     context_words: int = 200
     eos: bool = True
+    bos_token: Optional[str] = None
+    eos_token: Optional[str] = None
 
     def __post_init__(self) -> None:
         check_choice(self.dtype, ("float32", "bfloat16", "float16", "auto"), "LmOptions.dtype")
@@ -126,7 +130,8 @@ class LanguageModels:
             self._loaded[source] = CausalLm.from_pretrained(
                 options.path, dtype=dtype, device=options.device or self._device,
                 device_map=options.device_map, quantization=options.quantization,
-                adapter=options.adapter or None,
+                adapter=options.adapter or None, bos_token=options.bos_token,
+                eos_token=options.eos_token,
             )
         return self._loaded[source]
 

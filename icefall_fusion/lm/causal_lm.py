@@ -85,6 +85,8 @@ class CausalLm:
         quantization: Optional[str] = None,
         self_check: bool = True,
         adapter: Optional[PathLike] = None,
+        bos_token: Optional[str] = None,
+        eos_token: Optional[str] = None,
     ) -> CausalLm:
         """Load a model folder, a GGUF file or a hub name.
 
@@ -97,6 +99,8 @@ class CausalLm:
             quantization: None; "8bit" or "4bit" (by bitsandbytes); "int8" (weights alone, by torchao).
             self_check: compare a random tree with plain forwards and refuse a model that disagrees.
             adapter: PEFT folder of a LoRA adapter to add to the weights (not with ``quantization``).
+            bos_token, eos_token: what starts and ends a text: a token or the text of one; None: as the
+                tokenizer says. For chat models that is rarely best.
         Raises:
             FileNotFoundError: no such folder or file, or no config in it.
             ValueError: not a causal LM, a GGUF file that is broken or of an unknown kind, missing weights,
@@ -106,7 +110,8 @@ class CausalLm:
         """
         source = model_source(path_or_name)
         model = load_model(source, dtype, device, device_map, quantization, adapter)
-        return cls(model, Vocabulary.load(source, model.config), str(path_or_name), self_check)
+        vocabulary = Vocabulary.load(source, model.config).with_marks(bos_token, eos_token, source)
+        return cls(model, vocabulary, str(path_or_name), self_check)
 
     @property
     def kv_bytes_a_token(self) -> int:

@@ -4,7 +4,7 @@ Knows: transformers, files of a model folder, a model's tree. Must not know: sea
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 
-from icefall_fusion.common.checks import check, check_choice
+from icefall_fusion.common.checks import check
 from icefall_fusion.common.files import PathLike
 from icefall_fusion.lm.tree_forward import PACKED_ATTENTION
 from icefall_fusion.text.tokens import AcousticTokens
@@ -56,7 +56,11 @@ def load_model(
     _check_folder(name)
     rule = "not be set with a quantization (quantized weights cannot take it in exactly)"
     check(not adapter or quantization is None, "adapter", rule, str(adapter))
-    options = {"dtype": dtype, "device_map": device_map, **_quantization(quantization)}
+    options = {"dtype": dtype, "device_map": device_map}
+    if quantization is not None:
+        from icefall_fusion.lm.quantization import quantization_options
+
+        options.update(quantization_options(quantization))
     if device_map is not None and find_spec("accelerate") is None:
         raise ImportError("device_map needs the package accelerate: pip install accelerate")
     if quantization is not None and device_map is None:
@@ -79,27 +83,6 @@ def load_model(
 
         return merge(model, adapter, name)
     return model
-
-
-def _quantization(quantization: Optional[str]) -> dict[str, Any]:
-    if quantization is None:
-        return {}
-    check_choice(quantization, QUANTIZATIONS[1:], "quantization")
-    by_torchao = quantization == "int8"
-    package = "torchao" if by_torchao else "bitsandbytes"
-    if (find_spec("torchao") if by_torchao else find_spec("bitsandbytes")) is None:
-        raise ImportError(f"quantization {quantization!r} needs {package}: pip install {package}")
-    from transformers import BitsAndBytesConfig, TorchAoConfig
-
-    if by_torchao:
-        from torchao.quantization import Int8WeightOnlyConfig
-
-        config: Any = TorchAoConfig(Int8WeightOnlyConfig())
-    elif quantization == "8bit":
-        config = BitsAndBytesConfig(load_in_8bit=True)
-    else:
-        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
-    return {"quantization_config": config}
 
 
 def use_packed_attention(model: Any) -> bool:
@@ -196,6 +179,31 @@ class Vocabulary:
         bos_id = bos_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
         eos_id = eos_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
         return cls(tokenizer, None, bos_id, eos_id)
+
+    def with_marks(self, bos: Optional[str], eos: Optional[str], name: str) -> Vocabulary:
+        """Return the vocabulary with another bos or eos (None: as it is), each a token or the text of one.
+
+        Raises:
+            ValueError: the model ``name`` has no such token.
+        """
+        found = {}
+        for field, text in (("bos", bos), ("eos", eos)):
+            if text is not None:
+                rule = f"be a token of {name}, or text of one token"
+                ids = self._ids_of(text)
+                check(len(ids) == 1, f"{field}_token", rule, text)
+                found[f"{field}_id"] = ids[0]
+        return replace(self, **found)
+
+    def _ids_of(self, text: str) -> list[int]:
+        if self.pieces is not None:
+            known = self.pieces.pieces
+            return [known.index(text)] if text in known else self.pieces.encode(text)
+        if self.tokenizer is None:
+            return []
+        index = self.tokenizer.get_vocab().get(text)
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids if index is None else [index]
 
 
 def _first(token: Any) -> Optional[int]:

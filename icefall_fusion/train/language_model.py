@@ -4,10 +4,11 @@ Knows: the model, the training loop, token streams. Must not know: audio, search
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from dataclasses import field
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Optional
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,15 @@ from icefall_fusion.train.llama import (
 )
 from icefall_fusion.train.lm_documents import DocumentOptions, prepare_streams
 from icefall_fusion.train.loop import Trainer
-from icefall_fusion.train.lora import AdapterLoss, Base, LoraOptions, add_adapter, card, check_packing
+from icefall_fusion.train.lora import (
+    AdapterLoss,
+    Base,
+    LoraOptions,
+    add_adapter,
+    better_start,
+    card,
+    check_packing,
+)
 from icefall_fusion.train.options import TrainingOptions
 from icefall_fusion.train.token_stream import TokenBatch, TokenBatches, ValidationPass
 
@@ -49,6 +58,9 @@ class TrainLmOptions(TrainingOptions):
         init: folder of a Llama model of the same size and vocabulary whose weights a new training starts
             from, or of an adapter of ``base``; empty: random weights.
         base: folder, GGUF file or hub name of the causal LM to adapt; empty: train a new model.
+        bos_token: what starts a document for a ``base``: a token or the text of one; default: as its
+            tokenizer says. Decode with the same (``--llm.bos_token``).
+        eos_token: what ends one.
         lora: the adapter.
         documents: how sentences become documents for a ``base``.
         model: size of a new model.
@@ -61,6 +73,8 @@ class TrainLmOptions(TrainingOptions):
     data: str
     tokenizer: str = ""
     base: str = ""
+    bos_token: Optional[str] = None
+    eos_token: Optional[str] = None
     lora: LoraOptions = field(default_factory=LoraOptions)
     documents: DocumentOptions = field(default_factory=DocumentOptions)
     model: LlamaOptions = field(default_factory=LlamaOptions)
@@ -153,7 +167,8 @@ def make_adapter_trainer(options: TrainLmOptions, device: torch.device, rank: in
     """Build the loop of an adapter with its base and batches."""
     torch.manual_seed(options.trainer.seed)
     dtype = torch.bfloat16 if options.trainer.precision == "bf16" else torch.float32  # of the frozen weights
-    base = Base.load(options.base, dtype, device, eager=options.compile and device.type == "cpu")
+    base = Base.load(options.base, dtype, device, options.compile and device.type == "cpu",
+                     options.bos_token, options.eos_token)
     base.check_length(options.length)
     made_for, begins_at = base.identity(), "" if newest_checkpoint(options.exp) else options.init
     trained = AdapterLoss(add_adapter(base, options.lora, begins_at).to(device))
@@ -161,7 +176,10 @@ def make_adapter_trainer(options: TrainLmOptions, device: torch.device, rank: in
                               base.marks, made_for["sha256"] or base.name, base.size, rank)
     vocabulary = Vocabulary(Path(base.source), base.size, *base.marks, base.count_words)
     train, dev = load_streams(options, vocabulary, rank, world, str(streams))
-    check_packing(trained, to_device(next(iter(ValidationPass(dev))), device), base.name)
+    some = to_device(next(iter(ValidationPass(dev))), device)
+    check_packing(trained, some, base.name)
+    if rank == 0 and not begins_at and newest_checkpoint(options.exp) is None:
+        warn_of_start(better_start(trained, some, base), base)
     if options.compile:
         check_compiler(device, "TrainLmOptions.compile")
         trained.compile()
@@ -177,6 +195,14 @@ def make_adapter_trainer(options: TrainLmOptions, device: torch.device, rank: in
     trainer = Trainer(options.trainer, trained, compute_loss, train, ValidationPass(dev), options.exp,
                       device=device, on_save=save, describe=perplexities(dev, base.count_words))
     return trainer
+
+
+def warn_of_start(better: Optional[tuple[str, float, float]], base: Base) -> None:
+    """Warn when another token than the base's bos starts the dev text clearly better."""
+    if better is not None:
+        logging.warning("texts for %s start with token %d (%.2f nats a token on dev), but with "
+                        "--bos_token %r they would have %.2f", base.name, base.marks[0], better[1], better[0],
+                        better[2])
 
 
 def run(options: TrainLmOptions) -> int:

@@ -7,7 +7,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ from icefall_fusion.common.files import PathLike
 from icefall_fusion.lm import adapters, loading
 from icefall_fusion.train.token_stream import TokenBatch, attention_mask
 
+STARTS = ("<|endoftext|>", "<|begin_of_text|>", "<s>", "</s>", "<bos>")  # of families of models
+CLEARLY = 0.1  # nats a token
 #: Largest difference between packed and single documents, natural log a token.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}
 
@@ -61,7 +63,10 @@ class Base:
     vocabulary: loading.Vocabulary
 
     @classmethod
-    def load(cls, name: str, dtype: torch.dtype, device: torch.device, eager: bool) -> Base:
+    def load(
+        cls, name: str, dtype: torch.dtype, device: torch.device, eager: bool = False,
+        bos: Optional[str] = None, eos: Optional[str] = None,
+    ) -> Base:
         """Load a folder, GGUF file or hub name, as `CausalLm.from_pretrained` does.
 
         Raises:
@@ -69,7 +74,7 @@ class Base:
         """
         source = loading.model_source(name)
         model = loading.load_model(source, dtype, device, None, None)
-        vocabulary = loading.Vocabulary.load(source, model.config)
+        vocabulary = loading.Vocabulary.load(source, model.config).with_marks(bos, eos, name)
         has = vocabulary.tokenizer is not None or vocabulary.pieces is not None
         check(has, f"TrainLmOptions.base {name}", "have a tokenizer", None)
         marks = (vocabulary.bos_id, vocabulary.eos_id)
@@ -108,9 +113,16 @@ class Base:
         longest = min(limits, default=length)
         check(length <= longest, "TrainLmOptions.length", f"be at most {longest} for {self.name}", length)
 
+    def _name_of(self, token: int) -> str:
+        if self.vocabulary.pieces is not None:
+            return self.vocabulary.pieces.pieces[token]
+        return str(self.vocabulary.tokenizer.convert_ids_to_tokens(token))
+
     def identity(self) -> dict[str, Any]:
-        """Return {"name", "sha256", "sample"}: what an adapter says of its base (before it is adapted)."""
-        return {"name": self.name, "sha256": adapters.weights_sha256(self.source),
+        """Return {"name", "bos", "eos", "sha256", "sample"}: what an adapter says of its base."""
+        names = [self._name_of(token) for token in self.marks]
+        digest = adapters.weights_sha256(self.source)
+        return {"name": self.name, "bos": names[0], "eos": names[1], "sha256": digest,
                 "sample": adapters.sample_of(self.model)}
 
 
@@ -196,6 +208,33 @@ def check_packing(loss: AdapterLoss, batch: TokenBatch, name: str) -> None:
     check(difference <= allowed, f"TrainLmOptions.base {name}", rule, difference)
 
 
+@torch.no_grad()
+def better_start(loss: AdapterLoss, batch: TokenBatch, base: Base) -> Optional[tuple[str, float, float]]:
+    """Return a token that starts texts clearly better than the base's bos, or None.
+
+    Args:
+        loss: of the base with a new adapter, which changes nothing yet.
+        batch: some packed documents.
+        base: its vocabulary names the candidates: eos, and what other models start with.
+
+    Returns:
+        the token, and nats a token with bos and with it.
+    """
+    if base.vocabulary.tokenizer is None:
+        return None
+    loss.eval()
+    known = base.vocabulary.tokenizer.get_vocab()
+    names = {index: name for name in STARTS if (index := known.get(name)) is not None}
+    for index in base.marks:
+        names[index] = base._name_of(index)
+    first, items = (batch.positions == 0) & (batch.documents >= 0), max(int((batch.targets >= 0).sum()), 1)
+    nats = {index: float(loss(batch._replace(tokens=batch.tokens.masked_fill(first, index)))) / items
+            for index in names}
+    best = min(nats, key=nats.__getitem__)
+    own = nats[base.marks[0]]
+    return (names[best], own, nats[best]) if own - nats[best] > CLEARLY else None
+
+
 def _alone(loss: AdapterLoss, tokens: Tensor, targets: Tensor) -> float:
     """Return the loss of one document by a plain forward."""
     logits = loss.adapted(input_ids=tokens, use_cache=False).logits
@@ -218,6 +257,7 @@ def card(base: Mapping[str, Any], lora: LoraOptions, more: Mapping[str, Any], lo
         for line in lines if "valid_word_perplexity" in line
     )
     facts = {"base": base["name"], "SHA-256 of the base": base["sha256"] or "not known",
+             "starts with": f"`{base['bos']}`", "ends with": f"`{base['eos']}`",
              "rank": lora.rank, "alpha": lora.alpha, "dropout": lora.dropout,
              "layers": ", ".join(lora.targets), **more}
     table = "\n".join(f"| {name} | {value} |" for name, value in facts.items())

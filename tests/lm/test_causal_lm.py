@@ -217,6 +217,21 @@ def test_a_folder_with_acoustic_pieces_scores_their_ids(tmp_path: Path) -> None:
 # --- laziness and memory ---------------------------------------------------------------------------------
 
 
+def test_what_starts_and_ends_a_text_can_be_named(tmp_path: Path) -> None:
+    folder = tiny.language_model(tmp_path / "llm", 3, pieces=False)
+    lm = CausalLm.from_pretrained(folder, bos_token="</s>", eos_token="a")  # a token, and text of one
+    assert (lm.bos_id, [lm.eos_id]) == (1, lm.encode("a"))
+    plain = CausalLm.from_pretrained(folder)
+    assert (plain.bos_id, plain.eos_id) == (0, 1)
+    plain.bos_id = 1
+    assert lm.log_prob("the cat") == pytest.approx(plain.log_prob("the cat"), abs=1e-5)
+    pieces = tiny.language_model(tmp_path / "pieces", 3, pieces=True)
+    assert CausalLm.from_pretrained(pieces, bos_token="<blk>").bos_id == 0
+    for bad in ("", "two words", "<|endoftext|>"):
+        with pytest.raises(ValueError, match="eos_token must be a token of .*, or text of one token, but is"):
+            CausalLm.from_pretrained(folder, eos_token=bad)
+
+
 def test_a_token_is_forwarded_only_when_a_child_is_scored(lm: CausalLm) -> None:
     scorer = lm.open_tree(2)
     root = scorer.root(0)
@@ -462,7 +477,8 @@ def test_options_that_need_absent_packages_or_names(tmp_path: Path, monkeypatch)
     with pytest.raises(ValueError, match="quantization must be one of"):
         CausalLm.from_pretrained(folder, quantization="3bit")
     for package, name in (("bitsandbytes", "4bit"), ("torchao", "int8")):
-        monkeypatch.setattr("icefall_fusion.lm.loading.find_spec", lambda asked: None)
+        for file in ("loading", "quantization"):
+            monkeypatch.setattr(f"icefall_fusion.lm.{file}.find_spec", lambda asked: None)
         with pytest.raises(ImportError, match=f"needs {package}: pip install {package}"):
             CausalLm.from_pretrained(folder, quantization=name)
     monkeypatch.undo()

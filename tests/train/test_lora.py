@@ -18,7 +18,7 @@ from icefall_fusion.train import lora
 from icefall_fusion.train.checkpoints import load_checkpoint, newest_checkpoint
 from icefall_fusion.train.language_model import TrainLmOptions, run
 from icefall_fusion.train.lm_documents import DocumentOptions, prepare_streams, read_documents
-from icefall_fusion.train.lora import AdapterLoss, Base, LoraOptions, check_packing
+from icefall_fusion.train.lora import AdapterLoss, Base, LoraOptions, better_start, check_packing
 from icefall_fusion.train.options import TrainerOptions
 from icefall_fusion.train.token_stream import TokenBatches, attention_mask
 from tests import tiny
@@ -156,6 +156,34 @@ def test_streams_are_made_once_for_a_text_and_options(base: Path, text: Path, tm
     assert prepare_streams(folder, tmp_path, DocumentOptions(), source.encode, (0, 1), "x", 9) == folder
 
 
+def test_another_start_is_named_where_it_is_better(base: Path, tmp_path: Path, monkeypatch) -> None:
+    source = Base.load(str(base), torch.float32, torch.device("cpu"))
+    loss = AdapterLoss(lora.add_adapter(source, LoraOptions(), ""))
+    rows = [[0, *ids, 1] for ids in source.encode(SENTENCES)]
+    np.save(tmp_path / "s.npy", np.array([token for row in rows for token in row], np.uint16))
+    (batch,) = TokenBatches(tmp_path / "s.npy", 0, 1, rows=1, length=64, shuffle=False)
+    nats = []
+    for bos in ("<s>", "</s>"):
+        scores = CausalLm.from_pretrained(base, bos_token=bos).log_probs(SENTENCES, eos=True)
+        nats.append(-sum(scores) / sum(len(row) - 1 for row in rows))
+    monkeypatch.setattr(lora, "CLEARLY", -1.0)
+    found = better_start(loss, batch, source)
+    assert found == (("<s>", "</s>")[int(np.argmin(nats))], pytest.approx(nats[0], abs=1e-3),
+                     pytest.approx(min(nats), abs=1e-3))
+    monkeypatch.setattr(lora, "CLEARLY", 9.0)
+    assert better_start(loss, batch, source) is None
+
+
+def test_the_job_starts_documents_as_asked_and_warns(base, text, tmp_path: Path, monkeypatch, caplog) -> None:
+    monkeypatch.setattr(lora, "CLEARLY", -1.0)
+    assert run(make_options(base, text, tmp_path / "exp", max_steps=1, bos_token="</s>")) == 0
+    assert "start with token 1" in caplog.text
+    made_for = json.loads((tmp_path / "exp" / "export" / adapters.BASE_FILE).read_text())
+    assert (made_for["bos"], made_for["eos"]) == ("</s>", "</s>")
+    (stream,) = (tmp_path / "exp" / "streams").glob("*/dev.npy")
+    assert np.load(stream)[0] == 1
+
+
 def test_bad_input_is_named(base: Path, text: Path, tmp_path: Path) -> None:
     def refused(message: str, kind: type = ValueError, data: Path = text, model: Path = base, **more) -> None:
         with pytest.raises(kind, match=message):
@@ -164,6 +192,7 @@ def test_bad_input_is_named(base: Path, text: Path, tmp_path: Path) -> None:
     refused("must hold train.jsonl or train.npy", FileNotFoundError, tmp_path)
     none = write_text(tmp_path / "none", ["", " "], SENTENCES)
     refused("the text of train must hold a sentence", data=none)
+    refused("bos_token must be a token of .*, or text of one token", bos_token="two words")
     refused("must be linear layers", lora=LoraOptions(targets=("w_query",)))
     refused("init: .* must be a PEFT folder", FileNotFoundError, init=str(base))
     config = transformers.MistralConfig(**{**AutoModelForCausalLM.from_pretrained(base).config.to_dict(),
