@@ -15,11 +15,13 @@ from typing import Optional, Union
 import numpy as np
 import torch
 from lhotse import MonoCut
+from lhotse.utils import compute_num_samples
 from torch import Tensor
 from tqdm import tqdm
 
 from icefall_fusion.common.checks import check
 from icefall_fusion.common.files import PathLike
+from icefall_fusion.data.audio import SAMPLE_RATE
 from icefall_fusion.data.cut_audio import Samples, read_recordings
 from icefall_fusion.data.cut_lines import CutLine, read_cut_lines
 from icefall_fusion.data.device_augment import DeviceAugment
@@ -110,7 +112,7 @@ class FeatureStore:
                     self.ids.append(cut.id)
                     self.texts.append(cut_text(cut))
                     self.seconds.append(cut.duration)
-                good = [(at, one) for at, (_, one) in group if not isinstance(one, Exception)]
+                good = [(at, _fitted(cut, one)) for at, (cut, one) in group if not isinstance(one, Exception)]
                 self._store(good, starts, sizes)
                 bar.update(len(group))
         self.starts, self.frames = starts[kept], sizes[kept]
@@ -149,7 +151,18 @@ class FeatureStore:
 
 
 def _frames_of(cut: MonoCut) -> int:
-    return cut.num_frames if cut.has_features else num_frames(round(cut.duration * 16_000))
+    return cut.num_frames if cut.has_features else num_frames(_samples_of(cut))
+
+
+def _samples_of(cut: MonoCut) -> int:
+    return compute_num_samples(cut.duration, SAMPLE_RATE)
+
+
+def _fitted(cut: MonoCut, one: Samples) -> Samples:
+    """Return features, or audio of the cut's length: a change of speed may leave a sample more or less."""
+    if isinstance(one, Tensor) or len(one) == _samples_of(cut):
+        return one
+    return np.pad(one, (0, max(0, _samples_of(cut) - len(one))))[: _samples_of(cut)]
 
 
 def _runs(places: Sequence[int]) -> Iterator[list[int]]:
@@ -186,12 +199,15 @@ class ResidentBatches:
     ) -> None:
         self._store, self._order, self._encode = store, order, encode
         self._augment = None
+        self._unheard: list[dict[str, str]] = []  # noise that could not be read
         if options is not None:
             rule = f"lie in the {store.shortest:g}-{store.longest:g} s that the FeatureStore was made for"
             inside = store.shortest <= options.min_seconds and options.max_seconds <= store.longest
             check(inside, "min_seconds..max_seconds", rule, (options.min_seconds, options.max_seconds))
             mixed = store.noise.recordings() if options.noise and store.noise else None
             check(mixed is not None or not options.noise, "FeatureStore.noise", "be there", options.noise)
+            if options.noise and store.noise:
+                self._unheard = [{**entry, "kind": "noise"} for entry in store.noise.skipped.values()]
             self._augment = DeviceAugment(options, store.device, mixed)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -200,7 +216,7 @@ class ResidentBatches:
 
     def _batch(self, seed: int, cuts: Sequence[Union[CutLine, MonoCut]]) -> Batch:
         store = self._store
-        rows, skipped = [], []
+        rows, skipped = [], list(self._unheard)
         for cut in cuts:
             row = store.row(cut)
             if row is None:

@@ -141,6 +141,22 @@ def test_what_cannot_be_read_is_told_once(data: Path, tmp_path: Path, caplog) ->
     assert sum(len(batch["ids"]) for batch in evaluation) == 23 and evaluation.skipped[0]["id"] == "u3"
 
 
+def test_speed_perturbation_and_unreadable_noise(data: Path, tmp_path: Path) -> None:
+    cuts = list(CutSet.from_jsonl_lazy(cuts_path(data / "manifests", "train")))
+    faster = [cut.perturb_speed(speed) for cut in cuts[:6] for speed in (0.9, 1.1)]
+    write_cuts(faster, tmp_path / "cuts.jsonl.gz")
+    heard = list(CutSet.from_jsonl_lazy(cuts_path(data / "fbank", "train")))[:3]
+    gone = dataclasses.replace(heard[1].features, storage_path=str(tmp_path / "gone.lca"))
+    heard[1] = dataclasses.replace(heard[1], features=gone)
+    write_cuts(heard, tmp_path / "noise.jsonl.gz")
+    options = dataclasses.replace(OPTIONS, noise=str(tmp_path / "noise.jsonl.gz"), noise_share=0.0)
+    store = FeatureStore.of(tmp_path / "cuts.jsonl.gz", options, "cpu")
+    plain, resident = (TrainBatches(tmp_path / "cuts.jsonl.gz", options, store=one) for one in (None, store))
+    for one, two in zip(list(plain), list(resident)):
+        assert_same(one, two)
+    assert [(entry["id"], entry["kind"]) for entry in resident.skipped] == [("u1", "noise")]
+
+
 SHAPES = st.lists(st.one_of(st.integers(1, 900), st.integers(20_000, 60_000)), min_size=1, max_size=4)
 
 
