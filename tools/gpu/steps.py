@@ -112,6 +112,9 @@ STEPS = (
     _tree("llm_tree-64", 40, "--models mistral-7b --ways 'lazy tree'", 64),
     _tree("llm_tree-ways", 60, "--models mistral-7b --ways 'full texts' 'path caches' 'eager tree'"),
     _tree("llm_tree-3b", 40, "--models open-llama-3b --ways 'lazy tree' 'lazy, unfused'"),
+    # call 2
+    Step("train", 600, "tools/gpu_train.sh --device {device} --minutes {minutes} --out {out}",
+         cpu="--minutes 3 --tiny", call=2, given=("call2/text", "--text {payload}/call2/text")),
     # not on the day: by --only alone, for those who have more time
     _frames("frame_loop-wide", 300, "--batches 1 32 128 --beams 10 20 50", call=0),
     _bench("scaling", 300, "scaling --batches 8 32 128",
