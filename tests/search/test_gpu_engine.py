@@ -260,12 +260,13 @@ def test_a_kernel_that_cannot_be_made_leaves_the_search_to_tensors(monkeypatch, 
         decode("triton", log_probs, lens)
 
 
-def test_a_batch_without_words_and_with_an_ngram():
+@pytest.mark.parametrize("beam", [4, 20, 33])  # the wider the beam, the fewer pieces are tried at once
+def test_a_batch_without_words_and_with_an_ngram(beam):
     log_probs, lens = small(4, 2, 8, 40), torch.tensor([8, 5])
 
     bigram, trial = gpu_check._random_bigram().to(torch.device(DEVICE)), gpu_check.Trial(ngram="shallow")
     scores = [gpu_check._Scores(trial, bigram)]
-    nbests = [decode(name, log_probs, lens, None, scores) for name in ("triton", "torch")]
+    nbests = [decode(name, log_probs, lens, None, scores, beam) for name in ("triton", "torch")]
     for kernel, tensors in zip(*nbests):
         assert [h.total for h in kernel] == pytest.approx([h.total for h in tensors], abs=1e-3)
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 KERNEL = "icefall_fusion.search.engines.gpu_kernel"
 _LEAST = 16  # entries of a block
+_ENTRIES = 256  # extensions that an n-gram scores at once
 _NEVER_STOPS = 2**30  # frames
 _BLOCK = 2**24  # log-probs prepared at once
 #: Warps that search an utterance: (whether an n-gram ranks extensions, slots W at most, candidates N at most,
@@ -92,7 +93,8 @@ class GpuSearch(CompiledSearch):
         self._after = self.stops.every or _NEVER_STOPS, options.score_beam or 0.0
         self.form = gpu_layout.Form(
             slots=slots, width=width, columns=columns,
-            column_block=_LEAST if shallow == 2 else _power_of_two(columns), candidates=count,
+            column_block=max(4, _ENTRIES // width) if shallow == 2 else _power_of_two(columns),
+            candidates=count,
             blank=beam.blank, ranks=fusions.ranks, stops=self.rule is not None, unit=self.stops.code,
             words=arena.starts_word is not None, score_beam=options.score_beam is not None,
             order=0 if ngram is None else ngram.order, base=1 if ngram is None else ngram.base,
