@@ -74,9 +74,9 @@ class LmFusion(Fusion):
         """Return the counters since ``begin``: the tree's, and what a fusion counts itself."""
         if not self._groups:
             return dict(self._stats) if self._tree is None else self._count()
-        total: dict[str, float] = {}
+        total: dict[str, float] = {"groups_peak": len(self._groups)}
         for stats in [group.stats() for group in self._groups]:
-            total = {name: total.get(name, 0) + value for name, value in stats.items()}
+            total |= {name: total.get(name, 0) + value for name, value in stats.items()}
         add_counters(total, {})  # rates are made new; peaks add up: the groups' caches are there at once
         return total
 

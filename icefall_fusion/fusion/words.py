@@ -6,7 +6,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Optional, Sequence
 
 import numpy as np
-import torch
 from numpy import ndarray
 
 if TYPE_CHECKING:
@@ -113,8 +112,7 @@ class ClosedWords:
             self._known[node] = self._after(self._known[before_of[node]], node, before_of[node])
 
     def _boundaries(self, nodes: Sequence[int]) -> list[int]:
-        device = self._arena.first_ids.device
-        return self._arena.boundary(torch.tensor(list(nodes), dtype=torch.int64, device=device)).tolist()
+        return self._arena.on_host("boundary")[np.array(nodes, np.int64)].tolist()
 
     def _after(self, before: History, node: int, boundary: int) -> History:
         words = self._tokens.words(self._arena.pieces_between(node, boundary))

@@ -65,6 +65,7 @@ class PrefixArena:
         if starts_word is not None:
             self._boundary[0] = self.first_ids
         self._host: dict[str, Any] = {}
+        self._known = self._sent = 0  # rows that are on the host, and that are on their way there
 
     @property
     def fields(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -155,33 +156,37 @@ class PrefixArena:
     def reach(self, first: int, rows: int) -> None:
         """Note that a search has itself written the rows from ``first`` up to ``rows``."""
         self.rows = max(self.rows, rows)
-        if self.first_ids.device.type != "cpu":  # there the mirror is the arena's memory
-            self._host = {name: (mirror, min(known, first)) for name, (mirror, known) in self._host.items()}
+        self._known, self._sent = max(min(self._known, first), min(self._sent, rows)), 0
 
     def _grow(self) -> None:
-        for name in ("_parent", "_piece", "_boundary"):
-            old = getattr(self, name)
-            if old.shape[0]:
-                setattr(self, name, torch.cat([old, torch.zeros_like(old)]))
-        self._host.clear()
+        self._parent, self._piece, self._boundary = (torch.cat([x, torch.zeros_like(x)]) for x in self.fields)
+        self._host, self._known = {}, 0
+
+    def send(self, first: int, rows: int) -> None:
+        """Start to copy the rows up to ``rows`` to the host, where those from ``first`` on are new.
+
+        They are there when the host has waited for the device; `reach` is called after that.
+        """
+        if self.first_ids.device.type == "cpu":
+            return
+        first, self._sent = min(self._known, first), rows
+        for name, tensor in zip(("parent", "piece", "boundary"), self.fields):
+            if name not in self._host:
+                self._host[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            self._host[name][first:rows].copy_(tensor[first:rows], non_blocking=tensor.is_cuda)
 
     def on_host(self, name: str) -> Any:
-        """Return ``parent``, ``piece`` or ``boundary`` of all nodes, a flat numpy array to read.
-
-        On a CPU it is the memory of the arena, else a copy that is brought up to date.
-        """
-        tensor = getattr(self, "_" + name)
-        if tensor.device.type == "cpu":
+        """Return ``parent``, ``piece`` or ``boundary`` of all nodes, flat, to read; at most one wait."""
+        if self.first_ids.device.type == "cpu":
             if name not in self._host:
-                self._host[name] = tensor.view(-1).numpy()
+                self._host[name] = getattr(self, "_" + name).view(-1).numpy()
             return self._host[name]
-        mirror, rows = self._host.get(name, (None, 0))
-        if mirror is None:
-            mirror = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-        if rows < self.rows:
-            mirror[rows:self.rows].copy_(tensor[rows:self.rows])
-            self._host[name] = (mirror, self.rows)
-        return mirror.view(-1).numpy()
+        if self._known < self.rows:
+            self.send(self._known, self.rows)
+            if self.first_ids.is_cuda:
+                torch.cuda.current_stream(self.first_ids.device).synchronize()
+            self._known = self.rows
+        return self._host[name].view(-1).numpy()
 
 
 class Beam:

@@ -80,7 +80,7 @@ class PrefixSearch:
         self.inputs, self.options, self.tokens, self.fusions = inputs, options, tokens, fusions
         starts_word = None
         if tokens is not None and fusions.members:
-            starts_word = torch.tensor(tokens.starts_word, device=inputs.log_probs.device)
+            starts_word = torch.tensor(tokens.starts_word).to(inputs.log_probs.device)
         self.beam = Beam.at_root(inputs, options.beam, starts_word, len(fusions.members))
         fusions.begin(self.beam, inputs.ids)
         self.search, self.plan = open_search(inputs, self.beam, options, fusions)

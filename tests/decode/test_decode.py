@@ -21,6 +21,7 @@ from job_tools import arguments, assert_same, lists
 from icefall_fusion.__main__ import main
 from icefall_fusion.acoustic.sources import EmissionOptions, open_source
 from icefall_fusion.decode.method_names import METHODS, parse_method
+from icefall_fusion.decode.recognizer import RecognizerOptions
 from icefall_fusion.decode.utterances import read_cuts
 from icefall_fusion.scoring.table import ROW_KEYS
 
@@ -213,3 +214,24 @@ def test_a_gpu_hears_what_a_cpu_hears(made, tmp_path, monkeypatch, device) -> No
     assert main(arguments(made, out, "--methods", methods, "--emissions.device", device)) == 0
     assert all(lists(out, method).keys() == {u.id for u in utterances} for method in methods.split(","))
 
+
+
+def test_a_gpu_takes_larger_batches_by_itself() -> None:
+    assert RecognizerOptions().batch_limits("cpu") == (32, 480.0)
+    assert RecognizerOptions().batch_limits("cuda:1") == (64, 960.0)
+    assert RecognizerOptions(batch_size=5).batch_limits("cuda") == (5, 960.0)
+    assert RecognizerOptions(batch_seconds=30.0).batch_limits("cpu") == (32, 30.0)
+    for wrong in ({"batch_size": 0}, {"batch_seconds": 0.0}):
+        with pytest.raises(ValueError, match=rf"RecognizerOptions.{next(iter(wrong))} must be"):
+            RecognizerOptions(**wrong)
+
+
+def test_groups_change_no_file_but_the_counters(made, tmp_path) -> None:
+    found = []
+    for groups in (1, 2):
+        out = tmp_path / str(groups)
+        given = arguments(made, out, "--search.groups", str(groups), "--methods", "llm-delayed-interval-4")
+        assert main(given) == 0
+        assert ('"groups_peak": 2' in (out / "run.json").read_text(encoding="utf-8")) == (groups == 2)
+        found.append([path.read_bytes() for path in sorted(out.rglob("recogs-*"))])
+    assert found[0] and found[0] == found[1]

@@ -122,7 +122,7 @@ def test_counters_of_groups_add_up(llm, tokens):  # noqa: F811
         decode(log_probs[group], lens[group], tokens, [one], 1)
         alone.append(one.stats())
     stats = fusion.stats()
-    assert set(stats) == set(alone[0])
+    assert stats.pop("groups_peak") == 2 and set(stats) == set(alone[0])
     for name in set(stats) - {"lm_seconds", "retokenize_hit_rate"}:
         assert stats[name] == sum(one[name] for one in alone), name
     assert stats["events"] > 5 and stats["lm_tokens_scored"] > 0 and stats["kv_bytes_peak"] > 0
@@ -282,7 +282,7 @@ def test_late_scores_land_at_each_utterances_own_pace(
     assert calls[0] <= calls[1]
     for one, other in zip(*found):
         if shallow and engine == "native":  # its raw scores are added up between two stops
-            assert_same([one], [other], 1e-5)
+            assert_same([one], [other], 1e-4)
         else:
             assert one.hypotheses == other.hypotheses
 

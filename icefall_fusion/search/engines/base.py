@@ -94,6 +94,7 @@ class CompiledSearch:
     Attributes (of the utterances [B]):
         at: int64, frames searched; fired: bool, whether the rule has stopped them; both on the host.
         ends: int64 on the device, frames before which each must stop anyway.
+        before: the fewest frames searched of one that goes on.
     """
 
     def __init__(self, beam: Beam, live: Tensor, fusions: FusionSet) -> None:
@@ -111,6 +112,7 @@ class CompiledSearch:
             torch.zeros(shape, dtype=torch.float32, device=device) for _ in "12"
         )
         self.at, self.fired = torch.zeros(batch, dtype=torch.int64), torch.zeros(batch, dtype=torch.bool)
+        self.before = 0
         self._lens, self.ends = beam.lens.cpu(), beam.lens.clone(memory_format=torch.contiguous_format)
 
     @property
@@ -142,9 +144,9 @@ class CompiledSearch:
         late_at = torch.full_like(self.at, -1)  # frames searched at the late stop of each utterance
         while going:
             standing = self.at[self.at < self._lens]
-            before = int(standing.min()) if len(standing) else self.frames
+            self.before = int(standing.min()) if len(standing) else self.frames
             self._search(self.frames)
-            beam.arena.reach(before + 1, int(self.at.max()) + 1)
+            beam.arena.reach(self.before + 1, int(self.at.max()) + 1)
             going = bool((self.at < self._lens).any())
             fusions.carry(beam, self.moved_from, self._gains(), self.opened)
             lands = self.at == late_at

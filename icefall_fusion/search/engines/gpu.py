@@ -100,6 +100,7 @@ class GpuSearch(CompiledSearch):
             order=0 if ngram is None else ngram.order, base=1 if ngram is None else ngram.base,
             shallow=shallow, ahead_every=0 if self.ahead.ngram is None else self.ahead.every,
         )
+        self.went = 0  # frames that the first utterance went on from the last stop
         self.warps = _warps(shallow == 2, width, count)
 
     def arguments(self, until: int) -> tuple[Any, ...]:
@@ -124,7 +125,7 @@ class GpuSearch(CompiledSearch):
             run(*self.arguments(until), form=self.form, num_warps=self.warps)
 
     def _search(self, until: int) -> None:
-        beam, prefix, mass, counts = self.beam, self.state.prefix, self.state.mass, self.state.counts
+        beam, prefix, mass = self.beam, self.state.prefix, self.state.mass
         slots = beam.node.shape[1]
         if self.fusions.ranks:
             mass.fused[:, :slots] = beam.fused
@@ -135,9 +136,26 @@ class GpuSearch(CompiledSearch):
         beam.log_blank.copy_(mass.blank[:, :slots])
         if self.fusions.ranks:
             beam.fused = mass.fused[:, :slots].clone()
-        if self.rule is not None:  # the one wait for the device
-            self.at, fired = torch.stack([counts.at, counts.fired]).cpu()
-            self.fired = fired > 0
+        if self.rule is not None:
+            self._show()
+
+    def _show(self) -> None:
+        """Bring to the host what is read there: where utterances stand, their hypotheses, new prefixes.
+
+        It is the one wait for the device from stop to stop.
+        """
+        beam, prefix, counts = self.beam, self.state.prefix, self.state.counts
+        shown = [counts.at, counts.fired]
+        if self.fusions.members:
+            ahead = self.rule.every if self.rule.unit is None else max(_LEAST, 2 * self.went)
+            start = int(self.at.max())
+            beam.arena.send(self.before + 1, min(start + ahead, self.frames) + 1)
+            alive = beam.alive.long()
+            shown += [x[:, : alive.shape[1]].flatten() for x in (alive, prefix.node, prefix.boundary)]
+        at, fired, *seen = torch.cat(shown).cpu().split([len(x) for x in shown])
+        self.at, self.fired = at, fired > 0
+        if seen:
+            beam.seen, self.went = [x.view(beam.node.shape) for x in seen], int(at.max()) - start
 
 
 @functools.lru_cache(maxsize=64)  # nobody writes to them
