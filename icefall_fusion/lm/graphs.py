@@ -106,9 +106,7 @@ class EventGraphs:
 
         try:
             self._kept[sizes] = static, work if self._capture is None else self._capture(work)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # what drivers refuse has no type of its own
+        except Exception as error:  # what drivers refuse has no type of its own; or memory runs out
             self.failure = f"{type(error).__name__}: {error}"
             self._kept.clear()
             logging.warning("no CUDA graphs, so each kernel is launched by itself", exc_info=True)

@@ -55,12 +55,13 @@ def test_graphs_on_a_gpu_change_no_score(name) -> None:
     assert lm.fused.graphs.failure is None and lm.fused.graphs.replayed > 0
 
 
-def test_a_capture_that_fails_is_told_once_and_each_kernel_is_launched(caplog) -> None:
+@pytest.mark.parametrize("kind", [RuntimeError, torch.OutOfMemoryError])
+def test_a_capture_that_fails_is_told_once_and_each_kernel_is_launched(caplog, kind) -> None:
     class Fails:
         device = torch.device("cpu")
 
         def __call__(self, work):
-            raise RuntimeError("operation not permitted when stream is capturing")
+            raise kind("operation not permitted when stream is capturing")
 
     lm = fused("llama")
     want = scores_of(lm)

@@ -30,6 +30,7 @@ WITHOUT = "ICEFALL_FUSION_WITHOUT_KERNELS"
 SEARCH = "icefall_fusion.search.engines.gpu_kernel"
 LM = "icefall_fusion.lm.fused_kernels"
 PRODUCTS = "icefall_fusion.lm.fused_matmul"
+GRAPHS = "icefall_fusion.lm.graphs"
 PRODUCT_PARTS = 4
 FORMS = ("alone", "ranked", "pieces", "ahead", "ngram")
 _MARK = "SMOKE "  # before the row that a process prints
@@ -223,6 +224,29 @@ def _tree(dtype: str) -> Callable[[str], float]:
     return run
 
 
+def _graphs(device: str) -> float:
+    """Capture events of a small model as CUDA graphs; scores by them are those of plain forwards."""
+    import torch
+    import transformers
+
+    from icefall_fusion.lm import CausalLm
+    from icefall_fusion.lm.fused import FusedModel
+    from icefall_fusion.lm.fused_loading import use_graphs
+    from icefall_fusion.lm.loading import Vocabulary
+
+    torch.manual_seed(5)
+    config = transformers.LlamaConfig(vocab_size=504, hidden_size=64, intermediate_size=96,
+                                      num_hidden_layers=2, num_attention_heads=4)
+    model = transformers.LlamaForCausalLM(config).to(device)
+    lm = CausalLm(model, Vocabulary(None, None, 1, 2), "two layers", self_check=False)
+    if lm.fused is None:
+        lm.fused = FusedModel(model)
+    use_graphs(lm)
+    if lm.fused.graphs is None:
+        raise RuntimeError("no graphs: see the warning above")
+    return 0.0
+
+
 TRIALS: dict[str, Trial] = {
     "native": Trial(_native),
     **{f"search-{form}": Trial(_search(form), f"{SEARCH}:{form}", SEARCH) for form in FORMS},
@@ -231,6 +255,7 @@ TRIALS: dict[str, Trial] = {
     **{f"lm-products-{part}": Trial(_products(part), PRODUCTS, PRODUCTS) for part in range(PRODUCT_PARTS)},
     "lm-tree-bfloat16": Trial(_tree("bfloat16"), LM, LM),
     "lm-tree-float32": Trial(_tree("float32"), LM, LM),
+    "lm-graphs": Trial(_graphs, GRAPHS, LM),
 }
 
 

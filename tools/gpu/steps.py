@@ -89,7 +89,7 @@ STEPS = (
     _bench("search", 45,
            f"search --batch 128 --beams 10 --rounds 3 --budget 3 --leave-out {shlex.join(SLOW)}",
            cpu="--batch 2 --frames 40 --rounds 1", small="--batch 2 --rounds 1"),
-    _tree("llm_tree", 75, "--models mistral-7b --ways 'lazy tree' 'lazy, graphs' 'lazy, cublas' "
+    _tree("llm_tree", 75, "--models mistral-7b --ways 'lazy tree' 'lazy, cublas' 'lazy, launches' "
           "'lazy, unfused'"),
     _bench("profile", 50, f"profile_fusion {_7B} --groups 1 2", cpu="--batches 2 --shape '' --dtype ''",
            small="--batches 2", given=SPEECH),
