@@ -75,9 +75,10 @@ def _tree(name: str, limit: int, options: str, batch: int = 32, **more: object) 
 
 
 def _training(name: str, limit: int, options: str, **more: object) -> Step:
-    recipe = f"--recipe egs/libriheavy/ASR/conf/ctc_aed.yaml --seconds 600 {options}"
-    cpu = "--recipe egs/minibooks/ASR/conf/tiny/ctc_aed.yaml --seconds 4 --utterance 2 --steps 2 --warmup 1"
-    return _bench(name, limit, f"training {recipe}", cpu=cpu, small="--seconds 60 --steps 2", **more)
+    recipe = f"--recipe egs/minibooks/ASR/conf/ctc_aed_gpu.yaml --batches [600,1200] {options}"
+    tiny = "egs/minibooks/ASR/conf/tiny/ctc_aed_gpu.yaml"
+    cpu = f"--recipe {tiny} --batches [4] --utterance 2 --steps 2 --warmup 1"
+    return _bench(name, limit, f"training {recipe}", cpu=cpu, small="--batches [60] --steps 2", **more)
 
 
 _7B = "--dtype bfloat16 --shape mistral-7b"
@@ -104,7 +105,7 @@ STEPS = (
     _bench("memory", 75, "memory --dtype bfloat16 --shapes mistral-7b --batch 8",
            cpu="--dtype '' --shapes minibooks --batch 2 --seconds 3 --methods llm-delayed-interval-16",
            small="--batch 2 --seconds 5", given=SPEECH),
-    _training("training", 40, ""),
+    _training("training", 40, "--optimizers [muon,adamw]"),
     # if time is left
     _frames("frame_loop-warps", 70, "--batches 128 --beams 10 --engines triton --warps 1 2 4 8 --rounds 3"),
     _frames("frame_loop-rest", 40,
