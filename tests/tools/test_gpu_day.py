@@ -15,6 +15,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -185,6 +186,24 @@ def test_only_few_small_files_come_back_and_long_logs_lose_their_middle(tmp_path
     assert len(log) < 3 * processes.MOST_LOGGED
 
 
+def test_small_files_come_back_together_where_there_are_too_many(tmp_path) -> None:
+    run = make_day(tmp_path)
+    out = tmp_path / "out"
+    (out / "model").mkdir()
+    for name in ("model/config.json", "model/bpe.model", "card.json"):
+        (out / name).write_text(name)
+    for number in range(5):
+        (out / f"large.{number}").write_bytes(b"x" * day.SMALL)
+    run.finish()
+    assert day.too_much(out) == []
+    assert len([path for path in out.rglob("*") if path.is_file()]) == day.MOST_FILES
+    with tarfile.open(out / "small.tar") as archive:
+        names = ("card.json", "model/bpe.model", "model/config.json")
+        assert {name: archive.extractfile(name).read().decode() for name in archive.getnames()} == {
+            name: name for name in names
+        }
+
+
 def test_kernels_that_fail_in_the_first_step_are_switched_off_for_the_others(tmp_path) -> None:
     run = make_day(tmp_path)
     rows = [
@@ -269,9 +288,12 @@ def test_a_trial_runs_and_one_that_dies_is_told(tmp_path) -> None:
     subprocess.run([*call, "--kernels", "lm-gate"], env=environment, check=True, capture_output=True)
     [row] = json.loads(output.read_text())["rows"]
     assert row["good"] and row["worst"] < 0.3 and row["first_seconds"] > 0
-    args = SimpleNamespace(before=["env", "LD_PRELOAD="], device="no-such-device", limit=60)
+    args = SimpleNamespace(under="env A=1", device="no-such-device", limit=60)
     row = smoke.in_process("lm-gate", args)
     assert not row["good"] and "no-such-device" in row["error"] and row["switch"] == smoke.LM
+    assert "no-such-device" in row["tool"]
+    args.under = "/no/such/program --option"
+    assert "cannot be run" in smoke.in_process("lm-gate", args)["error"]
 
 
 def test_every_file_with_gpu_tests_is_run(tmp_path) -> None:

@@ -17,6 +17,7 @@ import re
 import shlex
 import shutil
 import sys
+import tarfile
 import tempfile
 import time
 from pathlib import Path
@@ -29,11 +30,12 @@ sys.path.insert(0, str(HERE))
 from processes import Log, Outcome, run_command, stop_on_signals  # noqa: E402
 from steps import STEPS, Step, select  # noqa: E402
 
-BUDGETS = {1: 420, 2: 330}  # seconds of a call, from its start
+BUDGETS = {1: 420, 2: 290}  # seconds of a call, from its start
 LEAST = 8  # seconds with which a step is still begun
 TO_END = 15  # seconds that a program has to end after the minutes that it is given
 AGAIN = 70  # seconds for all repetitions after CUDA errors
 SLACK_ON_CPU = 20  # a rehearsal's limits are that many times larger
+SMALL = 2**19  # bytes of a file that may be put with others
 MOST_FILES, MOST_BYTES, MOST_FOLDERS = 8, 16 * 2**20, 2  # that come back
 SWITCH = "ICEFALL_FUSION_WITHOUT_KERNELS"
 _CUDA_ERROR = re.compile(
@@ -216,6 +218,7 @@ class Day:
 
     def finish(self) -> None:
         """Leave in the folder what can come back: few files, none too large, none too deep."""
+        gather_small(self.out)
         for path in too_much(self.out):
             self.log.say(f"!! {path.relative_to(self.out)} cannot come back ({path.stat().st_size:,} bytes)")
         self.save()
@@ -234,6 +237,20 @@ def fill(
     for name, value in names.items():
         words = [word.replace(f"{{{name}}}", str(value)) for word in words]
     return words
+
+
+def gather_small(out: Path) -> None:
+    """Put small files into small.tar, which ``tar xf`` unpacks, if a folder has more than can come back."""
+    files = sorted(path for path in out.rglob("*") if path.is_file())
+    ours = ("gpu.json", "gpu.log")
+    small = [path for path in files if path.stat().st_size < SMALL and path.name not in ours]
+    if len(files) <= MOST_FILES or not small:
+        return
+    with tarfile.open(out / "small.tar", "w") as archive:
+        for path in small:
+            archive.add(path, str(path.relative_to(out)))
+    for path in small:
+        path.unlink()
 
 
 def too_much(out: Path) -> list[Path]:

@@ -50,10 +50,10 @@ CARRIED = {
     1: (".gpu/pack.json", ".gpu/wheels", ".gpu/speech", LEFT_OUT[1], LEFT_OUT[4]),
     2: (".gpu/pack.json", ".gpu/wheels", ".gpu/call2"),
 }
-TIMEOUTS = {1: 480, 2: 400}
+TIMEOUTS = {1: 480, 2: 330}
 COMMANDS = {
     1: 'bash tools/gpu_day.sh --call 1 --out "$OUT"',
-    2: 'bash tools/gpu_day.sh --call 2 --out "$OUT" --budget $BUDGET',
+    2: 'bash tools/gpu_day.sh --call 2 --out "$OUT" --budget 290',
 }
 SENTENCES = 64
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -305,7 +306,8 @@ def compiled(module: str) -> list[dict[str, Any]]:
 
 def in_process(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """Run one trial in a new process; return its row, whatever becomes of the process."""
-    command = [*args.before, sys.executable, __file__, "--one", name, "--device", args.device]
+    under = shlex.split(args.under)
+    command = [*under, sys.executable, __file__, "--one", name, "--device", args.device]
     begun = time.perf_counter()
     row: dict[str, Any] = {"kernel": name, "good": False, "switch": TRIALS[name].switch}
     try:
@@ -316,8 +318,10 @@ def in_process(name: str, args: argparse.Namespace) -> dict[str, Any]:
         if done.returncode or not lines:
             row["good"] = False
             row.setdefault("error", f"exit code {done.returncode}: {(done.stdout + done.stderr)[-3000:]}")
-        if args.before:
+        if under:
             row["tool"] = (done.stdout + done.stderr)[-3000:]
+    except OSError as error:
+        row["error"] = f"{under[:1]} cannot be run: {error}"
     except subprocess.TimeoutExpired as error:
         said = ((error.stdout or b"") + (error.stderr or b"")).decode(errors="replace")
         row["error"] = f"not done after {args.limit:g} s: {said[-2000:]}"
@@ -341,7 +345,7 @@ def main() -> int:
     parser.add_argument("--kernels", nargs="+", default=list(TRIALS), choices=list(TRIALS))
     parser.add_argument("--limit", type=float, default=45.0, help="seconds of one trial")
     parser.add_argument("--jobs", type=int, default=min(12, os.cpu_count() or 1), help="at once")
-    parser.add_argument("--before", nargs="+", default=[], help="e.g. compute-sanitizer; before Python")
+    parser.add_argument("--under", default="", help="a program with options that runs each trial")
     parser.add_argument("--one", default="", help="a trial in this process; prints its row")
     parser.add_argument("--output", default="bench/smoke.json")
     args = parser.parse_args()

@@ -108,6 +108,9 @@ STEPS = (
     _training("training", 40, "--optimizers [muon,adamw]"),
     # if time is left
     _frames("frame_loop-warps", 70, "--batches 128 --beams 10 --engines triton --warps 1 2 4 8 --rounds 3"),
+    Step("sanitizer", 90, "tools/gpu/smoke.py --device {device} --limit 80 --under 'compute-sanitizer "
+         "--error-exitcode 9' --kernels search-ranked search-ahead lm-norm lm-gate --output {result}",
+         cpu="--under env --kernels native", trusts=False),
     _frames("frame_loop-rest", 40,
             "--batches 1 32 128 --beams 10 --engines triton torchaudio torch --rounds 2"),
     _tree("llm_tree-64", 40, "--models mistral-7b --ways 'lazy tree'", 64),
