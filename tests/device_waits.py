@@ -81,7 +81,7 @@ class Waits(TorchDispatchMode):
         result = func(*inside(args), **inside(kwargs))
         if pin:
             return self._pin(result)
-        if name.endswith("_") and flat and args and args[0] is flat[0]:
+        if name.endswith("_") and not name.endswith("__") and args and isinstance(args[0], torch.Tensor):
             return args[0]
         to_device = wanted.type == "cuda" if wanted is not None else given and name != "_local_scalar_dense"
         if not to_device:

@@ -38,7 +38,8 @@ def search_in_turns(inputs: SearchInput, options: PrefixSearchOptions, tokens: O
     rows = alternate(inputs.lens.tolist(), count)
 
     def open_group(number: int) -> PrefixSearch:
-        return PrefixSearch(select(inputs, rows[number]), options, tokens, sets[number])
+        part = select(inputs, rows[number]) if len(rows) > 1 else inputs
+        return PrefixSearch(part, options, tokens, sets[number])
 
     first = open_group(0)
     if options.groups is None and count > 1 and first.search.rule is None:  # it goes frame by frame
@@ -77,7 +78,9 @@ def split(fusions: FusionSet, count: int) -> list[FusionSet]:
 
 
 def alternate(lens: list[int], groups: int) -> list[list[int]]:
-    """Return the rows of each group, the longest first; all groups have work to the end."""
+    """Return the rows of each group, the longest first: all have work to the end. One group is as it was."""
+    if groups == 1:
+        return [list(range(len(lens)))]
     order = sorted(range(len(lens)), key=lambda row: -lens[row])
     return [order[number::groups] for number in range(groups)]
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from icefall_fusion.fusion import AtEnd, DelayedFusion, FixedInterval, ShortestHypothesis
+from icefall_fusion.fusion import AtEnd, DelayedFusion, FixedInterval, LookAhead, ShortestHypothesis
 from icefall_fusion.search import PrefixSearchOptions, ctc_prefix_search
-from icefall_fusion.search.engines import gpu
+from icefall_fusion.search.engines import gpu, gpu_ngram
 from icefall_fusion.search.engines.base import CompiledSearch
 from tests.device_waits import OnDevice, Waits, inside
 from tests.fusion.test_fusion import assert_same, emissions, llm, tokens  # noqa: F401 (fixtures)
+from tests.ngram.test_ngram import ngram  # noqa: F401 (a fixture)
 
 pytest.importorskip("triton")
 
@@ -56,15 +57,20 @@ def count(monkeypatch, log_probs, lens, tokens, fusion):  # noqa: F811
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it counts without a GPU, in Triton's interpreter")
 @pytest.mark.parametrize(
-    ("trigger", "late"),
-    [(FixedInterval(4), 0), (ShortestHypothesis(), 0), (FixedInterval(4), 2), (AtEnd(), 0)],
+    ("trigger", "ahead", "late"),
+    [(FixedInterval(4), False, 0), (ShortestHypothesis(), True, 0), (FixedInterval(4), False, 2),
+     (AtEnd(), False, 0)],
     ids=repr,
 )
-def test_the_host_waits_once_from_event_to_event(llm, tokens, trigger, late, monkeypatch):  # noqa: F811
+def test_the_host_waits_once_from_event_to_event(
+    llm, ngram, tokens, trigger, ahead, late, monkeypatch  # noqa: F811
+):
     for name in ("_candidates", "hash_keys"):  # nothing is kept for this device
         monkeypatch.setattr(gpu, name, getattr(gpu, name).__wrapped__)
     log_probs, lens = emissions(2, 14, 3, 2.0)
-    fusion = DelayedFusion(llm, 0.5, 0.3, trigger, late=late)
+    monkeypatch.setattr(gpu, "table_of", lambda ngram, device: gpu_ngram._make_table(ngram, device))
+    look = LookAhead(ngram) if ahead else None
+    fusion = DelayedFusion(llm, 0.5, 0.3, trigger, look_ahead=look, late=late)
     found, waits = count(monkeypatch, log_probs, lens, tokens, fusion)
     options = PrefixSearchOptions(beam=4, word_times=False)
     assert_same(found, ctc_prefix_search(log_probs, lens, options, tokens, [fusion]), 1e-3)

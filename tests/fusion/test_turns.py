@@ -204,7 +204,7 @@ def test_a_subclass_that_scores_in_its_own_way_is_asked(llm, tokens):  # noqa: F
 
 def test_groups_have_work_to_the_end_and_the_rows_of_a_sorted_batch_are_not_copied():
     assert alternate([3, 9, 5, 9, 0], 2) == [[1, 2, 4], [3, 0]]
-    assert alternate([2, 1], 1) == [[0, 1]]
+    assert alternate([1, 2], 1) == [[0, 1]]
     log_probs = torch.randn(5, 9, 6).log_softmax(-1)
     for lens in ([9, 8, 7, 4, 0], [3, 9, 5, 9, 0]):
         inputs = check_input(log_probs, torch.tensor(lens), 0, None, list("abcde"))
