@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
+import itertools
 import json
 import os
 import re
@@ -265,6 +266,33 @@ def test_steps_call_programs_with_options_that_they_have(tmp_path) -> None:
     }
     called = {Path(step.words()[0]).stem for step in steps.STEPS}
     assert len(measured) > 5 and measured <= called
+
+
+def values_of(words: list[str], option: str) -> list[str]:
+    if option not in words:
+        return []
+    rest = words[words.index(option) + 1 :]
+    return list(itertools.takewhile(lambda word: not word.startswith("--"), rest))
+
+
+def test_steps_name_ways_methods_and_trials_that_there_are(monkeypatch) -> None:
+    from icefall_fusion.decode.method_names import parse_methods
+
+    monkeypatch.syspath_prepend(str(ROOT / "tools/bench"))
+    from llm_ways import WAYS
+    from shapes import SHAPES
+
+    named = set()
+    for step in steps.STEPS:
+        words = step.words()
+        assert set(values_of(words, "--ways")) <= set(WAYS), step.name
+        assert set(values_of(words, "--kernels")) <= set(smoke.TRIALS), step.name
+        shapes = values_of(words, "--shape") + values_of(words, "--models") + values_of(words, "--shapes")
+        assert set(shapes) <= set(SHAPES), step.name
+        if methods := values_of(words, "--methods"):
+            parse_methods(methods)
+        named.update(values_of(words, "--ways"), methods, shapes)
+    assert {"lazy tree", "llm-shallow", "mistral-7b"} <= named
 
 
 def test_kernels_are_called_as_the_package_calls_them() -> None:
