@@ -28,6 +28,7 @@ from processes import end_group, run_command, stop_on_signals  # noqa: E402
 RECIPE = ROOT / "egs/minibooks/ASR"
 SETS = ("dev", "test-clean", "test-other")
 METHODS = "ctc-greedy,ctc-prefix"
+LM_SHARE, LM_FROM = 0.15, 7.0  # in fewer minutes the acoustic model needs them all
 
 
 class Run:
@@ -226,7 +227,8 @@ def parse(arguments: Optional[Sequence[str]] = None) -> argparse.Namespace:
     add("--resume", action="store_true", help="go on with what lies in --work")
     add("--hours", type=float, default=150.0, help="speech for training at most")
     add("--speak-share", type=float, default=0.2, help="of the minutes, for training speech")
-    add("--lm-share", type=float, default=0.15, help="of the minutes, for the LLM; 0: none")
+    share = f"of the minutes, for the LLM: {LM_SHARE}, but 0 (none) below {LM_FROM:g} minutes"
+    add("--lm-share", type=float, help=share)
     add("--evaluation", type=float, default=40.0, help="seconds kept for decoding")
     add("--train-minutes", type=float, default=0, help="of the acoustic model; 0: what is left")
     add("--lm-minutes", type=float, default=0, help="of the LLM; 0: what is left")
@@ -236,6 +238,8 @@ def parse(arguments: Optional[Sequence[str]] = None) -> argparse.Namespace:
     add("--tiny", action="store_true", help="the smallest sizes, on the demo's stories")
     add("--seed", type=int, default=1)
     args = parser.parse_args(arguments)
+    if args.lm_share is None:
+        args.lm_share = LM_SHARE if args.minutes >= LM_FROM or args.tiny else 0.0
     args.text = args.text or [str(STORIES if args.tiny else ROOT / ".gpu/call2/text")]
     return args
 
