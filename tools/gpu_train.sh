@@ -9,9 +9,9 @@
 #
 # --out gets ctc_aed/ (a model folder: config.json, bpe.model, weights in files of at most 15 MB), card.json and
 # log.jsonl: 6 files. A kill at any moment leaves the export of the last minute there. If minutes are left
-# (--lm-share of all; none in calls below 7 minutes), an LLM follows (conf/llm_gpu.yaml): llm.tar.00 and so on, pieces of 15 MB, in place of
-# log.jsonl: `cat llm.tar.* | tar x`. SmolLM2, which an adapter could be trained on, does not travel: its weights are
-# 98 MB, and 64 MiB can be sent.
+# (--lm-share of all; none in calls below 7 minutes), an LLM follows (conf/llm_gpu.yaml): llm.tar.00 and so on,
+# pieces of 15 MB, in place of log.jsonl: `cat llm.tar.* | tar x`. SmolLM2, which an adapter could be trained on,
+# does not travel: its weights are 98 MB, and 64 MiB can be sent.
 #
 # Other options: --hours H (most that is spoken), --speak-share S (of the minutes), --compile (torch.compile in the
 # background while speech is made), --work DIR (speech, checkpoints). Without --text it takes .gpu/call2/text.
