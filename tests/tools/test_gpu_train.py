@@ -6,10 +6,12 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 from pathlib import Path
 
@@ -26,6 +28,8 @@ CONF = ROOT / "egs/minibooks/ASR/conf"
 sys.path.insert(0, str(ROOT / "tools/gpu"))
 
 import carried  # noqa: E402
+import processes  # noqa: E402
+import train  # noqa: E402
 
 OPTIONS = ("--device", "cpu", "--tiny", "--minutes", "15", "--train-minutes", "0.1", "--lm-minutes", "0.05",
            "--workers", "1", "--speak-share", "0.005")
@@ -85,6 +89,64 @@ def test_books_come_from_folders_files_and_archives(tmp_path: Path) -> None:
         carried.unpack([tmp_path / "none.txt"], tmp_path / "books")
     assert len(carried.held_out_books(None)) == carried.HELD_OUT
     assert carried.held_out_books(tmp_path / "books") == ["one", "three", "two"]
+
+
+def make_run(folder: Path, *more: str) -> train.Run:
+    options = ["--minutes", "4", "--out", str(folder / "out"), "--work", str(folder / "work"), *more]
+    return train.Run(train.parse(options), time.time())
+
+
+def test_a_training_has_what_its_start_and_the_decodes_leave(tmp_path: Path) -> None:
+    """Its clock begins when its features are loaded: what that takes is not the decodes'."""
+    minutes = make_run(tmp_path, "--evaluation", "40").minutes_to_train()
+    assert abs(minutes - (240 - 40 - train.TO_START) / 60) < 0.1
+    assert make_run(tmp_path, "--train-minutes", "2.5").minutes_to_train() == 2.5
+
+
+def test_all_splits_are_spoken_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, together, seen = make_run(tmp_path), threading.Barrier(4), []
+
+    def job(stage: str, *options: str, meanwhile: object) -> bool:
+        together.wait(10)
+        seen.append(stage)
+        return True
+
+    monkeypatch.setattr(run, "job", job)
+    run.speak()
+    assert sorted(seen) == sorted(f"speech of {split}" for split in (*train.SETS, "train"))
+
+
+def test_where_a_task_fails_the_others_end(tmp_path: Path) -> None:
+    def sleeps(meanwhile: object) -> None:
+        processes.run_command(["sleep", "60"], 60, tmp_path / "said", dict(os.environ), meanwhile)
+
+    def fails(meanwhile: object) -> None:
+        raise RuntimeError("speech of dev failed")
+
+    begun = time.monotonic()
+    with pytest.raises(RuntimeError, match="speech of dev failed"):
+        processes.at_once([fails, sleeps])
+    assert time.monotonic() - begun < 20
+
+
+def test_an_export_that_changes_while_it_is_copied_ends_no_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path, "--device", "cpu")
+    (run.exp / "export").mkdir(parents=True)
+    (run.exp / "export/config.json").write_text("{}")
+
+    def vanishes(*given: object) -> None:
+        raise shutil.Error([("model-00001-of-00002.safetensors", "", "no such file")])
+
+    with monkeypatch.context() as broken:
+        broken.setattr(shutil, "copytree", vanishes)
+        run.copy_export()
+    assert not (run.out / "ctc_aed").exists()
+    monkeypatch.setattr(train.card, "write", vanishes)  # its checkpoint, say
+    run.copy_export()
+    assert [path.name for path in run.out.iterdir()] == ["ctc_aed"]
+    assert (run.out / "ctc_aed/config.json").is_file()
 
 
 @pytest.mark.parametrize("folder", [CONF, CONF / "tiny"])

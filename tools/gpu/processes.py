@@ -8,9 +8,11 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Callable, Mapping, NamedTuple, Optional, Sequence
+from typing import Any, Callable, Mapping, NamedTuple, Optional, Sequence
 
 MOST_LOGGED = 400_000  # bytes of one command, and as many of its end
 _GRACE = 4.0  # seconds between asking a group to end and killing it
@@ -63,6 +65,27 @@ def run_command(
         finally:  # also when this process is told to end
             end_group(process)
     return Outcome(process.poll(), cut, time.monotonic() - begun)
+
+
+def at_once(tasks: Sequence[Callable[..., Any]]) -> None:
+    """Call functions beside each other; where one fails, or this thread is told to end, all end.
+
+    Args:
+        tasks: each has a parameter ``meanwhile``, for `run_command`, by which it is told to end.
+    """
+    over = threading.Event()
+
+    def look() -> None:
+        if over.is_set():
+            raise InterruptedError("another task failed, or all were told to end")
+
+    with ThreadPoolExecutor(max(1, len(tasks))) as pool:
+        try:
+            for done in [pool.submit(task, meanwhile=look) for task in tasks]:
+                done.result()
+        except BaseException:
+            over.set()
+            raise
 
 
 def end_group(process: subprocess.Popen) -> None:

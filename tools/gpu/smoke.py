@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 import traceback
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
@@ -355,8 +355,10 @@ def main() -> int:
         return 0 if row["good"] else 1
     rows: list[dict[str, Any]] = []
     with ThreadPoolExecutor(args.jobs) as pool:
-        for row in pool.map(lambda name: in_process(name, args), args.kernels):
+        for done in as_completed([pool.submit(in_process, name, args) for name in args.kernels]):
+            row = done.result()
             rows.append(row)
+            rows.sort(key=lambda one: args.kernels.index(one["kernel"]))
             write(Path(args.output), rows)
             print(
                 f"{row['kernel']:20}{'good' if row['good'] else 'BAD':6}{row['seconds']:7.1f} s  "

@@ -8,6 +8,7 @@ It has never run on a GPU; a test runs all of it on a CPU with the smallest size
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import shutil
@@ -23,12 +24,13 @@ sys.path[:0] = [str(HERE), str(ROOT)]
 
 import card  # noqa: E402
 from carried import STORIES, held_out_books, in_pieces, unpack  # noqa: E402
-from processes import end_group, run_command, stop_on_signals  # noqa: E402
+from processes import at_once, end_group, run_command, stop_on_signals  # noqa: E402
 
 RECIPE = ROOT / "egs/minibooks/ASR"
 SETS = ("dev", "test-clean", "test-other")
 METHODS = "ctc-greedy,ctc-prefix"
 LM_SHARE, LM_FROM = 0.15, 7.0  # in fewer minutes the acoustic model needs them all
+TO_START = 20.0  # seconds of a training before its clock begins: imports, features into the GPU's memory
 
 
 class Run:
@@ -105,21 +107,30 @@ class Run:
                     shutil.copy(RECIPE / "pretrained" / source / name, self.data / target)
 
     def speak(self) -> None:
-        """Dev and test, then training speech until its share of the minutes is over."""
-        common = [*self.config("synthesize"), "--data_dir", str(self.data), "--workers", self.workers]
-        common += ["--joined", "true"]
-        for split in SETS:
-            if not self.manifest(split).is_file():
-                small = [] if self.args.tiny else ["--shard_size", "50"]
-                self.job(f"speech of {split}", "synthesize", "--split", split, *common, *small)
-        if self.manifest("train").is_file():
-            return
-        warm = self.begin_compiling() if self.args.compile else None
-        limits = ["--max_minutes", f"{self.args.minutes * self.args.speak_share:.3f}"]
-        limits += [] if self.args.tiny else ["--shard_size", "200"]
-        self.job("speech of train", "synthesize", "--split", "train", *common, *limits)
+        """Dev, both tests and, until its share of the minutes is over, training speech: all at once.
+
+        A job starts for some seconds, and none but that of training has much to say.
+        """
+        few = str(max(1, int(self.workers) // 4))
+        small = [] if self.args.tiny else ["--shard_size", "50"]
+        jobs = [self.speech(name, few, *small) for name in SETS if not self.manifest(name).is_file()]
+        warm = None
+        if not self.manifest("train").is_file():
+            if self.args.compile:
+                at_once(jobs)
+                jobs, warm = [], self.begin_compiling()
+            limits = ["--max_minutes", f"{self.args.minutes * self.args.speak_share:.3f}"]
+            limits += [] if self.args.tiny else ["--shard_size", "200"]
+            jobs.append(self.speech("train", self.workers, *limits))
+        at_once(jobs)
         if warm is not None:
             self.facts["compiled"] = self.end_compiling(warm)
+
+    def speech(self, split: str, workers: str, *options: str) -> Callable[..., bool]:
+        """Return the job that speaks a split."""
+        common = [*self.config("synthesize"), "--data_dir", str(self.data), "--joined", "true"]
+        common += ["--workers", workers, *options]
+        return functools.partial(self.job, f"speech of {split}", "synthesize", "--split", split, *common)
 
     def manifest(self, split: str) -> Path:
         """Return the manifest of a split's audio."""
@@ -153,6 +164,11 @@ class Run:
             print("gpu_train.sh: compiling failed or took too long: training runs eager", flush=True)
         return good
 
+    def minutes_to_train(self) -> float:
+        """Return what its start, the decodes and the LLM leave for the acoustic model, by its own clock."""
+        kept = TO_START + self.args.evaluation + self.args.lm_share * self.args.minutes * 60
+        return self.args.train_minutes or max(0.05, (self.left() - kept) / 60)
+
     def train(self, minutes: float) -> None:
         """The acoustic model, for its minutes by the clock; every export is copied to the results at once."""
         options = [*self.train_options(self.exp), "--trainer.max_minutes", f"{minutes:.3f}"]
@@ -164,15 +180,21 @@ class Run:
             self.copy_export()
 
     def copy_export(self) -> None:
-        """Copy a new export and the log to the results, whole."""
-        config, target, fresh = self.exp / "export/config.json", self.out / "ctc_aed", self.out / ".ctc_aed"
+        """Copy a new export and the log to the results, whole; what fails here must end no training."""
+        fresh = self.out / ".ctc_aed"
+        try:
+            self._copy_export(fresh)
+        except (OSError, RuntimeError, ValueError) as error:  # a file vanished, for a newer export was begun
+            print(f"gpu_train.sh: an export was not copied, or not its card: {error}", flush=True)
+        shutil.rmtree(fresh, ignore_errors=True)
+
+    def _copy_export(self, fresh: Path) -> None:
+        config, target, old = self.exp / "export/config.json", self.out / "ctc_aed", self.out / ".old"
         written = config.stat().st_mtime if config.is_file() else 0.0
         if written <= self.copied:
             return
-        shutil.rmtree(fresh, ignore_errors=True)
         shutil.copytree(self.exp / "export", fresh)
         if config.stat().st_mtime == written:  # else a newer one was begun meanwhile
-            old = self.out / ".old"
             if target.is_dir():
                 os.replace(target, old)
             os.replace(fresh, target)
@@ -181,7 +203,6 @@ class Run:
                 shutil.copy(self.exp / "log.jsonl", self.out / "log.jsonl")
             self.copied = written
             self.write_card()
-        shutil.rmtree(fresh, ignore_errors=True)
 
     def evaluate(self) -> bool:
         """Word error rates of dev and both tests, by greedy and by prefix search; whether there was time."""
@@ -258,8 +279,7 @@ def main() -> int:
         run.speak()
         plan = run.work / "minutes"  # a resumed training keeps its length
         if not plan.is_file():
-            kept = args.evaluation + args.lm_share * args.minutes * 60
-            plan.write_text(f"{args.train_minutes or max(0.05, (run.left() - kept) / 60):.3f}")
+            plan.write_text(f"{run.minutes_to_train():.3f}")
         run.train(float(plan.read_text()))
         whole = run.evaluate()
         if args.lm_share > 0 and run.left() > 20:
