@@ -91,6 +91,21 @@ def test_books_come_from_folders_files_and_archives(tmp_path: Path) -> None:
     assert carried.held_out_books(tmp_path / "books") == ["one", "three", "two"]
 
 
+def test_books_to_train_on_are_cut_to_their_beginnings(tmp_path: Path) -> None:
+    """So much of each that there is enough to speak; those that dev and test are made of stay whole."""
+    for number in range(carried.HELD_OUT + 3):
+        text = "license\n*** START OF THIS\n" + "So it was.\n" * (1000 if number else 5)
+        (tmp_path / f"{number:02d}.txt").write_text(text)
+    before = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    carried.shorten(tmp_path, 3 * 300)
+    after = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    cut = [name for name in before if after[name] != before[name]]
+    assert sorted(cut) == ["01.txt", "02.txt"]
+    for name in cut:
+        assert before[name].startswith(after[name]) and after[name].endswith("was.\n")
+        assert 280 <= len(after[name].partition("license\n")[2]) <= 300
+
+
 def make_run(folder: Path, *more: str) -> train.Run:
     options = ["--minutes", "4", "--out", str(folder / "out"), "--work", str(folder / "work"), *more]
     return train.Run(train.parse(options), time.time())

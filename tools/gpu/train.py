@@ -23,13 +23,14 @@ ROOT = HERE.parents[1]
 sys.path[:0] = [str(HERE), str(ROOT)]
 
 import card  # noqa: E402
-from carried import STORIES, held_out_books, in_pieces, unpack  # noqa: E402
+from carried import STORIES, held_out_books, in_pieces, shorten, unpack  # noqa: E402
 from processes import at_once, end_group, run_command, stop_on_signals  # noqa: E402
 
 RECIPE = ROOT / "egs/minibooks/ASR"
 SETS = ("dev", "test-clean", "test-other")
 METHODS = "ctc-greedy,ctc-prefix"
 LM_SHARE, LM_FROM = 0.15, 7.0  # in fewer minutes the acoustic model needs them all
+CHARACTERS = 14.5  # that a voice reads in a second
 TO_START = 20.0  # seconds of a training before its clock begins: imports, features into the GPU's memory
 
 
@@ -94,6 +95,8 @@ class Run:
         unpack([Path(text) for text in self.args.text], books)
         self.facts["books"] = len(list(books.glob("*.txt")))
         self.facts["dev and test are the recipe's"] = held_out_books(books) == held_out_books(None)
+        if self.args.lm_share == 0:  # an LLM reads it all
+            shorten(books, 2 * self.args.hours * 3600 * CHARACTERS)
         data = ("--data_dir", str(self.data))
         text = [*self.config("prepare-text"), "--text", str(books), "--workers", self.workers]
         self.job("text", "prepare-text", *text, *data)
@@ -207,9 +210,8 @@ class Run:
     def evaluate(self) -> bool:
         """Word error rates of dev and both tests, by greedy and by prefix search; whether there was time."""
         options = [word for split in SETS for word in (f"--test_sets.{split}", str(self.manifest(split)))]
-        options += ["--emissions.model", str(self.exp / "export"), "--methods", METHODS]
-        options += ["--out", str(self.work / "decode"), "--restart", "true"]
-        options += ["--emissions.device", self.args.device]
+        options += ["--emissions.model", str(self.exp / "export"), "--emissions.device", self.args.device]
+        options += ["--methods", METHODS, "--out", str(self.work / "decode"), "--restart", "true"]
         whole = self.job("evaluation", "decode", *options)
         self.facts["results"] = card.word_errors(self.work / "decode/results.json")
         return whole
@@ -220,8 +222,7 @@ class Run:
         if not (streams / "train.npy").is_file():
             text = ["--data_dir", str(self.data), "--streams", "[llm]", "--workers", self.workers]
             self.job("lm text", "prepare-lm-text", *text)
-        spare = 1.0 if self.args.tiny else 15.0
-        minutes = self.args.lm_minutes or max(0.02, (self.left() - spare) / 60)
+        minutes = self.args.lm_minutes or max(0.02, (self.left() - (1 if self.args.tiny else 15)) / 60)
         options = [*self.config("llm_gpu"), "--data", str(streams), "--exp", str(exp)]
         options += ["--tokenizer", str(self.data / "llm_tokenizer"), "--device", self.args.device]
         self.job("llm", "train-lm", *options, "--trainer.max_minutes", f"{minutes:.3f}")
