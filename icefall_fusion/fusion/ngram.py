@@ -62,7 +62,7 @@ class NgramFusion(LmFusion):
         check(tokens is not None, "tokens", "be passed to the search for an n-gram", None)
         self.lm.check_size(tokens.size)
         self._ngram = self.lm.to(beam.node.device)
-        self.index, self._ids = index, ids
+        self.index, self._ids, self._groups = index, ids, ()
 
     def extension_scores(self, beam: Beam, pieces: Tensor, active: Tensor) -> Tensor:
         """Return log P(piece | pieces before) [B, K, C] (see ``Fusion.extension_scores``)."""

@@ -92,7 +92,7 @@ class EventGraphs:
         """Capture the graph of a size; return whether that went well."""
         while len(self._kept) >= self._most:
             if self._capture is not None:
-                torch.cuda.synchronize()  # nothing that goes may still run
+                torch.cuda.synchronize(self._capture.device)  # nothing that goes may still run
             self._kept.popitem(last=False)
         static = torch.zeros_like(host, device=self._capture.device if self._capture is not None else None)
         static.copy_(host, non_blocking=True)

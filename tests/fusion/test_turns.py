@@ -131,6 +131,14 @@ def test_counters_of_groups_add_up(llm, tokens):  # noqa: F811
     assert fusion.stats()["events"] == 5
 
 
+def test_an_ngram_forgets_the_groups_of_an_earlier_batch(llm, ngram, tokens):  # noqa: F811
+    log_probs, lens = emissions(4, 24, 5)
+    fusions = [NgramFusion(ngram, 0.2), DelayedFusion(llm, 0.5, 0.2, FixedInterval(8))]
+    decode(log_probs, lens, tokens, fusions, 2)
+    decode(log_probs, lens, tokens, fusions, 1)
+    assert not any("groups_peak" in fusion.stats() for fusion in fusions)
+
+
 def test_an_error_in_a_group_names_the_utterance(llm, tokens):  # noqa: F811
     log_probs, lens = emissions(4, 24, 2)
     fusion = DelayedFusion(llm, 0.5, trigger=FixedInterval(6), prompt={"a": "the", "b": "", "c": "sea"})

@@ -73,6 +73,21 @@ def test_a_capture_that_fails_is_told_once_and_each_kernel_is_launched(caplog, k
     assert lm.fused.graphs.replayed == 0
 
 
+def test_a_graph_that_goes_waits_for_its_own_device(monkeypatch) -> None:
+    class Captures:
+        device = torch.device("cpu")
+
+        def __call__(self, work):
+            return work
+
+    lm, waited = fused("llama"), []
+    lm.fused.graphs = EventGraphs(lm.fused.logits, Captures(), most=1, after=0)
+    lm.fused.graphs._take_turns = lambda: None  # there are no streams here
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: waited.append(device))
+    scores_of(lm)
+    assert waited and set(waited) == {Captures.device}
+
+
 def test_memory_that_runs_out_is_not_swallowed() -> None:
     def run(event):
         raise torch.OutOfMemoryError("no memory")
