@@ -28,7 +28,9 @@ for argument in "$@"; do
 done
 python=${PYTHON:-python3}
 wheels=(.gpu/wheels/*.whl .gpu/call2/wheels/*.whl)
-if [ -e "${wheels[0]}" ] && ! "$python" -c 'import lhotse, jsonargparse, num2words, espeakng_loader' 2>/dev/null; then
+# to import them would take seconds
+there() { "$python" -c 'import importlib.util, sys; sys.exit(not all(map(importlib.util.find_spec, sys.argv[1:])))' "$@"; }
+if [ -e "${wheels[0]}" ] && ! there lhotse jsonargparse num2words espeakng_loader; then
   site=${TMPDIR:-/tmp}/icefall-fusion-gpu/site-train
   "$python" -m pip install -q --disable-pip-version-check --no-index --no-deps --no-compile --no-cache-dir \
     --upgrade --target "$site" "${wheels[@]}" || echo "gpu_train.sh: the wheels could not be installed" >&2

@@ -106,6 +106,10 @@ def test_books_to_train_on_are_cut_to_their_beginnings(tmp_path: Path) -> None:
         assert 280 <= len(after[name].partition("license\n")[2]) <= 300
 
 
+def test_the_script_loads_no_package_to_find_out_whether_it_is_there() -> None:
+    assert "import lhotse" not in (ROOT / "tools/gpu_train.sh").read_text()
+
+
 def make_run(folder: Path, *more: str) -> train.Run:
     options = ["--minutes", "4", "--out", str(folder / "out"), "--work", str(folder / "work"), *more]
     return train.Run(train.parse(options), time.time())
