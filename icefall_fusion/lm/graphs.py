@@ -141,8 +141,10 @@ class GraphCapture:
         current, graph = torch.cuda.current_stream(self.device), torch.cuda.CUDAGraph()
         self._stream.wait_stream(current)
         with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
-            work()  # work spaces of libraries belong to a stream: they must be there, and outside of the pool
-            self._stream.synchronize()
+            try:
+                work()  # work spaces of libraries belong to a stream: they must be there, outside of the pool
+            finally:
+                self._stream.synchronize()  # where it fails, too: others will use the memory it writes to
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 output = work()

@@ -6,6 +6,7 @@ a capture; kernels run in Triton's interpreter (see conftest.py).
 """
 from __future__ import annotations
 
+import contextlib
 import gc
 import weakref
 
@@ -17,7 +18,7 @@ pytest.importorskip("triton")
 from icefall_fusion.lm import CausalLm
 from icefall_fusion.lm.fused import FusedModel
 from icefall_fusion.lm.fused_loading import use_graphs
-from icefall_fusion.lm.graphs import EventGraphs, graphs_of
+from icefall_fusion.lm.graphs import EventGraphs, GraphCapture, graphs_of
 from tests.lm.test_fused import DEVICE, make, scores_of
 
 
@@ -86,6 +87,29 @@ def test_a_graph_that_goes_waits_for_its_own_device(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: waited.append(device))
     scores_of(lm)
     assert waited and set(waited) == {Captures.device}
+
+
+def test_what_fails_before_a_capture_is_waited_for(monkeypatch) -> None:
+    class Stream:
+        waits = 0
+
+        def wait_stream(self, other):
+            pass
+
+        def synchronize(self):
+            self.waits += 1
+
+    def work():
+        raise torch.OutOfMemoryError("no memory")
+
+    for name, value in (("current_stream", lambda device: Stream()), ("CUDAGraph", object),
+                        ("device", contextlib.nullcontext), ("stream", contextlib.nullcontext)):
+        monkeypatch.setattr(torch.cuda, name, value)
+    capture = GraphCapture.__new__(GraphCapture)
+    capture.device, capture._stream, capture._pool = torch.device("cpu"), Stream(), None
+    with pytest.raises(torch.OutOfMemoryError):
+        capture(work)
+    assert capture._stream.waits == 1
 
 
 def test_memory_that_runs_out_is_not_swallowed() -> None:
