@@ -343,7 +343,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--kernels", nargs="+", default=list(TRIALS), choices=list(TRIALS))
-    parser.add_argument("--limit", type=float, default=45.0, help="seconds of one trial")
+    parser.add_argument("--limit", type=float, default=70.0, help="seconds of one trial")
     parser.add_argument("--jobs", type=int, default=min(12, os.cpu_count() or 1), help="at once")
     parser.add_argument("--under", default="", help="a program with options that runs each trial")
     parser.add_argument("--one", default="", help="a trial in this process; prints its row")

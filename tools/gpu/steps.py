@@ -84,7 +84,7 @@ def _training(name: str, limit: int, options: str, **more: object) -> Step:
 _7B = "--dtype bfloat16 --shape mistral-7b"
 
 STEPS = (
-    Step("smoke", 75, "tools/gpu/smoke.py --device {device} --output {result}", cpu="--limit 120",
+    Step("smoke", 95, "tools/gpu/smoke.py --device {device} --output {result}", cpu="--limit 120",
          trusts=False),
     _frames("frame_loop", 30, "--batches 128 --beams 10 --engines triton torchaudio"),
     _bench("search", 45,
