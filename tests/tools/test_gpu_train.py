@@ -148,6 +148,18 @@ def test_where_a_task_fails_the_others_end(tmp_path: Path) -> None:
     assert time.monotonic() - begun < 20
 
 
+def test_minutes_too_few_for_an_llm_leave_the_log(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    (run.out / "log.jsonl").write_text("{}\n")
+    export = run.work / "llm" / "export"
+    assert not run.carry_lm(export)
+    assert [path.name for path in run.out.iterdir()] == ["log.jsonl"]
+    export.mkdir(parents=True)
+    (export / "config.json").write_text("{}")
+    assert run.carry_lm(export)
+    assert [path.name for path in run.out.iterdir()] == ["llm.tar.00"]
+
+
 def test_an_export_that_changes_while_it_is_copied_ends_no_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

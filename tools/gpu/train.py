@@ -227,8 +227,16 @@ class Run:
         options += ["--tokenizer", str(self.data / "llm_tokenizer"), "--device", self.args.device]
         self.job("llm", "train-lm", *options, "--trainer.max_minutes", f"{minutes:.3f}")
         self.facts["llm"] = card.curve(exp / "log.jsonl")
+        self.carry_lm(exp / "export")
+
+    def carry_lm(self, export: Path) -> bool:
+        """Put the LLM into the results, in place of the log; return whether there is one."""
+        if not (export / "config.json").is_file():
+            print("gpu_train.sh: the minutes were too few for an LLM", flush=True)
+            return False
         (self.out / "log.jsonl").unlink(missing_ok=True)
-        in_pieces(exp / "export", self.out / "llm.tar")
+        in_pieces(export, self.out / "llm.tar")
+        return True
 
     def write_card(self) -> None:
         """Write ``card.json``: all that is known now."""
