@@ -19,7 +19,7 @@ class Clock:
 
     Attributes:
         agreed: seconds of the training, in all runs, as process 0 told them with the step that was read last.
-        warmed: ``agreed`` when the warm-up ended, or None before that.
+        warmed: ``agreed`` when the warm-up ended; None before that, and where steps rule the schedule.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Clock:
     def agree(self, seconds: float, step: int) -> None:
         """Take over the seconds that process 0 told, with the number of steps that have been done."""
         self.agreed = seconds
-        if self.warmed is None and step >= self.options.warmup_steps:
+        if self.options.by_time and self.warmed is None and step >= self.options.warmup_steps:
             self.warmed = seconds
 
     @property

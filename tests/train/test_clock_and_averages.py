@@ -108,6 +108,11 @@ def test_a_run_that_goes_on_keeps_its_clock(tmp_path: Path) -> None:
     assert again["step"] == 12  # its time is over
 
 
+def test_of_the_clock_a_checkpoint_has_the_seconds_alone_where_steps_rule(tmp_path: Path) -> None:
+    run(tmp_path, options(max_steps=4, warmup_steps=2), Steps())
+    assert load_checkpoint(newest_checkpoint(tmp_path))["warmed"] is None
+
+
 def test_slower_steps_are_fewer_and_end_at_the_same_rate(tmp_path: Path) -> None:
     rates = Rates()
     source = Steps(2.0)
