@@ -285,6 +285,19 @@ def test_host_time_is_that_of_events_without_the_device() -> None:
     assert len(spent) == 3 and 0.02 <= clock.device < clock.events - 0.019
 
 
+@pytest.mark.parametrize("engine", ["native", "torch"])
+def test_host_time_of_a_search_is_counted(engine: str) -> None:
+    bench = runpy.run_path(str(BENCH / "host.py"))
+    lm = CausalLm.from_pretrained(BENCH.parents[1] / "egs/minibooks/ASR/pretrained/matched_llm")
+    log_probs = torch.randn(2, 24, lm.pieces.size).log_softmax(-1)
+    fusion = bench["DelayedFusion"](lm, 0.3, trigger=bench["FixedInterval"](8))
+    clock = bench["Clock"]()
+    with bench["counting"](clock):
+        options = bench["PrefixSearchOptions"](engine=engine)
+        bench["ctc_prefix_search"](log_probs, torch.tensor([24, 20]), options, lm.pieces, [fusion])
+    assert 0 < clock.device < clock.events
+
+
 def test_a_shape_has_random_weights_and_the_folders_tokenizer(monkeypatch) -> None:
     monkeypatch.syspath_prepend(str(BENCH))
     import shapes

@@ -68,18 +68,19 @@ class Clock:
 @contextlib.contextmanager
 def counting(clock: Clock) -> Iterator[None]:
     """Count the time of events, and of what a GPU would do in them."""
-    before = [(owner, name, getattr(owner, name)) for owner, name in (*_DEVICE, (DelayedFusion, "in_steps"))]
+    counted = (*_DEVICE, (DelayedFusion, "_fuse_in_steps"))
+    before = [(owner, name, getattr(owner, name)) for owner, name in counted]
     for owner, name, function in before[:-1]:
         setattr(owner, name, clock.wrap(function, True))
-    in_steps = DelayedFusion.in_steps
+    in_steps = DelayedFusion._fuse_in_steps  # of engines and of a search frame by frame; not of the end
 
-    def events(fusion: DelayedFusion, beam: Any, fires: Any) -> Iterator[None]:
-        steps, done = in_steps(fusion, beam, fires), object()
-        step = (lambda: next(steps, done)) if fires is None else clock.wrap(lambda: next(steps, done), False)
-        while step() is not done:  # the end of an utterance is no event
+    def events(fusion: DelayedFusion, beam: Any, fires: Any, frame: int) -> Iterator[None]:
+        steps, done = in_steps(fusion, beam, fires, frame), object()
+        step = clock.wrap(lambda: next(steps, done), False)
+        while step() is not done:
             yield
 
-    DelayedFusion.in_steps = events
+    DelayedFusion._fuse_in_steps = events
     try:
         yield
     finally:
