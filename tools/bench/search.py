@@ -9,7 +9,8 @@ Quality: the gap in exact log P(pieces | emissions) (torch's ctc_loss) to the be
 found, mean over utterances; token error rate against the spoken pieces where they are known (synthetic sets),
 and the oracle of the beam's list. Speed: the least of the rounds, decoders taking turns, one thread. With a
 GPU as --device, decoders that know the CPU alone are left out unless --peers names them, and so are our
-searches by tensors; --peers all takes every one.
+searches by tensors; --peers all takes every one. "floor" is the time to read the log-probs once at the
+measured copy bandwidth.
 """
 from __future__ import annotations
 
@@ -32,6 +33,7 @@ sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
 import figures  # noqa: E402
 from decoders import Decoder, all_decoders, try_to_make  # noqa: E402
+from rates import rates  # noqa: E402
 from synthetic_emissions import synthetic_emissions  # noqa: E402
 
 from icefall_fusion.common.files import write_json  # noqa: E402
@@ -138,7 +140,8 @@ def show(rows: Sequence[dict]) -> None:
     """Print one table per set."""
     for name in dict.fromkeys(row["set"] for row in rows):
         titles = f"{'ms/s':>9}{'gap nats':>10}{'best found':>12}{'TER %':>8}{'oracle':>8}"
-        print(f"\n{name}\n{'decoder':24}{'beam':>5}{titles}")
+        floor = next(row["floor_ms_per_second"] for row in rows if row["set"] == name)
+        print(f"\n{name}: floor {floor:.5f} ms/s\n{'decoder':24}{'beam':>5}{titles}")
         for row in (row for row in rows if row["set"] == name):
             if "missing" in row:
                 print(f"{row['decoder']:24}{row['beam']:>5}  cannot be had: {row['missing']}")
@@ -180,13 +183,17 @@ def main() -> None:
     settings = (args.blank, args.rounds, args.budget, args.device)
     machine = {"machine": platform.processor() or platform.machine(), "python": platform.python_version(),
                "torch": torch.__version__, "threads": torch.get_num_threads()}
+    bandwidth = rates(args.device, "bfloat16")[0]
     rows: list[dict] = []
 
     def save(more: list[dict]) -> None:
-        write_json(args.output, {"machine": machine, "options": vars(args), "rows": rows + more})
+        write_json(args.output, {"machine": machine, "options": vars(args), "rows": rows + more,
+                                 "copy_bytes_a_second": bandwidth})
 
     for data in sets:
-        rows += measure(data, decoders, *settings, save)
+        floor = 1000.0 * 4 * float(data.lens.sum()) * data.log_probs.shape[2] / bandwidth / data.seconds
+        measured = measure(data, decoders, *settings, save)
+        rows += [{**row, "floor_ms_per_second": floor} for row in measured]
         show([row for row in rows if row["set"] == data.name])
         save([])
     print(f"\nwritten: {args.output}; machine: {json.dumps(machine)}")
