@@ -34,23 +34,6 @@ OPTIONS = DataOptions(
 LONG = {"max_duration": 60, "max_seconds": 25, "num_buckets": 5}
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """24 utterances of noise, 0.5-2.8 s, with features."""
-    folder = tmp_path_factory.mktemp("data")
-    rng = np.random.default_rng(0)
-    cuts = []
-    for index in range(24):
-        samples = rng.uniform(-0.2, 0.2, int(16_000 * (0.5 + 0.1 * index)))
-        path = folder / f"{index}.flac"
-        soundfile.write(path, samples, 16_000)
-        utterance = {"id": f"u{index}", "text": f"word {index}"}
-        cuts.append(cut_of(utterance, path, len(samples), {"voice": "noise"}))
-    write_cuts(cuts, cuts_path(folder / "manifests", "train"))
-    assert run(FbankOptions(folder, ("train",), workers=1, shard_size=10)) == 0
-    return folder
-
-
 def _manifest(data: Path) -> Path:
     return cuts_path(data / "fbank", "train")
 

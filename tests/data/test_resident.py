@@ -16,9 +16,9 @@ from lhotse import AudioSource, CutSet, MonoCut, Recording
 from icefall_fusion.data.audio import load_audio
 from icefall_fusion.data.datamodule import DataOptions, EvalBatches, TrainBatches
 from icefall_fusion.data.device_fbank import extract_together
-from icefall_fusion.data.fbank import FbankOptions, extract, run
+from icefall_fusion.data.fbank import extract
 from icefall_fusion.data.features import PADDING
-from icefall_fusion.data.manifests import cut_of, cuts_path, write_cuts
+from icefall_fusion.data.manifests import cuts_path, write_cuts
 from icefall_fusion.data.resident import FeatureStore
 
 OPTIONS = DataOptions(
@@ -26,22 +26,6 @@ OPTIONS = DataOptions(
     spec_augment=False,
 )
 HALF = 0.004  # float16 changes a log energy below 16 by no more
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """24 utterances of noise, 0.5-2.8 s; the manifest of audio, and that of features."""
-    folder = tmp_path_factory.mktemp("data")
-    rng = np.random.default_rng(0)
-    cuts = []
-    for index in range(24):
-        samples = rng.uniform(-0.2, 0.2, int(16_000 * (0.5 + 0.1 * index)))
-        path = folder / f"{index}.flac"
-        soundfile.write(path, samples, 16_000)
-        cuts.append(cut_of({"id": f"u{index}", "text": f"word {index}"}, path, len(samples), {"voice": "x"}))
-    write_cuts(cuts, cuts_path(folder / "manifests", "train"))
-    assert run(FbankOptions(folder, ("train",), workers=1, shard_size=10)) == 0
-    return folder
 
 
 def _encode(text: str) -> list[int]:

@@ -3,10 +3,6 @@ Knows: train/. Must not know: language models, audio.
 """
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +16,14 @@ from icefall_fusion.train.loop import Trainer
 from icefall_fusion.train.options import TrainerOptions
 from icefall_fusion.train.schedule import learning_rate
 from icefall_fusion.train.step import TrainingStep
-from tests.train.test_training_loop import Lines, assert_same, make_model, options, squared_error
+from tests.train.test_training_loop import (
+    Lines,
+    assert_same,
+    make_model,
+    options,
+    run_two_processes,
+    squared_error,
+)
 
 
 class Steps(Lines):
@@ -147,18 +150,8 @@ def run_as_process(folder: str, clocks: list[float]) -> None:
 
 
 def test_processes_go_by_the_clock_of_the_first(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    code = "from tests.train.test_clock_and_averages import run_as_process as run; "
-    code += f"run({str(tmp_path)!r}, [1.0, 3.0])"
-    processes = []
-    for rank in range(2):
-        environment = {**os.environ, "WORLD_SIZE": "2", "RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
-                       "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-        processes.append(subprocess.Popen([sys.executable, "-c", code], env=environment,
-                                          cwd=Path(__file__).parents[2]))
-    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    run_two_processes("from tests.train.test_clock_and_averages import run_as_process as run; "
+                      f"run({str(tmp_path)!r}, [1.0, 3.0])")
     first, second = (torch.load(tmp_path / f"rates-{rank}.pt") for rank in range(2))
     assert first == second and len(first) == 12
 

@@ -363,12 +363,11 @@ def run_as_process(folder: str) -> None:
         torch.save(model.state_dict(), Path(folder) / "done.pt")
 
 
-def test_two_processes_equal_one_with_twice_the_batch(tmp_path: Path) -> None:
+def run_two_processes(code: str) -> None:
+    """Run Python code in two processes, which know of each other as under torchrun; both must end well."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    folder = str(tmp_path / "two")
-    code = f"from tests.train.test_training_loop import run_as_process; run_as_process({folder!r})"
     processes = []
     for rank in range(2):
         environment = {**os.environ, "WORLD_SIZE": "2", "RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
@@ -376,6 +375,12 @@ def test_two_processes_equal_one_with_twice_the_batch(tmp_path: Path) -> None:
         processes.append(subprocess.Popen([sys.executable, "-c", code], env=environment,
                                           cwd=Path(__file__).parents[2]))
     assert [process.wait(timeout=120) for process in processes] == [0, 0]
+
+
+def test_two_processes_equal_one_with_twice_the_batch(tmp_path: Path) -> None:
+    folder = str(tmp_path / "two")
+    code = f"from tests.train.test_training_loop import run_as_process; run_as_process({folder!r})"
+    run_two_processes(code)
     one = make_model()
     train(tmp_path / "one", one, source=Lines(rows=2 * ROWS), accumulate=2, save_every_steps=4)
     two = make_model()
