@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from icefall_fusion.common.checks import check
 from icefall_fusion.common.files import PathLike
+from icefall_fusion.common.processes import to_device
 from icefall_fusion.data.audio import SAMPLE_RATE
 from icefall_fusion.data.cut_audio import Samples, read_recordings
 from icefall_fusion.data.cut_lines import CutLine, read_cut_lines
@@ -230,7 +231,7 @@ class ResidentBatches:
         numbers = [store.starts[rows], frames, firsts[rows], np.array(counts, np.int64)]
         if self._augment is not None:
             numbers += self._augment.frame_masks(frames)
-        numbers = _to(store.device, torch.from_numpy(np.stack(numbers)))  # int64 [4 or 6, B]
+        numbers = to_device(torch.from_numpy(np.stack(numbers)), store.device)  # int64 [4 or 6, B]
         starts, lens, token_starts, target_lens = numbers[:4]
         targets, real = _gathered(flat, token_starts, target_lens, max(counts, default=0))
         return {
@@ -263,11 +264,6 @@ class ResidentBatches:
 
 def _no_tokens(text: str) -> list[int]:
     return []
-
-
-def _to(device: torch.device, numbers: Tensor) -> Tensor:
-    """Return numbers on the device; a GPU is not waited for."""
-    return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers
 
 
 def _gathered(flat: Tensor, starts: Tensor, lens: Tensor, width: int) -> tuple[Tensor, Tensor]:

@@ -135,10 +135,9 @@ def asked_slots(beam: Beam, active: Tensor) -> Tensor:
     return (beam.alive & beam.asked & active[:, None]).reshape(-1).nonzero().squeeze(1)
 
 
-def live_slots(beam: Beam, utterances: Optional[Tensor] = None) -> Tensor:
-    """Return the flat indices [n] into [B, K] of live slots, of all utterances or of the marked [B]."""
-    alive = beam.alive if utterances is None else beam.alive & utterances[:, None]
-    return alive.reshape(-1).nonzero().squeeze(1)
+def live_slots(beam: Beam) -> Tensor:
+    """Return the flat indices [n] into [B, K] of the live slots of all utterances."""
+    return beam.alive.reshape(-1).nonzero().squeeze(1)
 
 
 def slots_on_host(

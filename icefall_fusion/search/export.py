@@ -217,8 +217,9 @@ def piece_peaks(inputs: SearchInput, utterances: np.ndarray, path: np.ndarray, p
     row, at = (path >= 0).nonzero()
     last = at + 1 == lengths[row]
     ends = inputs.lens.cpu().numpy()[utterances[row]]
-    follower = path[row, np.minimum(at + 1, path.shape[1] - 1)]
-    starts, stops = births[row, at], np.where(last, ends, births[row, np.minimum(at + 1, path.shape[1] - 1)])
+    following = np.minimum(at + 1, path.shape[1] - 1)
+    follower = path[row, following]
+    starts, stops = births[row, at], np.where(last, ends, births[row, following])
     # one look for each prefix and the next; the last of a hypothesis has none next
     owner = np.zeros(int(path.max()) + 1, np.int64)
     number = np.arange(len(row))

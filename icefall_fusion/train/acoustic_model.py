@@ -114,7 +114,7 @@ def exported_weights(options: TrainOptions, paths: list[Path]) -> dict[str, Tens
     if options.export_weights == "average":
         return average_checkpoints(paths)
     state = load_checkpoint(paths[-1])
-    check("ema" in state, f"{paths[-1]}", "hold averages for TrainOptions.export_weights ema", sorted(state))
+    check("ema" in state, str(paths[-1]), "hold averages for TrainOptions.export_weights ema", sorted(state))
     return {**state["model"], **state["ema"]["weights"]}
 
 

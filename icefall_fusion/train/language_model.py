@@ -170,7 +170,8 @@ def make_adapter_trainer(options: TrainLmOptions, device: torch.device, rank: in
     base = Base.load(options.base, dtype, device, options.compile and device.type == "cpu",
                      options.bos_token, options.eos_token)
     base.check_length(options.length)
-    made_for, begins_at = base.identity(), "" if newest_checkpoint(options.exp) else options.init
+    new = newest_checkpoint(options.exp) is None
+    made_for, begins_at = base.identity(), options.init if new else ""
     trained = AdapterLoss(add_adapter(base, options.lora, begins_at).to(device))
     streams = prepare_streams(options.data, Path(options.exp) / "streams", options.documents, base.encode,
                               base.marks, made_for["sha256"] or base.name, base.size, rank)
@@ -178,7 +179,7 @@ def make_adapter_trainer(options: TrainLmOptions, device: torch.device, rank: in
     train, dev = load_streams(options, vocabulary, rank, world, str(streams))
     some = to_device(next(iter(ValidationPass(dev))), device)
     check_packing(trained, some, base.name)
-    if rank == 0 and not begins_at and newest_checkpoint(options.exp) is None:
+    if rank == 0 and new and not begins_at:
         warn_of_start(better_start(trained, some, base), base)
     if options.compile:
         check_compiler(device, "TrainLmOptions.compile")

@@ -250,8 +250,8 @@ def card(base: Mapping[str, Any], lora: LoraOptions, more: Mapping[str, Any], lo
         more: further facts, by name.
         log: ``log.jsonl`` of the training.
     """
-    lines = [json.loads(line) for line in Path(log).read_text(encoding="utf-8").splitlines()] if Path(
-        log).is_file() else []
+    text = Path(log).read_text(encoding="utf-8") if Path(log).is_file() else ""
+    lines = [json.loads(line) for line in text.splitlines()]
     curve = "\n".join(
         f"| {line['step']} | {line['items']} | {line['valid_word_perplexity']:.1f} |"
         for line in lines if "valid_word_perplexity" in line

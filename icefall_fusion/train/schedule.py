@@ -26,7 +26,7 @@ def learning_rate(step: int, schedule: str, peak: float, warmup: int, total: int
     if schedule == "inverse-sqrt":
         return max(floor, peak * math.sqrt(max(warmup, 1) / (step + 1)))
     progress = min(1.0, (step - warmup) / max(1, total - warmup))
-    return floor + (peak - floor) * 0.5 * (1.0 + math.cos(math.pi * progress))
+    return _cosine(progress, peak, floor)
 
 
 def learning_rate_by_time(
@@ -52,4 +52,9 @@ def learning_rate_by_time(
     if schedule == "inverse-sqrt":
         return max(floor, peak * math.sqrt(min(1.0, warmed / max(seconds, 1e-9))))
     progress = min(1.0, max(0.0, seconds - warmed) / max(1e-9, allowed - warmed))
+    return _cosine(progress, peak, floor)
+
+
+def _cosine(progress: float, peak: float, floor: float) -> float:
+    """Return the rate when a share ``progress`` (0 to 1) of the fall is done."""
     return floor + (peak - floor) * 0.5 * (1.0 + math.cos(math.pi * progress))

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_resident import OPTIONS, _encode, assert_same, data  # noqa: F401
+from test_resident import OPTIONS, _encode, assert_same
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -50,7 +50,7 @@ def on_fake_gpu(store: FeatureStore) -> None:
     store.features = torch.empty(store.features.shape, dtype=torch.float16, device="cuda")
 
 
-def test_a_batch_is_made_without_waiting_for_the_gpu(data: Path, monkeypatch) -> None:  # noqa: F811
+def test_a_batch_is_made_without_waiting_for_the_gpu(data: Path, monkeypatch) -> None:
     noise, manifest = str(cuts_path(data / "fbank", "train")), cuts_path(data / "fbank", "train")
     options = dataclasses.replace(ALL, noise=noise)
     store = FeatureStore.of(manifest, options, "cpu")
@@ -90,7 +90,7 @@ def test_what_would_wait_is_seen() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("kind", ["manifests", "fbank"])
-def test_batches_on_a_gpu_are_those_of_the_cpu(data: Path, kind: str) -> None:  # noqa: F811
+def test_batches_on_a_gpu_are_those_of_the_cpu(data: Path, kind: str) -> None:
     manifest = cuts_path(data / kind, "train")
     pair = [FeatureStore.of(manifest, OPTIONS, device) for device in ("cpu", "cuda")]
     sources = [list(TrainBatches(manifest, OPTIONS, _encode, store)) for store in pair]

@@ -21,11 +21,11 @@ def write(path: Path, facts: dict[str, Any], data: Path, exp: Path) -> None:
     """
     from icefall_fusion.common.environment import describe_environment
 
-    device = facts["options"]["device"]
+    device, hours = facts["options"]["device"], spoken_hours(data)
     content = {
         **facts,
-        "hours spoken": spoken_hours(data),
-        "training": training(exp, data),
+        "hours spoken": hours,
+        "training": training(exp, hours.get("train", 0.0)),
         "curve": curve(exp / "log.jsonl"),
         "machine": describe_environment(device),
         "files": "ctc_aed/ is a model folder: --emissions.model of decode and transcribe",
@@ -45,7 +45,7 @@ def spoken_hours(data: Path) -> dict[str, float]:
     return hours
 
 
-def training(exp: Path, data: Path) -> dict[str, Any]:
+def training(exp: Path, hours: float) -> dict[str, Any]:
     """Return steps, minutes, epochs and hours heard, from the newest checkpoint; nothing if there is none."""
     from icefall_fusion.train.checkpoints import load_checkpoint, newest_checkpoint
 
@@ -54,7 +54,6 @@ def training(exp: Path, data: Path) -> dict[str, Any]:
         return {}
     state = load_checkpoint(path)
     order = state["processes"][0]["batches"]["full"]
-    hours = spoken_hours(data).get("train", 0.0)
     return {
         "steps": state["step"],
         "minutes": round(state["seconds"] / 60, 2),

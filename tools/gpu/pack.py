@@ -28,7 +28,7 @@ ROOT = HERE.parents[1]
 sys.path.insert(0, str(HERE))
 
 import lean  # noqa: E402
-from steps import SHIPPED_METHODS  # noqa: E402
+from steps import EVENTS, SHIPPED_METHODS  # noqa: E402
 from wheels import make_wheels, unserved  # noqa: E402
 
 MOST = 60 * 2**20  # bytes of one call; 64 MiB are allowed
@@ -77,8 +77,8 @@ def make_speech(out: Path) -> None:
             with np.load(path) as archive:
                 np.savez_compressed(path, **{name: archive[name] for name in archive.files})
         given = ("--emissions", folder, "--speech", work / "events")
-        for batch in (32, 64):
-            bench("llm_tree", *given, "--batch", batch, "--record", folder / f"events-{batch}.json.gz")
+        for batch, (file, _) in EVENTS.items():
+            bench("llm_tree", *given, "--batch", batch, "--record", out / file)
         methods = SHIPPED_METHODS.split()
         bench("fusion", *given, "--methods", *methods, "--output", out / "cpu-fusion.json")
         shutil.rmtree(work, ignore_errors=True)
@@ -161,7 +161,7 @@ def check(out: Path) -> list[str]:
         print(f"  command: {command}\n  carry: {json.dumps(carried)}\n  timeout: {TIMEOUTS[call]} s")
     if not (out / "call2" / "text").is_dir():
         print("there is no text for call 2 (--books): it would train on the demo's stories")
-    leant = [name for name in LEFT_OUT if name not in lean.git(ROOT, "ls-files", "--", *LEFT_OUT).split("\n")]
+    leant = set(LEFT_OUT) - set(lean.git(ROOT, "ls-files", "--", *LEFT_OUT).split("\n"))
     print(
         "the large weights are "
         + ("left out: --undo brings them back" if leant else "in git's index: --lean first")
