@@ -129,6 +129,8 @@ class DecodeRun:
         todo = [u for u in utterances if any(u.id not in file.done for file in files.values())]
         todo = self.processes.share(sorted(todo, key=lambda u: -u.seconds))  # like lengths for each process
         self.write_run("running")
+        if name.startswith("dev") and self.processes.rank == 0:
+            self.recognizer.models.warn_of_starts([u.text for u in utterances if u.text])
         if options.save_emissions and self.processes.rank == 0:
             save_vocabulary(Path(options.save_emissions) / name, self.recognizer.source.tokens)
         skipped = self._decode_share(name, todo, files)

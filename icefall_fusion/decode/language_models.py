@@ -3,8 +3,9 @@ Knows: causal language models. Must not know: searches, fusions, files of a run.
 """
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
-from typing import Any, Container, Iterable, Mapping, Optional
+from typing import Any, Container, Iterable, Mapping, Optional, Sequence
 
 import torch
 
@@ -13,12 +14,14 @@ from icefall_fusion.common.devices import check_device, weight_bytes
 from icefall_fusion.fusion.delayed import Prompt
 from icefall_fusion.fusion.ngram import SCALE, LookAhead
 from icefall_fusion.lm import QUANTIZATIONS, CausalLm
+from icefall_fusion.lm.starts import probe_start
 from icefall_fusion.ngram.piece_ngram import PieceNgram
 from icefall_fusion.text.styles import TEXT_STYLES, adapt
 from icefall_fusion.text.tokens import AcousticTokens
 
 #: LM of a score: (source) -> field of the options.
 LM_SOURCES = ("nlm", "llm", "matched_llm")
+PROBED = 32  # references of dev
 
 
 @dataclass(frozen=True)
@@ -134,6 +137,21 @@ class LanguageModels:
                 eos_token=options.eos_token,
             )
         return self._loaded[source]
+
+    def warn_of_starts(self, references: Sequence[str]) -> None:
+        """Warn of every loaded LM whose bos is clearly not what best starts the references of dev.
+
+        Args:
+            references: of dev, normalized; the first `PROBED` are used.
+        """
+        for source, lm in self._loaded.items():
+            options = self.options[source]
+            if options.prompt is None and not options.tracks_context:  # else a text does not start with bos
+                better = probe_start(lm, [adapt(text.split(), options.text) for text in references[:PROBED]])
+                if better is not None:
+                    logging.warning("%s.path %s: texts of dev have %.2f nats a token, but with "
+                                    "--%s.bos_token %r they would have %.2f", source, options.path,
+                                    better.own, source, better.token, better.better)
 
     def ngram(self) -> PieceNgram:
         """Return the n-gram over the acoustic pieces.

@@ -10,7 +10,7 @@ import tempfile
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Sequence, Union
+from typing import Any, Optional, Sequence, Union
 
 import numpy as np
 import torch
@@ -19,6 +19,8 @@ from torch import Tensor
 
 from icefall_fusion.common.checks import check
 from icefall_fusion.common.files import PathLike, write_json
+from icefall_fusion.lm.transplant import EMBEDDINGS_FILE, load_embeddings, save_embeddings
+from icefall_fusion.text.tokens import AcousticTokens
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 #: Beside an adapter made here: {"name", "sha256", "sample"} of its base.
@@ -64,6 +66,11 @@ def weights_sha256(folder: PathLike) -> str:
     return digest.hexdigest() if files else ""
 
 
+def has_pieces(folder: PathLike) -> bool:
+    """Return whether an adapter brings a vocabulary of acoustic pieces with it."""
+    return (Path(folder) / EMBEDDINGS_FILE).is_file()
+
+
 def check_base(folder: PathLike, model: torch.nn.Module, name: str) -> None:
     """Raise ValueError, with both names, unless an adapter was made for this base.
 
@@ -89,7 +96,7 @@ def merge(model: Any, folder: PathLike, name: str) -> Any:
 
     Args:
         model: transformers model, changed in place.
-        folder: PEFT folder of a LoRA adapter.
+        folder: PEFT folder of a LoRA adapter; with the embeddings of acoustic pieces if `has_pieces`.
         name: of the model, for messages.
 
     Raises:
@@ -106,6 +113,8 @@ def merge(model: Any, folder: PathLike, name: str) -> Any:
     check_base(folder, model, name)
     import peft
 
+    if has_pieces(folder):
+        load_embeddings(model, folder)
     try:
         config = peft.PeftConfig.from_pretrained(str(folder))
         check(config.peft_type == "LORA", f"adapter {folder}", "be of type LORA", str(config.peft_type))
@@ -175,7 +184,10 @@ def start_from(adapted: Any, folder: PathLike) -> None:
     check(not odd, f"TrainLmOptions.init {folder}", "have the layers of TrainLmOptions.lora", odd[:3])
 
 
-def save_adapter(adapted: Any, folder: PathLike, base: dict[str, Any], dtype: torch.dtype, card: str) -> None:
+def save_adapter(
+    adapted: Any, folder: PathLike, base: dict[str, Any], dtype: torch.dtype, card: str,
+    pieces: Optional[AcousticTokens] = None,
+) -> None:
     """Write an adapter as a PEFT folder with its card; no file is ever half written.
 
     Args:
@@ -184,6 +196,7 @@ def save_adapter(adapted: Any, folder: PathLike, base: dict[str, Any], dtype: to
         base: {"name", "sha256", "sample"} of the base.
         dtype: of the stored weights.
         card: text of README.md.
+        pieces: vocabulary that the base was given (see `transplant`): it and the embeddings are stored too.
 
     Raises:
         ValueError: the weights do not fit ``dtype``; nothing is written.
@@ -204,6 +217,9 @@ def save_adapter(adapted: Any, folder: PathLike, base: dict[str, Any], dtype: to
         config.inference_mode = training
         _save_tensors(state, made / WEIGHTS_FILE)
         write_json(made / BASE_FILE, base)
+        if pieces is not None:
+            save_embeddings(adapted, made, dtype)
+            (made / "bpe.model").write_bytes(pieces.processor.serialized_model_proto())
         (made / "README.md").write_text(card, encoding="utf-8")
         for path in sorted(made.iterdir()):
             path.chmod(0o644)

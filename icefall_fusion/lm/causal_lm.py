@@ -98,7 +98,8 @@ class CausalLm:
             device_map: as in transformers, e.g. "auto" to spread over GPUs and host (needs accelerate).
             quantization: None; "8bit" or "4bit" (by bitsandbytes); "int8" (weights alone, by torchao).
             self_check: compare a random tree with plain forwards and refuse a model that disagrees.
-            adapter: PEFT folder of a LoRA adapter to add to the weights (not with ``quantization``).
+            adapter: PEFT folder of a LoRA adapter to add to the weights (not with ``quantization``); one
+                with ``bpe.model`` gives the model that vocabulary.
             bos_token, eos_token: what starts and ends a text: a token or the text of one; None: as the
                 tokenizer says. For chat models that is rarely best.
         Raises:
@@ -110,7 +111,7 @@ class CausalLm:
         """
         source = model_source(path_or_name)
         model = load_model(source, dtype, device, device_map, quantization, adapter)
-        vocabulary = Vocabulary.load(source, model.config).with_marks(bos_token, eos_token, source)
+        vocabulary = Vocabulary.load(source, model.config, adapter).with_marks(bos_token, eos_token, source)
         return cls(model, vocabulary, str(path_or_name), self_check)
 
     @property

@@ -17,7 +17,8 @@ The jobs:
 - ``acoustic_model.py``: job ``train``, a CTC-AED acoustic model.
 - ``acoustic_loss.py``: its losses and error rates. ``curriculum.py``: its first batches, feature statistics.
 - ``language_model.py``: job ``train-lm``, a causal language model, or an adapter of one.
-- ``lora.py``: the base and the loss of an adapter, its card. ``lm_documents.py``: its text as token streams.
+- ``lora.py``: the base and the loss of an adapter. ``lora_card.py``: its page. ``lm_documents.py``: its text
+  as token streams.
 - ``llama.py``: its model, start weights and export. ``token_stream.py``: its batches.
 - ``piece_ngram.py``: job ``train-ngram``. ``word_ngram.py``: job ``train-word-ngram``.
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from icefall_fusion.common.checks import check, check_at_least
 from icefall_fusion.common.processes import check_compiler, to_device
 from icefall_fusion.lm.adapters import save_adapter
+from icefall_fusion.lm.starts import BetterStart
 from icefall_fusion.train.checkpoints import newest_checkpoint
 from icefall_fusion.train.job import report_size, run_training
 from icefall_fusion.train.llama import (
@@ -34,10 +35,11 @@ from icefall_fusion.train.lora import (
     Base,
     LoraOptions,
     add_adapter,
-    better_start,
-    card,
     check_packing,
+    load_pieces,
+    probe_start,
 )
+from icefall_fusion.train.lora_card import card
 from icefall_fusion.train.options import TrainingOptions
 from icefall_fusion.train.token_stream import TokenBatch, TokenBatches, ValidationPass
 
@@ -51,8 +53,9 @@ class TrainLmOptions(TrainingOptions):
     Args:
         data: folder with ``train.npy`` and ``dev.npy``: ids of documents ``bos t1 .. tn eos`` end to end.
             With ``base`` also one with ``train.jsonl`` and ``dev.jsonl``: a sentence a line, key ``text``.
-        tokenizer: folder of a Hugging Face tokenizer, or a folder or file of a SentencePiece ``bpe.model``; a
-            ``base`` has its own.
+        tokenizer: folder of a Hugging Face tokenizer, or a folder or file of a SentencePiece ``bpe.model``. A
+            ``base`` has its own; with both, the base is given the vocabulary of ``bpe.model``, for
+            llm-shallow: its embeddings are new and trained too.
         exp: folder of checkpoints, logs and ``export/``, the newest checkpoint as a Hugging Face folder, or
             as a PEFT folder (for ``--llm.adapter``).
         init: folder of a Llama model of the same size and vocabulary whose weights a new training starts
@@ -87,7 +90,7 @@ class TrainLmOptions(TrainingOptions):
         check_at_least(1, self, "rows")
         check_at_least(0, self, "valid_tokens")
         rule = "be set, or else TrainLmOptions.base (which has its own tokenizer)"
-        check(bool(self.tokenizer) != bool(self.base), "TrainLmOptions.tokenizer", rule, self.tokenizer)
+        check(bool(self.tokenizer or self.base), "TrainLmOptions.tokenizer", rule, self.tokenizer)
         longest = max(self.length, 2) if self.base else self.model.max_positions
         check(2 <= self.length <= longest, "TrainLmOptions.length", f"be from 2 to {longest}", self.length)
 
@@ -172,15 +175,18 @@ def make_adapter_trainer(options: TrainLmOptions, device: torch.device, rank: in
     base.check_length(options.length)
     new = newest_checkpoint(options.exp) is None
     made_for, begins_at = base.identity(), options.init if new else ""
-    trained = AdapterLoss(add_adapter(base, options.lora, begins_at).to(device))
+    pieces = load_pieces(options.tokenizer)
+    adapted, base = add_adapter(base, options.lora, begins_at, pieces)
+    trained, made_for = AdapterLoss(adapted.to(device)), {**made_for, **base.mark_names()}
     streams = prepare_streams(options.data, Path(options.exp) / "streams", options.documents, base.encode,
-                              base.marks, made_for["sha256"] or base.name, base.size, rank)
+                              base.marks, pieces.fingerprint() if pieces else made_for["sha256"] or base.name,
+                              base.size, rank)
     vocabulary = Vocabulary(Path(base.source), base.size, *base.marks, base.count_words)
     train, dev = load_streams(options, vocabulary, rank, world, str(streams))
     some = to_device(next(iter(ValidationPass(dev))), device)
     check_packing(trained, some, base.name)
     if rank == 0 and new and not begins_at:
-        warn_of_start(better_start(trained, some, base), base)
+        warn_of_start(probe_start(trained, some, base), base)
     if options.compile:
         check_compiler(device, "TrainLmOptions.compile")
         trained.compile()
@@ -191,19 +197,19 @@ def make_adapter_trainer(options: TrainLmOptions, device: torch.device, rank: in
         about = {"text": options.documents.text, "tokens seen": trainer.items_seen, "steps": step}
         page = card(made_for, options.lora, about, Path(options.exp) / "log.jsonl")
         save_adapter(trained.adapted, Path(options.exp) / "export", made_for,
-                     getattr(torch, options.export_dtype), page)
+                     getattr(torch, options.export_dtype), page, pieces)
 
     trainer = Trainer(options.trainer, trained, compute_loss, train, ValidationPass(dev), options.exp,
                       device=device, on_save=save, describe=perplexities(dev, base.count_words))
     return trainer
 
 
-def warn_of_start(better: Optional[tuple[str, float, float]], base: Base) -> None:
+def warn_of_start(better: Optional[BetterStart], base: Base) -> None:
     """Warn when another token than the base's bos starts the dev text clearly better."""
     if better is not None:
         logging.warning("texts for %s start with token %d (%.2f nats a token on dev), but with "
-                        "--bos_token %r they would have %.2f", base.name, base.marks[0], better[1], better[0],
-                        better[2])
+                        "--bos_token %r they would have %.2f", base.name, base.marks[0], better.own,
+                        better.token, better.better)
 
 
 def run(options: TrainLmOptions) -> int:

@@ -1,10 +1,9 @@
-"""LoRA adaptation of any Hugging Face causal LM: its base, its packed loss, the exported PEFT folder.
+"""LoRA adaptation of any Hugging Face causal LM: its base, its packed loss.
 Knows: language models, adapters, batches of token streams. Must not know: the training loop, audio, search.
 """
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Optional
@@ -13,12 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from icefall_fusion.common.checks import check, check_at_least
-from icefall_fusion.common.files import PathLike
-from icefall_fusion.lm import adapters, loading
+from icefall_fusion.lm import adapters, loading, transplant
+from icefall_fusion.lm.starts import BetterStart, better_start
+from icefall_fusion.text.tokens import AcousticTokens
 from icefall_fusion.train.token_stream import TokenBatch, attention_mask
 
-STARTS = ("<|endoftext|>", "<|begin_of_text|>", "<s>", "</s>", "<bos>")  # of families of models
-CLEARLY = 0.1  # nats a token
 #: Largest difference between packed and single documents, natural log a token.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}
 
@@ -120,27 +118,66 @@ class Base:
 
     def identity(self) -> dict[str, Any]:
         """Return {"name", "bos", "eos", "sha256", "sample"}: what an adapter says of its base."""
-        names = [self._name_of(token) for token in self.marks]
         digest = adapters.weights_sha256(self.source)
-        return {"name": self.name, "bos": names[0], "eos": names[1], "sha256": digest,
+        return {"name": self.name, **self.mark_names(), "sha256": digest,
                 "sample": adapters.sample_of(self.model)}
 
+    def mark_names(self) -> dict[str, str]:
+        """Return {"bos", "eos"}: the tokens that start and end a text."""
+        return dict(zip(("bos", "eos"), map(self._name_of, self.marks)))
 
-def add_adapter(base: Base, lora: LoraOptions, init: str) -> Any:
-    """Return the PEFT model of a new adapter; ``init``: empty, or a PEFT folder whose weights it begins with.
+
+def load_pieces(path: str) -> Optional[AcousticTokens]:
+    """Return the acoustic pieces that ``TrainLmOptions.tokenizer`` names; None where it is empty.
 
     Raises:
-        FileNotFoundError, ValueError: the base has no such layers, or ``init`` is for another base or rank.
+        FileNotFoundError, ValueError: there is no SentencePiece model, or it has no sentence mark.
+    """
+    if not path:
+        return None
+    pieces = AcousticTokens.load(path)
+    check(pieces.sos_eos_id is not None, f"TrainLmOptions.tokenizer {path}", "have the piece <sos/eos>", None)
+    return pieces
+
+
+def add_adapter(
+    base: Base, lora: LoraOptions, init: str, pieces: Optional[AcousticTokens] = None
+) -> tuple[Any, Base]:
+    """Return the PEFT model of a new adapter, and the base that it adapts.
+
+    Args:
+        base: changed in place.
+        lora: shape of the adapter.
+        init: empty, or a PEFT folder whose weights it begins with.
+        pieces: None, or the vocabulary that the base is given; its embeddings are trained too.
+
+    Raises:
+        FileNotFoundError, ValueError: the base has no such layers, or ``init`` is for another base, rank or
+            vocabulary.
     """
     targets = lora.targets[0] if lora.targets == ("all-linear",) else lora.targets
     if init:
         if not (Path(init) / adapters.WEIGHTS_FILE).is_file():
             raise FileNotFoundError(f"TrainLmOptions.init: {init} must be a PEFT folder")
         adapters.check_base(init, base.model, base.name)
+        same = adapters.has_pieces(init) == (pieces is not None)
+        rule = f"have{'' if pieces else ' no'} acoustic pieces of its own, as TrainLmOptions.tokenizer says"
+        check(same, f"TrainLmOptions.init {init}", rule, adapters.has_pieces(init))
+    if pieces is not None:
+        transplant.transplant(base.model, pieces, base.encode, base.marks)
+        mark = pieces.sos_eos_id
+        base = dataclasses.replace(base, vocabulary=loading.Vocabulary(None, pieces, mark, mark))
+        if init:
+            theirs = AcousticTokens.load(init).fingerprint()
+            rule = "have the pieces of TrainLmOptions.tokenizer"
+            check(theirs == pieces.fingerprint(), f"TrainLmOptions.init {init}", rule, theirs)
+            transplant.load_embeddings(base.model, init)
     adapted = adapters.add_adapter(base.model, lora.rank, lora.alpha, lora.dropout, targets, base.name)
+    if pieces is not None:
+        transplant.train_embeddings(base.model)
     if init:
         adapters.start_from(adapted, init)
-    return adapted
+    return adapted, base
 
 
 class AdapterLoss(nn.Module):
@@ -153,13 +190,14 @@ class AdapterLoss(nn.Module):
     def __init__(self, adapted: Any) -> None:
         super().__init__()
         self.adapted = adapted
+        self.dtype = next(p.dtype for p in adapted.parameters() if not p.requires_grad)  # of the layers
 
     def forward(self, batch: TokenBatch) -> Tensor:
         """Return the sum of -log P over all targets (natural log)."""
         mask = attention_mask(batch.documents)
         if self.adapted.config._attn_implementation == "eager":  # adds its mask to the scores
             mask = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -1e9)
-            mask = mask.to(self.adapted.dtype)
+            mask = mask.to(self.dtype)
         logits = self.adapted(
             input_ids=batch.tokens, attention_mask=mask, position_ids=batch.positions, use_cache=False
         ).logits
@@ -203,69 +241,32 @@ def check_packing(loss: AdapterLoss, batch: TokenBatch, name: str) -> None:
         reason = f"cannot be trained on packed documents: {type(error).__name__}: {error}"
         raise ValueError(f"TrainLmOptions.base {name} {reason}") from error
     difference = abs(together - alone) / max(int((row.targets >= 0).sum()), 1)
-    allowed = TOLERANCE.get(loss.adapted.dtype, 0.05)
+    allowed = TOLERANCE.get(loss.dtype, 0.05)
     rule = f"score packed documents like single ones, within {allowed:g} a token"
     check(difference <= allowed, f"TrainLmOptions.base {name}", rule, difference)
 
 
 @torch.no_grad()
-def better_start(loss: AdapterLoss, batch: TokenBatch, base: Base) -> Optional[tuple[str, float, float]]:
-    """Return a token that starts texts clearly better than the base's bos, or None.
+def probe_start(loss: AdapterLoss, batch: TokenBatch, base: Base) -> Optional[BetterStart]:
+    """Return a token that starts documents clearly better than the base's bos, or None (see `better_start`).
 
     Args:
         loss: of the base with a new adapter, which changes nothing yet.
         batch: some packed documents.
-        base: its vocabulary names the candidates: eos, and what other models start with.
-
-    Returns:
-        the token, and nats a token with bos and with it.
+        base: its vocabulary names the candidates.
     """
     if base.vocabulary.tokenizer is None:
         return None
     loss.eval()
-    known = base.vocabulary.tokenizer.get_vocab()
-    names = {index: name for name in STARTS if (index := known.get(name)) is not None}
-    for index in base.marks:
-        names[index] = base._name_of(index)
     first, items = (batch.positions == 0) & (batch.documents >= 0), max(int((batch.targets >= 0).sum()), 1)
-    nats = {index: float(loss(batch._replace(tokens=batch.tokens.masked_fill(first, index)))) / items
-            for index in names}
-    best = min(nats, key=nats.__getitem__)
-    own = nats[base.marks[0]]
-    return (names[best], own, nats[best]) if own - nats[best] > CLEARLY else None
+
+    def nats(token: int) -> float:
+        return float(loss(batch._replace(tokens=batch.tokens.masked_fill(first, token)))) / items
+
+    return better_start(base.vocabulary.tokenizer, *base.marks, nats)
 
 
 def _alone(loss: AdapterLoss, tokens: Tensor, targets: Tensor) -> float:
     """Return the loss of one document by a plain forward."""
     logits = loss.adapted(input_ids=tokens, use_cache=False).logits
     return float(nn.functional.cross_entropy(logits[0].float(), targets[0], reduction="sum"))
-
-
-def card(base: Mapping[str, Any], lora: LoraOptions, more: Mapping[str, Any], log: PathLike) -> str:
-    """Return the page of an adapter: base, hash, options, tokens seen, learning curve.
-
-    Args:
-        base: of `Base.identity`.
-        lora: of the adapter.
-        more: further facts, by name.
-        log: ``log.jsonl`` of the training.
-    """
-    text = Path(log).read_text(encoding="utf-8") if Path(log).is_file() else ""
-    lines = [json.loads(line) for line in text.splitlines()]
-    curve = "\n".join(
-        f"| {line['step']} | {line['items']} | {line['valid_word_perplexity']:.1f} |"
-        for line in lines if "valid_word_perplexity" in line
-    )
-    facts = {"base": base["name"], "SHA-256 of the base": base["sha256"] or "not known",
-             "starts with": f"`{base['bos']}`", "ends with": f"`{base['eos']}`",
-             "rank": lora.rank, "alpha": lora.alpha, "dropout": lora.dropout,
-             "layers": ", ".join(lora.targets), **more}
-    table = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
-    return (
-        "---\nlibrary_name: peft\n"
-        f"base_model: {base['name']}\n---\n"
-        "# A LoRA adapter, trained by icefall_fusion's job train-lm\n\n"
-        f"| what | value |\n|---|---|\n{table}\n\n"
-        "Perplexity a word on dev, the end of each sentence counted as one more word:\n\n"
-        f"| step | tokens seen | perplexity a word |\n|---|---|---|\n{curve}\n"
-    )

@@ -13,12 +13,12 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from icefall_fusion.lm import CausalLm, adapters
+from icefall_fusion.lm import CausalLm, adapters, starts
 from icefall_fusion.train import lora
 from icefall_fusion.train.checkpoints import load_checkpoint, newest_checkpoint
 from icefall_fusion.train.language_model import TrainLmOptions, run
 from icefall_fusion.train.lm_documents import DocumentOptions, prepare_streams, read_documents
-from icefall_fusion.train.lora import AdapterLoss, Base, LoraOptions, better_start, check_packing
+from icefall_fusion.train.lora import AdapterLoss, Base, LoraOptions, check_packing, probe_start
 from icefall_fusion.train.options import TrainerOptions
 from icefall_fusion.train.token_stream import TokenBatches, attention_mask
 from tests import tiny
@@ -90,6 +90,36 @@ def test_the_job_adapts_goes_on_and_its_folder_scores_as_it_says(base, text, tmp
     assert words_perplexity(again, SENTENCES) == pytest.approx(reached, rel=1e-6)
 
 
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_the_job_gives_a_base_the_acoustic_pieces(base, text, tmp_path: Path, precision: str) -> None:
+    bpe = tiny.write_bpe(tmp_path / "bpe")
+    asked = {"tokenizer": str(bpe), "precision": precision}
+    for stop in (1e-9, 0.0):  # after one step, then to the end
+        options = make_options(base, text, tmp_path / "exp", **asked)
+        object.__setattr__(options.trainer, "max_minutes", stop)
+        assert run(options) == (4 if stop else 0)
+    state = load_checkpoint(newest_checkpoint(tmp_path / "exp"))["model"]
+    assert {value.dtype for value in state.values()} == {torch.float32}
+    others = [name for name in state if "lora_" not in name]
+    assert others == ["adapted.base_model.model.model.embed_tokens.weight"]
+    export = tmp_path / "exp" / "export"
+    lm = CausalLm.from_pretrained(base, adapter=export)
+    assert lm.pieces is not None and lm.vocab_size == tiny.piece_count()
+    lines = [json.loads(line) for line in (tmp_path / "exp" / "log.jsonl").read_text().splitlines()]
+    reached = words_perplexity(lm, SENTENCES)
+    allowed = 1e-4 if precision == "float32" else 0.05
+    assert reached == pytest.approx(lines[-1]["valid_word_perplexity"], rel=allowed)
+    assert reached < 0.8 * lines[0]["valid_word_perplexity"] or len(lines) == 1
+    still = make_options(base, text, tmp_path / "next", max_steps=1, init=str(export), **asked)
+    object.__setattr__(still.trainer, "lr", 1e-12)
+    object.__setattr__(still.trainer, "min_lr", 0.0)
+    assert run(still) == 0
+    again = CausalLm.from_pretrained(base, adapter=tmp_path / "next" / "export")
+    assert words_perplexity(again, SENTENCES) == pytest.approx(reached, rel=allowed)
+    with pytest.raises(ValueError, match="init .* must have no acoustic pieces of its own"):
+        run(make_options(base, text, tmp_path / "other", init=str(export)))
+
+
 def test_bf16_eager_and_averages_train_too(base, text, tmp_path: Path) -> None:
     options = make_options(base, text, tmp_path / "exp", precision="bf16", export_dtype="float16")
     object.__setattr__(options.trainer, "ema_decay", 0.9)
@@ -158,7 +188,7 @@ def test_streams_are_made_once_for_a_text_and_options(base: Path, text: Path, tm
 
 def test_another_start_is_named_where_it_is_better(base: Path, tmp_path: Path, monkeypatch) -> None:
     source = Base.load(str(base), torch.float32, torch.device("cpu"))
-    loss = AdapterLoss(lora.add_adapter(source, LoraOptions(), ""))
+    loss = AdapterLoss(lora.add_adapter(source, LoraOptions(), "")[0])
     rows = [[0, *ids, 1] for ids in source.encode(SENTENCES)]
     np.save(tmp_path / "s.npy", np.array([token for row in rows for token in row], np.uint16))
     (batch,) = TokenBatches(tmp_path / "s.npy", 0, 1, rows=1, length=64, shuffle=False)
@@ -166,16 +196,16 @@ def test_another_start_is_named_where_it_is_better(base: Path, tmp_path: Path, m
     for bos in ("<s>", "</s>"):
         scores = CausalLm.from_pretrained(base, bos_token=bos).log_probs(SENTENCES, eos=True)
         nats.append(-sum(scores) / sum(len(row) - 1 for row in rows))
-    monkeypatch.setattr(lora, "CLEARLY", -1.0)
-    found = better_start(loss, batch, source)
+    monkeypatch.setattr(starts, "CLEARLY", -1.0)
+    found = probe_start(loss, batch, source)
     assert found == (("<s>", "</s>")[int(np.argmin(nats))], pytest.approx(nats[0], abs=1e-3),
                      pytest.approx(min(nats), abs=1e-3))
-    monkeypatch.setattr(lora, "CLEARLY", 9.0)
-    assert better_start(loss, batch, source) is None
+    monkeypatch.setattr(starts, "CLEARLY", 9.0)
+    assert probe_start(loss, batch, source) is None
 
 
 def test_the_job_starts_documents_as_asked_and_warns(base, text, tmp_path: Path, monkeypatch, caplog) -> None:
-    monkeypatch.setattr(lora, "CLEARLY", -1.0)
+    monkeypatch.setattr(starts, "CLEARLY", -1.0)
     assert run(make_options(base, text, tmp_path / "exp", max_steps=1, bos_token="</s>")) == 0
     assert "start with token 1" in caplog.text
     made_for = json.loads((tmp_path / "exp" / "export" / adapters.BASE_FILE).read_text())
