@@ -1,0 +1,226 @@
+"""pyctcdecode's calls, answered by our search: `build_ctcdecoder` and the decoder that it returns.
+Knows: pyctcdecode's names, defaults and folders. Must not know: how a search works, files of a run.
+
+What differs by intent (README.md beside this file has figures): a hypothesis is one prefix with the exact sum
+over its alignments, where pyctcdecode keeps a slot for those that end in a blank and another one for the
+others; so a beam is worth up to twice as many hypotheses. Sentence marks such as ``<s>`` are silent. Frames
+of a word go from the peak of its first label to that of its last.
+"""
+from __future__ import annotations
+
+import logging
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Any, Collection, Iterable, NamedTuple, Optional, Sequence, Union
+
+from icefall_fusion.common.checks import check, is_count, is_number
+from icefall_fusion.common.files import write_text
+from icefall_fusion.compat import alphabet as _alphabet
+from icefall_fusion.compat.alphabet import Alphabet
+from icefall_fusion.compat.logits import check_logits, drop_improbable, log_probs_of, pad
+from icefall_fusion.search import Fusion, PrefixSearchOptions, ctc_prefix_search
+
+DEFAULT_ALPHA, DEFAULT_BETA, DEFAULT_UNK_LOGP_OFFSET, DEFAULT_SCORE_LM_BOUNDARY = 0.5, 1.5, -10.0, True
+DEFAULT_BEAM_WIDTH, DEFAULT_PRUNE_LOGP, DEFAULT_MIN_TOKEN_LOGP, DEFAULT_PRUNE_BEAMS = 100, -10.0, -5.0, False
+DEFAULT_HOTWORD_WEIGHT = 10.0
+
+
+class OutputBeam(NamedTuple):
+    """A hypothesis: text, LM state after it, frames (start, end) of each word, natural-log scores.
+
+    ``lm_score`` is the total by which beams are ranked, ``logit_score`` the acoustic part of it.
+    """
+
+    text: str
+    last_lm_state: Any
+    text_frames: list[tuple[str, tuple[int, int]]]
+    logit_score: float
+    lm_score: float
+
+
+class OutputBeamMPSafe(NamedTuple):
+    """A hypothesis without LM state, as batches have them."""
+
+    text: str
+    text_frames: list[tuple[str, tuple[int, int]]]
+    logit_score: float
+    lm_score: float
+
+
+class BeamSearchDecoderCTC:
+    """A decoder of logits; see `build_ctcdecoder`.
+
+    Args:
+        alphabet: of the labels.
+        language_model: None: the acoustic score alone.
+    """
+
+    _ALPHABET_SERIALIZED_FILENAME = "alphabet.json"
+    _LANGUAGE_MODEL_SERIALIZED_DIRECTORY = "language_model"
+
+    def __init__(self, alphabet: Alphabet, language_model: Any = None) -> None:
+        rule = "be None: language models are not joined to these calls yet"
+        check(language_model is None, "language_model", rule, language_model)
+        self._alphabet, self._language_model = alphabet, language_model
+        self._tokens = alphabet.tokens()
+        self._model_key = b"own"
+
+    @property
+    def model_container(self) -> dict[bytes, Any]:
+        """The language model by `_model_key`; it goes when the decoder goes."""
+        return {self._model_key: self._language_model}
+
+    @classmethod
+    def clear_class_models(cls) -> None:
+        """Do nothing: there are no models but those of decoders."""
+
+    def cleanup(self) -> None:
+        """Do nothing, see `clear_class_models`."""
+
+    def reset_params(self, alpha: Optional[float] = None, beta: Optional[float] = None,
+                     unk_score_offset: Optional[float] = None,
+                     lm_score_boundary: Optional[bool] = None) -> None:
+        """Change the weights of the language model; without one nothing happens."""
+
+    def decode(self, logits: Any, beam_width: int = DEFAULT_BEAM_WIDTH,
+               beam_prune_logp: float = DEFAULT_PRUNE_LOGP, token_min_logp: float = DEFAULT_MIN_TOKEN_LOGP,
+               hotwords: Optional[Iterable[str]] = None, hotword_weight: float = DEFAULT_HOTWORD_WEIGHT,
+               lm_start_state: Any = None) -> str:
+        """Return the best text of logits [T, V]; arguments and errors of `decode_beams`."""
+        return self._decode([logits], beam_width, beam_prune_logp, token_min_logp, hotwords, hotword_weight,
+                            lm_start_state, frames=False)[0][0].text
+
+    def decode_beams(self, logits: Any, beam_width: int = DEFAULT_BEAM_WIDTH,
+                     beam_prune_logp: float = DEFAULT_PRUNE_LOGP,
+                     token_min_logp: float = DEFAULT_MIN_TOKEN_LOGP,
+                     prune_history: bool = DEFAULT_PRUNE_BEAMS, hotwords: Optional[Iterable[str]] = None,
+                     hotword_weight: float = DEFAULT_HOTWORD_WEIGHT,
+                     lm_start_state: Any = None) -> list[OutputBeam]:
+        """Return the hypotheses of logits, best first; each text once, its alignments and spellings summed.
+
+        Args:
+            logits: [T, V], a column for each label; log-probs, probabilities (rows sum to 1) or raw.
+            beam_width: prefixes kept.
+            beam_prune_logp: hypotheses this many nats below the best are dropped; below 0.
+            token_min_logp: labels below it are not tried in a frame, the best one always is.
+            prune_history: has no effect: hypotheses that differ in old words alone are kept.
+            hotwords: not served yet.
+            hotword_weight: of them.
+            lm_start_state: LM state after earlier audio, as hypotheses have it.
+
+        Raises:
+            ValueError: logits do not fit the labels or are no numbers, or an argument is out of range.
+        """
+        return self._decode([logits], beam_width, beam_prune_logp, token_min_logp, hotwords, hotword_weight,
+                            lm_start_state)[0]
+
+    def decode_batch(self, pool: Any, logits_list: Iterable[Any], beam_width: int = DEFAULT_BEAM_WIDTH,
+                     beam_prune_logp: float = DEFAULT_PRUNE_LOGP,
+                     token_min_logp: float = DEFAULT_MIN_TOKEN_LOGP, hotwords: Optional[Iterable[str]] = None,
+                     hotword_weight: float = DEFAULT_HOTWORD_WEIGHT) -> list[str]:
+        """Return the best text of each utterance; ``pool`` is not needed: a batch is searched at once."""
+        found = self._decode(list(logits_list), beam_width, beam_prune_logp, token_min_logp, hotwords,
+                             hotword_weight, frames=False)
+        return [beams[0].text for beams in found]
+
+    def decode_beams_batch(self, pool: Any, logits_list: Iterable[Any], beam_width: int = DEFAULT_BEAM_WIDTH,
+                           beam_prune_logp: float = DEFAULT_PRUNE_LOGP,
+                           token_min_logp: float = DEFAULT_MIN_TOKEN_LOGP,
+                           prune_history: bool = DEFAULT_PRUNE_BEAMS,
+                           hotwords: Optional[Iterable[str]] = None,
+                           hotword_weight: float = DEFAULT_HOTWORD_WEIGHT) -> list[list[OutputBeamMPSafe]]:
+        """Return the hypotheses of each utterance, without LM states; see `decode_batch`, `decode_beams`."""
+        found = self._decode(list(logits_list), beam_width, beam_prune_logp, token_min_logp, hotwords,
+                             hotword_weight)
+        return [[OutputBeamMPSafe(b[0], *b[2:]) for b in beams] for beams in found]
+
+    def _decode(self, logits: list[Any], beam: int, prune: float, least: float,
+                hotwords: Optional[Iterable[str]], hotword_weight: float, state: Any = None,
+                frames: bool = True) -> list[list[OutputBeam]]:
+        """Return the hypotheses of a batch; with ``frames`` those of their words."""
+        check(is_count(beam), "beam_width", "be an integer, at least 1", beam)
+        good = prune == -math.inf or is_number(prune) and prune < 0
+        check(good, "beam_prune_logp", "be below 0", prune)
+        phrases = list(hotwords or ())
+        check(not phrases, "hotwords", "be none: they are not served yet", phrases[:3])
+        check(state is None, "lm_start_state", "be None for a decoder without a language model", state)
+        rows, size = [], self._tokens.size
+        for number, values in enumerate(logits):
+            name = f"logits of utterance {number}" if len(logits) > 1 else "logits"
+            rows.append(drop_improbable(log_probs_of(check_logits(values, size, name), name), least))
+        options = PrefixSearchOptions(beam=int(beam), score_beam=-prune, frame_shift=1.0, word_times=frames)
+        fusions: list[Fusion] = []
+        nbests = ctc_prefix_search(*pad(rows, size), options, self._tokens, fusions)
+        return [_beams(nbest, -prune) for nbest in nbests]
+
+    def save_to_dir(self, filepath: str) -> None:
+        """Write the decoder into a folder, in pyctcdecode's format."""
+        write_text(Path(filepath) / self._ALPHABET_SERIALIZED_FILENAME, self._alphabet.dumps())
+
+    @classmethod
+    def load_from_dir(cls, filepath: str, unigram_encoding: Optional[str] = None) -> BeamSearchDecoderCTC:
+        """Read a decoder that pyctcdecode or `save_to_dir` has written.
+
+        Raises:
+            FileNotFoundError: there is no alphabet in the folder.
+            ValueError: a file is not what it should be.
+        """
+        path = Path(filepath) / cls._ALPHABET_SERIALIZED_FILENAME
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no alphabet of a decoder at {path}")
+        return cls(Alphabet.loads(path.read_text(encoding="utf-8")))
+
+
+def _beams(nbest: Any, prune: float) -> list[OutputBeam]:
+    """Return hypotheses with each text once: extra spaces and other spellings by pieces are the same text."""
+    merged: dict[str, OutputBeam] = {}
+    for found in nbest:
+        ctc, total = found.scores["ctc"], found.scores["total"]
+        frames = [(time.word, (int(time.start), int(time.end))) for time in found.times]
+        beam = merged.setdefault(found.text, OutputBeam(found.text, None, frames, -math.inf, total - ctc))
+        merged[found.text] = beam._replace(logit_score=_log_add(beam.logit_score, ctc))
+    beams = [beam._replace(lm_score=beam.logit_score + beam.lm_score) for beam in merged.values()]
+    beams.sort(key=lambda beam: -beam.lm_score)
+    return [beam for beam in beams if beam.lm_score >= beams[0].lm_score - prune]
+
+
+def _log_add(one: float, other: float) -> float:
+    most, least = max(one, other), min(one, other)
+    return most + math.log1p(math.exp(least - most)) if least > -math.inf else most
+
+
+def build_ctcdecoder(
+    labels: Sequence[str],
+    kenlm_model_path: Union[None, str, os.PathLike] = None,
+    unigrams: Optional[Collection[str]] = None,
+    alpha: float = DEFAULT_ALPHA,
+    beta: float = DEFAULT_BETA,
+    unk_score_offset: float = DEFAULT_UNK_LOGP_OFFSET,
+    lm_score_boundary: bool = DEFAULT_SCORE_LM_BOUNDARY,
+) -> BeamSearchDecoderCTC:
+    """Return a decoder for the output of a CTC model.
+
+    Args:
+        labels: text of each column of the logits; blank is "", "[PAD]", "<pad>" or "_", else one more column
+            at the end.
+        kenlm_model_path: not served yet.
+
+    Raises:
+        ValueError: labels repeat or are no texts.
+    """
+    check(kenlm_model_path is None, "kenlm_model_path", "be None: it is not served yet", kenlm_model_path)
+    return BeamSearchDecoderCTC(Alphabet.build_alphabet(labels))
+
+
+def install() -> None:
+    """Let ``import pyctcdecode`` find this module in this process, for packages that import it themselves.
+
+    A real pyctcdecode that is loaded already is replaced, with a warning.
+    """
+    own = sys.modules[__name__]
+    if sys.modules.get("pyctcdecode", own) is not own:
+        logging.warning("pyctcdecode was loaded already: it is replaced by %s", __name__)
+    for name, module in (("", own), (".alphabet", _alphabet), (".constants", own), (".decoder", own)):
+        sys.modules["pyctcdecode" + name] = module
