@@ -29,7 +29,8 @@ class LmOptions:
     """A language model and how it is used.
 
     Args:
-        path: folder, GGUF file (also package:NAME/FILE) or Hugging Face name; empty: there is none.
+        path: folder, GGUF file (also package:NAME/FILE), Hugging Face name, or the PEFT folder of an adapter,
+            which names its base; empty: there is none.
         adapter: PEFT folder of a LoRA adapter of this model, e.g. of train-lm --base; empty: none.
         dtype: float32, bfloat16, float16 or auto.
         device: e.g. cpu or cuda; empty: that of the acoustic model.

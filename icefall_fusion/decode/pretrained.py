@@ -64,4 +64,5 @@ def with_shipped_lms(options: Options, folder: PathLike = FOLDER) -> Options:
 
 
 def _path(options: LmOptions, shipped: Path) -> str:
-    return options.path or (str(shipped) if (shipped / "config.json").is_file() else "")
+    there = any((shipped / file).is_file() for file in ("config.json", "adapter_config.json"))
+    return options.path or (str(shipped) if there else "")

@@ -66,6 +66,17 @@ def weights_sha256(folder: PathLike) -> str:
     return digest.hexdigest() if files else ""
 
 
+def base_of(folder: PathLike) -> str:
+    """Return the name of an adapter's base: a folder, a hub name or package:NAME/FILE.
+
+    Raises:
+        ValueError: the adapter does not name it.
+    """
+    name = _read_json(Path(folder) / CONFIG_FILE).get("base_model_name_or_path")
+    check(isinstance(name, str) and bool(name), f"{CONFIG_FILE} of {folder}", "name the base", name)
+    return str(name)
+
+
 def has_pieces(folder: PathLike) -> bool:
     """Return whether an adapter brings a vocabulary of acoustic pieces with it."""
     return (Path(folder) / EMBEDDINGS_FILE).is_file()

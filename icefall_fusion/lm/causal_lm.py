@@ -3,6 +3,8 @@ Knows: transformers, tokens, devices. Must not know: acoustic models, search, fu
 """
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional, Sequence, Union
 
 import torch
@@ -88,11 +90,12 @@ class CausalLm:
         bos_token: Optional[str] = None,
         eos_token: Optional[str] = None,
     ) -> CausalLm:
-        """Load a model folder, a GGUF file or a hub name.
+        """Load a model folder, a GGUF file, a hub name or a LoRA adapter with its base.
 
         Args:
             path_or_name: folder with config.json, weights and tokenizer (or ``bpe.model``); a ``.gguf`` file,
-                which is converted once into the cache; either as ``package:NAME/FILE``; or a hub name.
+                which is converted once into the cache; either as ``package:NAME/FILE``; a hub name; or a PEFT
+                folder, which names its base.
             dtype: torch dtype, its name, or "auto" (as saved).
             device: the model's device; not used with ``device_map``.
             device_map: as in transformers, e.g. "auto" to spread over GPUs and host (needs accelerate).
@@ -109,7 +112,8 @@ class CausalLm:
                 plain forward (ALiBi models such as BLOOM); an adapter that was made for another model.
             ImportError: an optional package is needed; the message says which.
         """
-        source = model_source(path_or_name)
+        base, adapter = _base_and_adapter(path_or_name, adapter)
+        source = model_source(base)
         model = load_model(source, dtype, device, device_map, quantization, adapter)
         vocabulary = Vocabulary.load(source, model.config, adapter).with_marks(bos_token, eos_token, source)
         return cls(model, vocabulary, str(path_or_name), self_check)
@@ -252,3 +256,18 @@ class CausalLm:
         start += integers(prompt, "prompt").tolist()
         check(len(start) > 0, "prompt", f"hold at least one token, as {self.name} has no bos", list(prompt))
         return start
+
+
+def _base_and_adapter(path_or_name: PathLike, adapter: Optional[PathLike]) -> tuple[PathLike, Any]:
+    """Return the model and the adapter of it; a PEFT folder in the place of a model names its base itself.
+
+    Raises:
+        ValueError: ``adapter`` is set for a path that is an adapter.
+    """
+    folder = Path(path_or_name) if isinstance(path_or_name, (str, os.PathLike)) else Path("-")
+    if (folder / "config.json").is_file() or not (folder / "adapter_config.json").is_file():
+        return path_or_name, adapter
+    check(adapter is None, "adapter", f"be left out, as {folder} is an adapter itself", str(adapter))
+    from icefall_fusion.lm.adapters import base_of
+
+    return base_of(folder), folder

@@ -73,6 +73,20 @@ def test_merged_weights_score_as_pefts_own_forward(base: Path, foreign: Path, tm
     torch.testing.assert_close(reloaded.eval()(IDS).logits, expected, atol=1e-5, rtol=1e-5)  # peft reads ours
 
 
+def test_an_adapter_in_the_place_of_a_model_brings_its_base(base, foreign, tmp_path: Path) -> None:
+    our_folder(base, tmp_path / "ours")
+    for folder in (foreign, tmp_path / "ours"):
+        alone, both = CausalLm.from_pretrained(folder), CausalLm.from_pretrained(base, adapter=folder)
+        assert torch.equal(alone.model(IDS).logits, both.model(IDS).logits)
+        assert alone.name == str(folder) and alone.encode("the cat") == both.encode("the cat")
+    with pytest.raises(ValueError, match="adapter must be left out, as .*foreign is an adapter itself"):
+        CausalLm.from_pretrained(foreign, adapter=tmp_path / "ours")
+    with pytest.raises(FileNotFoundError, match="no package 'no_such_package' is installed"):
+        CausalLm.from_pretrained(changed(foreign, base_model_name_or_path="package:no_such_package/x.gguf"))
+    with pytest.raises(ValueError, match="adapter_config.json of .* must name the base, but is None"):
+        CausalLm.from_pretrained(changed(foreign, base_model_name_or_path=None))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_an_adapter_knows_its_base_in_any_dtype(base: Path, tmp_path: Path, dtype: torch.dtype) -> None:
     moved = shutil.copytree(base, tmp_path / "another-name")
