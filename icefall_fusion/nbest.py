@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass, field
-from typing import Any, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Iterable, Iterator, Mapping, Optional, Sequence
 
 from icefall_fusion.common.files import PathLike, atomic_path
 
@@ -20,11 +20,15 @@ WORDS = "words"
 
 @dataclass(frozen=True)
 class WordTime:
-    """A word and its ``start`` and ``end`` in seconds."""
+    """A word, its ``start`` and ``end`` in seconds, and the probability that it is right, where known.
+
+    A search gives the frames in which the model marks a word; `text.word_times` tells when it sounds.
+    """
 
     word: str
     start: float
     end: float
+    confidence: Optional[float] = None
 
 
 @dataclass
@@ -170,12 +174,17 @@ def _hypothesis_to_dict(hypothesis: Hypothesis) -> dict[str, Any]:
         "text": hypothesis.text,
         "tokens": list(hypothesis.tokens),
         "scores": hypothesis.scores,
-        "times": [[t.word, t.start, t.end] for t in hypothesis.times],
+        "times": [_time_to_list(time) for time in hypothesis.times],
     }
 
 
+def _time_to_list(time: WordTime) -> list[Any]:
+    known = [] if time.confidence is None else [time.confidence]
+    return [time.word, time.start, time.end, *known]
+
+
 def _hypothesis_from_dict(value: Mapping[str, Any]) -> Hypothesis:
-    times = [WordTime(word, start, end) for word, start, end in value.get("times", [])]
+    times = [WordTime(*time) for time in value.get("times", [])]
     return Hypothesis(list(value["tokens"]), value["text"], dict(value["scores"]), times)
 
 

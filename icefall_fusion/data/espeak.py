@@ -13,7 +13,7 @@ import functools
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Optional
 
 import numpy as np
 from scipy.signal import firwin, resample_poly
@@ -36,7 +36,36 @@ ACCENTS: dict[str, str] = {
 _SYNCHRONOUS, _DONT_EXIT = 2, 0x8000
 _RATE, _VOLUME, _PITCH, _RANGE = 1, 2, 3, 4
 _CHARS_UTF8 = 1
-_CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
+_PHONEME_EVENTS = 1
+_EVENT_KINDS = {1: "word", 7: "phoneme"}
+
+
+class _Event(ctypes.Structure):
+    """espeak_EVENT; a list of them ends with type 0."""
+
+    _fields_ = [
+        ("type", ctypes.c_int), ("identifier", ctypes.c_uint), ("text_position", ctypes.c_int),
+        ("length", ctypes.c_int), ("milliseconds", ctypes.c_int), ("sample", ctypes.c_int),
+        ("user_data", ctypes.c_void_p), ("name", ctypes.c_char * 8),
+    ]
+
+
+_CALLBACK = ctypes.CFUNCTYPE(
+    ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(_Event)
+)
+
+
+class SpeechEvent(NamedTuple):
+    """What eSpeak NG reports while it speaks.
+
+    kind: ``word`` or ``phoneme``; first: index of its first character in the text (of the word that a phoneme
+    is in); seconds: when it begins; name: of the phoneme; that of a pause begins with ``_``.
+    """
+
+    kind: str
+    first: int
+    seconds: float
+    name: str
 
 
 @dataclass(frozen=True)
@@ -93,18 +122,34 @@ class Engine:
         _link_in_lower_case(Path(loader.get_data_path()), Path(self._data.name))
         self._c = ctypes.CDLL(None)
         self._chunks: list[bytes] = []
+        self._events: Optional[list[SpeechEvent]] = None  # None: nobody asks
         self._callback = _CALLBACK(self._receive)  # kept: ctypes does not hold a reference
 
     def _receive(self, samples: Any, count: int, events: Any) -> int:
         if samples and count > 0:
             self._chunks.append(ctypes.string_at(samples, 2 * count))
+        number = 0
+        while self._events is not None and events[number].type != 0:
+            event, number = events[number], number + 1
+            kind = _EVENT_KINDS.get(event.type)
+            if kind is not None:
+                name = event.name.decode("utf-8", "replace") if kind == "phoneme" else ""
+                seconds = event.milliseconds / 1000
+                self._events.append(SpeechEvent(kind, event.text_position - 1, seconds, name))
         return 0
 
-    def speak_native(self, text: str, voice: Voice, seed: int = 0) -> tuple[np.ndarray, int]:
-        """Return (int16 samples at the engine's own rate, that rate in Hz)."""
+    def speak_native(
+        self, text: str, voice: Voice, seed: int = 0, events: Optional[list[SpeechEvent]] = None
+    ) -> tuple[np.ndarray, int]:
+        """Return (int16 samples at the engine's own rate, that rate in Hz).
+
+        Args:
+            events: receives what is spoken when. The samples are the same.
+        """
         library = ctypes.CDLL(self._library_path)
+        self._events, flags = events, _DONT_EXIT if events is None else _DONT_EXIT | _PHONEME_EVENTS
         try:
-            rate = library.espeak_Initialize(_SYNCHRONOUS, 0, self._data.name.encode(), _DONT_EXIT)
+            rate = library.espeak_Initialize(_SYNCHRONOUS, 0, self._data.name.encode(), flags)
             if rate <= 0:
                 raise RuntimeError(
                     f"eSpeak NG does not start with its data in {self._data.name} (code {rate})"
@@ -188,7 +233,9 @@ def variants() -> tuple[str, ...]:
     return tuple(sorted(path.name for path in folder.iterdir() if path.is_file()))
 
 
-def speak(text: str, voice: Voice, seed: int = 0) -> np.ndarray:
+def speak(
+    text: str, voice: Voice, seed: int = 0, events: Optional[list[SpeechEvent]] = None
+) -> np.ndarray:
     """Return ``text`` spoken by ``voice``: float32 [samples] at 16 kHz, in [-1, 1].
 
     The same text, voice and seed give the same samples, whatever was spoken before.
@@ -197,12 +244,13 @@ def speak(text: str, voice: Voice, seed: int = 0) -> np.ndarray:
         text: is spoken; punctuation shapes the melody.
         voice: who says it.
         seed: of the voice's breath and flutter, any int.
+        events: receives what is spoken when; the samples are the same.
 
     Raises:
         ModuleNotFoundError: espeakng-loader is not installed.
         ValueError: a variant that eSpeak NG does not have.
     """
-    samples, rate = engine().speak_native(text, voice, seed)
+    samples, rate = engine().speak_native(text, voice, seed, events)
     speech = samples.astype(np.float32) / 32768.0
     divisor = int(np.gcd(SAMPLE_RATE, rate))
     up, down = SAMPLE_RATE // divisor, rate // divisor

@@ -14,6 +14,7 @@ from typing import Any, Iterable, Iterator, Mapping, Sequence, TypeVar
 
 import numpy as np
 from lhotse import AudioSource, MonoCut, Recording, SupervisionSegment
+from lhotse.supervision import AlignmentItem
 
 from icefall_fusion.common.checks import check
 from icefall_fusion.common.files import PathLike, atomic_path
@@ -88,14 +89,16 @@ def cut_of(utterance: Mapping[str, Any], audio: Path, num_samples: int, made: Ma
         utterance: id and text, maybe cased, book, index (kept as the supervision's custom fields).
         audio: the file.
         num_samples: its length at 16 kHz.
-        made: how it was made; ``voice`` becomes the speaker, the rest custom fields.
+        made: how it was made; ``voice`` becomes the speaker, ``words`` (word, start, end in seconds) the
+            alignment ``word``, the rest custom fields.
     """
     seconds = num_samples / SAMPLE_RATE
     id = utterance["id"]
     source = AudioSource(type="file", channels=[0], source=str(audio))
     recording = Recording(id, [source], SAMPLE_RATE, num_samples, seconds)
     custom = {key: utterance[key] for key in ("cased", "book", "index") if key in utterance}
-    custom.update({key: value for key, value in made.items() if key != "voice"})
+    custom.update({key: value for key, value in made.items() if key not in ("voice", "words")})
+    items = [AlignmentItem(word, start, round(end - start, 6)) for word, start, end in made.get("words", ())]
     supervision = SupervisionSegment(
         id,
         id,
@@ -106,6 +109,7 @@ def cut_of(utterance: Mapping[str, Any], audio: Path, num_samples: int, made: Ma
         language="English",
         speaker=made["voice"],
         custom=custom,
+        alignment={"word": items} if "words" in made else None,
     )
     return MonoCut(id, 0.0, seconds, 0, recording=recording, supervisions=[supervision])
 

@@ -34,6 +34,7 @@ from icefall_fusion.data.manifests import (
     write_cuts,
 )
 from icefall_fusion.data.noise import CLEAN, OTHER, TRAIN, Conditions
+from icefall_fusion.data.spoken_words import SpokenWord
 from icefall_fusion.data.synthesizer import BABBLE_VOICES, Synthesizer
 from icefall_fusion.data.voices import SPEAKERS, Speakers
 
@@ -66,6 +67,8 @@ class SynthesizeOptions:
         speakers: another population than the split's own.
         conditions: other conditions than the split's own.
         corpus: names the manifest: ``CORPUS_cuts_SPLIT.jsonl.gz``.
+        word_times: write when each word is spoken into the manifest: the alignment ``word`` of supervisions.
+            The samples are the same.
         joined: write the utterances of a shard one after another into one WAV file, instead of a FLAC file
             each: the same samples, quicker to write and to read, and nearly twice as large.
         max_minutes: begin no shard after that many minutes, and list the utterances that were spoken until
@@ -85,6 +88,7 @@ class SynthesizeOptions:
     speakers: Optional[Speakers] = None
     conditions: Optional[Conditions] = None
     corpus: str = "minibooks"
+    word_times: bool = False
     joined: bool = False
     max_minutes: float = 0.0
 
@@ -156,6 +160,7 @@ def _plan(options: SynthesizeOptions, utterances: list[dict[str, Any]], parts: P
         chunk = utterances[start : start + options.shard_size]
         content: list[Any] = [FORMAT, settings, repr(_population(options)), background, chunk]
         content += ["joined"] if options.joined else []
+        content += ["word_times"] if options.word_times else []
         name = f"{number:05d}-{_hash(content)[:8]}"
         audio = options.data_dir / "audio" / options.split / name
         shards.append(_Shard(parts / f"{name}.jsonl.gz", audio, chunk))
@@ -211,7 +216,9 @@ def _make_shard(maker: Synthesizer, options: SynthesizeOptions, deadline: float,
         return 0
     spoken, dropped = [], []
     for utterance in shard.utterances:
-        samples, record = maker.say(utterance["id"], utterance["text"], utterance.get("cased"))
+        words: Optional[list[SpokenWord]] = [] if options.word_times else None
+        samples, record = maker.say(utterance["id"], utterance["text"], utterance.get("cased"), words)
+        record.update({} if words is None else {"words": words})
         seconds = len(samples) / SAMPLE_RATE
         if options.min_seconds <= seconds <= options.max_seconds:
             spoken.append((utterance, samples, record))

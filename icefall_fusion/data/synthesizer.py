@@ -11,8 +11,9 @@ from typing import Any, Optional, Sequence
 
 import numpy as np
 
-from icefall_fusion.data.espeak import speak
+from icefall_fusion.data.espeak import SAMPLE_RATE, SpeechEvent, speak
 from icefall_fusion.data.noise import Conditions, distort
+from icefall_fusion.data.spoken_words import SpokenWord, spoken_words
 from icefall_fusion.data.voices import Speakers
 
 BABBLE_VOICES = 48  # utterances that talk in the background
@@ -37,13 +38,16 @@ class Synthesizer:
     prosody: bool = True
     _voices: Optional[list[np.ndarray]] = field(default=None, repr=False)
 
-    def say(self, id: str, text: str, cased: Optional[str] = None) -> tuple[np.ndarray, dict[str, Any]]:
+    def say(
+        self, id: str, text: str, cased: Optional[str] = None, words: Optional[list[SpokenWord]] = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
         """Return an utterance and how it was made.
 
         Args:
             id: the utterance's name, the only source of chance beside the seed.
             text: normalized text: exactly these words are spoken.
             cased: the same with case and punctuation, for the melody.
+            words: receives when each word is spoken; the samples are the same.
 
         Returns:
             (float32 [samples] at 16 kHz, {"voice", "speed", "pitch", "snr", "noise", "rt60", "band"}).
@@ -51,7 +55,10 @@ class Synthesizer:
         rng = np.random.default_rng([self.seed, zlib.crc32(id.encode("utf-8"))])
         voice = self.speakers.draw(rng)
         spoken = punctuated(text, cased) if self.prosody and cased else text
-        samples = speak(spoken, voice, seed=int(rng.integers(2**31)))
+        events: Optional[list[SpeechEvent]] = None if words is None else []
+        samples = speak(spoken, voice, int(rng.integers(2**31)), events)
+        if words is not None and events is not None:
+            words += spoken_words(spoken, events, len(samples) / SAMPLE_RATE)
         conditions = self.conditions[rng.integers(len(self.conditions))]
         samples, record = distort(samples, conditions, rng, self._background())
         return samples, {"voice": voice.name, "speed": voice.speed, "pitch": voice.pitch, **record}

@@ -265,7 +265,7 @@ class Recognizer:
             chosen = list(range(len(segments)))[len(nbests) : len(nbests) + self._most_rows]
             some = emissions if len(chosen) == len(segments) else emissions.select(chosen)
             try:
-                more, more_cost = self._search(method, some, references, prompts)
+                more, more_cost = self.search(method, some, references, prompts)
             except torch.OutOfMemoryError as error:
                 self._back_off(len(chosen), error)
                 add_counters(cost, {"oom_backoffs": 1})
@@ -274,7 +274,8 @@ class Recognizer:
             add_counters(cost, more_cost)
         result.add(segments, nbests, cost)
 
-    def _search(self, method: Method, emissions: Emissions, *context: Any) -> Decoded:
+    def search(self, method: Method, emissions: Emissions, *context: Any) -> Decoded:
+        """Decode utterances at once by a method; arguments as of `Method.decode` without its model."""
         if not emissions.log_probs.is_cuda and memory_in_use() > self._least_memory + _GROWTH:
             give_back_memory()
             self._least_memory = memory_in_use()

@@ -5,7 +5,7 @@ Of a long utterance one window or segment is held at a time.
 """
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Callable, Container, Iterator, Mapping, Sequence
 
 import torch
@@ -15,7 +15,7 @@ from icefall_fusion.common.counters import add_counters
 from icefall_fusion.data.audio import SAMPLE_RATE
 from icefall_fusion.data.features import FRAME_SHIFT
 from icefall_fusion.decode.utterances import Utterance
-from icefall_fusion.nbest import Hypothesis, NBest, WordTime
+from icefall_fusion.nbest import Hypothesis, NBest
 
 _SMOOTHED = 20  # frames whose mean loudness decides where to cut
 
@@ -161,7 +161,7 @@ def _join(segments: Sequence[Hypothesis], starts: Sequence[float]) -> Hypothesis
         text=" ".join(segment.text for segment in segments if segment.text),
         scores={source: sum(s.scores[source] for s in segments) for source in segments[0].scores},
         times=[
-            WordTime(time.word, time.start + start, time.end + start)
+            replace(time, start=time.start + start, end=time.end + start)
             for segment, start in zip(segments, starts)
             for time in segment.times
         ],

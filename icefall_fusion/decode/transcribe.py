@@ -1,22 +1,30 @@
-"""Job ``transcribe``: audio files to text, and to JSON with word times and scores.
-Knows: recognizers, audio files. Must not know: how a search or a fusion works.
+"""Job ``transcribe``: audio files to text, words with times, subtitles, lhotse supervisions.
+Knows: recognizers, audio files, formats. Must not know: how a search or a fusion works.
 """
 from __future__ import annotations
 
 import json
 import logging
 import sys
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Callable, Sequence, Union
 
 from icefall_fusion.common.checks import check, check_choice
 from icefall_fusion.common.command_line import SKIPPED_SOME
-from icefall_fusion.common.files import write_text
+from icefall_fusion.common.files import atomic_path, write_text
 from icefall_fusion.decode.method_names import parse_methods
 from icefall_fusion.decode.pretrained import with_pretrained
-from icefall_fusion.decode.recognizer import Recognizer, RecognizerOptions
-from icefall_fusion.decode.utterances import read_audio_files
-from icefall_fusion.nbest import NBest
+from icefall_fusion.decode.recognizer import RecognizerOptions
+from icefall_fusion.decode.utterances import Utterance, read_audio_files
+from icefall_fusion.decode.word_formats import as_json, ctm, names_of, srt, supervision, vtt
+from icefall_fusion.decode.words import WordRecognizer
+from icefall_fusion.nbest import NBest, WordTime
+
+#: Formats, and what holds each in the folder of results: one file in all, or one a file of audio.
+FORMATS = {"text": "text.txt", "json": "words.jsonl", "ctm": "words.ctm",
+           "lhotse": "supervisions.jsonl.gz", "srt": "", "vtt": ""}
+_SUBTITLES: dict[str, Callable[[Sequence[WordTime]], str]] = {"srt": srt, "vtt": vtt}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,56 +36,91 @@ class TranscribeOptions(RecognizerOptions):
     Args:
         files: audio files.
         method: how to decode: a name of the table of methods, e.g. ctc-prefix.
-        output: "text", "json" (a line a file: words with times, scores, all hypotheses) or "both".
+        format: a list or a text with commas of: text, json (a line a file: words with times, scores, all
+            hypotheses), ctm (a line a word), srt, vtt (subtitles), lhotse (supervisions with alignments).
+        out: folder for text.txt, words.jsonl, words.ctm, supervisions.jsonl.gz and NAME.srt, NAME.vtt; empty:
+            all is printed (subtitles of one file alone, lhotse never).
         json: write the JSON lines to this file too.
         batch_size: files (or segments of long ones) decoded together.
     """
 
     files: list[str] = field(metadata={"positional": True})
     method: str = "llm-delayed-shortest"
-    output: str = "both"
+    format: Union[str, list[str]] = "text,json"
+    out: str = ""
     json: str = ""
     batch_size: int = 16
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check(len(self.files) > 0, "TranscribeOptions.files", "name at least one file", self.files)
-        check_choice(self.output, ("text", "json", "both"), "TranscribeOptions.output")
+        check(len(self.formats) > 0, "TranscribeOptions.format", "name at least one format", self.format)
+        for name in self.formats:
+            check_choice(name, FORMATS, "TranscribeOptions.format")
+            many = name in _SUBTITLES and len(set(self.files)) > 1
+            rule = "name a folder for lhotse, and for subtitles of several files"
+            check(bool(self.out) or not (many or name == "lhotse"), "TranscribeOptions.out", rule, self.out)
         check(len(parse_methods(self.method)) == 1, "TranscribeOptions.method", "be one method", self.method)
+
+    @property
+    def formats(self) -> list[str]:
+        """The names of the formats, each once."""
+        names = self.format.split(",") if isinstance(self.format, str) else self.format
+        return list(dict.fromkeys(name.strip() for name in names if name.strip()))
 
 
 def run(options: TranscribeOptions) -> int:
     """Run the job ``transcribe``; files that cannot be read are listed and the exit code is 3."""
-    recognizer = Recognizer(with_pretrained(options), options.method)
-    utterances = read_audio_files(dict.fromkeys(options.files), recognizer.source.wants)
-    nbests = {nbest.utterance: nbest for nbest in recognizer.transcribe(utterances)}
-    lines = {name: json.dumps(as_json(nbest), ensure_ascii=False) for name, nbest in nbests.items()}
-    for name in dict.fromkeys(options.files):
-        if name in nbests:
-            _print(name, nbests[name], lines[name], options.output)
+    files = list(dict.fromkeys(options.files))
+    names = names_of(files)
+    recognizer = WordRecognizer(with_pretrained(options), options.method)
+    utterances = read_audio_files(files, recognizer.source.wants)
+    found = {nbest.utterance: nbest for nbest in recognizer.transcribe(utterances)}
+    nbests = {name: found[name] for name in files if name in found}
+    if options.out:
+        _write(options, nbests, names, utterances)
+    else:
+        for name, nbest in nbests.items():
+            for kind in options.formats:
+                sys.stdout.write(_shown(kind, nbest, names[name]))
     for utterance, error in recognizer.unreadable:
         print(f"skipped {utterance.id}: {error}", file=sys.stderr)
     if options.json:
-        write_text(options.json, "".join(line + "\n" for line in lines.values()))
+        write_text(options.json, "".join(_shown("json", nbest, "") for nbest in nbests.values()))
         logging.info("wrote %s", options.json)
     return SKIPPED_SOME if recognizer.unreadable else 0
 
 
-def _print(name: str, nbest: NBest, line: str, output: str) -> None:
-    if output != "json":
-        print(f"{name}\t{nbest[0].text if len(nbest) else ''}")
-    if output != "text":
-        print(line)
+def _shown(kind: str, nbest: NBest, name: str) -> str:
+    """Return a list in one of the formats that are text; ``name`` is that of CTM."""
+    if kind == "text":
+        return f"{nbest.utterance}\t{nbest[0].text}\n"
+    if kind == "json":
+        return json.dumps(as_json(nbest), ensure_ascii=False) + "\n"
+    times = nbest[0].times
+    return ctm(name, times) if kind == "ctm" else _SUBTITLES[kind](times)
 
 
-def as_json(nbest: NBest) -> dict[str, Any]:
-    """Return a list as plain values: text, words with start and end in seconds, scores, other hypotheses."""
-    best = nbest[0]
-    return {
-        "file": nbest.utterance,
-        "text": best.text,
-        "words": [asdict(time) for time in best.times],
-        "scores": best.scores,
-        "weights": nbest.weights,
-        "nbest": [{"text": h.text, "scores": h.scores} for h in nbest],
-    }
+def _write(options: TranscribeOptions, nbests: dict[str, NBest], names: dict[str, str],
+           utterances: Sequence[Utterance]) -> None:
+    """Write the files of all formats to the folder ``out``."""
+    folder = Path(options.out)
+    for kind in options.formats:
+        if kind in _SUBTITLES:
+            for name, nbest in nbests.items():
+                write_text(folder / f"{names[name]}.{kind}", _shown(kind, nbest, names[name]))
+        elif kind == "lhotse":
+            seconds = {utterance.id: utterance.seconds for utterance in utterances}
+            _write_supervisions(folder / FORMATS[kind], nbests, names, seconds)
+        else:
+            write_text(folder / FORMATS[kind], "".join(_shown(kind, n, names[u]) for u, n in nbests.items()))
+    logging.info("wrote %s of %d files to %s", ", ".join(options.formats), len(nbests), folder)
+
+
+def _write_supervisions(path: Path, nbests: dict[str, NBest], names: dict[str, str],
+                        seconds: dict[str, float]) -> None:
+    from lhotse import SupervisionSet
+
+    made = [supervision(names[name], nbest, seconds[name]) for name, nbest in nbests.items()]
+    with atomic_path(path) as temporary:
+        SupervisionSet.from_segments(made).to_file(temporary)

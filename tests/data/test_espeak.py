@@ -22,6 +22,7 @@ from icefall_fusion.data.fbank import FbankOptions
 from icefall_fusion.data.fbank import run as compute_fbank
 from icefall_fusion.data.manifests import cuts_path
 from icefall_fusion.data.noise import Conditions
+from icefall_fusion.data.spoken_words import spoken_words
 from icefall_fusion.data.synthesis import (
     CONDITIONS,
     SPLITS,
@@ -103,6 +104,41 @@ def test_splits_share_no_variant() -> None:
 )
 def test_punctuation_never_changes_words(text: str, cased: str, spoken: str) -> None:
     assert punctuated(text, cased) == spoken
+
+
+def test_the_times_of_words_are_told_and_change_no_sample() -> None:
+    """Words begin where silence before them ends, and follow one another; "of the" is spoken as one."""
+    text = "the keeper, don't you know, of the old lighthouse counted twenty one ships."
+    events: list[espeak.SpeechEvent] = []
+    samples = speak(text, Voice(speed=120), events=events)
+    assert np.array_equal(samples, speak(text, Voice(speed=120)))
+    words = spoken_words(text, events, len(samples) / 16_000)
+    plain = "the keeper don't you know of the old lighthouse counted twenty one ships"
+    assert " ".join(word.word for word in words) == plain
+    assert "of the" in [word.word for word in words] and len(words) == 12
+    assert all(word.start < word.end for word in words)
+    assert all(one.end <= other.start for one, other in zip(words, words[1:]))
+    assert words[1].end < words[2].start  # the comma
+    for word in words:
+        inside = samples[int(word.start * 16_000) : int(word.end * 16_000)]
+        assert np.abs(inside).max() > 0.05
+    pause = samples[int(words[1].end * 16_000) + 800 : int(words[2].start * 16_000) - 160]
+    assert np.abs(pause).max() < 0.02
+    assert spoken_words("", [], 0.1) == [] and spoken_words("a", [], 0.1) == []
+
+
+def test_a_manifest_can_tell_the_times_of_words(tmp_path: Path) -> None:
+    _write_utterances(tmp_path, 2)
+    assert run(SynthesizeOptions("dev", tmp_path, workers=1)) == 0
+    [plain] = _rows(tmp_path)
+    assert run(SynthesizeOptions("dev", tmp_path, workers=1, word_times=True)) == 0
+    [cut] = CutSet.from_file(cuts_path(tmp_path / "manifests", "dev"))
+    items = cut.supervisions[0].alignment["word"]
+    assert " ".join(item.symbol for item in items) == cut.supervisions[0].text
+    assert 0 < items[0].duration and items[-1].end <= cut.duration
+    told = cut.recording.sources[0].source
+    ours, theirs = soundfile.read(told)[0], soundfile.read(plain["recording"]["sources"][0]["source"])[0]
+    assert np.array_equal(ours, theirs)
 
 
 def _write_utterances(folder: Path, count: int) -> None:

@@ -11,7 +11,7 @@ import pytest
 import soundfile
 import tiny
 from job_tools import arguments, assert_same, lists
-from lhotse import CutSet
+from lhotse import CutSet, SupervisionSet
 
 from icefall_fusion.__main__ import main
 from icefall_fusion.data.manifests import cut_of, write_cuts
@@ -128,6 +128,39 @@ def test_transcribe_prints_text_and_json(made, tmp_path, capsys) -> None:
     assert len(value["words"]) == len(value["text"].split())
     assert {"ctc", "llm", "total"} <= value["scores"].keys()
     assert [json.loads(line)["file"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+
+
+
+def test_transcribe_writes_every_format(made, tmp_path, capsys) -> None:
+    """Files of all formats tell the same words and times; the marks of the search are moved to the sounds."""
+    rng, files = np.random.default_rng(3), []
+    for name in ("one talk.wav", "two.flac"):
+        files.append(str(tmp_path / name))
+        soundfile.write(files[-1], rng.normal(0, 0.1, 40_000), 16_000)
+    command = ["transcribe", "--emissions.model", made["model"], "--method", "ctc-prefix"]
+    out = tmp_path / "out"
+    assert main([*command, "--format", "text,json,ctm,srt,vtt,lhotse", "--out", str(out), *files]) == 0
+    assert {path.name for path in out.iterdir()} == {
+        "text.txt", "words.jsonl", "words.ctm", "supervisions.jsonl.gz", "one_talk.srt", "two.srt",
+        "one_talk.vtt", "two.vtt"}
+    values = [json.loads(line) for line in (out / "words.jsonl").read_text().splitlines()]
+    assert (out / "text.txt").read_text() == "".join(f"{v['file']}\t{v['text']}\n" for v in values)
+    rows = [line.split() for line in (out / "words.ctm").read_text().splitlines()]
+    words = [word for value in values for word in value["words"]]
+    assert [row[4] for row in rows] == [word["word"] for word in words] and words
+    assert [float(row[2]) for row in rows] == pytest.approx([word["start"] for word in words], abs=6e-4)
+    made_again = list(SupervisionSet.from_file(out / "supervisions.jsonl.gz"))
+    assert [s.id for s in made_again] == ["one_talk", "two"] and made_again[0].duration == 2.5
+    items = [item for s in made_again for item in s.alignment["word"]]
+    assert [(item.symbol, item.start) for item in items] == [(w["word"], w["start"]) for w in words]
+    assert all(0 < item.duration and item.end <= 2.5 for item in items)
+    capsys.readouterr()
+    assert main([*command, "--format", "srt", files[0]]) == 0
+    assert capsys.readouterr().out == (out / "one_talk.srt").read_text()
+    for more, message in ((["--format", "srt"], "name a folder for lhotse, and for subtitles of several"),
+                          (["--format", "lhotse"], "name a folder"), (["--format", "cmt"], "mean 'ctm'")):
+        assert main([*command, *more, *files]) == 2
+        assert message in capsys.readouterr().err
 
 
 
