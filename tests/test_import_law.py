@@ -36,6 +36,7 @@ OWNERS = {
     "peft": {"lm/adapters"},
     "bitsandbytes": {"lm/quantization"},
     "torchao": {"lm/quantization"},
+    "kenlm": {"ngram/word_ngram"},
     "triton": {"search/engines/gpu_kernel", "lm/fused_kernels", "lm/fused_matmul", "lm/products"},
 }
 #: Files that must stay importable with Python 3.9 and torch 1.13.

@@ -210,6 +210,9 @@ class DecodeRun:
         if "ngram" in method.spec.needs:
             path = options.ngram.path
             received["ngram"] = {"path": path, "fingerprint": self._fingerprint(path)}
+        if "wordngram" in method.spec.needs:
+            received["wordngram"] = dataclasses.asdict(options.wordngram)
+            received["wordngram"]["fingerprint"] = self._fingerprint(options.wordngram.path)
         return received
 
     def write_run(self, status: str) -> None:

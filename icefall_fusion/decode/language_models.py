@@ -16,6 +16,7 @@ from icefall_fusion.fusion.ngram import SCALE, LookAhead
 from icefall_fusion.lm import QUANTIZATIONS, CausalLm
 from icefall_fusion.lm.starts import probe_start
 from icefall_fusion.ngram.piece_ngram import PieceNgram
+from icefall_fusion.ngram.word_ngram import WordNgram, WordNgramOptions
 from icefall_fusion.text.styles import TEXT_STYLES, adapt
 from icefall_fusion.text.tokens import AcousticTokens
 
@@ -106,6 +107,7 @@ class LanguageModels:
         device: for those that name none.
         ngram: the n-gram over the acoustic pieces.
         tokens: the acoustic pieces.
+        word_ngram: the n-gram over words.
     """
 
     def __init__(
@@ -114,9 +116,11 @@ class LanguageModels:
         device: str = "cpu",
         ngram: NgramOptions = NgramOptions(),
         tokens: Optional[AcousticTokens] = None,
+        word_ngram: WordNgramOptions = WordNgramOptions(),  # noqa: B008 (a frozen value)
     ) -> None:
         self.options, self._device = dict(options), device
         self._ngram_options, self._tokens = ngram, tokens
+        self.word_ngram_options, self._word_ngram = word_ngram, None
         self._ngram: Optional[PieceNgram] = None
         self._loaded: dict[str, CausalLm] = {}
 
@@ -166,6 +170,19 @@ class LanguageModels:
             check(self._tokens is not None, "tokens", "be known to a method with an n-gram", None)
             self._ngram = PieceNgram.load(path, self._tokens.pieces).to(torch.device(self._device))
         return self._ngram
+
+    def word_ngram(self) -> WordNgram:
+        """Return the n-gram over words.
+
+        Raises:
+            ValueError: the options name none.
+        """
+        if self._word_ngram is None:
+            options = self.word_ngram_options
+            rule = "name a KenLM binary or ARPA file of words for this method"
+            check(bool(options.path), "wordngram.path", rule, options.path)
+            self._word_ngram = WordNgram(options.path, oov_score=options.oov_score)
+        return self._word_ngram
 
     def look_ahead(self) -> LookAhead:
         """Return the look-ahead of delayed fusion, by the n-gram."""

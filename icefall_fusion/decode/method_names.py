@@ -39,7 +39,8 @@ METHODS = (
 )
 #: Used for a method that the weights file does not name.
 DEFAULT_WEIGHTS = {
-    "attention": 1.0, "nlm": 0.3, "ngram": 0.3, "llm": 0.4, "matched_llm": 0.4, "hlg": 0.5, "words": 0.5,
+    "attention": 1.0, "nlm": 0.3, "ngram": 0.3, "wordngram": 0.3, "llm": 0.4, "matched_llm": 0.4, "hlg": 0.5,
+    "words": 0.5,
 }
 _TABLES = {"all": METHODS, "k2-all": K2_METHODS}
 _GRAPHS = {
@@ -122,6 +123,7 @@ _COMPONENTS: dict[str, Union[FusionSpec, RescoringSpec]] = {
     # every=4: the utterances of a batch fuse in the same frames, with a quarter of the calls
     "llm-delayed-shortest": FusionSpec("llm", ShortestHypothesis(every=4)),
     "llm-delayed-every-frame": FusionSpec("llm", EveryFrame()),
+    "wordngram-delayed": FusionSpec("wordngram", ShortestHypothesis(every=4)),
     "llm-delayed-at-end": FusionSpec("llm", AtEnd()),
 }
 # suffixes of delayed fusion: frames by which scores may be late; look-ahead by the n-gram

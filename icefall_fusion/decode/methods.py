@@ -65,6 +65,11 @@ class Method:
         weight, bonus = self.weights[spec.source], self._word_bonus(spec)
         if spec.source == "ngram":
             return NgramFusion(self._models.ngram(), weight, bonus)
+        if spec.source == "wordngram":
+            from icefall_fusion.fusion.word_ngram import WordNgramFusion
+
+            ngram, text = self._models.word_ngram(), self._models.word_ngram_options.text
+            return WordNgramFusion(ngram, weight, bonus, spec.trigger, text)
         lm, options = self._models.get(spec.source), self._models.options[spec.source]
         if spec.trigger is None:
             rule = "be left alone: shallow fusion reads acoustic pieces as they come"

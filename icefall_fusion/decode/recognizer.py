@@ -27,6 +27,7 @@ from icefall_fusion.decode.utterances import InputError, Utterance, batches
 from icefall_fusion.decode.weights import read_weights
 from icefall_fusion.lattice.source import K2Options, LatticeSource, open_lattices
 from icefall_fusion.nbest import NBest
+from icefall_fusion.ngram.word_ngram import WordNgramOptions
 from icefall_fusion.search import PrefixSearchOptions
 
 #: Bytes by which a process on a CPU may grow before the C library is asked to give memory back. Asking takes
@@ -43,7 +44,7 @@ class RecognizerOptions:
         nlm: LM over the acoustic pieces.
         llm: LM with a vocabulary of its own.
         matched_llm: LLM over the acoustic pieces, for llm-shallow.
-        ngram: n-gram over the acoustic pieces.
+        ngram, wordngram: n-grams over the acoustic pieces, and over words.
         search: the prefix search.
         k2: lattices, for the methods k2-*.
         weights: weight by method and source (words: the bonus a word), or a YAML file that has them.
@@ -58,6 +59,7 @@ class RecognizerOptions:
     llm: LmOptions = field(default_factory=LmOptions)
     matched_llm: LmOptions = field(default_factory=LmOptions)
     ngram: NgramOptions = field(default_factory=NgramOptions)
+    wordngram: WordNgramOptions = field(default_factory=WordNgramOptions)
     search: PrefixSearchOptions = field(default_factory=PrefixSearchOptions)
     k2: K2Options = field(default_factory=K2Options)
     weights: Union[str, dict[str, dict[str, float]]] = field(default_factory=dict)
@@ -81,8 +83,8 @@ class RecognizerOptions:
         return self.batch_size or size, self.batch_seconds or seconds
 
     def named_models(self) -> set[str]:
-        """Return the sources whose language models are named: of `LM_SOURCES`, and ``ngram``."""
-        return {source for source in (*LM_SOURCES, "ngram") if getattr(self, source).path}
+        """Return the sources whose language models are named: of `LM_SOURCES`, and the n-grams'."""
+        return {source for source in (*LM_SOURCES, "ngram", "wordngram") if getattr(self, source).path}
 
 
 class Batch(NamedTuple):
@@ -123,7 +125,7 @@ class Recognizer:
         self.source: EmissionSource = open_source(replace(options.emissions, device=device))
         lms = {name: getattr(options, name) for name in LM_SOURCES}
         lms = {name: replace(lm, device=processes.device(lm.device)) for name, lm in lms.items()}
-        self.models = LanguageModels(lms, device, options.ngram, self.source.tokens)
+        self.models = LanguageModels(lms, device, options.ngram, self.source.tokens, options.wordngram)
         self._lattices: Optional[LatticeSource] = None
         tuned = read_weights(options.weights)
         names = choose_methods(methods, self._available())

@@ -14,11 +14,12 @@ if TYPE_CHECKING:
     from icefall_fusion.fusion.ngram import LookAhead, NgramFusion
     from icefall_fusion.fusion.shallow import ShallowFusion
     from icefall_fusion.fusion.triggers import AtEnd, EveryFrame, FixedInterval, ShortestHypothesis
+    from icefall_fusion.fusion.word_ngram import WordNgramFusion
 
 _FILES = {
     "AtEnd": "triggers", "DelayedFusion": "delayed", "EveryFrame": "triggers", "FixedInterval": "triggers",
     "LookAhead": "ngram", "NgramFusion": "ngram", "ShallowFusion": "shallow",
-    "ShortestHypothesis": "triggers",
+    "ShortestHypothesis": "triggers", "WordNgramFusion": "word_ngram",
 }
 __all__ = [
     "AtEnd",
@@ -29,6 +30,7 @@ __all__ = [
     "NgramFusion",
     "ShallowFusion",
     "ShortestHypothesis",
+    "WordNgramFusion",
 ]
 
 

@@ -1,7 +1,8 @@
-"""N-grams over acoustic pieces.
-Knows: piece ids, log-probs, ARPA files. Must not know: searches.
+"""N-grams over acoustic pieces, and over words.
+Knows: ids of pieces and words, log-probs, ARPA files, KenLM. Must not know: searches.
 
 - ``piece_ngram.py``: the model; scores tensors of contexts.
+- ``word_ngram.py``: n-grams over words, of KenLM or our own reader.
 - ``arpa.py``: ARPA files, read and written.
 - ``kneser_ney.py``: probabilities from counts (modified Kneser-Ney).
 """

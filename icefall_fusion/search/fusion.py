@@ -66,7 +66,7 @@ class Fusion:
     """A score that joins the hypotheses of a search. By default it adds nothing.
 
     A search goes in one of two ways. Frame by frame it extends, merges and prunes, then calls `advance` and
-    `fuse`. Where every fusion has a `stop_rule` (and at most one ever stops), it calls neither: each
+    `fuse`. Where every fusion has a `stop_rule` (and those that stop, stop alike), it calls neither: each
     utterance runs on to its own next stop, and then `fuse_now` scores those that have stopped. Both ways must
     lead to the same scores. A subclass that changes `advance` or `fuse` must therefore change `stop_rule`
     too, or return None there.
@@ -225,9 +225,11 @@ class FusionSet:
         """Return the rule of all fusions together, None if there is no common one; known after `begin`."""
         rules = [fusion.stop_rule() for fusion in self.members]
         stopping = [rule for rule in rules if rule is None or rule.every or rule.ahead is not None]
-        if len(stopping) > 1:
+        plain = {rule and rule._replace(ahead=None, late=0) for rule in stopping}
+        special = [rule for rule in stopping if rule not in plain]
+        if None in plain or len(plain) > 1 or len(special) > 1:
             return None
-        return stopping[0] if stopping else StopRule(0)
+        return next(iter([*special, *plain]), StopRule(0))
 
     def carry(self, beam: Beam, moved_from: Tensor, gains: Sequence[Tensor],
               opened: Optional[Tensor]) -> None:

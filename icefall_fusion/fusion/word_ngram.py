@@ -1,0 +1,137 @@
+"""An n-gram over words as a language model of delayed fusion: its tokens are words.
+Knows: a word n-gram, the token tree. Must not know: acoustic models, files.
+"""
+from __future__ import annotations
+
+import time
+from typing import Any, Callable, Optional, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from icefall_fusion.common.checks import check
+from icefall_fusion.fusion.delayed import DelayedFusion, Prompt
+from icefall_fusion.fusion.triggers import ShortestHypothesis, Trigger
+from icefall_fusion.lm.token_tree import make_tree
+from icefall_fusion.ngram.word_ngram import EMPTY_ID, END_ID, ID_COUNT, START_ID, WordNgram
+
+
+class WordNgramFusion(DelayedFusion):
+    """An n-gram over words joins the search: closed words are scored at an event, the open one at the end.
+
+    It goes the way of Hori et al. 2025, section 3, with an n-gram in place of the LLM, and stands beside one.
+
+    Args:
+        ngram: the n-gram; a word that it does not know has the score of ``<unk>`` and its ``oov_score``.
+        weight: factor of its natural-log score, at least 0; 0 leaves the search as it is, bit for bit.
+        word_bonus: added per scored word, in nats.
+        trigger: when to score. Beside an LLM take the same for both: they then share their events.
+        text: how the n-gram sees words: ``as-is``, ``lower`` or ``sentence``.
+        prompt: earlier words, for all utterances or by utterance id: a context, not scored.
+        boundary: whether the start of a sentence is a context and its end is scored.
+        source: name of the score in N-best lists.
+
+    Raises:
+        ValueError: see `DelayedFusion`.
+    """
+
+    def __init__(
+        self,
+        ngram: WordNgram,
+        weight: float,
+        word_bonus: float = 0.0,
+        trigger: Trigger = ShortestHypothesis(every=4),  # noqa: B008 (a frozen value)
+        text: str = "as-is",
+        prompt: Prompt = None,
+        boundary: bool = True,
+        source: str = "wordngram",
+    ) -> None:
+        check(isinstance(ngram, WordNgram), "WordNgramFusion.ngram", "be a WordNgram", type(ngram).__name__)
+        check(isinstance(boundary, bool), "WordNgramFusion.boundary", "be True or False", boundary)
+        lm = ngram.views.setdefault(boundary, _WordLm(ngram, boundary))
+        super().__init__(lm, weight, word_bonus, trigger, text, prompt, boundary, source)
+
+    def _count(self) -> dict[str, float]:
+        """Return its seconds and scored words alone: other counters are those of an LLM beside it."""
+        return self._tree.stats()
+
+
+class _WordLm:
+    """A word n-gram as delayed fusion wants its language model."""
+
+    pieces, eos_id = None, END_ID
+
+    def __init__(self, ngram: WordNgram, boundary: bool) -> None:
+        self.ngram, self.name, self._first = ngram, ngram.name, START_ID if boundary else EMPTY_ID
+        self.tokenizer = _Words(ngram)
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of earlier words."""
+        return self.tokenizer.encode(text)
+
+    def open_tree(self, utterances: int, prompts: Optional[Sequence[Sequence[int]]] = None,
+                  aside: bool = False) -> _WordTree:
+        """Return a tree of words for each utterance."""
+        prompts = [[]] * utterances if prompts is None else prompts
+        return _WordTree(self.ngram, [[self._first, *prompt] for prompt in prompts])
+
+
+class _Words:
+    """The words of an n-gram as a tokenizer: one token a word."""
+
+    unk_token_id = None
+
+    def __init__(self, ngram: WordNgram) -> None:
+        self._ngram = ngram
+
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        return [self._ngram.word_id(word) for word in text.split(" ") if word]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return " ".join(self.convert_ids_to_tokens(ids))
+
+    def convert_ids_to_tokens(self, ids: Sequence[int]) -> list[str]:
+        return [self._ngram.word(one) for one in ids]
+
+
+class _WordTree:
+    """What `TreeScorer` is for an LLM: scores of paths of words, one tree for each utterance."""
+
+    def __init__(self, ngram: WordNgram, prompts: Sequence[Sequence[int]]) -> None:
+        self.tree = make_tree(ID_COUNT, len(prompts))
+        for utterance, prompt in enumerate(prompts):
+            self.tree.add_root(utterance, prompt)
+        self._scores, self._words, self._seconds = ngram.open(), 0, 0.0
+
+    def roots(self) -> Tensor:
+        return torch.from_numpy(self.tree.roots.copy())
+
+    def insert(self, node: int, token_ids: Sequence[int]) -> int:
+        return self.tree.insert(node, list(token_ids))
+
+    def keep(self, live: Any) -> None:
+        """Free nothing: a node is a few numbers."""
+
+    def known(self, nodes: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Return which nodes are scored, and their scores, else NaN (see `TreeScorer.known`)."""
+        scores = self.tree.score[np.asarray(nodes, np.int64)]
+        return ~np.isnan(scores), scores
+
+    def launch(self, nodes: Tensor, eos: bool = False) -> Callable[[], Tensor]:
+        """Return what returns log P(words of each node) [n] float32, with the end's if ``eos``."""
+        start, tree, wanted = time.perf_counter(), self.tree, nodes.numpy()
+        new = tree.unscored(wanted)
+        if len(new):
+            tree.set_scores(new, self._scores.score(tree.parent, tree.token, new))
+        scores = tree.score[wanted]
+        if eos:
+            last, where = np.unique(wanted, return_inverse=True)
+            scores = scores + self._scores.ends(tree.parent, tree.token, last)[where]
+        self._words += len(new)
+        self._seconds += time.perf_counter() - start
+        found = torch.from_numpy(scores).float()
+        return lambda: found
+
+    def stats(self) -> dict[str, float]:
+        return {"lm_seconds": self._seconds, "word_ngram_words": self._words}
