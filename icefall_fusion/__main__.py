@@ -29,6 +29,7 @@ JOBS = {
     "decode": Job("decode.job", "decode test sets by any methods; WER and times"),
     "transcribe": Job("decode.transcribe", "print the text of audio files"),
     "tune": Job("decode.tune", "tune fusion weights on dev, from stored N-best scores"),
+    "tune-words": Job("decode.tune_words", "find the constants of word times"),
     "score": Job("scoring.score", "word error rate of hypotheses against references"),
     "report": Job("scoring.table", "collect decode runs into a table and a plot"),
     "demo": Job("decode.demo", "speak and decode the built-in stories by all methods"),
@@ -44,7 +45,7 @@ JOBS = {
 #: A decode multiplies matrices of many sizes. PyTorch and oneDNN each keep a kernel for up to 1,024 of them,
 #: hundreds of MB after a while; with so few of them the time is the same.
 _KERNELS_KEPT = {"LRU_CACHE_CAPACITY": "64", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
-_OF_MANY_SIZES = ("decode", "transcribe", "tune", "demo")
+_OF_MANY_SIZES = ("decode", "transcribe", "tune", "tune-words", "demo")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

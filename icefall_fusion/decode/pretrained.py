@@ -14,6 +14,7 @@ from icefall_fusion.decode.recognizer import RecognizerOptions
 RECIPE = Path(__file__).resolve().parents[2] / "egs" / "minibooks" / "ASR"
 FOLDER = RECIPE / "pretrained"
 WEIGHTS = "weights.yaml"
+WORDS = "words.yaml"
 NGRAM = "ngram.arpa.gz"
 Options = TypeVar("Options", bound=RecognizerOptions)
 

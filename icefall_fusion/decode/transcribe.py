@@ -14,11 +14,11 @@ from icefall_fusion.common.checks import check, check_choice
 from icefall_fusion.common.command_line import SKIPPED_SOME
 from icefall_fusion.common.files import atomic_path, write_text
 from icefall_fusion.decode.method_names import parse_methods
-from icefall_fusion.decode.pretrained import with_pretrained
+from icefall_fusion.decode.pretrained import FOLDER, WORDS, with_pretrained
 from icefall_fusion.decode.recognizer import RecognizerOptions
 from icefall_fusion.decode.utterances import Utterance, read_audio_files
 from icefall_fusion.decode.word_formats import as_json, ctm, names_of, srt, supervision, vtt
-from icefall_fusion.decode.words import WordRecognizer
+from icefall_fusion.decode.words import WordModel, WordRecognizer
 from icefall_fusion.nbest import NBest, WordTime
 
 #: Formats, and what holds each in the folder of results: one file in all, or one a file of audio.
@@ -40,6 +40,7 @@ class TranscribeOptions(RecognizerOptions):
             hypotheses), ctm (a line a word), srt, vtt (subtitles), lhotse (supervisions with alignments).
         out: folder for text.txt, words.jsonl, words.ctm, supervisions.jsonl.gz and NAME.srt, NAME.vtt; empty:
             all is printed (subtitles of one file alone, lhotse never).
+        words: YAML file of the job tune-words; empty: that of the shipped models, or the usual constants.
         json: write the JSON lines to this file too.
         batch_size: files (or segments of long ones) decoded together.
     """
@@ -48,6 +49,7 @@ class TranscribeOptions(RecognizerOptions):
     method: str = "llm-delayed-shortest"
     format: Union[str, list[str]] = "text,json"
     out: str = ""
+    words: str = ""
     json: str = ""
     batch_size: int = 16
 
@@ -73,7 +75,7 @@ def run(options: TranscribeOptions) -> int:
     """Run the job ``transcribe``; files that cannot be read are listed and the exit code is 3."""
     files = list(dict.fromkeys(options.files))
     names = names_of(files)
-    recognizer = WordRecognizer(with_pretrained(options), options.method)
+    recognizer = WordRecognizer(with_pretrained(options), options.method, word_model(options))
     utterances = read_audio_files(files, recognizer.source.wants)
     found = {nbest.utterance: nbest for nbest in recognizer.transcribe(utterances)}
     nbests = {name: found[name] for name in files if name in found}
@@ -89,6 +91,14 @@ def run(options: TranscribeOptions) -> int:
         write_text(options.json, "".join(_shown("json", nbest, "") for nbest in nbests.values()))
         logging.info("wrote %s", options.json)
     return SKIPPED_SOME if recognizer.unreadable else 0
+
+
+def word_model(options: TranscribeOptions) -> WordModel:
+    """Return what the options say of words, or what lies beside the shipped models, where those are used."""
+    shipped = FOLDER / WORDS
+    if options.words or (not options.emissions.model and shipped.is_file()):
+        return WordModel.read(options.words or shipped)
+    return WordModel()
 
 
 def _shown(kind: str, nbest: NBest, name: str) -> str:

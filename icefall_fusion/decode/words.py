@@ -4,9 +4,13 @@ Knows: recognizers, marks of words, log-probs. Must not know: how a search or a 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Iterator, Sequence
 
+import yaml
+
 from icefall_fusion.acoustic.emissions import Emissions
+from icefall_fusion.common.files import PathLike
 from icefall_fusion.decode.methods import Decoded, Method
 from icefall_fusion.decode.recognizer import Recognizer, RecognizerOptions
 from icefall_fusion.decode.utterances import Utterance
@@ -19,6 +23,22 @@ class WordModel:
     """What tells when words sound: constants of an acoustic model."""
 
     timing: WordTiming = WordTiming()
+
+    @classmethod
+    def read(cls, path: PathLike) -> WordModel:
+        """Read the YAML file of the job ``tune-words``.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError: it is no such file.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"there is no YAML file of word times at {path}")
+        try:
+            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            return cls(WordTiming(**content["timing"]))
+        except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} must be a YAML file of tune-words: {error!r}") from error
 
     def apply(self, nbests: Sequence[NBest], emissions: Emissions) -> list[NBest]:
         """Return the lists with the times of the best hypothesis's words; the others keep their marks.

@@ -1,0 +1,167 @@
+"""Job ``tune-words``: the constants that tell when words sound, from speech whose words have known times.
+Knows: recognizers, manifests with alignments. Must not know: how speech was made, formats.
+"""
+from __future__ import annotations
+
+import itertools
+from dataclasses import asdict, dataclass
+from typing import Iterator, Mapping, NamedTuple, Optional, Sequence
+
+import numpy as np
+import yaml
+
+from icefall_fusion.common.checks import check, check_at_least
+from icefall_fusion.common.command_line import SKIPPED_SOME
+from icefall_fusion.common.files import PathLike, write_text
+from icefall_fusion.data.manifests import spread
+from icefall_fusion.decode.method_names import parse_methods
+from icefall_fusion.decode.pretrained import with_pretrained
+from icefall_fusion.decode.recognizer import Recognizer, RecognizerOptions
+from icefall_fusion.decode.utterances import read_cuts
+from icefall_fusion.nbest import WordTime
+from icefall_fusion.scoring.wer import align_words
+from icefall_fusion.text.word_times import WordTiming
+
+#: Values that are tried of tail, least and letter, in seconds.
+TAILS, LEASTS = np.arange(0.0, 0.31, 0.02), np.arange(-0.1, 0.31, 0.02)
+LETTERS = np.arange(0.0, 0.13, 0.01)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneWordsOptions(RecognizerOptions):
+    """Find the constants of word times of an acoustic model.
+
+    Without ``emissions`` the models shipped with the repository are used.
+
+    Args:
+        cuts: a manifest whose supervisions have the alignment ``word``, e.g. of ``synthesize --word_times``.
+        out: the YAML file of constants, for ``transcribe --words``; empty: they are printed only.
+        method: how to decode.
+        limit: utterances, spread over the manifest; 0: all.
+    """
+
+    cuts: str
+    out: str = ""
+    method: str = "ctc-prefix"
+    limit: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(len(parse_methods(self.method)) == 1, "TuneWordsOptions.method", "be one method", self.method)
+        check_at_least(0, self, "limit")
+
+
+class Sighting(NamedTuple):
+    """A word that was recognized right: its mark, the next word's mark, the times at which it sounds.
+
+    None stands where the truth is not known, or where there is no next word.
+    """
+
+    mark: WordTime
+    following: Optional[float]
+    start: Optional[float]
+    end: Optional[float]
+
+
+def run(options: TuneWordsOptions) -> int:
+    """Run the job ``tune-words``; the exit code is 3 when audio could not be read."""
+    recognizer = Recognizer(with_pretrained(options), options.method)
+    truth = read_alignments(options.cuts)
+    utterances = spread(read_cuts(options.cuts, recognizer.source.wants), options.limit)
+    sightings: list[Sighting] = []
+    for nbest in recognizer.transcribe(utterances):
+        sightings += sight(nbest[0].times, truth[nbest.utterance])
+    timing = fit_timing(sightings)
+    head = f"# Found on {len(sightings)} words by: python -m icefall_fusion tune-words. In seconds.\n"
+    text = head + yaml.safe_dump({"timing": asdict(timing)}, sort_keys=False)
+    if options.out:
+        write_text(options.out, text)
+    print(text, end="")
+    for name, those in (("marks", WordTiming(0.0, 0.0, 0.0, 0.0)), ("with these constants", timing)):
+        print(f"{name}: {describe_errors(sightings, those)}")
+    return SKIPPED_SOME if recognizer.unreadable else 0
+
+
+def read_alignments(path: PathLike) -> dict[str, list[WordTime]]:
+    """Return the words of each cut with their times; words that are spoken as one are one, with spaces.
+
+    Raises:
+        ValueError: a cut has no alignment ``word``.
+    """
+    from lhotse import CutSet
+
+    truth = {}
+    for cut in CutSet.from_file(path):
+        items = [item for s in cut.supervisions for item in (s.alignment or {}).get("word", [])]
+        rule = 'have the alignment "word" (synthesize --word_times true writes it)'
+        check(len(items) > 0, f"{path}: the supervisions of {cut.id}", rule, None)
+        truth[cut.id] = [WordTime(item.symbol, item.start, item.end) for item in items]
+    return truth
+
+
+def sight(marks: Sequence[WordTime], truth: Sequence[WordTime]) -> Iterator[Sighting]:
+    """Yield the words that were recognized right.
+
+    Args:
+        marks: of a hypothesis.
+        truth: when words sound; of an entry of several words the inner times are not known.
+    """
+    spoken: list[tuple[str, Optional[float], Optional[float]]] = []
+    for group in truth:
+        words = group.word.split()
+        for number, word in enumerate(words):
+            start = group.start if number == 0 else None
+            spoken.append((word.lower(), start, group.end if number + 1 == len(words) else None))
+    at = heard = 0
+    for word, other in align_words([word for word, _, _ in spoken], [mark.word.lower() for mark in marks]):
+        if word == other:
+            following = marks[heard + 1].start if heard + 1 < len(marks) else None
+            yield Sighting(marks[heard], following, *spoken[at][1:])
+        at += at < len(spoken) and spoken[at][0] == word
+        heard += heard < len(marks) and marks[heard].word.lower() == other
+
+
+def fit_timing(sightings: Sequence[Sighting]) -> WordTiming:
+    """Return the constants with the least mean absolute error of starts, and then of ends.
+
+    Raises:
+        ValueError: there are too few words to tell.
+    """
+    check(len(sightings) >= 20, "cuts", "have 20 words at least that are recognized right", len(sightings))
+    leads = [s.mark.start - s.start for s in sightings if s.start is not None]
+    check(len(leads) > 0, "cuts", "tell the start of a word that is recognized right", 0)
+    lead = float(np.median(leads))
+    known = [s for s in sightings if s.end is not None]
+    check(len(known) > 0, "cuts", "tell the end of a word that is recognized right", 0)
+    first, last = (np.array([getattr(s.mark, name) for s in known]) for name in ("start", "end"))
+    limit = np.array([np.inf if s.following is None else s.following - lead for s in known])
+    letters, true = np.array([len(s.mark.word) for s in known]), np.array([s.end for s in known])
+
+    def error(constants: tuple[float, float, float]) -> float:
+        tail, least, letter = constants
+        ends = np.minimum(limit, np.maximum(last + tail, first + least + letter * letters))
+        return float(np.abs(ends - true).mean())
+
+    best = min(itertools.product(TAILS, LEASTS, LETTERS), key=error)
+    return WordTiming(round(lead, 3), *(round(float(value), 3) for value in best))
+
+
+def timing_errors(sightings: Sequence[Sighting], timing: WordTiming) -> Mapping[str, np.ndarray]:
+    """Return the errors of ``start`` and ``end`` in seconds, positive where a word is told too late."""
+    errors: dict[str, list[float]] = {"start": [], "end": []}
+    for s in sightings:
+        after = [] if s.following is None else [WordTime("", s.following, s.following)]
+        word = timing.apply([s.mark, *after])[0]
+        for name, found, true in (("start", word.start, s.start), ("end", word.end, s.end)):
+            if true is not None:
+                errors[name].append(found - true)
+    return {name: np.array(values) for name, values in errors.items()}
+
+
+def describe_errors(sightings: Sequence[Sighting], timing: WordTiming) -> str:
+    """Return mean absolute errors and medians in a line of text."""
+    parts = []
+    for name, errors in timing_errors(sightings, timing).items():
+        size, median = np.abs(errors).mean() * 1000, np.median(errors) * 1000
+        parts.append(f"{name}s off by {size:.0f} ms (median {median:+.0f} ms, {len(errors)} words)")
+    return ", ".join(parts)
