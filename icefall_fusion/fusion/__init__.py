@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from icefall_fusion.fusion.delayed import DelayedFusion
+    from icefall_fusion.fusion.hotwords import HotWordFusion
     from icefall_fusion.fusion.ngram import LookAhead, NgramFusion
     from icefall_fusion.fusion.shallow import ShallowFusion
     from icefall_fusion.fusion.triggers import AtEnd, EveryFrame, FixedInterval, ShortestHypothesis
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 _FILES = {
     "AtEnd": "triggers", "DelayedFusion": "delayed", "EveryFrame": "triggers", "FixedInterval": "triggers",
-    "LookAhead": "ngram", "NgramFusion": "ngram", "ShallowFusion": "shallow",
+    "HotWordFusion": "hotwords", "LookAhead": "ngram", "NgramFusion": "ngram", "ShallowFusion": "shallow",
     "ShortestHypothesis": "triggers", "WordNgramFusion": "word_ngram",
 }
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "DelayedFusion",
     "EveryFrame",
     "FixedInterval",
+    "HotWordFusion",
     "LookAhead",
     "NgramFusion",
     "ShallowFusion",

@@ -79,8 +79,8 @@ class Fusion:
         scores_extensions: whether it scores every extension (shallow fusion), by `extension_scores`.
         ceiling: the largest raw score that `extension_scores` can give. The search leaves out candidate
             pieces that cannot survive even so.
-        piece_ngram: the back-off n-gram whose scores `extension_scores` gives, if they are those of one:
-            compiled engines read its tables instead of calling.
+        piece_ngram, phrases: the back-off n-gram whose scores `extension_scores` gives, or the automata of
+            phrases [B] (known after `begin`), if they are those of such: compiled engines read their tables.
     """
 
     source: str
@@ -90,6 +90,7 @@ class Fusion:
     scores_extensions: bool = False
     ceiling: float = 0.0
     piece_ngram: Optional[PieceNgram] = None
+    phrases: Optional[Sequence[Any]] = None
 
     def begin(self, beam: Beam, index: int, tokens: Any, ids: Sequence[str]) -> None:
         """Start a batch: keep ``index``, set ``beam.state[..., index]`` to the root nodes, reset counters.

@@ -23,24 +23,26 @@ if TYPE_CHECKING:
 class Serves(NamedTuple):
     """What searches an engine serves.
 
-    device: type of device, None: every one; shallow: whether any fusion may score extensions, not only that
-    of one n-gram over pieces; ngrams: how many n-grams, shallow fusion and look-ahead together; recover_mass:
-    see PrefixSearchOptions; beam: the largest, None: no limit.
+    device: type of device, None: every one; shallow: what may score extensions, a key of `_SHALLOW`; ngrams:
+    how many n-grams, shallow fusion and look-ahead together, None: any number; recover_mass: see
+    PrefixSearchOptions; beam: the largest, None: no limit.
     """
 
     device: Optional[str]
-    shallow: bool
-    ngrams: int
+    shallow: str
+    ngrams: Optional[int]
     recover_mass: bool
     beam: Optional[int]
 
 
 #: Which searches each engine serves. The results are the same; tensors serve every search.
 ENGINES = {
-    "native": Serves(device="cpu", shallow=False, ngrams=2, recover_mass=True, beam=None),
-    "triton": Serves(device="cuda", shallow=False, ngrams=1, recover_mass=False, beam=62),
-    "torch": Serves(device=None, shallow=True, ngrams=2, recover_mass=True, beam=None),
+    "native": Serves(device="cpu", shallow="tables", ngrams=None, recover_mass=True, beam=None),
+    "triton": Serves(device="cuda", shallow="ngram", ngrams=1, recover_mass=False, beam=62),
+    "torch": Serves(device=None, shallow="any", ngrams=None, recover_mass=True, beam=None),
 }
+
+_SHALLOW = {"ngram": "one n-gram over pieces", "tables": "n-grams over pieces and phrases", "any": "any"}
 
 
 def open_search(inputs: SearchInput, beam: Beam, options: PrefixSearchOptions,
@@ -80,13 +82,14 @@ def check_serves(engine: str, options: PrefixSearchOptions, fusions: FusionSet, 
     serves = ENGINES[engine]
     _require(_runs_on(serves, device), f"it is for {serves.device}, the log-probs are on {device}")
     names = ", ".join(fusion.source for fusion in fusions.shallow)
-    only_ngram = not fusions.shallow or fusions.shallow_ngram() is not None
-    _require(serves.shallow or only_ngram,
-             f"it has no shallow fusion but that of one n-gram over pieces ({names})")
+    good = {"any": True, "ngram": not fusions.shallow or fusions.shallow_ngram() is not None}
+    good["tables"] = all(fusion.piece_ngram or fusion.phrases is not None for fusion in fusions.shallow)
+    reason = f"it has no shallow fusion but that of {_SHALLOW[serves.shallow]} ({names})"
+    _require(good[serves.shallow], reason, unusual=good["tables"])
     _require(serves.recover_mass or not options.recover_mass, "it cannot recover mass")
     _require(serves.beam is None or options.beam <= serves.beam,
              f"its beam is at most {serves.beam}, here {options.beam}")
-    _require(len(ngrams_of(fusions)) <= serves.ngrams,
+    _require(serves.ngrams is None or len(ngrams_of(fusions)) <= serves.ngrams,
              "it has one n-gram, for shallow fusion or for look-ahead")
 
 
@@ -105,9 +108,9 @@ def ngrams_of(fusions: FusionSet) -> list[Any]:
     return [ngram for ngram in (fusions.shallow_ngram(), ahead) if ngram is not None]
 
 
-def _require(good: bool, reason: str) -> None:
+def _require(good: bool, reason: str, unusual: bool = False) -> None:
     if not good:
-        raise Unavailable(reason)
+        raise Unavailable(reason, unusual)
 
 
 def _open(engine: str, inputs: SearchInput, beam: Beam, options: PrefixSearchOptions,

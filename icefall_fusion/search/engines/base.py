@@ -84,13 +84,14 @@ class CompiledSearch:
     Args:
         beam: at the root.
         live: [B, T] bool, frames within the utterances.
-        fusions: whose shallow fusion, if any, is that of one n-gram.
+        fusions: whose shallow fusion, if any, is of n-grams or phrases.
 
     Attributes:
-        ngram: of the shallow fusion, or None; weights: of its natural log, and of a word that begins.
+        ngram: of the shallow fusion, if that is one alone; weights: of its natural log, and of a word begun.
     Attributes (of the slots [B, K], since the last stop):
-        moved_from: int64, slots they come from; grew: bool; opened: int64, words begun; gain: float32, raw
-        score of the n-gram; estimate: float32, the estimate of the look-ahead in ``beam.fused``.
+        moved_from: int64, slots they come from; grew: bool; opened: int64, words begun; estimate: float32,
+        the look-ahead's share of ``beam.fused``; gain: [S, B, K] float32, raw score of each shallow fusion;
+        states: int64 of that shape, what each keeps in ``beam.state``, or none.
     Attributes (of the utterances [B]):
         at: int64, frames searched; fired: bool, whether the rule has stopped them; both on the host.
         ends: int64 on the device, frames before which each must stop anyway.
@@ -108,9 +109,9 @@ class CompiledSearch:
         batch, device, shape = beam.arena.batch, beam.lens.device, beam.node.shape
         self.moved_from, self.opened = (torch.zeros(shape, dtype=torch.int64, device=device) for _ in "12")
         self.grew = torch.zeros(shape, dtype=torch.bool, device=device)
-        self.gain, self.estimate = (
-            torch.zeros(shape, dtype=torch.float32, device=device) for _ in "12"
-        )
+        self.estimate = torch.zeros(shape, dtype=torch.float32, device=device)
+        self.gain = torch.zeros((len(fusions.shallow), *shape), dtype=torch.float32, device=device)
+        self.states: Sequence[Tensor] = ()
         self.at, self.fired = torch.zeros(batch, dtype=torch.int64), torch.zeros(batch, dtype=torch.bool)
         self.before = 0
         self._lens, self.ends = beam.lens.cpu(), beam.lens.clone(memory_format=torch.contiguous_format)
@@ -148,7 +149,9 @@ class CompiledSearch:
             self._search(self.frames)
             beam.arena.reach(self.before + 1, int(self.at.max()) + 1)
             going = bool((self.at < self._lens).any())
-            fusions.carry(beam, self.moved_from, self._gains(), self.opened)
+            fusions.carry(beam, self.moved_from, self.gain, self.opened)
+            for fusion, states in zip(fusions.shallow, self.states):
+                beam.state[..., fusion.index] = states
             lands = self.at == late_at
             if bool((self.fired | lands).any()):
                 yield from fusions.in_steps(beam, self.fired, lands)
@@ -168,9 +171,6 @@ class CompiledSearch:
             self._search(frame + 1)
             beam.arena.reach(frame + 1, frame + 2)
             if bool((self.grew | (self.moved_from != stay)).any()):
-                fusions.carry(beam, self.moved_from, self._gains(), self.opened)
+                fusions.carry(beam, self.moved_from, self.gain, self.opened)
                 fusions.advance(beam, self.moved_from, self.grew)
             fusions.fuse(beam, frame, live)
-
-    def _gains(self) -> list[Tensor]:
-        return [self.gain] if self.ngram is not None else []

@@ -80,7 +80,8 @@ class GpuSearch(CompiledSearch):
             ngram, (weight, bonus) = self.ngram, self.weights
         table = gpu_layout.Ngram() if ngram is None else table_of(ngram, device)
         context = ngram.start_id + 1 if ngram is not None and ngram.order > 1 else 0
-        changes = gpu_layout.Changes(self.moved_from, self.grew, self.opened, self.gain)
+        gain = torch.zeros_like(self.estimate) if self.ngram is None else self.gain[0]
+        changes = gpu_layout.Changes(self.moved_from, self.grew, self.opened, gain)
         self.state = gpu_layout.root_state(beam, width, changes, context, self.stops.first_length)
         self.estimate = self.state.ahead.estimate[:, :slots]
         log_probs = plan.log_probs if plan.log_probs.stride(2) == 1 else plan.log_probs.contiguous()

@@ -2,8 +2,8 @@
 Knows: the compiled library, beams, frames to search, n-grams as tables. Must not know: which language model
 joins, text.
 
-Utterances are searched one after the other with their whole state in the cache. An n-gram over the pieces
-joins inside; other shallow fusion, which scores extensions, is left to the tensors.
+Utterances are searched one after the other with their whole state in the cache. N-grams over the pieces and
+phrases join inside; other shallow fusion, which scores extensions, is left to the tensors.
 """
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from icefall_fusion.search.engines.base import (
 
 if TYPE_CHECKING:
     from icefall_fusion.ngram.piece_ngram import PieceNgram
-    from icefall_fusion.search.fusion import FusionSet
+    from icefall_fusion.search.fusion import Fusion, FusionSet
     from icefall_fusion.search.search_input import PrefixSearchOptions, SearchInput
 
 
@@ -63,10 +63,25 @@ class _Settings(ctypes.Structure):
     _fields_ = [
         *_fields(_NUMBER, "hash_factor root_hash no_parent_hash"), *_fields(_REAL, "rounding tiny_mass"),
         ("keys", _POINTER), *_fields(_NUMBER, "batch beam pieces blank columns recover ranks"),
-        ("score_beam", _REAL), ("ngram", _POINTER), *_fields(_REAL, "weight bonus"),
+        ("score_beam", _REAL), ("scorers", _POINTER), *_fields(_NUMBER, "scorer_count weighs"),
         *_fields(_NUMBER, "every unit first_length"),
         ("ahead", _POINTER), *_fields(_REAL, "ahead_weight ahead_bonus"), ("ahead_every", _NUMBER),
     ]
+
+
+class _Phrases(ctypes.Structure):
+    """`Phrases` of phrases.h: the same fields in the same order."""
+
+    _fields_ = [
+        *_fields(_POINTER, "piece first shorter from_root pending complete most"),
+        *_fields(_NUMBER, "start base"),
+    ]
+
+
+class _Scorer(ctypes.Structure):
+    """`Scorer` of phrases.h: the same fields in the same order."""
+
+    _fields_ = [*_fields(_POINTER, "ngram phrases"), *_fields(_REAL, "weight bonus reach")]
 
 
 class _Batch(ctypes.Structure):
@@ -76,7 +91,7 @@ class _Batch(ctypes.Structure):
         ("log_probs", _POINTER), *_fields(_NUMBER, "row_stride frame_stride"),
         *_fields(_POINTER, "best searched lens"), ("frames", _NUMBER),
         *_fields(_POINTER, "parents pieces boundaries starts fused moved_from opened grew gain estimate"),
-        *_fields(_POINTER, "node last"), *_fields(_NUMBER, "node_stride last_stride"),
+        *_fields(_POINTER, "states node last"), *_fields(_NUMBER, "node_stride last_stride"),
         *_fields(_POINTER, "log_total log_blank"), ("mass_stride", _NUMBER),
         *_fields(_POINTER, "offset at fired"),
     ]
@@ -104,19 +119,22 @@ class NativeSearch(CompiledSearch):
         self.log_probs = log_probs if log_probs.stride(2) == 1 else log_probs.contiguous()
         self.best, self.searched = plan.best.contiguous(), plan.searched.contiguous()
         self.keys = hash_keys(log_probs.shape[2], log_probs.device)
-        self.tables = [native_tables(library, ngram) for ngram in (self.ngram, self.ahead.ngram)]
-        ngram, ahead = (None if tables is None else tables.handle for tables in self.tables)
+        self._kept: list[Any] = []
+        self.scorers = (_Scorer * len(fusions.shallow))(*map(self._scorer, fusions.shallow))
+        ahead = native_tables(library, self.ahead.ngram)
+        weighs = any(fusion.weight != 0 or fusion.word_bonus != 0 for fusion in fusions.shallow)
+        self.states = torch.zeros_like(self.gain, dtype=torch.int64)
         batch, slots = beam.node.shape
         self.settings = _Settings(
             hash_factor=HASH_FACTOR, root_hash=ROOT_HASH, no_parent_hash=NO_PARENT_HASH,
             rounding=ROUNDING, tiny_mass=TINY_MASS, keys=self.keys.data_ptr(),
             batch=batch, beam=slots, pieces=log_probs.shape[2], blank=beam.blank,
-            columns=self._columns(options, log_probs.shape[2]),
+            columns=self._columns(options, log_probs.shape[2], weighs),
             recover=options.recover_mass, ranks=fusions.ranks,
             score_beam=-1.0 if options.score_beam is None else options.score_beam,
-            ngram=ngram, weight=self.weights[0], bonus=self.weights[1],
+            scorers=ctypes.addressof(self.scorers), scorer_count=len(self.scorers), weighs=weighs,
             every=self.stops.every, unit=self.stops.code, first_length=self.stops.first_length,
-            ahead=ahead, ahead_weight=self.ahead.weight, ahead_bonus=self.ahead.bonus,
+            ahead=ahead and ahead.handle, ahead_weight=self.ahead.weight, ahead_bonus=self.ahead.bonus,
             ahead_every=self.ahead.every,
         )
         # the compiled code lets go of Python's lock; within a frame there is too little to share
@@ -124,12 +142,27 @@ class NativeSearch(CompiledSearch):
         ends = [batch * share // threads for share in range(threads + 1)]
         self.shares = list(zip(ends, ends[1:]))
 
-    def _columns(self, options: PrefixSearchOptions, pieces: int) -> int:
+    def _scorer(self, fusion: Fusion) -> _Scorer:
+        """Return a shallow fusion as compiled code reads it; what it reads lives as long as the fusion."""
+        weights = {"weight": fusion.weight, "bonus": fusion.word_bonus}
+        if fusion.piece_ngram is not None:
+            return _Scorer(ngram=native_tables(self.library, fusion.piece_ngram).handle, **weights)
+        names = [name for name, _ in _Phrases._fields_[:-2]]
+        made = {
+            one: _Phrases(*(getattr(one, name).ctypes.data for name in names), one.start, base)
+            for one, base in fusion.phrase_bases.items()
+        }
+        rows = (_Phrases * len(fusion.phrases))(*(made[one] for one in fusion.phrases))
+        self._kept.append(rows)
+        reach = max(one.reach for one in made)
+        return _Scorer(phrases=ctypes.addressof(rows), reach=reach, **weights)
+
+    def _columns(self, options: PrefixSearchOptions, pieces: int, weighs: bool) -> int:
         """Return how many best pieces of a frame may extend a prefix."""
         limit = options.most_columns(pieces)
         if options.recover_mass:
             return columns_kept(options.beam, limit)
-        if any(self.weights):
+        if weighs:
             return limit  # each frame chooses those that could survive
         return columns_needed(options.beam, limit, self.fusions.slack(options.beam))
 
@@ -161,7 +194,7 @@ class NativeSearch(CompiledSearch):
             boundaries, starts = arena.fields[2].data_ptr(), arena.starts_word.data_ptr()
         row_stride, frame_stride, _ = self.log_probs.stride()
         read = {name: getattr(self, name).data_ptr() for name in ("log_probs", "best", "searched")}
-        written = ("moved_from", "opened", "grew", "gain", "estimate", "at", "fired")
+        written = ("moved_from", "opened", "grew", "gain", "estimate", "states", "at", "fired")
         return _Batch(
             **read, lens=self.ends.data_ptr(), frames=self.frames,
             row_stride=row_stride, frame_stride=frame_stride,

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "ngram.h"
+#include "phrases.h"
 
 namespace icefall::search {
 
@@ -21,8 +22,8 @@ struct Settings {
   int64_t recover;     // whether mass is recovered
   int64_t ranks;       // whether language models take part in the ranking
   double score_beam;   // below 0: none
-  const Ngram *ngram;  // joins at every extension; null: there is none; it outlives the search
-  double weight, bonus;
+  const Scorer *scorers;  // join at every extension; they outlive the search
+  int64_t scorer_count, weighs;  // whether any of them has a weight or a bonus
   // The stop rule (see fusion.py): frames between two looks, 0: never; a look stops always (0), or if the shortest
   // hypothesis has begun more words (1) or pieces (2); the length that counts as scored at the start.
   int64_t every, unit, first_length;
@@ -45,7 +46,8 @@ struct Batch {
   float *fused;                    // in and out
   int64_t *moved_from, *opened;    // since the last stop: slots they come from, words begun
   uint8_t *grew;
-  float *gain, *estimate;          // raw score of the n-gram; the look-ahead's part of `fused`
+  float *gain, *estimate;          // raw scores since the last stop [scorers, B, K]; the look-ahead's part of `fused`
+  int64_t *states;                 // of the scorers [scorers, B, K]
   int64_t *node, *last;            // by a stride each
   int64_t node_stride, last_stride;
   float *log_total, *log_blank;    // -inf for dead slots, by one stride
@@ -62,18 +64,21 @@ struct Slot {  // a live prefix
   int64_t node;
   int32_t last;     // piece
   int32_t row;      // of children
-  int32_t context;  // state of the n-gram
   bool repeats;     // the last piece is that before it
   // of language models
   bool grew;               // since the last stop
   int32_t origin, opened;  // slot at the last stop, words begun since then
   int32_t length;          // words or pieces begun, of which the rule asks
   float fused;             // what they add to the ranking
-  double gain;             // raw score of the n-gram since the last stop
   // of the look-ahead: state; estimates since the root: all, those of closed words, those of what is scored; how much
   // of the rest `fused` holds
   int32_t ahead_context;
   float ahead, ahead_closed, ahead_scored, ahead_estimate;
+};
+
+struct Joined {  // of a live prefix and a scorer
+  double gain;    // raw score since the last stop
+  int32_t state;
 };
 
 struct Way {  // how a hypothesis can go on: a stay (below K) or K + slot * columns + column
@@ -98,6 +103,7 @@ struct Scratch {  // of one frame
   std::vector<float> maxima;
   std::vector<std::pair<float, int32_t>> reached;
   std::vector<Slot> next;
+  std::vector<Joined> joined;
 
   explicit Scratch(const Settings &set) {
     const size_t slots = set.beam, all = slots * set.columns;

@@ -26,6 +26,7 @@ class Utterance {
  public:
   double offset = 0.0;
   std::vector<Slot> slots;
+  std::vector<Joined> joined;  // of each slot and scorer
 
   int64_t at = 0;  // the next frame
   bool fired = false;  // it stopped at `at`, so that language models could score
@@ -34,7 +35,9 @@ class Utterance {
     Slot root{};
     root.blank = root.total = 1.0, root.hash = set.root_hash, root.parent_hash = set.no_parent_hash;
     root.node = number * set.beam, root.last = set.blank;
-    if (set.ngram) root.context = set.ngram->start();
+    number_ = number;
+    joined.clear();
+    for (int64_t s = 0; s < set.scorer_count; ++s) joined.push_back({0.0, set.scorers[s].start(number)});
     if (set.ahead) root.ahead_context = set.ahead->start();
     slots = {root};
     slots.reserve(set.beam);
@@ -48,10 +51,11 @@ class Utterance {
            const float *fused, const Batch &batch) {
     for (size_t k = 0; k < slots.size(); ++k) {
       Slot &slot = slots[k];
-      slot.origin = int(k), slot.opened = 0, slot.grew = false, slot.gain = 0.0;
+      slot.origin = int(k), slot.opened = 0, slot.grew = false;
       if (set.ranks) slot.fused = fused[k];
       if (fired) slot.ahead_scored = slot.ahead_closed;
     }
+    for (Joined &one : joined) one.gain = 0.0;
     if (fired) look_ahead(set);
     fired = false;
     while (at < until && !fired) {
@@ -69,6 +73,7 @@ class Utterance {
  private:
   Children children_;  // where mass is recovered
   bool wide_ = false, rests_ = false;
+  int64_t number_ = 0;
   int longest_ = 0;  // length of the shortest hypothesis at the last stop
 
   void take_blank() {  // a piece may repeat after frames that were left out
@@ -84,7 +89,7 @@ class Utterance {
     weigh(set, scratch);
     stay(set, scratch, row, best, blank);
     best_pieces(row, least_score(set, scratch, best), set, scratch);
-    if (set.ngram)
+    if (set.scorer_count)
       std::sort(scratch.columns.begin(), scratch.columns.end(),
                 [&](int one, int other) { return row[one] > row[other]; });
     const int columns = int(scratch.columns.size());
@@ -97,6 +102,7 @@ class Utterance {
     move(set, scratch, first_id, batch);
     if (set.recover) children_.keep(set, scratch, blank);
     slots.swap(scratch.next);
+    joined.swap(scratch.joined);
     for (const int v : scratch.columns) scratch.column_of[v] = -1;
     rescale();
   }
@@ -129,7 +135,11 @@ class Utterance {
 
   // What language models add to the ranking: a factor, or nats where those are far apart.
   void weigh(const Settings &set, Scratch &scratch) {
-    const double reach = set.ngram ? set.weight * kImpossible + std::abs(set.bonus) : 0.0;
+    double reach = 0.0;
+    for (int64_t s = 0; s < set.scorer_count; ++s) {
+      const Scorer &scorer = set.scorers[s];
+      reach += std::abs(scorer.weight) * (scorer.ngram ? kImpossible : scorer.reach) + std::abs(scorer.bonus);
+    }
     wide_ = !(reach < kWide);
     if (!set.ranks || slots.empty()) {
       std::fill(scratch.factor.begin(), scratch.factor.end(), wide_ ? 0.0 : 1.0);
@@ -170,22 +180,29 @@ class Utterance {
     return int(scratch.ways.size()) == set.beam ? floor : -std::numeric_limits<double>::infinity();
   }
 
-  // The least log-prob of a piece that could survive if the n-gram were certain of it; -inf without an n-gram or with
-  // mass to recover, where the number of pieces is bounded instead.
+  // The state of a scorer in a slot.
+  int state(const Settings &set, size_t k, int64_t s) const { return joined[k * set.scorer_count + s].state; }
+
+  // The least log-prob of a piece that could survive if the scorers gave it the most that they can; -inf without any or
+  // with mass to recover, where the number of pieces is bounded instead.
   float least_score(const Settings &set, const Scratch &scratch, float best) const {
-    if (!set.ngram || !weighs(set) || set.recover || slots.empty()) return -INFINITY;
+    if (!set.weighs || set.recover || slots.empty()) return -INFINITY;
     double most = -std::numeric_limits<double>::infinity();
-    for (size_t k = 0; k < slots.size(); ++k) most = std::max(most, key(slots[k].total, scratch.factor[k]));
+    for (size_t k = 0; k < slots.size(); ++k) {
+      double limit = 0.0;
+      for (int64_t s = 0; s < set.scorer_count; ++s) limit += set.scorers[s].limit(number_, state(set, k, s));
+      most = std::max(most, with_nats(key(slots[k].total, scratch.factor[k]), limit));
+    }
     const double floor = floor_key(set, scratch);
     const double needed = wide_ ? floor - most : std::log(std::max(floor, 0.0) / most);
-    return float(needed - std::max(0.0, set.bonus) + best - set.rounding);
+    return float(needed + best - set.rounding);
   }
-
-  bool weighs(const Settings &set) const { return set.weight != 0 || set.bonus != 0; }
 
   bool opens(const Batch &batch, const Slot &slot, int piece, const Settings &set) const {
     return batch.starts && (batch.starts[piece] || slot.last == set.blank);
   }
+
+  bool marked(const Batch &batch, int piece) const { return batch.starts && batch.starts[piece]; }
 
   // All slots by all columns. What is a live prefix itself is struck out.
   void extend(const Settings &set, Scratch &scratch, const Batch &batch, double blank) {
@@ -212,8 +229,9 @@ class Utterance {
       const uint8_t *struck = scratch.struck.data() + size_t(k) * columns;
       const double factor = scratch.factor[k];
       const int64_t first = set.beam + int64_t(k) * columns;
-      if (set.ngram && weighs(set)) {
-        const double ceiling = std::max(0.0, set.bonus) + set.weight * set.ngram->most(slot.context);
+      if (set.weighs) {
+        double ceiling = 0.0;
+        for (int64_t s = 0; s < set.scorer_count; ++s) ceiling += set.scorers[s].most(number_, state(set, k, s));
         double least = wide_ ? floor : std::max(floor, 0.0);
         for (int j = 0; j < columns; ++j) {  // the most probable piece first
           if (!(total[j] > 0) || struck[j]) continue;
@@ -222,8 +240,12 @@ class Utterance {
             if (set.recover || j == same) continue;
             break;
           }
-          const double gain = set.weight * set.ngram->score(slot.context, pieces[j]) +
-                              (opens(batch, slot, pieces[j], set) ? set.bonus : 0.0);
+          double gain = 0.0;
+          for (int64_t s = 0; s < set.scorer_count; ++s) {
+            const Scorer &scorer = set.scorers[s];
+            gain += scorer.weight * scorer.score(number_, state(set, k, s), pieces[j], marked(batch, pieces[j])) +
+                    (opens(batch, slot, pieces[j], set) ? scorer.bonus : 0.0);
+          }
           const double full = with_nats(bare, gain);
           if (!(full > least)) continue;
           scratch.ways.push_back({full, first + j});
@@ -282,7 +304,7 @@ class Utterance {
   // Let the slots of the next frame go these ways.
   void move(const Settings &set, Scratch &scratch, int64_t first_id, const Batch &batch) {
     const int columns = int(scratch.columns.size());
-    scratch.next.clear();
+    scratch.next.clear(), scratch.joined.clear();
     for (const Way &way : scratch.ways) {
       const int k = int(scratch.next.size());
       const bool grew = way.index >= set.beam;
@@ -291,6 +313,7 @@ class Utterance {
       scratch.kept[k] = grew ? -1 : int(from);
       scratch.next.push_back(old);
       Slot &slot = scratch.next.back();
+      for (int64_t s = 0; s < set.scorer_count; ++s) scratch.joined.push_back(joined[from * set.scorer_count + s]);
       if (!grew) {
         slot.blank = scratch.stay_blank[from], slot.open = scratch.stay_open[from];
         slot.total = scratch.stay_total[from];
@@ -303,21 +326,23 @@ class Utterance {
       slot.node = first_id + k, slot.last = piece, slot.row = -1, slot.repeats = piece == old.last;
       batch.parents[slot.node] = old.node, batch.pieces[slot.node] = piece;
       if (batch.boundaries) batch.boundaries[slot.node] = batch.starts[piece] ? old.node : batch.boundaries[old.node];
-      grow(set, batch, old, piece, slot);
+      grow(set, batch, old, piece, slot, scratch.joined.data() + k * set.scorer_count);
     }
   }
 
   // Update the states and scores of language models of a slot that grew by a piece.
-  void grow(const Settings &set, const Batch &batch, const Slot &old, int piece, Slot &slot) const {
+  void grow(const Settings &set, const Batch &batch, const Slot &old, int piece, Slot &slot,
+            Joined *scored) const {
     slot.grew = true;
     const bool opened = opens(batch, old, piece, set);
     slot.length += set.unit == 1 ? opened : 1;
-    if (set.ngram) {
-      const float gain = set.ngram->score(old.context, piece);
-      slot.context = set.ngram->next(old.context, piece);
-      slot.gain += gain, slot.opened += opened;
-      if (set.weight != 0) slot.fused += float(set.weight) * gain;
-      if (set.bonus != 0) slot.fused += float(set.bonus) * opened;
+    if (set.scorer_count) slot.opened += opened;
+    for (int64_t s = 0; s < set.scorer_count; ++s) {
+      const Scorer &scorer = set.scorers[s];
+      const float gain = scorer.score(number_, scored[s].state, piece, marked(batch, piece));
+      scored[s].state = scorer.next(number_, scored[s].state, piece), scored[s].gain += gain;
+      if (scorer.weight != 0) slot.fused += float(scorer.weight) * gain;
+      if (scorer.bonus != 0) slot.fused += float(scorer.bonus) * opened;
     }
     if (!set.ahead) return;
     slot.ahead +=
