@@ -61,13 +61,13 @@ int spellings_learn(void *table, const int64_t *pieces, int64_t count, int begin
   });
 }
 
-// The roots of a batch, in the arena and in the tree.
-void *histories_open(int64_t batch, const int64_t *prefixes, const int64_t *nodes) {
+// The roots of a batch, in the arena and in the tree, and how many words come before each.
+void *histories_open(int64_t batch, const int64_t *prefixes, const int64_t *nodes, const int64_t *words) {
   return icefall::guarded_pointer([&]() -> void * {
     auto histories = std::make_unique<Histories>();
     for (int64_t b = 0; b < batch; ++b) {
       histories->roots.push_back(prefixes[b]);
-      histories->known[prefixes[b]] = {nodes[b], 0, b};
+      histories->known[prefixes[b]] = {nodes[b], words[b], b};
     }
     return histories.release();
   });

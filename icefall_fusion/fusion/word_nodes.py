@@ -34,14 +34,18 @@ class NativeWordNodes:
     _ROOM = 4096  # pieces of a word
 
     def __init__(self, library: ctypes.CDLL, scorer: TreeScorer, arena: PrefixArena, tokens: Any,
-                 tokenizer: WordTokenizer, prompted: Sequence[bool], ids: Sequence[str]) -> None:
+                 tokenizer: WordTokenizer, prompted: Sequence[bool], ids: Sequence[str],
+                 counts: Sequence[int] = ()) -> None:
         self._library, self._tree, self._arena, self._tokens = library, scorer.tree, arena, tokens
         self._tokenizer, self._ids = tokenizer, ids
         self._prompted = np.array(prompted, np.uint8)
         self._table = _spellings(library, tokenizer, tokens)
         roots = np.array([arena.root(b) for b in range(arena.batch)], np.int64)
         nodes = np.ascontiguousarray(scorer.roots().numpy())
-        self._handle = library.histories_open(arena.batch, roots.ctypes.data, nodes.ctypes.data)
+        words = np.array(counts or [0] * arena.batch, np.int64)
+        self._handle = library.histories_open(
+            arena.batch, roots.ctypes.data, nodes.ctypes.data, words.ctypes.data
+        )
         weakref.finalize(self, library.histories_close, self._handle)
         self._missing = np.zeros(3 + self._ROOM, np.int64)
         self._asked = np.zeros(1, np.int64)
@@ -138,9 +142,10 @@ def _spellings(library: ctypes.CDLL, tokenizer: WordTokenizer, tokens: Any) -> _
 
 
 def open_word_nodes(scorer: TreeScorer, arena: PrefixArena, tokens: Any, tokenizer: WordTokenizer,
-                     prompted: Sequence[bool], ids: Sequence[str]) -> NativeWordNodes | WordNodes:
+                    prompted: Sequence[bool], ids: Sequence[str],
+                    counts: Sequence[int] = ()) -> NativeWordNodes | WordNodes:
     """Return what knows the tree nodes of a batch's words: compiled code where it serves."""
-    arguments = (scorer, arena, tokens, tokenizer, prompted, ids)
+    arguments = (scorer, arena, tokens, tokenizer, prompted, ids, counts)
     if tokenizer.word_by_word and isinstance(scorer.tree, NativeTokenTree):
         return NativeWordNodes(load_native(), *arguments)
     from icefall_fusion.fusion.words import WordNodes

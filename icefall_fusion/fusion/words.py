@@ -129,15 +129,19 @@ class WordNodes:
         tokenizer: words -> LM tokens.
         prompted: of each utterance, whether its text follows a prompt.
         ids: names of the utterances.
+        counts: words of each utterance before the roots of arena and tree; empty: none.
     """
 
     def __init__(self, scorer: TreeScorer, arena: PrefixArena, tokens: Any, tokenizer: WordTokenizer,
-                 prompted: Sequence[bool], ids: Sequence[str]) -> None:
+                 prompted: Sequence[bool], ids: Sequence[str], counts: Sequence[int] = ()) -> None:
         self.scorer, self.tokenizer = scorer, tokenizer
         self.prompted, self.ids = list(prompted), ids
         self._words = ClosedWords(arena, tokens)
         for utterance, node in enumerate(scorer.roots().tolist()):
             self._words.root(utterance).node = node
+        for utterance, count in enumerate(counts):
+            self._words.root(utterance).count = count
+            self.prompted[utterance] |= count > 0
 
     def __len__(self) -> int:
         """Return how many texts are remembered."""

@@ -167,7 +167,7 @@ class CausalLm:
             prompt: token ids before each path.
             eos: add log P(eos) as the last entry.
         """
-        start = self._start(prompt)
+        start = self.start_ids(prompt)
         result = []
         check(isinstance(paths, Sequence), "paths", "be a list of token ids for each path", paths)
         for path in paths:
@@ -199,7 +199,7 @@ class CausalLm:
         prompts = [()] * batch if prompts is None else prompts
         check(isinstance(prompts, Sequence), "prompts", "be a list of token ids for each utterance", prompts)
         check(len(prompts) == batch, "prompts", f"be one for each of the {batch} utterances", len(prompts))
-        starts = [self._start(prompt) for prompt in prompts]
+        starts = [self.start_ids(prompt) for prompt in prompts]
         options = TreeOptions() if options is None else options
         check(isinstance(options, TreeOptions), "options", "be TreeOptions", options)
         return TreeScorer(self, starts, options, aside)
@@ -251,7 +251,8 @@ class CausalLm:
         zeros = torch.zeros(mask.shape, dtype=self.model.dtype, device=mask.device)
         return zeros.masked_fill_(~mask, torch.finfo(self.model.dtype).min)
 
-    def _start(self, prompt: Sequence[int]) -> list[int]:
+    def start_ids(self, prompt: Sequence[int]) -> list[int]:
+        """Return bos and the token ids of a prompt."""
         start = [] if self.bos_id is None else [self.bos_id]
         start += integers(prompt, "prompt").tolist()
         check(len(start) > 0, "prompt", f"hold at least one token, as {self.name} has no bos", list(prompt))

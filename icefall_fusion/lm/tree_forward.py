@@ -23,6 +23,7 @@ from icefall_fusion.lm.tree_memory import SLOT_BUCKET, TreeCache, rank_within
 
 if TYPE_CHECKING:
     from icefall_fusion.lm.fused import FusedModel
+    from icefall_fusion.lm.tree_scorer import TreeCounters
 
 PACKED_ATTENTION = "icefall_tree"  # its name in transformers
 TOKEN_BUCKET = 8  # packed tokens are padded to a multiple: matrix kernels are made once for each size
@@ -138,6 +139,37 @@ def forward(model: TreeModel, tree: TokenTree, cache: TreeCache, nodes: ndarray,
     window_mask = None if near is None else on_device(model.device, _spread(near, valid, shape))
     logits = model.tree_logits(tokens, positions, mask, window_mask, cache, wanted_)
     return torch.log_softmax(logits[:asked_count].float(), dim=-1)
+
+
+class ModelCalls:
+    """Forwards of any number of tokens, ``most`` in a call, half as many once memory has run out; counted."""
+
+    def __init__(self, model: TreeModel, most: int, counters: TreeCounters) -> None:
+        self.model, self.most, self.counters = model, most, counters
+
+    def run(self, tree: TokenTree, cache: TreeCache, todo: ndarray,
+            nodes: ndarray) -> Iterator[tuple[ndarray, Tensor]]:
+        """Forward ``todo`` [Q] sorted (see `forward`), and yield (some of ``nodes``, their log-probs [n, V])
+        after each call. ``nodes`` [n] are sorted and among ``todo``.
+        """
+        wanted = np.zeros(len(todo), np.bool_)
+        wanted[np.searchsorted(todo, nodes)] = True
+        start = 0
+        while start < len(todo):
+            end = start + self.most
+            try:
+                log_probs = forward(self.model, tree, cache, todo[start:end], wanted[start:end])
+            except torch.OutOfMemoryError:
+                count = min(self.most, len(todo) - start)
+                if count == 1:
+                    raise
+                self.most = count // 2
+                self.counters.oom_backoffs += 1
+                continue
+            self.counters.lm_forwards += 1
+            if len(log_probs):  # of a long prompt a whole chunk only fills the cache
+                yield todo[start:end][wanted[start:end]], log_probs
+            start = end
 
 
 def token_bucket(device: torch.device) -> int:

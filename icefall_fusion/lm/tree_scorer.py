@@ -15,7 +15,7 @@ from torch import Tensor
 
 from icefall_fusion.common.checks import check, is_count
 from icefall_fusion.lm.token_tree import NONE, make_tree
-from icefall_fusion.lm.tree_forward import TreeModel, fetch, forward, integers, on_device, pick
+from icefall_fusion.lm.tree_forward import ModelCalls, TreeModel, fetch, integers, on_device, pick
 from icefall_fusion.lm.tree_memory import DistributionStore, TreeCache
 
 Nodes = Union[Tensor, ndarray, Sequence[int]]
@@ -87,7 +87,7 @@ class TreeScorer:
         self.counters = TreeCounters()
         self._cache = TreeCache(model.layers, len(prompts), self.tree.slots.capacity)
         self._store = DistributionStore(model.vocab_size, model.device, options.max_distribution_bytes)
-        self._chunk = options.tokens_a_call(model.vocab_size)
+        self._calls = ModelCalls(model, options.tokens_a_call(model.vocab_size), self.counters)
         self._side = None
         if aside and model.device.type == "cuda":
             from icefall_fusion.lm.side_stream import side_stream
@@ -237,8 +237,13 @@ class TreeScorer:
 
     def _distributions(self, nodes: ndarray) -> Iterator[tuple[ndarray, Tensor]]:
         """Yield (some of ``nodes`` [n] sorted, their log-probs [n, V]) until all had a forward."""
-        if not len(nodes):
-            return
+        if len(nodes):
+            todo = self.make_ready(nodes)
+            self._cache.ensure(self.tree.slots.capacity)
+            yield from self._calls.run(self.tree, self._cache, todo, nodes)
+
+    def make_ready(self, nodes: ndarray) -> ndarray:
+        """Give slots to ``nodes`` and what is above them; return all [n] that must be forwarded, sorted."""
         tree = self.tree
         todo = tree.uncached(nodes)
         if self.model.max_tokens is not None:
@@ -246,28 +251,10 @@ class TreeScorer:
             rule = f"have at most {self.model.max_tokens} tokens (the model's positions), prompt included"
             check(longest <= self.model.max_tokens, "the text", rule, longest)
         tree.assign_slots(todo)
-        self._cache.ensure(tree.slots.capacity)
         self.counters.lm_tokens_forwarded += len(todo)
         self.counters.lm_tokens_recomputed += int(tree.was_forwarded[todo].sum())
         tree.was_forwarded[todo] = True
-        wanted = np.zeros(len(todo), np.bool_)
-        wanted[np.searchsorted(todo, nodes)] = True
-        start = 0
-        while start < len(todo):
-            end = start + self._chunk
-            try:
-                log_probs = forward(self.model, tree, self._cache, todo[start:end], wanted[start:end])
-            except torch.OutOfMemoryError:
-                count = min(self._chunk, len(todo) - start)
-                if count == 1:
-                    raise
-                self._chunk = count // 2
-                self.counters.oom_backoffs += 1
-                continue
-            self.counters.lm_forwards += 1
-            if len(log_probs):  # of a long prompt a whole chunk only fills the cache
-                yield todo[start:end][wanted[start:end]], log_probs
-            start = end
+        return todo
 
     def _keep_distributions(self, nodes: ndarray, log_probs: Tensor) -> None:
         rows = self._store.take(len(nodes))

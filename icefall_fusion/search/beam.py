@@ -144,7 +144,7 @@ class PrefixArena:
         """Append one row of possible nodes and return their ids [B, K] (used for the slots that grew)."""
         row = self.rows
         if row == self._parent.shape[0]:
-            self._grow()
+            self.grow()
         self._parent[row].copy_(parents)
         self._piece[row].copy_(pieces)
         if self.starts_word is not None:
@@ -158,7 +158,8 @@ class PrefixArena:
         self.rows = max(self.rows, rows)
         self._known, self._sent = max(min(self._known, first), min(self._sent, rows)), 0
 
-    def _grow(self) -> None:
+    def grow(self) -> None:
+        """Double the room for rows."""
         self._parent, self._piece, self._boundary = (torch.cat([x, torch.zeros_like(x)]) for x in self.fields)
         self._host, self._known = {}, 0
 

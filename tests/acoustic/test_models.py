@@ -20,6 +20,7 @@ from icefall_fusion.acoustic.models import (
     EncoderOptions,
     ModelOptions,
     greedy_pieces,
+    join_states,
     load,
     save,
 )
@@ -94,6 +95,31 @@ def test_chunk_by_chunk_equals_masked_whole(model: CtcAed, chunk: ChunkOptions) 
     torch.testing.assert_close(joined, whole, **CLOSE)
     if chunk.left_chunks is not None:
         assert all(cache.keys.shape[2] <= chunk.left_chunks * chunk.size for cache in state.layers)
+
+
+@pytest.mark.parametrize("chunk", [ChunkOptions(4, 2), ChunkOptions(4, None), ChunkOptions(2, 0)])
+def test_streams_at_different_places_share_a_batch(model: CtcAed, chunk: ChunkOptions) -> None:
+    x, lens = features(150, 96, 61)
+    whole, whole_lens = model.encoder(x, lens, chunk)
+    begins, step = [0, 3, 5], 4 * chunk.size  # the round in which each stream starts
+    states = [model.encoder.start(1, chunk) for _ in begins]
+    outs: list[list[torch.Tensor]] = [[], [], []]
+    for number in range(5 + -(-150 // step)):
+        places = [(number - begin) * step for begin in begins]
+        rows = [row for row, at in enumerate(places) if 0 <= at < int(lens[row])]
+        if not rows:
+            continue
+        counts = torch.tensor([min(step, int(lens[row]) - places[row]) for row in rows])
+        chunks = torch.full((len(rows), step, BINS), float("nan"))
+        for at, (row, count) in enumerate(zip(rows, counts.tolist())):
+            chunks[at, :count] = x[row, places[row] : places[row] + count]
+        joined = join_states([states[row] for row in rows])
+        out, out_lens = model.encoder.forward_chunk(chunks, counts, joined)
+        for at, (row, state) in enumerate(zip(rows, joined.rows())):
+            states[row] = state
+            outs[row].append(out[at, : int(out_lens[at])])
+    for row, length in enumerate(whole_lens.tolist()):
+        torch.testing.assert_close(torch.cat(outs[row]), whole[row, :length], **CLOSE)
 
 
 def test_chunk_mask_hides_the_future_and_one_big_chunk_is_whole(model: CtcAed) -> None:

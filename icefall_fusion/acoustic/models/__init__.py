@@ -3,6 +3,7 @@
     ctc_aed.py           the whole model: loss, N-best scores
     model_folder.py      folders of weights, options and vocabulary
     conformer.py         the encoder: whole, with a chunk mask, or chunk by chunk
+    chunk_state.py       what the encoder remembers of streams between two chunks
     conformer_layer.py   one layer of it
     subsampling.py       10 ms feature frames to 40 ms encoder frames
     attention.py         multi-head attention with rotary positions
@@ -12,12 +13,8 @@
 
 from __future__ import annotations
 
-from icefall_fusion.acoustic.models.conformer import (
-    ChunkOptions,
-    ConformerEncoder,
-    EncoderOptions,
-    StreamingState,
-)
+from icefall_fusion.acoustic.models.chunk_state import StreamingState, join_states
+from icefall_fusion.acoustic.models.conformer import ChunkOptions, ConformerEncoder, EncoderOptions
 from icefall_fusion.acoustic.models.ctc import CtcHead, greedy_pieces
 from icefall_fusion.acoustic.models.ctc_aed import CtcAed, ModelOptions
 from icefall_fusion.acoustic.models.decoder import AttentionDecoder, DecoderOptions
@@ -34,6 +31,7 @@ __all__ = [
     "ModelOptions",
     "StreamingState",
     "greedy_pieces",
+    "join_states",
     "load",
     "save",
 ]

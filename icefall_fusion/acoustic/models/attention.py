@@ -77,15 +77,19 @@ class SelfAttention(nn.Module):
         rotary: tuple[Tensor, Tensor],
         past: Optional[tuple[Tensor, Tensor]] = None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Return the output [B,T,D] and the (rotated) keys and values [B,H,past+T,E] that it looked at."""
+        """Return the output [B,T,D] and the keys and values [B,H,past+T,E] that it looked at.
+
+        Keys are kept before they are turned: the tables ``rotary`` are of all past+T positions.
+        """
         batch, length, size = x.shape
         qkv = self.qkv(x).view(batch, length, 3, self.heads, size // self.heads).permute(2, 0, 3, 1, 4)
-        q, k = rotate(qkv[0], *rotary), rotate(qkv[1], *rotary)
-        v = qkv[2]
+        q, k, v = qkv[0], qkv[1], qkv[2]
         if past is not None:
             k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
+        seen = k, v
+        q, k = rotate(q, *(table[-length:] for table in rotary)), rotate(k, *rotary)
         mixed = attend(q, k, v, bias).transpose(1, 2).reshape(batch, length, size)
-        return self.out(mixed), (k, v)
+        return self.out(mixed), seen
 
 
 class CrossAttention(nn.Module):

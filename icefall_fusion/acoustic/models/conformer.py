@@ -6,7 +6,6 @@ Legend: B utterances, T frames (of the layer's own rate), D model size, H heads,
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Optional, Sequence
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from icefall_fusion.acoustic.models.attention import masked_bias, rotary_table
+from icefall_fusion.acoustic.models.chunk_state import StreamingState
 from icefall_fusion.acoustic.models.conformer_layer import (
     ChunkOptions,
     ConformerLayer,
@@ -23,17 +23,6 @@ from icefall_fusion.acoustic.models.conformer_layer import (
 )
 from icefall_fusion.acoustic.models.subsampling import FACTOR, HISTORY, Subsampling
 from icefall_fusion.common.checks import check
-
-
-@dataclass
-class StreamingState:
-    """The state of the encoder between two chunks; made by ``ConformerEncoder.start``."""
-
-    chunk: ChunkOptions
-    frames: int  # 40 ms frames seen so far
-    features: Tensor  # [B,HISTORY,bins], normalized
-    valid: list[Tensor]  # per rate (40 ms, 80 ms): which cached keys are real [B,P]
-    layers: list[LayerCache] = field(default_factory=list)
 
 
 class ConformerEncoder(nn.Module):
@@ -104,18 +93,14 @@ class ConformerEncoder(nn.Module):
     def start(self, batch: int, chunk: ChunkOptions) -> StreamingState:
         """Return the state before the first chunk of ``batch`` parallel streams."""
         heads, size = self.options.heads, self.options.size
-        mean = self.mean
-        state = StreamingState(
-            chunk=chunk,
-            frames=0,
-            features=mean.new_zeros(batch, HISTORY, self.options.bins),
-            valid=[mean.new_zeros(batch, 0, dtype=torch.bool) for _ in range(2)],
-        )
+        zeros, layers = self.mean.new_zeros, []
         for _ in range(sum(self.options.layers)):
-            nothing = mean.new_zeros(batch, heads, 0, size // heads)
-            conv = mean.new_zeros(batch, self.options.kernel // 2, size)
-            state.layers.append(LayerCache(nothing, nothing, conv))
-        return state
+            nothing = zeros(batch, heads, 0, size // heads)
+            layers.append(LayerCache(nothing, nothing, zeros(batch, self.options.kernel // 2, size)))
+        first, second, third = self.options.layers
+        valid = [zeros(batch, 0, dtype=torch.bool) for _ in range(2)]
+        history = zeros(batch, HISTORY, self.options.bins)
+        return StreamingState(chunk, history, valid, layers, [0] * first + [1] * second + [0] * third)
 
     def forward_chunk(self, features: Tensor, lens: Tensor, state: StreamingState) -> tuple[Tensor, Tensor]:
         """Encode the next chunk; equal to ``forward`` with ``state.chunk``, frame for frame.
@@ -139,8 +124,7 @@ class ConformerEncoder(nn.Module):
         full = self._chunk_frames(x, lens, size, state, 0)
         half = self._chunk_frames(x, torch.div(lens + 1, 2, rounding_mode="floor"), size // 2, state, 1)
         x, _ = self._run(x, full, half, state.layers)
-        state.frames += size
-        self._forget(state)
+        state.forget()
         return x, lens
 
     def _run(
@@ -187,21 +171,10 @@ class ConformerEncoder(nn.Module):
     def _chunk_frames(self, x: Tensor, lens: Tensor, size: int, state: StreamingState, rate: int) -> Frames:
         valid = torch.arange(size, device=x.device) < lens[:, None]
         state.valid[rate] = torch.cat((state.valid[rate], valid), dim=1)
-        start = state.frames // (rate + 1)
-        rotary = rotary_table(start, size, self.options.size // self.options.heads, x)
+        length = state.valid[rate].shape[1]
+        rotary = rotary_table(0, length, self.options.size // self.options.heads, x)
         bias = masked_bias(state.valid[rate][:, None, None, :], x.dtype)
         return Frames(valid[:, :, None].to(x.dtype), bias, rotary, size)
-
-    def _forget(self, state: StreamingState) -> None:
-        """Drop keys that no later chunk sees."""
-        if state.chunk.left_chunks is None:
-            return
-        keep = [state.chunk.left_chunks * state.chunk.size // (rate + 1) for rate in range(2)]
-        state.valid = [valid[:, max(valid.shape[1] - most, 0) :] for most, valid in zip(keep, state.valid)]
-        first, second = self.options.layers[0], sum(self.options.layers[:2])
-        for index, cache in enumerate(state.layers):
-            drop = max(cache.keys.shape[2] - keep[int(first <= index < second)], 0)
-            cache.keys, cache.values = cache.keys[:, :, drop:], cache.values[:, :, drop:]
 
     def _check(self, features: Tensor, lens: Tensor, frames: Optional[Sequence[int]] = None) -> None:
         good = features.dim() == 3 and features.shape[2] == self.options.bins

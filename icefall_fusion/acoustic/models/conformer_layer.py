@@ -70,7 +70,7 @@ class ChunkOptions:
 
 @dataclass
 class LayerCache:
-    """State of a layer between chunks: keys and values [B,H,P,E], convolution input [B,kernel//2,D]."""
+    """State of a layer between chunks: keys (before rotation) and values [B,H,P,E], last frames [B,pad,D]."""
 
     keys: Tensor
     values: Tensor
@@ -83,7 +83,7 @@ class Frames:
 
     valid: Tensor  # [B,T,1] in the dtype of the frames
     bias: Tensor  # [B,1,1 or T,P+T]
-    rotary: tuple[Tensor, Tensor]
+    rotary: tuple[Tensor, Tensor]  # of all keys, those of the cache first
     chunk: Optional[int]  # frames of this rate; None: no chunks
 
 

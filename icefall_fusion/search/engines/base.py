@@ -94,6 +94,7 @@ class CompiledSearch:
         states: int64 of that shape, what each keeps in ``beam.state``, or none.
     Attributes (of the utterances [B]):
         at: int64, frames searched; fired: bool, whether the rule has stopped them; both on the host.
+        late_at: int64, frames searched at the late stop of each, -1: there is none; on the host.
         ends: int64 on the device, frames before which each must stop anyway.
         before: the fewest frames searched of one that goes on.
     """
@@ -113,7 +114,7 @@ class CompiledSearch:
         self.gain = torch.zeros((len(fusions.shallow), *shape), dtype=torch.float32, device=device)
         self.states: Sequence[Tensor] = ()
         self.at, self.fired = torch.zeros(batch, dtype=torch.int64), torch.zeros(batch, dtype=torch.bool)
-        self.before = 0
+        self.before, self.late_at = 0, torch.full_like(self.at, -1)
         self._lens, self.ends = beam.lens.cpu(), beam.lens.clone(memory_format=torch.contiguous_format)
 
     @property
@@ -129,7 +130,8 @@ class CompiledSearch:
     def steps(self) -> Iterator[None]:
         """Do the same in steps, which end while a fusion waits for a model (see ``Fusion.in_steps``)."""
         if self.rule is not None:
-            yield from self._run_to_stops()
+            yield from self.run_to_stops()
+            self.end()
         else:
             self._run_frame_by_frame()
 
@@ -140,9 +142,9 @@ class CompiledSearch:
         """
         raise NotImplementedError
 
-    def _run_to_stops(self) -> Iterator[None]:
-        beam, fusions, going = self.beam, self.fusions, True
-        late_at = torch.full_like(self.at, -1)  # frames searched at the late stop of each utterance
+    def run_to_stops(self) -> Iterator[None]:
+        """Search all frames that are there, in steps; more may come (see streaming.py)."""
+        beam, fusions, late_at, going = self.beam, self.fusions, self.late_at, True
         while going:
             standing = self.at[self.at < self._lens]
             self.before = int(standing.min()) if len(standing) else self.frames
@@ -157,11 +159,22 @@ class CompiledSearch:
                 yield from fusions.in_steps(beam, self.fired, lands)
                 if self.stops.late:
                     late_at[lands] = -1
-                    late_at = torch.where(self.fired, self.at + self.stops.late, late_at)
-                    ends = torch.where(late_at < 0, self._lens, torch.minimum(self._lens, late_at))
-                    self.ends.copy_(ends.pin_memory() if self.ends.is_cuda else ends, non_blocking=True)
-        beam.frame = self.frames - 1
-        beam.fused -= self.estimate  # `finish` scores all that is not scored yet
+                    late_at[self.fired] = self.at[self.fired] + self.stops.late
+                    self._set_ends()
+
+    def end(self) -> None:
+        """Note that no frames follow."""
+        self.beam.frame = self.frames - 1
+        self.beam.fused -= self.estimate  # `finish` scores all that is not scored yet
+
+    def set_lens(self, lens: Tensor) -> None:
+        """Let utterances end at ``lens`` [B]: streams learn later of more frames."""
+        self._lens = lens.cpu()
+        self._set_ends()
+
+    def _set_ends(self) -> None:
+        ends = torch.where(self.late_at < 0, self._lens, torch.minimum(self._lens, self.late_at))
+        self.ends.copy_(ends.pin_memory() if self.ends.is_cuda else ends, non_blocking=True)
 
     def _run_frame_by_frame(self) -> None:
         beam, fusions = self.beam, self.fusions

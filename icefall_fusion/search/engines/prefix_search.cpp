@@ -92,4 +92,14 @@ int prefix_search_run(void *handle, const Batch *arrays, int64_t until, int stop
   });
 }
 
+// Forget the first frames of utterance `b`, see Utterance::forget. Returns 0.
+int prefix_search_forget(void *handle, const Batch *arrays, int64_t b, int64_t frames, const int64_t *nodes) {
+  return icefall::guarded([&] {
+    auto &search = *static_cast<Search *>(handle);
+    search.utterances[b].forget(frames, nodes);
+    show(search.set, search.utterances[b], b, *arrays);
+    return 0;
+  });
+}
+
 }  // extern "C"

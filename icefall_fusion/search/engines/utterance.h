@@ -45,6 +45,18 @@ class Utterance {
     if (set.recover) children_.begin(set);
   }
 
+  // Count frames from `frames` on, give the hypotheses other arena nodes [K], and drop those that get none (-1).
+  void forget(int64_t frames, const int64_t *nodes) {
+    at -= frames;
+    size_t kept = 0;
+    for (size_t k = 0; k < slots.size(); ++k) {
+      if (nodes[k] < 0) continue;
+      slots[kept] = slots[k];
+      slots[kept++].node = nodes[k];
+    }
+    slots.resize(kept);
+  }
+
   // Search the next frames, up to frame `until` or the next stop of the rule. `fused` holds the scores of language
   // models.
   void run(const Settings &set, Scratch &scratch, const Frames &frames, int64_t until, bool stopping,

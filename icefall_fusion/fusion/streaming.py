@@ -1,0 +1,117 @@
+"""Delayed fusion in a stream: the text behind a cut is forgotten, the LLM reads its last words as context.
+Knows: delayed fusion, words before a cut, trees in lanes. Must not know: audio, when to cut, which LM it is.
+
+After a cut the arena's root stands for the words before it (search/streaming.py). The LLM's tree first grows
+on: its root moves down to the node of those words, and no score changes. When the tree has become long, it is
+replaced: the new one has the last words as its prompt. What those before had scored is taken out of all
+hypotheses alike, so that their order stays, and is added again in the stream's result.
+"""
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Mapping, Sequence
+
+import numpy as np
+
+from icefall_fusion.common.checks import check
+from icefall_fusion.common.counters import add_counters
+from icefall_fusion.fusion.delayed import DelayedFusion
+from icefall_fusion.fusion.word_nodes import open_word_nodes
+from icefall_fusion.fusion.words import WordNodes
+from icefall_fusion.text.styles import adapt, adapt_word
+
+if TYPE_CHECKING:
+    from icefall_fusion.lm.tree_lanes import TreeLanes
+    from icefall_fusion.search.beam import Beam
+
+
+class DelayedStream(DelayedFusion):
+    """A delayed fusion of one stream.
+
+    Args:
+        fusion: whose settings it has.
+        lanes: of the fusion's language model, where its tree lies.
+        context: earlier text, after the prompt; read, not scored.
+        words: most words of prompt and text that the LLM keeps as its context.
+
+    Attributes:
+        base: log P of the words that are in the tree no more.
+    """
+
+    def __init__(self, fusion: DelayedFusion, lanes: TreeLanes, context: Sequence[str], words: int) -> None:
+        vars(self).update(vars(fusion))
+        self.lm, self._most = lanes, words
+        several = isinstance(fusion.prompt, Mapping)
+        check(not several, "DelayedFusion.prompt", "be one text in a stream", fusion.prompt)
+        self._before = [*(fusion.prompt or "").split(), *adapt(context, self.text).split()][-words:]
+        self.prompt = " ".join(self._before) or None
+        self.base, self._cut, self._past = 0.0, 0, dict[str, float]()
+
+    def begin(self, beam: Beam, index: int, tokens: Any, ids: Sequence[str]) -> None:
+        """Start a stream (see ``Fusion.begin``)."""
+        super().begin(beam, index, tokens, ids)
+        self._words_in_tree = len(self._before)
+
+    def prepare_cut(self, node: int) -> None:
+        """Find and score the words of an arena node that will be the root."""
+        nodes, counts = self._ask("closed", np.array([node], np.int64))
+        self._words_in_tree += int(counts[0]) - self._cut
+        self._root, self._cut = int(nodes[0]), int(counts[0])
+        self._root_score = float(self._tree.score([self._root])[0])
+
+    def cut(self, beam: Beam, words: Sequence[str]) -> None:
+        """Go on from the new root of the arena.
+
+        Args:
+            beam: its arena has been cut.
+            words: those that were cut off, since the last cut.
+        """
+        first = self._cut - len(words)
+        adapted = [adapt_word(word, first + number, self.text) for number, word in enumerate(words)]
+        self._before = [*self._before, *adapted][-self._most :]
+        self._tree.move_root(self._root)
+        self._reopen()
+        landed = self._flying is None or not bool(self._flying.flying().any())
+        if landed and self._tree_is_long():
+            self._renew_tree(beam)
+
+    def close(self) -> None:
+        """Free the tree of a stream that ends without a result."""
+        if self._tree is not None:
+            self._close()
+
+    def _tree_is_long(self) -> bool:
+        deep = int(self._tree.tree.depth[self._root])
+        longest = self.lm.max_tokens
+        return self._words_in_tree > 2 * self._most or (longest is not None and deep > longest // 2)
+
+    def _renew_tree(self, beam: Beam) -> None:
+        """Replace the tree by one whose prompt is the last words."""
+        score = self._root_score
+        self._past = self._count()
+        self._close()
+        prompt = self.lm.encode(" ".join(self._before))
+        self._tree = self.lm.open_tree(1, [prompt], aside=self.late > 0)
+        self._words_in_tree, self._scored = len(self._before), np.zeros(0, np.bool_)
+        self._words_asked = np.array([self._tokenizer.hits, self._tokenizer.misses])
+        self._events, self._cleaned_at = 0, len(self._tree.tree)
+        self._reopen()
+        beam.state[..., self.index] = self._tree.root(0)
+        beam.lm[..., self.index] -= score
+        beam.fused -= self.weight * score
+        self.base += score
+
+    def _reopen(self) -> None:
+        """Let the known words begin at the roots of arena and tree, which `_cut` words come before."""
+        _, *rest = self._texts
+        self._texts = (self._tree, *rest[:5], [self._cut])
+        in_python = isinstance(self._word_nodes, WordNodes)
+        self._word_nodes = WordNodes(*self._texts) if in_python else open_word_nodes(*self._texts)
+
+    def _count(self) -> dict[str, float]:
+        total = dict(self._past)
+        add_counters(total, super()._count())
+        return total
+
+    def _close(self) -> None:
+        self._tree.close()
+        super()._close()

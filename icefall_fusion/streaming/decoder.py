@@ -1,0 +1,168 @@
+"""Many live streams by one acoustic model and one language model: their work is done together.
+Knows: the acoustic model, lanes of language models, streams. Must not know: where audio comes from, commands.
+
+A round takes one chunk of every stream whose audio for it is there, wherever the stream is: one encoder call,
+one search a stream up to its next fusion event, one call of the language model for all that wait, and so on
+to the end of the chunk. No result depends on what other streams there are.
+"""
+from __future__ import annotations
+
+import copy
+from typing import Iterator, Optional, Sequence
+
+import torch
+
+from icefall_fusion.acoustic.models import CtcAed, join_states
+from icefall_fusion.acoustic.models.subsampling import FACTOR
+from icefall_fusion.common.checks import check
+from icefall_fusion.data.features import FRAME_SHIFT
+from icefall_fusion.fusion import DelayedFusion, NgramFusion
+from icefall_fusion.fusion.streaming import DelayedStream
+from icefall_fusion.lm.tree_lanes import TreeLanes
+from icefall_fusion.nbest import NBest
+from icefall_fusion.search import Fusion, PrefixSearchOptions
+from icefall_fusion.search.streaming import check_stream_options
+from icefall_fusion.streaming.options import StreamOptions
+from icefall_fusion.streaming.segment import Segment
+from icefall_fusion.streaming.stream import Stream
+from icefall_fusion.text.tokens import AcousticTokens
+
+
+class StreamingDecoder:
+    """Decodes streams while they arrive.
+
+    The result of a stream is that of the same model over the whole audio with the same chunk mask and
+    `ctc_prefix_search`, however the audio is cut into packets, as long as nothing was forgotten or forced
+    (see `StreamOptions`). Not for several threads at once. The search runs on the CPU.
+
+    Args:
+        model: the acoustic model.
+        fusions: `DelayedFusion` and `NgramFusion`; their settings are copied for each stream.
+        search: the prefix search; its frame shift is the model's.
+        options: chunks, commitment, endpoints.
+        tokens: the vocabulary; none: the model's own.
+
+    Raises:
+        ValueError: a fusion that cannot be used in streams, or the model has no vocabulary.
+    """
+
+    def __init__(self, model: CtcAed, fusions: Sequence[Fusion] = (),
+                 search: Optional[PrefixSearchOptions] = None, options: Optional[StreamOptions] = None,
+                 tokens: Optional[AcousticTokens] = None) -> None:
+        self.model, self.options = model.eval(), StreamOptions() if options is None else options
+        check(isinstance(self.options, StreamOptions), "options", "be StreamOptions", type(options).__name__)
+        tokens = model.tokens if tokens is None else tokens
+        check(tokens is not None, "tokens", "be given for a model without a vocabulary", None)
+        self.tokens: AcousticTokens = tokens
+        self.frame_shift = FACTOR * FRAME_SHIFT
+        search = PrefixSearchOptions() if search is None else search
+        self._search = check_stream_options(search, self.frame_shift)
+        for number, fusion in enumerate(fusions):
+            good = type(fusion) in (DelayedFusion, NgramFusion)
+            rule = "be a DelayedFusion or an NgramFusion in a stream"
+            check(good, f"fusions[{number}]", rule, type(fusion).__name__)
+        self._fusions = list(fusions)
+        self._lanes = {id(fusion): TreeLanes(fusion.lm, self.options.streams)
+                       for fusion in fusions if isinstance(fusion, DelayedFusion)}
+        self._streams: list[Stream] = []
+        self._opened = 0
+
+    @property
+    def streams(self) -> list[Stream]:
+        """The open streams."""
+        return list(self._streams)
+
+    def open(self, name: Optional[str] = None, context: str = "") -> Stream:
+        """Open a stream.
+
+        Args:
+            name: in N-best lists; none: a number.
+            context: what was said before, for the language model; read, not scored.
+
+        Raises:
+            ValueError: `StreamOptions.streams` are open.
+        """
+        most = self.options.streams
+        check(len(self._streams) < most, "streams", f"be at most {most} (StreamOptions.streams)", most + 1)
+        name = str(self._opened) if name is None else name
+        state = self.model.encoder.start(1, self.options.chunk)
+        stream = Stream(self, name, state, self._open_segment, context.split())
+        self._opened += 1
+        self._streams.append(stream)
+        return stream
+
+    @torch.no_grad()
+    def decode(self) -> bool:
+        """Decode all chunks whose audio has arrived, of all streams; return whether there were any."""
+        any_ready = False
+        while self._round(self._streams, ended=False):
+            any_ready = True
+        return any_ready
+
+    @torch.no_grad()
+    def finish(self, streams: Sequence[Stream]) -> list[NBest]:
+        """End streams, and return the N-best list of the last segment of each."""
+        for stream in streams:
+            check(stream in self._streams, f"stream {stream.name!r}", "be open in this decoder", "closed")
+            stream.end()
+        self.decode()
+        while self._round(streams, ended=True):
+            pass
+        self._take_turns([stream.finish_segment() for stream in streams])
+        self._streams = [stream for stream in self._streams if stream not in streams]
+        return [stream.result() for stream in streams]
+
+    def close(self, stream: Stream) -> None:
+        """End a stream without a result."""
+        stream.free()
+        self._streams = [other for other in self._streams if other is not stream]
+
+    def stats(self) -> dict[str, float]:
+        """Return the counters of the language models' calls: lm_forwards, oom_backoffs, kv_bytes."""
+        total = {"lm_forwards": 0.0, "oom_backoffs": 0.0, "kv_bytes": 0.0}
+        for lanes in self._lanes.values():
+            total["lm_forwards"] += lanes.counters.lm_forwards
+            total["oom_backoffs"] += lanes.counters.oom_backoffs
+            total["kv_bytes"] += lanes.cache.kv_bytes
+        return total
+
+    # --- inside ------------------------------------------------------------------------------------------
+
+    def _round(self, streams: Sequence[Stream], ended: bool) -> bool:
+        """Decode the next chunk of all streams that have one; return whether one had."""
+        size = FACTOR * self.options.chunk.size
+        chunks = [(stream, stream.next_chunk(size, ended)) for stream in streams]
+        ready = [(stream, chunk) for stream, chunk in chunks if chunk is not None]
+        if not ready:
+            return False
+        lens = torch.tensor([len(chunk) for _, chunk in ready])
+        features = torch.nn.utils.rnn.pad_sequence([chunk for _, chunk in ready], batch_first=True)
+        state = join_states([stream.state for stream, _ in ready])
+        device = state.features.device
+        frames, counts = self.model.encoder.forward_chunk(features.to(device), lens.to(device), state)
+        log_probs, counts = self.model.ctc_log_probs(frames).cpu(), counts.tolist()
+        for (stream, _), row in zip(ready, state.rows()):
+            stream.state = row
+        self._take_turns([stream.decode(log_probs[row, : counts[row]])
+                          for row, (stream, _) in enumerate(ready)])
+        return True
+
+    def _take_turns(self, going: list[Iterator[None]]) -> None:
+        """Let all go on to where a language model must score; it scores for all of them at once."""
+        while going:
+            going = [steps for steps in going if next(steps, self) is not self]
+            for lanes in self._lanes.values():
+                lanes.run()
+
+    def _open_segment(self, stream: Stream, start: int, context: Sequence[str]) -> Segment:
+        options, shift = self.options, self.frame_shift
+        fusions: list[Fusion] = []
+        for fusion in self._fusions:
+            if isinstance(fusion, DelayedFusion):
+                lanes = self._lanes[id(fusion)]
+                fusions.append(DelayedStream(fusion, lanes, context, options.context_words))
+            else:
+                fusions.append(copy.copy(fusion))
+        after = None if options.commit_after is None else max(1, round(options.commit_after / shift))
+        window = max(1, round(options.window / shift))
+        return Segment(self.tokens, self._search, fusions, stream.name, start, window, after)
