@@ -109,7 +109,7 @@ def test_the_job_gives_a_base_the_acoustic_pieces(base, text, tmp_path: Path, pr
     reached = words_perplexity(lm, SENTENCES)
     allowed = 1e-4 if precision == "float32" else 0.05
     assert reached == pytest.approx(lines[-1]["valid_word_perplexity"], rel=allowed)
-    assert len(lines) == 2 and reached < 0.9 * lines[0]["valid_word_perplexity"]
+    assert reached < 0.9 * lines[0]["valid_word_perplexity"]
     still = make_options(base, text, tmp_path / "next", max_steps=1, init=str(export), **asked)
     object.__setattr__(still.trainer, "lr", 1e-12)
     object.__setattr__(still.trainer, "min_lr", 0.0)
