@@ -213,6 +213,10 @@ class DecodeRun:
         if "wordngram" in method.spec.needs:
             received["wordngram"] = dataclasses.asdict(options.wordngram)
             received["wordngram"]["fingerprint"] = self._fingerprint(options.wordngram.path)
+        lms = [getattr(options, name) for name in method.spec.sources if name in LM_SOURCES]
+        if "hotwords" in method.spec.needs or any(lm.prompt_from_hotwords for lm in lms):
+            path = options.hotwords
+            received["hotwords"] = {"path": path, "fingerprint": self._fingerprint(path)}
         return received
 
     def write_run(self, status: str) -> None:

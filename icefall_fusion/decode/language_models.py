@@ -4,13 +4,15 @@ Knows: causal language models. Must not know: searches, fusions, files of a run.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Container, Iterable, Mapping, Optional, Sequence
 
 import torch
 
 from icefall_fusion.common.checks import check, check_at_least, check_choice
 from icefall_fusion.common.devices import check_device, weight_bytes
+from icefall_fusion.common.files import PathLike
+from icefall_fusion.decode.hotwords import HotWords
 from icefall_fusion.fusion.delayed import Prompt
 from icefall_fusion.fusion.ngram import SCALE, LookAhead
 from icefall_fusion.lm import QUANTIZATIONS, CausalLm
@@ -39,6 +41,7 @@ class LmOptions:
         quantization: 8bit or 4bit (by bitsandbytes), or int8 (weights alone, by torchao).
         text: how the LM sees words: as-is, lower or sentence.
         prompt: earlier text, read but not scored.
+        prompt_from_hotwords: build the prompt from the phrases of ``hotwords``, at most context_words words.
         context: a custom field of the cuts, e.g. pre_text: the earlier text of each utterance, as its prompt.
         carry: of audio that is decoded in segments, take the text recognized so far as earlier text; the
             segments of an utterance are then decoded one after the other.
@@ -56,6 +59,7 @@ class LmOptions:
     quantization: Optional[str] = None
     text: str = "as-is"
     prompt: Optional[str] = None
+    prompt_from_hotwords: bool = False
     context: str = ""
     carry: bool = False
     context_words: int = 200
@@ -69,6 +73,8 @@ class LmOptions:
         check_choice(self.quantization, QUANTIZATIONS, "LmOptions.quantization")
         both = self.prompt is not None and self.tracks_context
         check(not both, "LmOptions.prompt", "be left out with LmOptions.context or carry", self.prompt)
+        good = not self.prompt_from_hotwords or (self.prompt is None and not self.tracks_context)
+        check(good, "LmOptions.prompt_from_hotwords", "be left out with prompt, context or carry", True)
         check_at_least(1, self, "context_words")
         rule = "be left out where LmOptions.path names no model, or with LmOptions.quantization"
         check(not self.adapter or bool(self.path) and self.quantization is None, "LmOptions.adapter", rule,
@@ -108,6 +114,7 @@ class LanguageModels:
         ngram: the n-gram over the acoustic pieces.
         tokens: the acoustic pieces.
         word_ngram: the n-gram over words.
+        hotwords: a file of phrases, see HotWords.
     """
 
     def __init__(
@@ -117,8 +124,13 @@ class LanguageModels:
         ngram: NgramOptions = NgramOptions(),
         tokens: Optional[AcousticTokens] = None,
         word_ngram: WordNgramOptions = WordNgramOptions(),  # noqa: B008 (a frozen value)
+        hotwords: PathLike = "",
     ) -> None:
-        self.options, self._device = dict(options), device
+        self.options, self._device, self.hotwords = dict(options), device, HotWords(hotwords, tokens)
+        for source, own in self.options.items():
+            if own.prompt_from_hotwords:
+                prompt = self.hotwords.prompt(own.text, own.context_words)
+                self.options[source] = replace(own, prompt=prompt, prompt_from_hotwords=False)
         self._ngram_options, self._tokens = ngram, tokens
         self.word_ngram_options, self._word_ngram = word_ngram, None
         self._ngram: Optional[PieceNgram] = None

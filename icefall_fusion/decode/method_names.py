@@ -40,11 +40,14 @@ METHODS = (
 #: Used for a method that the weights file does not name.
 DEFAULT_WEIGHTS = {
     "attention": 1.0, "nlm": 0.3, "ngram": 0.3, "wordngram": 0.3, "llm": 0.4, "matched_llm": 0.4, "hlg": 0.5,
-    "words": 0.5,
+    "words": 0.5, "hotwords": 1.0,
 }
+#: Sources that are no language models: beside an LM they have no share of the bonus a word.
+NO_LMS = ("hotwords",)
 _TABLES = {"all": METHODS, "k2-all": K2_METHODS}
-_GRAPHS = {
+_WANTED = {
     "graph": "k2.graph must name a decoding graph of the job make-graph, or k2.saved lattices,",
+    "hotwords": "hotwords must name a file of phrases",
     "word_ngram": "k2.ngram must name a graph G of the job make-graph (or k2.saved lattices made with one)",
 }
 NO_DECODER = (
@@ -113,6 +116,7 @@ class MethodSpec:
 
 _COMPONENTS: dict[str, Union[FusionSpec, RescoringSpec]] = {
     "ngram-shallow": FusionSpec("ngram"),
+    "hotwords-shallow": FusionSpec("hotwords"),
     "nlm-shallow": FusionSpec("nlm"),
     "llm-shallow": FusionSpec("matched_llm"),
     "attention-rescoring": RescoringSpec("attention"),
@@ -192,8 +196,8 @@ def choose_methods(names: Union[str, Sequence[str]], available: Container[str]) 
             logging.warning("%s is skipped: there is no %s", name, ", ".join(lacking))
         elif lacking[0] == "attention":
             raise ValueError(NO_DECODER.format(name))
-        elif lacking[0] in _GRAPHS:
-            raise ValueError(f"{_GRAPHS[lacking[0]]} for the method {name!r}")
+        elif lacking[0] in _WANTED:
+            raise ValueError(f"{_WANTED[lacking[0]]} for the method {name!r}")
         else:
             raise ValueError(f"{lacking[0]}.path must name a model for the method {name!r}, but is ''")
     return chosen
@@ -243,6 +247,7 @@ def weights_of(name: str, tuned: Mapping[str, Mapping[str, float]]) -> dict[str,
     if not sources:
         return {"ctc": 1.0}
     wanted = [*sources, "words"]
+    usual = {**DEFAULT_WEIGHTS, **({} if set(sources) - set(NO_LMS) else {"words": 0.0})}
     weights = dict(tuned.get(name, tuned.get(_not_late(name), {})))
     weights.pop("ctc", None)
     for source, weight in weights.items():
@@ -250,4 +255,4 @@ def weights_of(name: str, tuned: Mapping[str, Mapping[str, float]]) -> dict[str,
         number = isinstance(weight, (int, float)) and math.isfinite(weight)
         check(number, f"weights.{name}.{source}", "be a number", weight)
         check(weight >= 0 or source == "words", f"weights.{name}.{source}", "be at least 0", weight)
-    return {"ctc": 1.0, **{source: float(weights.get(source, DEFAULT_WEIGHTS[source])) for source in wanted}}
+    return {"ctc": 1.0, **{source: float(weights.get(source, usual[source])) for source in wanted}}

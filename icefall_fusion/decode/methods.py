@@ -13,8 +13,8 @@ from icefall_fusion.acoustic.emissions import Emissions
 from icefall_fusion.common.checks import check
 from icefall_fusion.common.counters import add_counters
 from icefall_fusion.decode.language_models import LanguageModels, Prompt
-from icefall_fusion.decode.method_names import NO_DECODER, FusionSpec, RescoringSpec, parse_method
-from icefall_fusion.fusion import DelayedFusion, NgramFusion, ShallowFusion
+from icefall_fusion.decode.method_names import NO_DECODER, NO_LMS, FusionSpec, RescoringSpec, parse_method
+from icefall_fusion.fusion import DelayedFusion, HotWordFusion, NgramFusion, ShallowFusion
 from icefall_fusion.fusion.rescoring import rescore_with_attention, rescore_with_lm, rescore_with_ngram
 from icefall_fusion.lattice.methods import decode_lattices
 from icefall_fusion.lattice.source import K2Options, LatticeSource
@@ -65,6 +65,8 @@ class Method:
         weight, bonus = self.weights[spec.source], self._word_bonus(spec)
         if spec.source == "ngram":
             return NgramFusion(self._models.ngram(), weight, bonus)
+        if spec.source == "hotwords":
+            return HotWordFusion(self._models.hotwords.automaton, weight, word_bonus=bonus)
         if spec.source == "wordngram":
             from icefall_fusion.fusion.word_ngram import WordNgramFusion
 
@@ -86,8 +88,12 @@ class Method:
 
     def _word_bonus(self, spec: FusionSpec) -> float:
         """Return a fusion's share of the bonus a word, which offsets its LM's log-prob of a word."""
-        total = sum(self.weights[other.source] for other in self.spec.fusions)
-        share = self.weights[spec.source] / total if total else 1.0 / len(self.spec.fusions)
+        others = [other.source for other in self.spec.fusions]
+        others = [source for source in others if source not in NO_LMS] or others
+        if spec.source not in others:
+            return 0.0
+        total = sum(self.weights[source] for source in others)
+        share = self.weights[spec.source] / total if total else 1.0 / len(others)
         return self.weights["words"] * share
 
     def describe(self) -> list[dict[str, Any]]:

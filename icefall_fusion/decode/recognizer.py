@@ -41,10 +41,9 @@ class RecognizerOptions:
 
     Args:
         emissions: where log-probs come from.
-        nlm: LM over the acoustic pieces.
-        llm: LM with a vocabulary of its own.
-        matched_llm: LLM over the acoustic pieces, for llm-shallow.
+        nlm, matched_llm: LM over the acoustic pieces, LLM over them; llm: with a vocabulary of its own.
         ngram, wordngram: n-grams over the acoustic pieces, and over words.
+        hotwords: file of phrases for hotwords-shallow, lines ``phrase`` or ``phrase<TAB>nats``.
         search: the prefix search.
         k2: lattices, for the methods k2-*.
         weights: weight by method and source (words: the bonus a word), or a YAML file that has them.
@@ -60,6 +59,7 @@ class RecognizerOptions:
     matched_llm: LmOptions = field(default_factory=LmOptions)
     ngram: NgramOptions = field(default_factory=NgramOptions)
     wordngram: WordNgramOptions = field(default_factory=WordNgramOptions)
+    hotwords: str = ""
     search: PrefixSearchOptions = field(default_factory=PrefixSearchOptions)
     k2: K2Options = field(default_factory=K2Options)
     weights: Union[str, dict[str, dict[str, float]]] = field(default_factory=dict)
@@ -83,8 +83,9 @@ class RecognizerOptions:
         return self.batch_size or size, self.batch_seconds or seconds
 
     def named_models(self) -> set[str]:
-        """Return the sources whose language models are named: of `LM_SOURCES`, and the n-grams'."""
-        return {source for source in (*LM_SOURCES, "ngram", "wordngram") if getattr(self, source).path}
+        """Return the sources whose models are named: of `LM_SOURCES`, the n-grams' and ``hotwords``."""
+        named = {source for source in (*LM_SOURCES, "ngram", "wordngram") if getattr(self, source).path}
+        return named | ({"hotwords"} if self.hotwords else set())
 
 
 class Batch(NamedTuple):
@@ -125,7 +126,8 @@ class Recognizer:
         self.source: EmissionSource = open_source(replace(options.emissions, device=device))
         lms = {name: getattr(options, name) for name in LM_SOURCES}
         lms = {name: replace(lm, device=processes.device(lm.device)) for name, lm in lms.items()}
-        self.models = LanguageModels(lms, device, options.ngram, self.source.tokens, options.wordngram)
+        self.models = LanguageModels(lms, device, options.ngram, self.source.tokens, options.wordngram,
+                                     options.hotwords)
         self._lattices: Optional[LatticeSource] = None
         tuned = read_weights(options.weights)
         names = choose_methods(methods, self._available())
@@ -154,8 +156,6 @@ class Recognizer:
         if self._lattices is None and "graph" in parse_method(name).needs:
             self._lattices = open_lattices(self.options.k2, self.source.tokens, self.device)
         return Method(name, weights, self.options.search, self.models, self._lattices, self.options.k2)
-
-    # --- audio to log-probs -----------------------------------------------------------------------------
 
     def batches(self, utterances: Sequence[Utterance]) -> Iterator[list[Utterance]]:
         """Yield batches of utterances of similar length, the longest first."""
@@ -218,8 +218,6 @@ class Recognizer:
     def _note_unreadable(self, utterance: Utterance, error: InputError) -> None:
         logging.warning("skipped: %s", error)
         self.unreadable.append((utterance, error))
-
-    # --- log-probs to N-best lists ----------------------------------------------------------------------
 
     def transcribe(self, utterances: Sequence[Utterance]) -> Iterator[NBest]:
         """Yield the N-best lists of the first method, in any order."""

@@ -40,6 +40,7 @@ class HotWordFusion(Fusion):
         weight: factor of the boosts, at least 0; 0 leaves the search as it is, bit for bit.
         boost: of phrases that come without one.
         source: name of the score in N-best lists.
+        word_bonus: added per word, in nats.
 
     Raises:
         TypeError: phrases that are no list. ValueError: a bad boost, weight or source, or (when a search
@@ -49,8 +50,8 @@ class HotWordFusion(Fusion):
     scores_extensions = True
 
     def __init__(self, phrases: Union[Phrases, Mapping[str, Phrases]], weight: float = 1.0,
-                 boost: float = BOOST, source: str = "hotwords") -> None:
-        self.weight, self.source, self._boost = weight, source, boost
+                 boost: float = BOOST, source: str = "hotwords", word_bonus: float = 0.0) -> None:
+        self.weight, self.source, self._boost, self.word_bonus = weight, source, boost, word_bonus
         check_fusion(self)
         check_boost(boost, "HotWordFusion.boost")
         self._by_utterance = isinstance(phrases, Mapping)
