@@ -31,7 +31,7 @@ JOBS = {
     "tune": Job("decode.tune", "tune fusion weights on dev, from stored N-best scores"),
     "tune-words": Job("decode.tune_words", "find the constants of word times"),
     "score": Job("scoring.score", "word error rate of hypotheses against references"),
-    "report": Job("scoring.table", "collect decode runs into a table and a plot"),
+    "report": Job("decode.report", "collect runs into a table and a plot; compare two methods"),
     "demo": Job("decode.demo", "speak and decode the built-in stories by all methods"),
     "prepare-text": Job("data.books", "cut books into utterances"),
     "select-utterances": Job("data.selection", "choose what is spoken"),

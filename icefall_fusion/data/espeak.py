@@ -10,10 +10,11 @@ from __future__ import annotations
 import _ctypes
 import ctypes
 import functools
+import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Optional
+from typing import Any, Iterable, NamedTuple, Optional
 
 import numpy as np
 from scipy.signal import firwin, resample_poly
@@ -169,6 +170,24 @@ class Engine:
             library.espeak_Terminate()
             _ctypes.dlclose(library._handle)
         return np.frombuffer(b"".join(chunks), np.int16), rate
+
+    def phonemes(self, words: Iterable[str], voice: Voice) -> dict[str, str]:
+        """Return how words are pronounced, each by itself, in eSpeak NG's letters; stress is left out."""
+        library = ctypes.CDLL(self._library_path)
+        library.espeak_TextToPhonemes.restype = ctypes.c_char_p
+        found = {}
+        try:
+            library.espeak_Initialize(_SYNCHRONOUS, 0, self._data.name.encode(), _DONT_EXIT)
+            self._select(library, voice)
+            for word in words:
+                text = ctypes.create_string_buffer(word.encode("utf-8"))
+                place = ctypes.c_void_p(ctypes.addressof(text))
+                spoken = library.espeak_TextToPhonemes(ctypes.byref(place), _CHARS_UTF8, 0) or b""
+                found[word] = re.sub(r"[',_ %=|]", "", spoken.decode("utf-8", "replace"))
+        finally:
+            library.espeak_Terminate()
+            _ctypes.dlclose(library._handle)
+        return found
 
     @staticmethod
     def _select(library: ctypes.CDLL, voice: Voice) -> None:

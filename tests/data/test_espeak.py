@@ -127,6 +127,14 @@ def test_the_times_of_words_are_told_and_change_no_sample() -> None:
     assert spoken_words("", [], 0.1) == [] and spoken_words("a", [], 0.1) == []
 
 
+def test_homophones_have_the_same_phonemes() -> None:
+    words = "sea see knight night their there aunt ant two too".split()
+    sounds = espeak.engine().phonemes(words, Voice())
+    assert list(sounds) == words and all(sounds.values())
+    same = [one for one, other in zip(words[::2], words[1::2]) if sounds[one] == sounds[other]]
+    assert same == ["sea", "knight", "their", "two"]
+
+
 def test_a_manifest_can_tell_the_times_of_words(tmp_path: Path) -> None:
     _write_utterances(tmp_path, 2)
     assert run(SynthesizeOptions("dev", tmp_path, workers=1)) == 0
