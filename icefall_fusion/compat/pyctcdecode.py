@@ -19,10 +19,17 @@ from icefall_fusion.common.checks import check, is_count, is_number
 from icefall_fusion.common.files import write_text
 from icefall_fusion.compat import alphabet as _alphabet
 from icefall_fusion.compat.alphabet import Alphabet
+from icefall_fusion.compat.language_model import (
+    DEFAULT_ALPHA,
+    DEFAULT_BETA,
+    DEFAULT_SCORE_LM_BOUNDARY,
+    DEFAULT_UNK_LOGP_OFFSET,
+    LanguageModel,
+    LmState,
+)
 from icefall_fusion.compat.logits import check_logits, drop_improbable, log_probs_of, pad
-from icefall_fusion.search import Fusion, PrefixSearchOptions, ctc_prefix_search
+from icefall_fusion.search import PrefixSearchOptions, ctc_prefix_search
 
-DEFAULT_ALPHA, DEFAULT_BETA, DEFAULT_UNK_LOGP_OFFSET, DEFAULT_SCORE_LM_BOUNDARY = 0.5, 1.5, -10.0, True
 DEFAULT_BEAM_WIDTH, DEFAULT_PRUNE_LOGP, DEFAULT_MIN_TOKEN_LOGP, DEFAULT_PRUNE_BEAMS = 100, -10.0, -5.0, False
 DEFAULT_HOTWORD_WEIGHT = 10.0
 
@@ -34,7 +41,7 @@ class OutputBeam(NamedTuple):
     """
 
     text: str
-    last_lm_state: Any
+    last_lm_state: Optional[LmState]
     text_frames: list[tuple[str, tuple[int, int]]]
     logit_score: float
     lm_score: float
@@ -60,15 +67,15 @@ class BeamSearchDecoderCTC:
     _ALPHABET_SERIALIZED_FILENAME = "alphabet.json"
     _LANGUAGE_MODEL_SERIALIZED_DIRECTORY = "language_model"
 
-    def __init__(self, alphabet: Alphabet, language_model: Any = None) -> None:
-        rule = "be None: language models are not joined to these calls yet"
-        check(language_model is None, "language_model", rule, language_model)
+    def __init__(self, alphabet: Alphabet, language_model: Optional[LanguageModel] = None) -> None:
+        good = language_model is None or isinstance(language_model, LanguageModel)
+        check(good, "language_model", "be None or a LanguageModel", type(language_model).__name__)
         self._alphabet, self._language_model = alphabet, language_model
         self._tokens = alphabet.tokens()
         self._model_key = b"own"
 
     @property
-    def model_container(self) -> dict[bytes, Any]:
+    def model_container(self) -> dict[bytes, Optional[LanguageModel]]:
         """The language model by `_model_key`; it goes when the decoder goes."""
         return {self._model_key: self._language_model}
 
@@ -82,12 +89,15 @@ class BeamSearchDecoderCTC:
     def reset_params(self, alpha: Optional[float] = None, beta: Optional[float] = None,
                      unk_score_offset: Optional[float] = None,
                      lm_score_boundary: Optional[bool] = None) -> None:
-        """Change the weights of the language model; without one nothing happens."""
+        """Change the weights of the language model; None leaves one; without a model nothing happens."""
+        if self._language_model is not None:
+            self._language_model.reset_params(alpha=alpha, beta=beta, unk_score_offset=unk_score_offset,
+                                              score_boundary=lm_score_boundary)
 
     def decode(self, logits: Any, beam_width: int = DEFAULT_BEAM_WIDTH,
                beam_prune_logp: float = DEFAULT_PRUNE_LOGP, token_min_logp: float = DEFAULT_MIN_TOKEN_LOGP,
                hotwords: Optional[Iterable[str]] = None, hotword_weight: float = DEFAULT_HOTWORD_WEIGHT,
-               lm_start_state: Any = None) -> str:
+               lm_start_state: Optional[LmState] = None) -> str:
         """Return the best text of logits [T, V]; arguments and errors of `decode_beams`."""
         return self._decode([logits], beam_width, beam_prune_logp, token_min_logp, hotwords, hotword_weight,
                             lm_start_state, frames=False)[0][0].text
@@ -97,7 +107,7 @@ class BeamSearchDecoderCTC:
                      token_min_logp: float = DEFAULT_MIN_TOKEN_LOGP,
                      prune_history: bool = DEFAULT_PRUNE_BEAMS, hotwords: Optional[Iterable[str]] = None,
                      hotword_weight: float = DEFAULT_HOTWORD_WEIGHT,
-                     lm_start_state: Any = None) -> list[OutputBeam]:
+                     lm_start_state: Optional[LmState] = None) -> list[OutputBeam]:
         """Return the hypotheses of logits, best first; each text once, its alignments and spellings summed.
 
         Args:
@@ -108,7 +118,7 @@ class BeamSearchDecoderCTC:
             prune_history: has no effect: hypotheses that differ in old words alone are kept.
             hotwords: not served yet.
             hotword_weight: of them.
-            lm_start_state: LM state after earlier audio, as hypotheses have it.
+            lm_start_state: LM state after earlier audio, as hypotheses have it (`LmState`).
 
         Raises:
             ValueError: logits do not fit the labels or are no numbers, or an argument is out of range.
@@ -137,7 +147,7 @@ class BeamSearchDecoderCTC:
         return [[OutputBeamMPSafe(b[0], *b[2:]) for b in beams] for beams in found]
 
     def _decode(self, logits: list[Any], beam: int, prune: float, least: float,
-                hotwords: Optional[Iterable[str]], hotword_weight: float, state: Any = None,
+                hotwords: Optional[Iterable[str]], hotword_weight: float, state: Optional[LmState] = None,
                 frames: bool = True) -> list[list[OutputBeam]]:
         """Return the hypotheses of a batch; with ``frames`` those of their words."""
         check(is_count(beam), "beam_width", "be an integer, at least 1", beam)
@@ -145,19 +155,28 @@ class BeamSearchDecoderCTC:
         check(good, "beam_prune_logp", "be below 0", prune)
         phrases = list(hotwords or ())
         check(not phrases, "hotwords", "be none: they are not served yet", phrases[:3])
-        check(state is None, "lm_start_state", "be None for a decoder without a language model", state)
+        model = self._language_model
+        rule = "be None for a decoder without a language model"
+        check(state is None or model is not None, "lm_start_state", rule, state)
         rows, size = [], self._tokens.size
         for number, values in enumerate(logits):
             name = f"logits of utterance {number}" if len(logits) > 1 else "logits"
             rows.append(drop_improbable(log_probs_of(check_logits(values, size, name), name), least))
         options = PrefixSearchOptions(beam=int(beam), score_beam=-prune, frame_shift=1.0, word_times=frames)
-        fusions: list[Fusion] = []
-        nbests = ctc_prefix_search(*pad(rows, size), options, self._tokens, fusions)
-        return [_beams(nbest, -prune) for nbest in nbests]
+        fusions = [] if model is None else model.fusions(state)
+        found = ctc_prefix_search(*pad(rows, size), options, self._tokens, fusions)
+        found = [_beams(nbest, -prune) for nbest in found]
+        if model is None:
+            return found
+        return [[b._replace(last_lm_state=model.state_after(state, b.text.split())) for b in beams]
+                for beams in found]
 
     def save_to_dir(self, filepath: str) -> None:
         """Write the decoder into a folder, in pyctcdecode's format."""
-        write_text(Path(filepath) / self._ALPHABET_SERIALIZED_FILENAME, self._alphabet.dumps())
+        folder = Path(filepath)
+        if self._language_model is not None:
+            self._language_model.save_to_dir(folder / self._LANGUAGE_MODEL_SERIALIZED_DIRECTORY, folder)
+        write_text(folder / self._ALPHABET_SERIALIZED_FILENAME, self._alphabet.dumps())
 
     @classmethod
     def load_from_dir(cls, filepath: str, unigram_encoding: Optional[str] = None) -> BeamSearchDecoderCTC:
@@ -170,7 +189,9 @@ class BeamSearchDecoderCTC:
         path = Path(filepath) / cls._ALPHABET_SERIALIZED_FILENAME
         if not path.is_file():
             raise FileNotFoundError(f"there is no alphabet of a decoder at {path}")
-        return cls(Alphabet.loads(path.read_text(encoding="utf-8")))
+        folder = path.parent / cls._LANGUAGE_MODEL_SERIALIZED_DIRECTORY
+        model = LanguageModel.load_from_dir(folder, path.parent, unigram_encoding)
+        return cls(Alphabet.loads(path.read_text(encoding="utf-8")), model)
 
 
 def _beams(nbest: Any, prune: float) -> list[OutputBeam]:
@@ -199,19 +220,34 @@ def build_ctcdecoder(
     beta: float = DEFAULT_BETA,
     unk_score_offset: float = DEFAULT_UNK_LOGP_OFFSET,
     lm_score_boundary: bool = DEFAULT_SCORE_LM_BOUNDARY,
+    llm: Any = None,
+    llm_weight: float = 0.4,
+    llm_text: str = "as-is",
 ) -> BeamSearchDecoderCTC:
     """Return a decoder for the output of a CTC model.
 
     Args:
         labels: text of each column of the logits; blank is "", "[PAD]", "<pad>" or "_", else one more column
             at the end.
-        kenlm_model_path: not served yet.
+        kenlm_model_path: KenLM binary or ARPA file of an n-gram over words.
+        unigrams: known words; None: those of the n-gram.
+        alpha: weight of the n-gram's natural-log score.
+        beta: added for each word, in nats.
+        unk_score_offset: log10 added to the n-gram's score of a word that is not known.
+        lm_score_boundary: whether start and end of a sentence are scored.
+        llm: beyond pyctcdecode: an LLM in the search (Hori et al. 2025), see `LanguageModel`.
+        llm_weight, llm_text: of it.
 
     Raises:
-        ValueError: labels repeat or are no texts.
+        FileNotFoundError, ModuleNotFoundError: the n-gram, or kenlm for a binary, is missing.
+        ValueError: labels repeat or are no texts; the n-gram is refused; a weight is not finite.
     """
-    check(kenlm_model_path is None, "kenlm_model_path", "be None: it is not served yet", kenlm_model_path)
-    return BeamSearchDecoderCTC(Alphabet.build_alphabet(labels))
+    alphabet, model = Alphabet.build_alphabet(labels), None
+    if kenlm_model_path is not None or llm is not None:
+        model = LanguageModel(kenlm_model_path, unigrams, alpha, beta, unk_score_offset, lm_score_boundary,
+                              llm, llm_weight, llm_text)
+        model.check_coverage(alphabet.labels)
+    return BeamSearchDecoderCTC(alphabet, model)
 
 
 def install() -> None:

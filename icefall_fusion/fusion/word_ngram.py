@@ -4,7 +4,7 @@ Knows: a word n-gram, the token tree. Must not know: acoustic models, files.
 from __future__ import annotations
 
 import time
-from typing import Any, Callable, Optional, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Optional, Sequence
 
 import numpy as np
 import torch
@@ -15,6 +15,11 @@ from icefall_fusion.fusion.delayed import DelayedFusion, Prompt
 from icefall_fusion.fusion.triggers import ShortestHypothesis, Trigger
 from icefall_fusion.lm.token_tree import make_tree
 from icefall_fusion.ngram.word_ngram import EMPTY_ID, END_ID, ID_COUNT, START_ID, WordNgram
+
+if TYPE_CHECKING:
+    from icefall_fusion.search.beam import Beam
+
+_KEEP_AFTER = 4096  # new words an utterance between two clean-ups
 
 
 class WordNgramFusion(DelayedFusion):
@@ -51,6 +56,11 @@ class WordNgramFusion(DelayedFusion):
         check(isinstance(boundary, bool), "WordNgramFusion.boundary", "be True or False", boundary)
         lm = ngram.views.setdefault(boundary, _WordLm(ngram, boundary))
         super().__init__(lm, weight, word_bonus, trigger, text, prompt, boundary, source)
+
+    def _clean(self, beam: Beam) -> None:
+        """Forget old words seldom: they take little room, and to look for them takes long."""
+        if len(self._tree.tree) - self._cleaned_at > _KEEP_AFTER * beam.arena.batch:
+            super()._clean(beam)
 
     def _count(self) -> dict[str, float]:
         """Return its seconds and scored words alone: other counters are those of an LLM beside it."""

@@ -60,7 +60,7 @@ class WordNgram:
         reader: kenlm, own, or auto: kenlm where it is installed, else own.
 
     Attributes:
-        order: the longest n; name: the path.
+        order: the longest n; name, path: of the file; binary: whether it is a KenLM binary.
 
     Raises:
         FileNotFoundError: the file is missing.
@@ -78,6 +78,8 @@ class WordNgram:
         if not self.path.is_file():
             raise FileNotFoundError(f"there is no n-gram at {path}")
         self.unigrams = None if unigrams is None else frozenset(unigrams)
+        with open(self.path, "rb") as file:
+            self.binary = file.read(len(_BINARY)) == _BINARY
         self._tables: Any = _KenlmTables(self.path) if self._by_kenlm(reader) else _OwnTables(self.path)
         self.order: int = self._tables.order
         self._ids: dict[str, int] = {}
@@ -87,12 +89,10 @@ class WordNgram:
         self.views: dict[Any, Any] = {}
 
     def _by_kenlm(self, reader: str) -> bool:
-        with open(self.path, "rb") as file:
-            binary = file.read(len(_BINARY)) == _BINARY
         installed = importlib.util.find_spec("kenlm") is not None
         if installed and reader != "own":
             return True
-        if binary or reader == "kenlm":
+        if self.binary or reader == "kenlm":
             check(reader != "own", "WordNgram.reader", f"be kenlm for the KenLM binary {self.path}", reader)
             raise ModuleNotFoundError(f"{self.path} needs the package kenlm: pip install kenlm")
         if reader == "auto":
@@ -226,7 +226,7 @@ class _OwnTables:
     """An n-gram in our own tables."""
 
     def __init__(self, path: Path) -> None:
-        self.words, longest = _read_words(path)
+        self.words, longest = arpa_words(path)
         most = longest_order(len(self.words))
         rule = f"be at most {most} for {len(self.words)} words (pip install kenlm reads longer ones)"
         check(longest <= most, f"the longest n-gram of {path}", rule, longest)
@@ -266,7 +266,7 @@ class _OwnTables:
         return pieces
 
 
-def _read_words(path: Path) -> tuple[list[str], int]:
+def arpa_words(path: Path) -> tuple[list[str], int]:
     """Return the words of an ARPA file's unigrams, marks left out, and the longest n that it announces.
 
     Raises:

@@ -1,0 +1,186 @@
+"""The language models of a pyctcdecode decoder: an n-gram over words, an LLM beside it; weights and files.
+Knows: pyctcdecode's parameters and folders, our fusions. Must not know: labels, searches, hypotheses.
+"""
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any, Collection, NamedTuple, Optional, Sequence, Union
+
+from icefall_fusion.common.checks import check, is_number
+from icefall_fusion.common.files import atomic_path, write_json, write_text
+from icefall_fusion.fusion import DelayedFusion, ShortestHypothesis, WordNgramFusion
+from icefall_fusion.ngram.arpa import LN10
+from icefall_fusion.ngram.word_ngram import WordNgram, arpa_words
+from icefall_fusion.search import Fusion
+
+DEFAULT_ALPHA, DEFAULT_BETA, DEFAULT_UNK_LOGP_OFFSET, DEFAULT_SCORE_LM_BOUNDARY = 0.5, 1.5, -10.0, True
+_NUMBERS = ("alpha", "beta", "unk_score_offset")
+_ATTRIBUTES, _UNIGRAMS, _LLM = "attrs.json", "unigrams.txt", "llm.json"
+_ENDINGS = (".arpa", ".bin", ".binary", ".gz")
+_MOST_WORDS = 200  # of a state
+
+
+class LmState(NamedTuple):
+    """What was said before: the last words."""
+
+    words: tuple[str, ...]
+
+
+class LanguageModel:
+    """Weights and models. Beams add ``alpha * ln P(words) + beta * words`` and, with an LLM, its share.
+
+    Args:
+        kenlm_model: path of a KenLM binary or ARPA file over words; None: there is none.
+        unigrams: known words; None: those of the n-gram.
+        alpha: weight of the n-gram's natural-log score.
+        beta: added for each word, in nats.
+        unk_score_offset: log10 added to the n-gram's score of a word that is not known.
+        score_boundary: whether start and end of a sentence are scored.
+        llm: a `CausalLm`, or the path or name of one: joins by delayed fusion (Hori et al. 2025).
+        llm_weight: of its natural-log score.
+        llm_text: how it sees words: as-is, lower or sentence.
+
+    Raises:
+        FileNotFoundError, ModuleNotFoundError, ValueError: see `WordNgram`; a weight is not finite.
+    """
+
+    def __init__(self, kenlm_model: Union[None, str, os.PathLike] = None,
+                 unigrams: Optional[Collection[str]] = None, alpha: float = DEFAULT_ALPHA,
+                 beta: float = DEFAULT_BETA, unk_score_offset: float = DEFAULT_UNK_LOGP_OFFSET,
+                 score_boundary: bool = DEFAULT_SCORE_LM_BOUNDARY, llm: Any = None, llm_weight: float = 0.4,
+                 llm_text: str = "as-is") -> None:
+        check(kenlm_model is not None or llm is not None, "language model", "be an n-gram or an LLM", None)
+        self.alpha, self.beta, self.unk_score_offset = alpha, beta, unk_score_offset
+        self.score_boundary = score_boundary
+        self._check()
+        self.ngram = None if kenlm_model is None else WordNgram(kenlm_model, unigrams)
+        self.llm_path = str(llm) if isinstance(llm, (str, os.PathLike)) else None
+        self.llm, self.llm_weight, self.llm_text = llm, llm_weight, llm_text
+        if self.llm_path is not None:
+            from icefall_fusion.lm import CausalLm
+
+            self.llm = CausalLm.from_pretrained(self.llm_path)
+        self.fusions(None)  # an error is raised before anything is decoded
+
+    def _check(self) -> None:
+        for name in _NUMBERS:
+            check(is_number(getattr(self, name)), name, "be finite", getattr(self, name))
+        boundary = self.score_boundary
+        check(isinstance(boundary, bool), "score_boundary", "be True or False", boundary)
+
+    @property
+    def order(self) -> int:
+        """The longest n of the n-gram, 0 without one."""
+        return 0 if self.ngram is None else self.ngram.order
+
+    def reset_params(self, **values: Any) -> None:
+        """Change alpha, beta, unk_score_offset or score_boundary; None leaves a value.
+
+        Raises:
+            ValueError: another name, or a bad value.
+        """
+        unknown = sorted(set(values) - {*_NUMBERS, "score_boundary"})
+        check(not unknown, "reset_params", f"name one of {[*_NUMBERS, 'score_boundary']}", unknown)
+        before = dict(vars(self))
+        vars(self).update({name: value for name, value in values.items() if value is not None})
+        try:
+            self._check()
+        except ValueError:
+            vars(self).update(before)
+            raise
+
+    def get_start_state(self) -> LmState:
+        """Return the state before the first word."""
+        return LmState(())
+
+    def state_after(self, state: Optional[LmState], words: Sequence[str]) -> LmState:
+        """Return the state after more words."""
+        return LmState((*(state.words if state is not None else ()), *words)[-_MOST_WORDS:])
+
+    def fusions(self, state: Optional[LmState]) -> list[Fusion]:
+        """Return what joins a search after ``state``; None: nothing was said before."""
+        self._check()
+        good = state is None or isinstance(state, LmState)
+        check(good, "lm_start_state", "be None or the LM state of a hypothesis", state)
+        earlier, found = " ".join(state.words) if state else "", []
+        trigger, boundary = ShortestHypothesis(), self.score_boundary
+        if self.ngram is not None:
+            self.ngram.oov_score = self.unk_score_offset * LN10
+            found.append(WordNgramFusion(self.ngram, self.alpha, self.beta, trigger, prompt=earlier or None,
+                                         boundary=boundary))
+        if self.llm is not None:
+            bonus = 0.0 if found else self.beta
+            eos = boundary and self.llm.eos_id is not None
+            found.append(DelayedFusion(self.llm, self.llm_weight, bonus, trigger, self.llm_text,
+                                       earlier or None, eos))
+        return found
+
+    def check_coverage(self, labels: Sequence[str]) -> None:
+        """Warn once where many letters of the known words are in no label: they are of another alphabet."""
+        words = set() if self.ngram is None else self.ngram.unigrams or set()
+        letters = set("".join(words))
+        if letters and len(letters - set("".join(labels))) > 0.2 * len(letters):
+            missing = sorted(letters - set("".join(labels)))[:10]
+            logging.warning("unigrams and labels are of different alphabets: no label has %s", missing)
+
+    def save_to_dir(self, path: Path, beside: Path) -> None:
+        """Write the n-gram and its weights into a folder ``path``, the LLM's name beside it.
+
+        Raises:
+            ValueError: the LLM was not given by its path.
+        """
+        if self.llm is not None:
+            rule = "be given by its path where the decoder is to be saved"
+            check(self.llm_path is not None, "llm", rule, type(self.llm).__name__)
+            values = {"path": self.llm_path, "weight": self.llm_weight, "text": self.llm_text}
+            write_json(beside / _LLM, {**values, **self._attributes()})
+        if self.ngram is None:
+            return
+        known, source = self.ngram.unigrams, self.ngram.path
+        if known is None and not self.ngram.binary:
+            known = arpa_words(source)[0]
+        write_json(path / _ATTRIBUTES, self._attributes())
+        write_text(path / _UNIGRAMS, "".join(f"{word}\n" for word in sorted(known or ())))
+        if not (path / source.name).exists() or not source.samefile(path / source.name):
+            with atomic_path(path / source.name) as temporary:
+                shutil.copyfile(source, temporary)
+
+    def _attributes(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in (*_NUMBERS, "score_boundary")}
+
+    @classmethod
+    def load_from_dir(cls, path: Path, beside: Path,
+                      encoding: Optional[str] = None) -> Optional[LanguageModel]:
+        """Read what `save_to_dir` or pyctcdecode has written; None: there is no language model.
+
+        Raises:
+            ValueError: a file is missing in the folder, too much, or not what it should be.
+        """
+        llm = _read_values(beside / _LLM, ("path", "weight", "text")) if (beside / _LLM).is_file() else None
+        options = {} if llm is None else {f"llm_{name}": llm.pop(name) for name in ("weight", "text")}
+        options |= {} if llm is None else {"llm": llm.pop("path")}
+        if not path.is_dir():
+            return None if llm is None else cls(**llm, **options)
+        files = {file.name for file in path.iterdir() if not file.name.startswith((".", "__"))}
+        models = sorted(files - {_ATTRIBUTES, _UNIGRAMS})
+        good = {_ATTRIBUTES, _UNIGRAMS} <= files and len(models) == 1 and models[0].endswith(_ENDINGS)
+        rule = f"hold {_ATTRIBUTES}, {_UNIGRAMS} and an n-gram ({', '.join(_ENDINGS)})"
+        check(good, f"the folder {path}", rule, sorted(files))
+        unigrams = (path / _UNIGRAMS).read_text(encoding=encoding or "utf-8").splitlines()
+        return cls(path / models[0], unigrams or None, **_read_values(path / _ATTRIBUTES), **options)
+
+
+def _read_values(path: Path, more: Sequence[str] = ()) -> dict[str, Any]:
+    """Read the weights of a language model, and ``more``."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} must be JSON: {error}") from error
+    wanted = {*_NUMBERS, "score_boundary", *more}
+    good = isinstance(values, dict) and set(values) == wanted
+    check(good, f"{path}", f"have the fields {sorted(wanted)}", values)
+    return values
