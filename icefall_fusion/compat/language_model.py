@@ -8,14 +8,19 @@ import logging
 import os
 import shutil
 from pathlib import Path
-from typing import Any, Collection, NamedTuple, Optional, Sequence, Union
+from typing import TYPE_CHECKING, Any, Collection, NamedTuple, Optional, Sequence, Union
 
 from icefall_fusion.common.checks import check, is_number
 from icefall_fusion.common.files import atomic_path, write_json, write_text
-from icefall_fusion.fusion import DelayedFusion, ShortestHypothesis, WordNgramFusion
+from icefall_fusion.fusion import DelayedFusion, HotWordFusion, ShortestHypothesis, WordNgramFusion
+from icefall_fusion.fusion.word_ngram import word_automaton
 from icefall_fusion.ngram.arpa import LN10
-from icefall_fusion.ngram.word_ngram import WordNgram, arpa_words
+from icefall_fusion.ngram.phrases import MOST
+from icefall_fusion.ngram.word_ngram import WordNgram
 from icefall_fusion.search import Fusion
+
+if TYPE_CHECKING:
+    from icefall_fusion.text.tokens import AcousticTokens
 
 DEFAULT_ALPHA, DEFAULT_BETA, DEFAULT_UNK_LOGP_OFFSET, DEFAULT_SCORE_LM_BOUNDARY = 0.5, 1.5, -10.0, True
 _NUMBERS = ("alpha", "beta", "unk_score_offset")
@@ -64,13 +69,18 @@ class LanguageModel:
             from icefall_fusion.lm import CausalLm
 
             self.llm = CausalLm.from_pretrained(self.llm_path)
-        self.fusions(None)  # an error is raised before anything is decoded
+        self._vocabulary: tuple[Any, ...] = ()  # tokens, score, fusion
+        self.words = None if self.ngram is None else self.ngram.known_words()
+        if self.ngram is not None and not self.words:
+            logging.warning("the known words of %s are not told (unigrams): words are not guided to them",
+                            self.ngram.name)
 
     def _check(self) -> None:
         for name in _NUMBERS:
             check(is_number(getattr(self, name)), name, "be finite", getattr(self, name))
         boundary = self.score_boundary
         check(isinstance(boundary, bool), "score_boundary", "be True or False", boundary)
+        check(self.unk_score_offset <= 0, "unk_score_offset", "be at most 0", self.unk_score_offset)
 
     @property
     def order(self) -> int:
@@ -101,17 +111,22 @@ class LanguageModel:
         """Return the state after more words."""
         return LmState((*(state.words if state is not None else ()), *words)[-_MOST_WORDS:])
 
-    def fusions(self, state: Optional[LmState]) -> list[Fusion]:
-        """Return what joins a search after ``state``; None: nothing was said before."""
+    def fusions(self, state: Optional[LmState], tokens: AcousticTokens) -> list[Fusion]:
+        """Return what joins a search over ``tokens`` after ``state``; None: nothing was said before."""
         self._check()
         good = state is None or isinstance(state, LmState)
         check(good, "lm_start_state", "be None or the LM state of a hypothesis", state)
         earlier, found = " ".join(state.words) if state else "", []
         trigger, boundary = ShortestHypothesis(), self.score_boundary
         if self.ngram is not None:
-            self.ngram.oov_score = self.unk_score_offset * LN10
+            oov = max(self.unk_score_offset * LN10, -MOST)
+            self.ngram.oov_score = 0.0 if self.words else oov
             found.append(WordNgramFusion(self.ngram, self.alpha, self.beta, trigger, prompt=earlier or None,
                                          boundary=boundary))
+            if self.words:
+                if self._vocabulary[:2] != (tokens, oov):
+                    self._vocabulary = tokens, oov, word_automaton(self.words, tokens, oov)
+                found.append(HotWordFusion(self._vocabulary[2], self.alpha, source="oov"))
         if self.llm is not None:
             bonus = 0.0 if found else self.beta
             eos = boundary and self.llm.eos_id is not None
@@ -120,9 +135,8 @@ class LanguageModel:
         return found
 
     def check_coverage(self, labels: Sequence[str]) -> None:
-        """Warn once where many letters of the known words are in no label: they are of another alphabet."""
-        words = set() if self.ngram is None else self.ngram.unigrams or set()
-        letters = set("".join(words))
+        """Warn where many letters of the known words are in no label: they are of another alphabet."""
+        letters = set("".join(self.words or ()))
         if letters and len(letters - set("".join(labels))) > 0.2 * len(letters):
             missing = sorted(letters - set("".join(labels)))[:10]
             logging.warning("unigrams and labels are of different alphabets: no label has %s", missing)
@@ -140,11 +154,9 @@ class LanguageModel:
             write_json(beside / _LLM, {**values, **self._attributes()})
         if self.ngram is None:
             return
-        known, source = self.ngram.unigrams, self.ngram.path
-        if known is None and not self.ngram.binary:
-            known = arpa_words(source)[0]
+        source = self.ngram.path
         write_json(path / _ATTRIBUTES, self._attributes())
-        write_text(path / _UNIGRAMS, "".join(f"{word}\n" for word in sorted(known or ())))
+        write_text(path / _UNIGRAMS, "".join(f"{word}\n" for word in self.words or ()))
         if not (path / source.name).exists() or not source.samefile(path / source.name):
             with atomic_path(path / source.name) as temporary:
                 shutil.copyfile(source, temporary)

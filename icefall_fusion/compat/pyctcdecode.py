@@ -163,7 +163,7 @@ class BeamSearchDecoderCTC:
             name = f"logits of utterance {number}" if len(logits) > 1 else "logits"
             rows.append(drop_improbable(log_probs_of(check_logits(values, size, name), name), least))
         options = PrefixSearchOptions(beam=int(beam), score_beam=-prune, frame_shift=1.0, word_times=frames)
-        fusions = [] if model is None else model.fusions(state)
+        fusions = [] if model is None else model.fusions(state, self._tokens)
         found = ctc_prefix_search(*pad(rows, size), options, self._tokens, fusions)
         found = [_beams(nbest, -prune) for nbest in found]
         if model is None:

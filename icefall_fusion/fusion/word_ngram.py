@@ -4,7 +4,7 @@ Knows: a word n-gram, the token tree. Must not know: acoustic models, files.
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any, Callable, Optional, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Iterable, Optional, Sequence
 
 import numpy as np
 import torch
@@ -12,12 +12,15 @@ from torch import Tensor
 
 from icefall_fusion.common.checks import check
 from icefall_fusion.fusion.delayed import DelayedFusion, Prompt
+from icefall_fusion.fusion.hotwords import HotWordFusion
 from icefall_fusion.fusion.triggers import ShortestHypothesis, Trigger
 from icefall_fusion.lm.token_tree import make_tree
+from icefall_fusion.ngram.vocabulary import WordAutomaton
 from icefall_fusion.ngram.word_ngram import EMPTY_ID, END_ID, ID_COUNT, START_ID, WordNgram
 
 if TYPE_CHECKING:
     from icefall_fusion.search.beam import Beam
+    from icefall_fusion.text.tokens import AcousticTokens
 
 _KEEP_AFTER = 4096  # new words an utterance between two clean-ups
 
@@ -65,6 +68,41 @@ class WordNgramFusion(DelayedFusion):
     def _count(self) -> dict[str, float]:
         """Return its seconds and scored words alone: other counters are those of an LLM beside it."""
         return self._tree.stats()
+
+
+class VocabularyFusion(HotWordFusion):
+    """Words outside a list cost ``oov_score``, as soon as a word leaves the prefix tree of the list.
+
+    It guides the pruning in the middle of words, where an n-gram over words knows nothing yet, and is the
+    n-gram's score of unknown words at the same time (its own `oov_score` is then 0).
+
+    Args:
+        words: of the list.
+        tokens: the acoustic vocabulary.
+        oov_score: natural log, at most 0; -inf: other words do not survive.
+        weight: factor of the score, at least 0.
+        lower: whether the list has words in lower case and the acoustic vocabulary has not.
+        source: name of the score in N-best lists.
+
+    Raises:
+        ValueError: there are no words, or a bad score, weight or source.
+    """
+
+    def __init__(self, words: Iterable[str], tokens: AcousticTokens, oov_score: float, weight: float = 1.0,
+                 lower: bool = False, source: str = "oov") -> None:
+        super().__init__(word_automaton(words, tokens, oov_score, lower), weight, source=source)
+
+
+def word_automaton(words: Iterable[str], tokens: AcousticTokens, oov_score: float,
+                   lower: bool = False) -> WordAutomaton:
+    """Return words as an automaton over acoustic pieces; see `VocabularyFusion`."""
+    letters: list[Optional[list[int]]] = []
+    for piece in range(tokens.size):
+        text = "".join(tokens.words([piece]))
+        silent = piece == tokens.unk_id or not text and not tokens.starts_word[piece]
+        letters.append(None if silent else [ord(letter) for letter in (text.lower() if lower else text)])
+    known = [[ord(letter) for letter in word] for word in dict.fromkeys(words) if word]
+    return WordAutomaton(known, letters, tokens.starts_word, oov_score)
 
 
 class _WordLm:

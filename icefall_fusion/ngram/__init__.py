@@ -2,6 +2,7 @@
 Knows: ids of pieces and words, log-probs, ARPA files, KenLM. Must not know: searches.
 
 - ``piece_ngram.py``: the model; scores tensors of contexts.
+- ``vocabulary.py``: a list of words as an automaton over pieces.
 - ``word_ngram.py``: n-grams over words, of KenLM or our own reader.
 - ``arpa.py``: ARPA files, read and written.
 - ``kneser_ney.py``: probabilities from counts (modified Kneser-Ney).

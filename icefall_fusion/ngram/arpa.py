@@ -69,6 +69,31 @@ def read_arpa(path: PathLike, pieces: Sequence[str]) -> list[NgramTable]:
         raise ValueError(f"{path} must be an ARPA file, but cannot be read: {error}") from error
 
 
+def arpa_words(path: Path) -> tuple[list[str], int]:
+    """Return the words of an ARPA file's unigrams, marks left out, and the longest n that it announces.
+
+    Raises:
+        ValueError: it has no unigrams.
+    """
+    words, longest, inside = [], 0, False
+    try:
+        with opener(path)(path, "rt", encoding="utf-8") as file:
+            for line in file:
+                if line.startswith("ngram "):
+                    longest += 1
+                elif line.startswith("\\"):
+                    if inside:
+                        break
+                    inside = line.strip() == "\\1-grams:"
+                elif inside and line.strip():
+                    words += line.split()[1:2]
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+        raise ValueError(f"{path} must be an ARPA file, but cannot be read: {error}") from error
+    words = [word for word in words if word not in (START, END)]
+    check(bool(words) and longest > 0, f"{path}", "be an ARPA file with unigrams", f"{len(words)} words")
+    return words, longest
+
+
 def write_arpa(path: PathLike, tables: Sequence[NgramTable], pieces: Sequence[str], digits: int = 5) -> None:
     """Write an ARPA file, gzipped if it ends in .gz.
 

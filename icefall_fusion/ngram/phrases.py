@@ -41,12 +41,15 @@ class PhraseAutomaton:
         complete: [N] float32, the boosts of all phrases that end there.
         most: [N] float32, the most that any piece scores there.
         keys: [N - 1] int64, ``parent * V + piece`` of all nodes but the root, rising.
+        child: [N - 1] of the nodes of ``keys``, or None: they are 1, 2, ... (a word automaton has others).
         start: the node of an empty hypothesis. hops: most suffixes of a node, one after the other.
         reach: the largest score in size, nats.
 
     Raises:
         ValueError: a phrase is empty or comes twice, a piece is none, or a boost is no number up to 1000.
     """
+
+    child: Optional[np.ndarray] = None
 
     def __init__(
         self, size: int, phrases: Sequence[tuple[Sequence[int], float]], head: Optional[int] = None
@@ -169,7 +172,8 @@ class PhraseTensors:
         shorter = self._together([one.shorter.astype(np.int64) + base for one, base in bases])
         root = self._together([np.full(len(one), base) for one, base in bases])
         keys = self._together([np.full(1, -1), *(one.keys + base * self._size for one, base in bases)])
-        child = self._together([np.zeros(1, np.int64), *(np.arange(1, len(one)) + b for one, b in bases)])
+        nodes = [np.arange(1, len(one)) if one.child is None else one.child for one, _ in bases]
+        child = self._together([np.zeros(1, np.int64), *(n + b for n, (_, b) in zip(nodes, bases))])
         return shorter, root, keys, child
 
     def next(self, nodes: Tensor, pieces: Tensor) -> Tensor:

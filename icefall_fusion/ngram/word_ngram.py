@@ -18,8 +18,8 @@ import torch
 from numpy import ndarray
 
 from icefall_fusion.common.checks import check, check_choice, is_number
-from icefall_fusion.common.files import PathLike, opener
-from icefall_fusion.ngram.arpa import LN10, LOG_ZERO, longest_order
+from icefall_fusion.common.files import PathLike
+from icefall_fusion.ngram.arpa import LN10, LOG_ZERO, arpa_words, longest_order
 from icefall_fusion.ngram.piece_ngram import NOTHING, PieceNgram
 from icefall_fusion.text.styles import TEXT_STYLES
 
@@ -118,6 +118,22 @@ class WordNgram:
         if one >= FIRST_STRANGER:
             return self._strangers[one - FIRST_STRANGER]
         return self._tables.words[one]
+
+    def known_words(self) -> Optional[list[str]]:
+        """Return all words that count as known; None: KenLM's binaries do not tell them."""
+        words = self.unigrams
+        if words is None and not self.binary:
+            words = arpa_words(self.path)[0]
+        if words is None:
+            return None
+        return sorted(word for word in words if word not in _UNKNOWN and self._tables.has(word))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> WordNgram:
+        return self  # copies would read the file again
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        reader = "kenlm" if isinstance(self._tables, _KenlmTables) else "own"
+        return WordNgram, (self.path, self.unigrams, self.oov_score, reader)
 
     def open(self) -> WordScores:
         """Return what scores the nodes of one tree."""
@@ -264,28 +280,3 @@ class _OwnTables:
         pieces = np.where(tokens >= FIRST_STRANGER, self.unknown, tokens)
         pieces[tokens == START_ID], pieces[tokens == EMPTY_ID] = self.ngram.start_id, NOTHING
         return pieces
-
-
-def arpa_words(path: Path) -> tuple[list[str], int]:
-    """Return the words of an ARPA file's unigrams, marks left out, and the longest n that it announces.
-
-    Raises:
-        ValueError: it has no unigrams.
-    """
-    words, longest, inside = [], 0, False
-    try:
-        with opener(path)(path, "rt", encoding="utf-8") as file:
-            for line in file:
-                if line.startswith("ngram "):
-                    longest += 1
-                elif line.startswith("\\"):
-                    if inside:
-                        break
-                    inside = line.strip() == "\\1-grams:"
-                elif inside and line.strip():
-                    words += line.split()[1:2]
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-        raise ValueError(f"{path} must be an ARPA file, but cannot be read: {error}") from error
-    words = [word for word in words if word not in ("<s>", "</s>")]
-    check(bool(words) and longest > 0, f"{path}", "be an ARPA file with unigrams", f"{len(words)} words")
-    return words, longest

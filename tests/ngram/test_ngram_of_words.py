@@ -3,8 +3,10 @@ Knows: ARPA files, small searches. Must not know: trained models.
 """
 from __future__ import annotations
 
+import copy
 import importlib.util
 import math
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -120,6 +122,14 @@ def test_the_own_reader_scores_as_kenlm_does(tmp_path, order) -> None:
         for boundary in (True, False):
             expected = kenlm.log_prob(text, boundary)
             assert own.log_prob(text, boundary) == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_copy_and_a_pickle_score_the_same(tmp_path, reader) -> None:
+    (tmp_path / "words.arpa").write_text(BY_HAND)
+    ngram = WordNgram(tmp_path / "words.arpa", unigrams=["the"], oov_score=-3.0, reader=reader)
+    for other in (copy.deepcopy(ngram), pickle.loads(pickle.dumps(ngram))):
+        assert other.log_prob(["the", "sea"]) == ngram.log_prob(["the", "sea"])
 
 
 # --- bad files ----------------------------------------------------------------------------------------------

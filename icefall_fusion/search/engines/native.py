@@ -73,7 +73,7 @@ class _Phrases(ctypes.Structure):
     """`Phrases` of phrases.h: the same fields in the same order."""
 
     _fields_ = [
-        *_fields(_POINTER, "piece first shorter from_root pending complete most"),
+        *_fields(_POINTER, "piece first shorter from_root pending complete most child"),
         *_fields(_NUMBER, "start base"),
     ]
 
@@ -148,10 +148,11 @@ class NativeSearch(CompiledSearch):
         if fusion.piece_ngram is not None:
             return _Scorer(ngram=native_tables(self.library, fusion.piece_ngram).handle, **weights)
         names = [name for name, _ in _Phrases._fields_[:-2]]
-        made = {
-            one: _Phrases(*(getattr(one, name).ctypes.data for name in names), one.start, base)
-            for one, base in fusion.phrase_bases.items()
-        }
+        made = {}
+        for one, base in fusion.phrase_bases.items():
+            arrays = [getattr(one, name) for name in names]
+            pointers = [None if array is None else array.ctypes.data for array in arrays]
+            made[one] = _Phrases(*pointers, one.start, base)
         rows = (_Phrases * len(fusion.phrases))(*(made[one] for one in fusion.phrases))
         self._kept.append(rows)
         reach = max(one.reach for one in made)

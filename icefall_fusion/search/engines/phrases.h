@@ -15,13 +15,14 @@ struct Phrases {
   const int32_t *piece, *first, *shorter;    // [N] piece of a node, [N + 1] first child, [N] longest shorter match
   const int32_t *from_root;                  // [V] child of the root, 0 where there is none
   const float *pending, *complete, *most;    // [N] boost on trial, boost of phrases that end here, most of any piece
+  const int32_t *child;                      // node of each edge, or null: edges are numbered as nodes are
   int64_t start, base;                       // state of an empty hypothesis; what is added to states that are shown
 
   int next(int state, int one) const {
     for (; state != 0; state = shorter[state]) {
       const int32_t *from = piece + first[state], *to = piece + first[state + 1];
       const int32_t *found = to - from > 8 ? std::lower_bound(from, to, one) : std::find(from, to, one);
-      if (found != to && *found == one) return int(found - piece);
+      if (found != to && *found == one) return child ? child[found - piece] : int(found - piece);
     }
     return from_root[one];
   }
