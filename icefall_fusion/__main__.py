@@ -29,7 +29,7 @@ JOBS = {
     "decode": Job("decode.job", "decode test sets by any methods; WER and times"),
     "transcribe": Job("decode.transcribe", "print the text of audio files"),
     "tune": Job("decode.tune", "tune fusion weights on dev, from stored N-best scores"),
-    "tune-words": Job("decode.tune_words", "find the constants of word times"),
+    "tune-words": Job("decode.tune_words", "find when words sound and how sure they are, on dev"),
     "score": Job("scoring.score", "word error rate of hypotheses against references"),
     "report": Job("decode.report", "collect runs into a table and a plot; compare two methods"),
     "demo": Job("decode.demo", "speak and decode the built-in stories by all methods"),

@@ -1,25 +1,33 @@
-"""Job ``tune-words``: the constants that tell when words sound, from speech whose words have known times.
-Knows: recognizers, manifests with alignments. Must not know: how speech was made, formats.
+"""Job ``tune-words``: when words sound and how sure they are, found on speech with known words and times.
+Knows: recognizers, manifests with alignments, evidence. Must not know: how speech was made, formats.
 """
 from __future__ import annotations
 
 import itertools
-from dataclasses import asdict, dataclass
-from typing import Iterator, Mapping, NamedTuple, Optional, Sequence
+import logging
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Iterator, Mapping, NamedTuple, Optional, Sequence
 
 import numpy as np
 import yaml
 
+from icefall_fusion.acoustic.emissions import Emissions
 from icefall_fusion.common.checks import check, check_at_least
 from icefall_fusion.common.command_line import SKIPPED_SOME
 from icefall_fusion.common.files import PathLike, write_text
 from icefall_fusion.data.manifests import spread
 from icefall_fusion.decode.method_names import parse_methods
+from icefall_fusion.decode.methods import Decoded, Method
 from icefall_fusion.decode.pretrained import with_pretrained
 from icefall_fusion.decode.recognizer import Recognizer, RecognizerOptions
 from icefall_fusion.decode.utterances import read_cuts
+from icefall_fusion.decode.word_evidence import NAMES
+from icefall_fusion.decode.words import WordModel, evidence_of
 from icefall_fusion.nbest import WordTime
-from icefall_fusion.scoring.wer import align_words
+from icefall_fusion.scoring.calibration import Logistic, area_under_curve, calibration_error
+from icefall_fusion.scoring.wer import EPS, align_words
 from icefall_fusion.text.word_times import WordTiming
 
 #: Values that are tried of tail, least and letter, in seconds.
@@ -29,20 +37,22 @@ LETTERS = np.arange(0.0, 0.13, 0.01)
 
 @dataclass(frozen=True, kw_only=True)
 class TuneWordsOptions(RecognizerOptions):
-    """Find the constants of word times of an acoustic model.
+    """Find the constants of word times of an acoustic model, and of the confidence in words of a method.
 
     Without ``emissions`` the models shipped with the repository are used.
 
     Args:
-        cuts: a manifest whose supervisions have the alignment ``word``, e.g. of ``synthesize --word_times``.
-        out: the YAML file of constants, for ``transcribe --words``; empty: they are printed only.
-        method: how to decode.
+        cuts: a manifest of dev, with references. Times need supervisions with the alignment ``word``, e.g. of
+            ``synthesize --word_times true``; without it, those constants stay.
+        out: the YAML file of constants, for ``transcribe --words``; one that is there keeps the confidence of
+            other methods. Empty: they are printed only.
+        method: how to decode; its confidence is found.
         limit: utterances, spread over the manifest; 0: all.
     """
 
     cuts: str
     out: str = ""
-    method: str = "ctc-prefix"
+    method: str = "llm-delayed-shortest"
     limit: int = 0
 
     def __post_init__(self) -> None:
@@ -63,39 +73,109 @@ class Sighting(NamedTuple):
     end: Optional[float]
 
 
+class EvidenceRecognizer(Recognizer):
+    """A recognizer that keeps the evidence of words.
+
+    Attributes:
+        evidence: of the best hypothesis's words [words, names], by id of the segment.
+    """
+
+    def __init__(self, options: RecognizerOptions, methods: str) -> None:
+        super().__init__(options, methods)
+        self.evidence: dict[str, np.ndarray] = {}
+
+    def search(self, method: Method, emissions: Emissions, *context: Any) -> Decoded:
+        decoded = super().search(method, emissions, *context)
+        found = evidence_of(self, method, decoded.nbests, emissions, *context[1:2])
+        self.evidence.update(zip((nbest.utterance for nbest in decoded.nbests), found))
+        return decoded
+
+    def of_utterance(self, utterance: str) -> np.ndarray:
+        """Return the evidence of all segments of an utterance."""
+        parts, number = [self.evidence[utterance]], 1
+        while f"{utterance}#{number}" in self.evidence:
+            parts.append(self.evidence[f"{utterance}#{number}"])
+            number += 1
+        return np.concatenate(parts)
+
+
+class Observed(NamedTuple):
+    """What was seen on some utterances: words with known times; evidence of all words; which are right."""
+
+    sightings: list[Sighting]
+    evidence: np.ndarray
+    right: np.ndarray
+
+
+def observe(recognizer: EvidenceRecognizer, cuts: str, limit: int = 0) -> Observed:
+    """Decode a manifest and compare its words with the truth.
+
+    Raises:
+        ValueError: nothing was recognized.
+    """
+    truth = read_alignments(cuts)
+    if not truth:
+        logging.warning("%s tells no times of words (synthesize --word_times true writes them)", cuts)
+    utterances = spread(read_cuts(cuts, recognizer.source.wants), limit)
+    references = {utterance.id: utterance.text or "" for utterance in utterances}
+    sightings: list[Sighting] = []
+    evidence, right = [], []
+    for nbest in recognizer.transcribe(utterances):
+        sightings += sight(nbest[0].times, truth.get(nbest.utterance, []))
+        evidence.append(recognizer.of_utterance(nbest.utterance))
+        right += right_words(references[nbest.utterance], nbest[0].words())
+    check(len(right) > 0, "cuts", "have speech in which words are recognized", cuts)
+    return Observed(sightings, np.concatenate(evidence), np.array(right))
+
+
 def run(options: TuneWordsOptions) -> int:
     """Run the job ``tune-words``; the exit code is 3 when audio could not be read."""
-    recognizer = Recognizer(with_pretrained(options), options.method)
-    truth = read_alignments(options.cuts)
-    utterances = spread(read_cuts(options.cuts, recognizer.source.wants), options.limit)
-    sightings: list[Sighting] = []
-    for nbest in recognizer.transcribe(utterances):
-        sightings += sight(nbest[0].times, truth[nbest.utterance])
-    timing = fit_timing(sightings)
-    head = f"# Found on {len(sightings)} words by: python -m icefall_fusion tune-words. In seconds.\n"
-    text = head + yaml.safe_dump({"timing": asdict(timing)}, sort_keys=False)
+    recognizer = EvidenceRecognizer(with_pretrained(options), options.method)
+    seen = observe(recognizer, options.cuts, options.limit)
+    before = WordModel.read(options.out) if options.out and Path(options.out).is_file() else WordModel()
+    timing = fit_timing(seen.sightings) if seen.sightings else before.timing
+    own = Logistic.fit(NAMES[: seen.evidence.shape[1]], seen.evidence, seen.right)
+    words = WordModel(timing, {**before.confidence, options.method: own})
+    head = f"# Found on {len(seen.right)} words by: python -m icefall_fusion tune-words. Times in seconds.\n"
+    text = head + yaml.safe_dump(words.plain(), sort_keys=False)
     if options.out:
         write_text(options.out, text)
     print(text, end="")
-    for name, those in (("marks", WordTiming(0.0, 0.0, 0.0, 0.0)), ("with these constants", timing)):
-        print(f"{name}: {describe_errors(sightings, those)}")
+    if seen.sightings:
+        for name, those in (("marks", WordTiming(0.0, 0.0, 0.0, 0.0)), ("with these constants", timing)):
+            print(f"{name}: {describe_errors(seen.sightings, those)}")
+    print(f"confidence: {describe_confidence(own(seen.evidence), seen.right)}")
     return SKIPPED_SOME if recognizer.unreadable else 0
 
 
-def read_alignments(path: PathLike) -> dict[str, list[WordTime]]:
-    """Return the words of each cut with their times; words that are spoken as one are one, with spaces.
+def describe_confidence(sure: np.ndarray, right: np.ndarray) -> str:
+    """Return in a line of text how well probabilities tell right words."""
+    error, area = 100 * calibration_error(sure, right), area_under_curve(sure, right)
+    return f"{100 * right.mean():.1f} % of {len(right)} words right, ECE {error:.1f} %, AUC {area:.3f}"
 
-    Raises:
-        ValueError: a cut has no alignment ``word``.
+
+def right_words(reference: str, words: Sequence[str]) -> list[bool]:
+    """Return which words are right, by the alignment with the fewest errors; case and punctuation aside."""
+    pairs = align_words([_bare(word) for word in reference.split()], [_bare(word) for word in words])
+    return [word == other for word, other in pairs if other != EPS]
+
+
+def _bare(word: str) -> str:
+    return re.sub(r"[^\w']", "", word.lower()) or "_"
+
+
+def read_alignments(path: PathLike) -> dict[str, list[WordTime]]:
+    """Return the words of each cut with the alignment ``word``, with their times.
+
+    Words that are spoken as one are one, with spaces.
     """
     from lhotse import CutSet
 
     truth = {}
     for cut in CutSet.from_file(path):
         items = [item for s in cut.supervisions for item in (s.alignment or {}).get("word", [])]
-        rule = 'have the alignment "word" (synthesize --word_times true writes it)'
-        check(len(items) > 0, f"{path}: the supervisions of {cut.id}", rule, None)
-        truth[cut.id] = [WordTime(item.symbol, item.start, item.end) for item in items]
+        if items:
+            truth[cut.id] = [WordTime(item.symbol, item.start, item.end) for item in items]
     return truth
 
 

@@ -15,7 +15,8 @@ from icefall_fusion.data.manifests import cuts_path
 from icefall_fusion.data.synthesis import SynthesizeOptions
 from icefall_fusion.data.synthesis import run as synthesize
 from icefall_fusion.decode.demo import STORIES, read_sentences
-from icefall_fusion.decode.tune_words import Sighting, fit_timing, sight, timing_errors
+from icefall_fusion.decode.tune_words import Sighting, fit_timing, right_words, sight, timing_errors
+from icefall_fusion.decode.word_evidence import ACOUSTIC
 from icefall_fusion.nbest import WordTime
 from icefall_fusion.text.normalizer import normalize
 from icefall_fusion.text.word_times import WordTiming
@@ -62,6 +63,9 @@ def test_the_shipped_model_tells_when_words_sound(tmp_path, capsys) -> None:
     found = WordTiming(**yaml.safe_load(words.read_text())["timing"])
     assert 0.0 < found.lead < 0.1 and found.letter > 0
     [before, after] = [line for line in printed.splitlines() if ": starts off by" in line]
+    told = yaml.safe_load(words.read_text())["confidence"]["ctc-greedy"]
+    assert set(told) == {"intercept", *ACOUSTIC} and told["piece_mean"] + told["piece_least"] > 0
+    assert float(printed.split("AUC ")[1]) > 0.75
     sizes = [int(part.split(" ms")[0]) for part in after.split("off by ")[1:]]
     assert sizes[0] <= 60 and sizes[1] <= 80
     assert int(before.split("ends off by ")[1].split(" ms")[0]) > sizes[1] + 40
@@ -69,19 +73,30 @@ def test_the_shipped_model_tells_when_words_sound(tmp_path, capsys) -> None:
     transcribe = ["transcribe", audio, "--method", "ctc-greedy", "--format", "ctm"]
     assert main([*transcribe, "--words", str(words)]) == 0
     moved = capsys.readouterr().out
+    sure = [float(line.split()[5]) for line in moved.splitlines()]
+    assert all(0 < value < 1 for value in sure) and max(sure) - min(sure) > 0.05
     words.write_text("timing: {lead: 0.0, tail: 0.0, least: 0.0, letter: 0.0}\n")
     assert main([*transcribe, "--words", str(words)]) == 0
     marks = capsys.readouterr().out
+    assert all(len(line.split()) == 5 for line in marks.splitlines())  # no confidence in that file
     starts = [[float(line.split()[2]) for line in text.splitlines()] for text in (moved, marks)]
     assert np.subtract(*starts) == pytest.approx(-found.lead, abs=2e-3)
     for text, message in (("timing: {lead: x}", "WordTiming.lead must be some seconds"),
-                          ("weights: {}", "must be a YAML file of tune-words")):
+                          ("weights: {}", "must be a YAML file of tune-words"),
+                          ("timing: {}\nconfidence: {x: {intercept: 0, lists: 1}}", "weigh some of")):
         words.write_text(text)
         assert main([*transcribe, "--words", str(words)]) == 2
         assert message in capsys.readouterr().err
 
 
-def test_a_manifest_without_times_is_refused(made, capsys) -> None:
-    assert main(["tune-words", "--emissions.model", made["model"], "--cuts", made["cuts"]]) == 2
-    message = 'must have the alignment "word" (synthesize --word_times true writes it)'
-    assert message in capsys.readouterr().err
+def test_a_model_that_is_never_right_is_refused(made, capsys, caplog) -> None:
+    command = ["tune-words", "--emissions.model", made["model"], "--cuts", made["cuts"]]
+    assert main([*command, "--method", "ctc-prefix"]) == 2
+    assert "words must be right here and wrong there, but is 0" in capsys.readouterr().err
+    assert "tells no times of words" in caplog.text
+
+
+def test_right_words_are_told_apart_from_case_and_punctuation() -> None:
+    heard = ["We", "saw,", "a", "the", "see"]
+    assert right_words("we saw the sea", heard) == [True, True, False, True, False]
+    assert right_words("", ["a"]) == [False] and right_words("a b", []) == []

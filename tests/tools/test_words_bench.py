@@ -27,3 +27,18 @@ def test_times_of_words_are_measured(tmp_path, monkeypatch) -> None:
     for split in word_times.SPLITS:
         assert of[split, "search", "usual"]["end_mean_ms"] < of[split, "search", "marks"]["end_mean_ms"]
         assert of[split, "viterbi", "marks"]["right"] == of[split, "search", "marks"]["right"] > 10
+
+
+@pytest.mark.skipif(not espeak.available(), reason="espeakng-loader is not installed")
+def test_confidence_of_words_is_measured(tmp_path, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCH))
+    import word_confidence
+
+    output = tmp_path / "rows.json"
+    given = ["--sentences", "6", "--method", "ctc-prefix", "--speech", str(tmp_path / "speech")]
+    word_confidence.main([*given, "--json", str(output)])
+    rows = json.loads(output.read_text())["rows"]
+    assert len(rows) == 5 * 4 and {row["set"] for row in rows} >= {"dev", "test-clean", "all tests"}
+    assert all(0 <= row["ece_%"] <= 100 and 0 <= row["auc"] <= 1 and row["words"] > 30 for row in rows)
+    [own] = [row for row in rows if row["confidence"] == "ctc-prefix" and row["set"] == "dev"]
+    assert own["auc"] > 0.75
