@@ -7,6 +7,7 @@ hypothesis has it, and hypotheses that contradict it are dropped ("best after de
 """
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Iterator, NamedTuple, Optional, Sequence
 
 import numpy as np
@@ -97,7 +98,8 @@ class Segment:
             scores = {source: value + base.get(source, 0.0) for source, value in one.scores.items()}
             scores[WORDS] += len(before)
             scores[TOTAL] += gain
-            times = [WordTime(time.word, time.start + shift, time.end + shift) for time in one.times]
+            times = [replace(time, start=round(time.start + shift, 6), end=round(time.end + shift, 6))
+                     for time in one.times]
             text = " ".join([*(time.word for time in before), *([one.text] if one.text else [])])
             return Hypothesis([*self._pieces, *one.tokens], text, scores, [*before, *times])
 
@@ -118,7 +120,7 @@ class Segment:
         if count <= self._agreed:
             return
         times = self._times(live, count)
-        self._words = [*self._words, *times[len(self._words) - self._forgotten :]]
+        self._words += times[len(self._words) - self._forgotten :]
         self._agreed = count
         if self._search.frames > self._window:
             self._forget(live)
