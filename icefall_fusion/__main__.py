@@ -32,6 +32,7 @@ JOBS = {
     "tune-words": Job("decode.tune_words", "find when words sound and how sure they are, on dev"),
     "score": Job("scoring.score", "word error rate of hypotheses against references"),
     "report": Job("decode.report", "collect runs into a table and a plot; compare two methods"),
+    "pruning-errors": Job("decode.pruning_errors", "what became of the words that a method has wrong"),
     "demo": Job("decode.demo", "speak and decode the built-in stories by all methods"),
     "prepare-text": Job("data.books", "cut books into utterances"),
     "select-utterances": Job("data.selection", "choose what is spoken"),
@@ -45,7 +46,7 @@ JOBS = {
 #: A decode multiplies matrices of many sizes. PyTorch and oneDNN each keep a kernel for up to 1,024 of them,
 #: hundreds of MB after a while; with so few of them the time is the same.
 _KERNELS_KEPT = {"LRU_CACHE_CAPACITY": "64", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
-_OF_MANY_SIZES = ("decode", "transcribe", "tune", "tune-words", "demo")
+_OF_MANY_SIZES = ("decode", "transcribe", "tune", "tune-words", "pruning-errors", "demo")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -114,6 +114,8 @@ class Recognizer:
         ValueError: a method that is named lacks a model, or a model does not serve it.
     """
 
+    kind = Method
+
     def __init__(
         self, options: RecognizerOptions, methods: Union[str, Sequence[str]],
         processes: Optional[Processes] = None,
@@ -155,7 +157,7 @@ class Recognizer:
         """Return a method with these models, and lattices where it needs them."""
         if self._lattices is None and "graph" in parse_method(name).needs:
             self._lattices = open_lattices(self.options.k2, self.source.tokens, self.device)
-        return Method(name, weights, self.options.search, self.models, self._lattices, self.options.k2)
+        return self.kind(name, weights, self.options.search, self.models, self._lattices, self.options.k2)
 
     def batches(self, utterances: Sequence[Utterance]) -> Iterator[list[Utterance]]:
         """Yield batches of utterances of similar length, the longest first."""
