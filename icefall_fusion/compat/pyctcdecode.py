@@ -28,7 +28,8 @@ from icefall_fusion.compat.language_model import (
     LmState,
 )
 from icefall_fusion.compat.logits import check_logits, drop_improbable, log_probs_of, pad
-from icefall_fusion.search import PrefixSearchOptions, ctc_prefix_search
+from icefall_fusion.fusion.hotwords import HotWordFusion, make_automaton
+from icefall_fusion.search import Fusion, PrefixSearchOptions, ctc_prefix_search
 
 DEFAULT_BEAM_WIDTH, DEFAULT_PRUNE_LOGP, DEFAULT_MIN_TOKEN_LOGP, DEFAULT_PRUNE_BEAMS = 100, -10.0, -5.0, False
 DEFAULT_HOTWORD_WEIGHT = 10.0
@@ -73,6 +74,7 @@ class BeamSearchDecoderCTC:
         self._alphabet, self._language_model = alphabet, language_model
         self._tokens = alphabet.tokens()
         self._model_key = b"own"
+        self._hot: tuple[Any, ...] = ()  # words, weight, automaton
 
     @property
     def model_container(self) -> dict[bytes, Optional[LanguageModel]]:
@@ -116,8 +118,8 @@ class BeamSearchDecoderCTC:
             beam_prune_logp: hypotheses this many nats below the best are dropped; below 0.
             token_min_logp: labels below it are not tried in a frame, the best one always is.
             prune_history: has no effect: hypotheses that differ in old words alone are kept.
-            hotwords: not served yet.
-            hotword_weight: of them.
+            hotwords: words, or phrases of which each word counts, that are paid while they are spelled.
+            hotword_weight: nats of each.
             lm_start_state: LM state after earlier audio, as hypotheses have it (`LmState`).
 
         Raises:
@@ -153,8 +155,6 @@ class BeamSearchDecoderCTC:
         check(is_count(beam), "beam_width", "be an integer, at least 1", beam)
         good = prune == -math.inf or is_number(prune) and prune < 0
         check(good, "beam_prune_logp", "be below 0", prune)
-        phrases = list(hotwords or ())
-        check(not phrases, "hotwords", "be none: they are not served yet", phrases[:3])
         model = self._language_model
         rule = "be None for a decoder without a language model"
         check(state is None or model is not None, "lm_start_state", rule, state)
@@ -164,12 +164,28 @@ class BeamSearchDecoderCTC:
             rows.append(drop_improbable(log_probs_of(check_logits(values, size, name), name), least))
         options = PrefixSearchOptions(beam=int(beam), score_beam=-prune, frame_shift=1.0, word_times=frames)
         fusions = [] if model is None else model.fusions(state, self._tokens)
+        fusions += self._hot_words(hotwords, hotword_weight)
         found = ctc_prefix_search(*pad(rows, size), options, self._tokens, fusions)
         found = [_beams(nbest, -prune) for nbest in found]
         if model is None:
             return found
         return [[b._replace(last_lm_state=model.state_after(state, b.text.split())) for b in beams]
                 for beams in found]
+
+    def _hot_words(self, hotwords: Optional[Iterable[str]], weight: float) -> list[Fusion]:
+        """Return what pays hypotheses for hot words: each word of each phrase by itself."""
+        good = hotwords is None or isinstance(hotwords, Iterable) and not isinstance(hotwords, str)
+        check(good, "hotwords", "be None or a list of texts", hotwords)
+        phrases = list(hotwords or ())
+        if not phrases:
+            return []
+        for phrase in phrases:
+            good = isinstance(phrase, str) and bool(phrase.strip())
+            check(good, "hotwords", "be texts, none empty", phrase)
+        words = tuple(dict.fromkeys(word for phrase in phrases for word in phrase.split()))
+        if self._hot[:2] != (words, weight):
+            self._hot = words, weight, make_automaton(words, self._tokens, weight)
+        return [HotWordFusion(self._hot[2])]
 
     def save_to_dir(self, filepath: str) -> None:
         """Write the decoder into a folder, in pyctcdecode's format."""

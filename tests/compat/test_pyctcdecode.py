@@ -192,3 +192,27 @@ def test_transformers_processor_decodes_a_tiny_wav2vec2(installed, tmp_path) -> 
     assert batch.text[0] == single.text and len(batch.text) == 2
     best = processor.decode(logits[1], n_best=3)
     assert len(best.text) == 3 and best.text[0] == processor.decode(logits[1]).text
+
+
+# --- hot words ----------------------------------------------------------------------------------------------
+
+
+def test_each_word_of_hot_phrases_is_paid_once_a_time() -> None:
+    decoder, logits = build_ctcdecoder(LABELS), noise(12, 5)
+    for beam in decoder.decode_beams(logits, beam_width=30, hotwords=["ab c", "b"], hotword_weight=2.5):
+        paid = 2.5 * sum(word in ("ab", "c", "b") for word in beam.text.split())
+        assert beam.lm_score - beam.logit_score == pytest.approx(paid, abs=1e-3)
+    plain = decoder.decode(logits)
+    assert decoder.decode(logits, hotwords=[], hotword_weight=3.0) == plain
+    assert "cb" in decoder.decode(logits, hotwords=["cb"], hotword_weight=40.0).split()
+    assert decoder.decode_batch(None, [logits], hotwords=("cb",), hotword_weight=40.0) != [plain]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [({"hotwords": "ab"}, "list of texts"), ({"hotwords": [" "]}, "none empty"), ({"hotwords": [3]}, "texts"),
+     ({"hotwords": ["xyz"]}, "xyz"), ({"hotwords": ["a"], "hotword_weight": math.nan}, "boost")],
+)
+def test_bad_hot_words(change, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_ctcdecoder(LABELS).decode(noise(4), **change)
