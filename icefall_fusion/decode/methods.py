@@ -55,9 +55,9 @@ class Method:
         self.name, self.weights, self.search, self._models = name, dict(weights), search, models
         self._lattices, self._k2 = lattices, k2
         self.spec = parse_method(name)
-        self._make_fusions({})  # an error is raised before anything is decoded
+        self.make_fusions({})  # an error is raised before anything is decoded
 
-    def _make_fusions(self, prompts: Mapping[str, Prompt]) -> list[Fusion]:
+    def make_fusions(self, prompts: Mapping[str, Prompt]) -> list[Fusion]:
         """Return the fusions for one batch."""
         return [self._make_fusion(spec, prompts.get(spec.source)) for spec in self.spec.fusions]
 
@@ -126,7 +126,7 @@ class Method:
         """
         counters: dict[str, float] = {}
         prompts = prompts or {}
-        fusions = self._make_fusions(prompts)
+        fusions = self.make_fusions(prompts)
         with _Stopwatch(emissions.log_probs.device) as clock:
             nbests = self._first_pass(emissions, fusions, references, counters)
         for fusion in fusions:

@@ -20,11 +20,16 @@ from icefall_fusion.decode.utterances import Utterance, read_audio_files
 from icefall_fusion.decode.word_formats import as_json, ctm, names_of, srt, supervision, vtt
 from icefall_fusion.decode.words import WordModel, WordRecognizer
 from icefall_fusion.nbest import NBest, WordTime
+from icefall_fusion.streaming.options import EndpointOptions, StreamOptions
 
 #: Formats, and what holds each in the folder of results: one file in all, or one a file of audio.
 FORMATS = {"text": "text.txt", "json": "words.jsonl", "ctm": "words.ctm",
            "lhotse": "supervisions.jsonl.gz", "srt": "", "vtt": ""}
 _SUBTITLES: dict[str, Callable[[Sequence[WordTime]], str]] = {"srt": srt, "vtt": vtt}
+
+
+def _live() -> StreamOptions:
+    return StreamOptions(commit_after=5.0, endpoint=EndpointOptions())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +40,9 @@ class TranscribeOptions(RecognizerOptions):
 
     Args:
         files: audio files.
+        stream: decode one file (or "-": raw PCM of standard input, 16 bits, 16 kHz, one channel) as it
+            arrives: a live line in a terminal, else a line a segment; JSON lines with the format json alone.
+        live: of the stream; a segment ends by the usual rules.
         method: how to decode: a name of the table of methods, e.g. ctc-prefix.
         format: a list or a text with commas of: text, json (a line a file: words with times, scores, all
             hypotheses), ctm (a line a word), srt, vtt (subtitles), lhotse (supervisions with alignments).
@@ -46,6 +54,8 @@ class TranscribeOptions(RecognizerOptions):
     """
 
     files: list[str] = field(metadata={"positional": True})
+    stream: bool = False
+    live: StreamOptions = field(default_factory=_live)
     method: str = "llm-delayed-shortest"
     format: Union[str, list[str]] = "text,json"
     out: str = ""
@@ -63,6 +73,10 @@ class TranscribeOptions(RecognizerOptions):
             rule = "name a folder for lhotse, and for subtitles of several files"
             check(bool(self.out) or not (many or name == "lhotse"), "TranscribeOptions.out", rule, self.out)
         check(len(parse_methods(self.method)) == 1, "TranscribeOptions.method", "be one method", self.method)
+        if self.stream:
+            check(len(self.files) == 1, "TranscribeOptions.files", "be one in a stream", self.files)
+            good = set(self.formats) <= {"text", "json"} and not self.out and not self.json
+            check(good, "TranscribeOptions.format", "be text or json, printed, in a stream", self.format)
 
     @property
     def formats(self) -> list[str]:
@@ -73,6 +87,11 @@ class TranscribeOptions(RecognizerOptions):
 
 def run(options: TranscribeOptions) -> int:
     """Run the job ``transcribe``; files that cannot be read are listed and the exit code is 3."""
+    if options.stream:
+        from icefall_fusion.decode.transcribe_stream import run_stream
+
+        with_models, as_lines = with_pretrained(options), options.formats == ["json"]
+        return run_stream(with_models, options.method, options.live, options.files[0], as_lines)
     files = list(dict.fromkeys(options.files))
     names = names_of(files)
     recognizer = WordRecognizer(with_pretrained(options), options.method, word_model(options))

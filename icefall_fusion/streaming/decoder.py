@@ -17,6 +17,7 @@ from icefall_fusion.acoustic.models.subsampling import FACTOR
 from icefall_fusion.common.checks import check
 from icefall_fusion.data.features import FRAME_SHIFT
 from icefall_fusion.fusion import DelayedFusion, NgramFusion
+from icefall_fusion.fusion.hotwords import HotWordFusion
 from icefall_fusion.fusion.streaming import DelayedStream
 from icefall_fusion.lm.tree_lanes import TreeLanes
 from icefall_fusion.nbest import NBest
@@ -37,7 +38,7 @@ class StreamingDecoder:
 
     Args:
         model: the acoustic model.
-        fusions: `DelayedFusion` and `NgramFusion`; their settings are copied for each stream.
+        fusions: `DelayedFusion`, `NgramFusion`, `HotWordFusion`; their settings are copied for each stream.
         search: the prefix search; its frame shift is the model's.
         options: chunks, commitment, endpoints.
         tokens: the vocabulary; none: the model's own.
@@ -58,8 +59,8 @@ class StreamingDecoder:
         search = PrefixSearchOptions() if search is None else search
         self._search = check_stream_options(search, self.frame_shift)
         for number, fusion in enumerate(fusions):
-            good = type(fusion) in (DelayedFusion, NgramFusion)
-            rule = "be a DelayedFusion or an NgramFusion in a stream"
+            good = type(fusion) in (DelayedFusion, NgramFusion, HotWordFusion)
+            rule = "be a DelayedFusion, an NgramFusion or a HotWordFusion in a stream"
             check(good, f"fusions[{number}]", rule, type(fusion).__name__)
         self._fusions = list(fusions)
         self._lanes = {id(fusion): TreeLanes(fusion.lm, self.options.streams)

@@ -22,12 +22,14 @@ from icefall_fusion.fusion import (
     NgramFusion,
     ShortestHypothesis,
 )
+from icefall_fusion.fusion.hotwords import HotWordFusion
 from icefall_fusion.lm import CausalLm
 from icefall_fusion.ngram.piece_ngram import PieceNgram
 from icefall_fusion.search import PrefixSearchOptions, ctc_prefix_search
 from icefall_fusion.streaming import StreamOptions
 
-NAMES = ("none", "shortest", "interval", "at-end", "prompt", "late", "look-ahead", "ngram", "both")
+NAMES = ("none", "shortest", "interval", "at-end", "prompt", "late", "look-ahead", "ngram", "both",
+         "hotwords")
 CHUNK = ChunkOptions(4, 2)
 SEARCH = PrefixSearchOptions(beam=6)
 OPTIONS = StreamOptions(chunk=CHUNK)
@@ -74,6 +76,7 @@ def fusions_of(made, name):
         "look-ahead": [DelayedFusion(lm, 0.4, 0.5, look_ahead=LookAhead(ngram))],
         "ngram": [NgramFusion(ngram, 0.3, 0.2)],
         "both": [NgramFusion(ngram, 0.3, 0.2), DelayedFusion(lm, 0.4, 0.5, ShortestHypothesis("pieces", 2))],
+        "hotwords": [HotWordFusion(["sean sea", "a sailor"], 0.7), DelayedFusion(lm, 0.4, 0.5)],
     }[name]
 
 
