@@ -71,6 +71,9 @@ class DecodeOptions(RecognizerOptions):
         for name in self.test_sets:
             check(name and "/" not in name, "DecodeOptions.test_sets", "have names fit for files", name)
         check_at_least(0, self, "limit")
+        rule = "be left out with DecodeOptions.save_emissions, which are saved as the model gives them"
+        good = not (self.save_emissions and self.emissions.prior)
+        check(good, "EmissionOptions.prior", rule, self.emissions.prior)
         parse_methods(self.methods)
 
 
@@ -217,6 +220,10 @@ class DecodeRun:
         if "hotwords" in method.spec.needs or any(lm.prompt_from_hotwords for lm in lms):
             path = options.hotwords
             received["hotwords"] = {"path": path, "fingerprint": self._fingerprint(path)}
+        if "lodr" in method.spec.needs:
+            received["lodr"] = {"path": options.lodr, "fingerprint": self._fingerprint(options.lodr)}
+        if options.emissions.prior:
+            received["prior_fingerprint"] = self._fingerprint(options.emissions.prior)
         return received
 
     def write_run(self, status: str) -> None:

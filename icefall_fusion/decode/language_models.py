@@ -115,6 +115,7 @@ class LanguageModels:
         tokens: the acoustic pieces.
         word_ngram: the n-gram over words.
         hotwords: a file of phrases, see HotWords.
+        lodr: the n-gram to be subtracted.
     """
 
     def __init__(
@@ -125,6 +126,7 @@ class LanguageModels:
         tokens: Optional[AcousticTokens] = None,
         word_ngram: WordNgramOptions = WordNgramOptions(),  # noqa: B008 (a frozen value)
         hotwords: PathLike = "",
+        lodr: PathLike = "",
     ) -> None:
         self.options, self._device, self.hotwords = dict(options), device, HotWords(hotwords, tokens)
         for source, own in self.options.items():
@@ -134,6 +136,7 @@ class LanguageModels:
         self._ngram_options, self._tokens = ngram, tokens
         self.word_ngram_options, self._word_ngram = word_ngram, None
         self._ngram: Optional[PieceNgram] = None
+        self._lodr_path, self._lodr = lodr, None
         self._loaded: dict[str, CausalLm] = {}
 
     def get(self, source: str) -> CausalLm:
@@ -177,11 +180,19 @@ class LanguageModels:
             ValueError: the options name none, or the acoustic pieces are not known.
         """
         if self._ngram is None:
-            path = self._ngram_options.path
-            check(bool(path), "ngram.path", "name an ARPA file of acoustic pieces for this method", path)
-            check(self._tokens is not None, "tokens", "be known to a method with an n-gram", None)
-            self._ngram = PieceNgram.load(path, self._tokens.pieces).to(torch.device(self._device))
+            self._ngram = self._load_ngram("ngram.path", self._ngram_options.path)
         return self._ngram
+
+    def lodr(self) -> PieceNgram:
+        """Return the n-gram over the acoustic pieces that is to be subtracted; errors as of `ngram`."""
+        if self._lodr is None:
+            self._lodr = self._load_ngram("lodr", self._lodr_path)
+        return self._lodr
+
+    def _load_ngram(self, name: str, path: PathLike) -> PieceNgram:
+        check(bool(path), name, "name an ARPA file of acoustic pieces for this method", path)
+        check(self._tokens is not None, "tokens", "be known to a method with an n-gram", None)
+        return PieceNgram.load(path, self._tokens.pieces).to(torch.device(self._device))
 
     def word_ngram(self) -> WordNgram:
         """Return the n-gram over words.

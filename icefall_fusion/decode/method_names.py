@@ -40,14 +40,15 @@ METHODS = (
 #: Used for a method that the weights file does not name.
 DEFAULT_WEIGHTS = {
     "attention": 1.0, "nlm": 0.3, "ngram": 0.3, "wordngram": 0.3, "llm": 0.4, "matched_llm": 0.4, "hlg": 0.5,
-    "words": 0.5, "hotwords": 1.0,
+    "words": 0.5, "hotwords": 1.0, "lodr": 0.1,
 }
 #: Sources that are no language models: beside an LM they have no share of the bonus a word.
-NO_LMS = ("hotwords",)
+NO_LMS = ("hotwords", "lodr")
 _TABLES = {"all": METHODS, "k2-all": K2_METHODS}
 _WANTED = {
     "graph": "k2.graph must name a decoding graph of the job make-graph, or k2.saved lattices,",
     "hotwords": "hotwords must name a file of phrases",
+    "lodr": "lodr must name an n-gram over the acoustic pieces (see the job internal-lm)",
     "word_ngram": "k2.ngram must name a graph G of the job make-graph (or k2.saved lattices made with one)",
 }
 NO_DECODER = (
@@ -117,10 +118,12 @@ class MethodSpec:
 _COMPONENTS: dict[str, Union[FusionSpec, RescoringSpec]] = {
     "ngram-shallow": FusionSpec("ngram"),
     "hotwords-shallow": FusionSpec("hotwords"),
+    "lodr-shallow": FusionSpec("lodr"),
     "nlm-shallow": FusionSpec("nlm"),
     "llm-shallow": FusionSpec("matched_llm"),
     "attention-rescoring": RescoringSpec("attention"),
     "ngram-nbest-rescoring": RescoringSpec("ngram"),
+    "lodr-nbest-rescoring": RescoringSpec("lodr"),
     "nlm-nbest-rescoring": RescoringSpec("nlm"),
     "llm-nbest-rescoring": RescoringSpec("llm"),
     "matched-nbest-rescoring": RescoringSpec("matched_llm"),

@@ -14,7 +14,8 @@ from icefall_fusion.common.checks import check
 from icefall_fusion.common.counters import add_counters
 from icefall_fusion.decode.language_models import LanguageModels, Prompt
 from icefall_fusion.decode.method_names import NO_DECODER, NO_LMS, FusionSpec, RescoringSpec, parse_method
-from icefall_fusion.fusion import DelayedFusion, HotWordFusion, NgramFusion, ShallowFusion
+from icefall_fusion.fusion import DelayedFusion, HotWordFusion, LodrFusion, NgramFusion, ShallowFusion
+from icefall_fusion.fusion.lodr import subtracted
 from icefall_fusion.fusion.rescoring import rescore_with_attention, rescore_with_lm, rescore_with_ngram
 from icefall_fusion.lattice.methods import decode_lattices
 from icefall_fusion.lattice.source import K2Options, LatticeSource
@@ -67,6 +68,8 @@ class Method:
             return NgramFusion(self._models.ngram(), weight, bonus)
         if spec.source == "hotwords":
             return HotWordFusion(self._models.hotwords.automaton, weight, word_bonus=bonus)
+        if spec.source == "lodr":
+            return LodrFusion(self._models.lodr(), weight, bonus)
         if spec.source == "wordngram":
             from icefall_fusion.fusion.word_ngram import WordNgramFusion
 
@@ -167,6 +170,8 @@ class Method:
             return rescore_with_attention(nbests, model, emissions.encoder_out, emissions.lens)
         if spec.source == "ngram":
             return rescore_with_ngram(nbests, self._models.ngram())
+        if spec.source == "lodr":
+            return rescore_with_ngram(nbests, subtracted(self._models.lodr()), "lodr")
         lm, options = self._models.get(spec.source), self._models.options[spec.source]
         prompt = prompts.get(spec.source)
         return rescore_with_lm(nbests, lm, spec.source, options.text, prompt, options.eos, counters=counters)

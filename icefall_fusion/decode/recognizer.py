@@ -8,84 +8,29 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, Callable, Container, Iterator, Mapping, NamedTuple, Optional, Sequence, Union
 
 import torch
 
 from icefall_fusion.acoustic.emissions import Emissions
-from icefall_fusion.acoustic.sources import EmissionOptions, EmissionSource, open_source
-from icefall_fusion.common.checks import check, check_at_least
+from icefall_fusion.acoustic.sources import EmissionSource, open_source
 from icefall_fusion.common.counters import add_counters
 from icefall_fusion.common.memory import give_back_memory, memory_in_use, peak_memory_bytes, reset_peak_memory
 from icefall_fusion.common.processes import Processes
-from icefall_fusion.decode.language_models import LM_SOURCES, LanguageModels, LmOptions, NgramOptions
+from icefall_fusion.decode.language_models import LM_SOURCES, LanguageModels
 from icefall_fusion.decode.method_names import choose_methods, is_tuned, parse_method, weights_of
 from icefall_fusion.decode.methods import Decoded, Method
+from icefall_fusion.decode.options import RecognizerOptions
 from icefall_fusion.decode.segments import Recognized, Segment, segments_of
 from icefall_fusion.decode.utterances import InputError, Utterance, batches
 from icefall_fusion.decode.weights import read_weights
-from icefall_fusion.lattice.source import K2Options, LatticeSource, open_lattices
+from icefall_fusion.lattice.source import LatticeSource, open_lattices
 from icefall_fusion.nbest import NBest
-from icefall_fusion.ngram.word_ngram import WordNgramOptions
-from icefall_fusion.search import PrefixSearchOptions
 
 #: Bytes by which a process on a CPU may grow before the C library is asked to give memory back. Asking takes
 #: some 35 ms and what it gives back is mapped anew, too much for each search of a small batch.
 _GROWTH = 60_000_000
-
-
-@dataclass(frozen=True)
-class RecognizerOptions:
-    """Models, the search, and how much is decoded at once.
-
-    Args:
-        emissions: where log-probs come from.
-        nlm, matched_llm: LM over the acoustic pieces, LLM over them; llm: with a vocabulary of its own.
-        ngram, wordngram: n-grams over the acoustic pieces, and over words.
-        hotwords: file of phrases for hotwords-shallow, lines ``phrase`` or ``phrase<TAB>nats``.
-        search: the prefix search.
-        k2: lattices, for the methods k2-*.
-        weights: weight by method and source (words: the bonus a word), or a YAML file that has them.
-        batch_size: utterances (or segments of long ones) in a batch; none: 64 on a GPU, where two groups of
-            32 are searched in turns (``search.groups``), else 32.
-        batch_seconds: padded audio in a batch, in seconds; none: 960 on a GPU, else 480.
-        longest: seconds; longer utterances are decoded in segments cut at quiet points.
-    """
-
-    emissions: EmissionOptions = field(default_factory=EmissionOptions)
-    nlm: LmOptions = field(default_factory=LmOptions)
-    llm: LmOptions = field(default_factory=LmOptions)
-    matched_llm: LmOptions = field(default_factory=LmOptions)
-    ngram: NgramOptions = field(default_factory=NgramOptions)
-    wordngram: WordNgramOptions = field(default_factory=WordNgramOptions)
-    hotwords: str = ""
-    search: PrefixSearchOptions = field(default_factory=PrefixSearchOptions)
-    k2: K2Options = field(default_factory=K2Options)
-    weights: Union[str, dict[str, dict[str, float]]] = field(default_factory=dict)
-    batch_size: Optional[int] = None
-    batch_seconds: Optional[float] = None
-    longest: float = 60.0
-
-    def __post_init__(self) -> None:
-        name = type(self).__name__
-        if self.batch_size is not None:
-            check_at_least(1, self, "batch_size")
-        good = self.batch_seconds is None or self.batch_seconds > 0
-        check(good, f"{name}.batch_seconds", "be above 0 s", self.batch_seconds)
-        check(self.longest >= 1, f"{name}.longest", "be at least 1 s", self.longest)
-        shift, default = self.search.frame_shift, PrefixSearchOptions().frame_shift
-        check(shift == default, "search.frame_shift", "be left alone: it is the acoustic model's", shift)
-
-    def batch_limits(self, device: str) -> tuple[int, float]:
-        """Return utterances and seconds of a batch on a device."""
-        size, seconds = (64, 960.0) if torch.device(device).type == "cuda" else (32, 480.0)
-        return self.batch_size or size, self.batch_seconds or seconds
-
-    def named_models(self) -> set[str]:
-        """Return the sources whose models are named: of `LM_SOURCES`, the n-grams' and ``hotwords``."""
-        named = {source for source in (*LM_SOURCES, "ngram", "wordngram") if getattr(self, source).path}
-        return named | ({"hotwords"} if self.hotwords else set())
 
 
 class Batch(NamedTuple):
@@ -129,7 +74,7 @@ class Recognizer:
         lms = {name: getattr(options, name) for name in LM_SOURCES}
         lms = {name: replace(lm, device=processes.device(lm.device)) for name, lm in lms.items()}
         self.models = LanguageModels(lms, device, options.ngram, self.source.tokens, options.wordngram,
-                                     options.hotwords)
+                                     options.hotwords, options.lodr)
         self._lattices: Optional[LatticeSource] = None
         tuned = read_weights(options.weights)
         names = choose_methods(methods, self._available())

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from icefall_fusion.fusion.delayed import DelayedFusion
     from icefall_fusion.fusion.hotwords import HotWordFusion
+    from icefall_fusion.fusion.lodr import LodrFusion
     from icefall_fusion.fusion.ngram import LookAhead, NgramFusion
     from icefall_fusion.fusion.shallow import ShallowFusion
     from icefall_fusion.fusion.triggers import AtEnd, EveryFrame, FixedInterval, ShortestHypothesis
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 
 _FILES = {
     "AtEnd": "triggers", "DelayedFusion": "delayed", "EveryFrame": "triggers", "FixedInterval": "triggers",
-    "HotWordFusion": "hotwords", "LookAhead": "ngram", "NgramFusion": "ngram", "ShallowFusion": "shallow",
+    "HotWordFusion": "hotwords", "LodrFusion": "lodr", "LookAhead": "ngram", "NgramFusion": "ngram",
+    "ShallowFusion": "shallow",
     "ShortestHypothesis": "triggers", "WordNgramFusion": "word_ngram",
 }
 __all__ = [
@@ -28,6 +30,7 @@ __all__ = [
     "EveryFrame",
     "FixedInterval",
     "HotWordFusion",
+    "LodrFusion",
     "LookAhead",
     "NgramFusion",
     "ShallowFusion",

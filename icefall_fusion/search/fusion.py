@@ -211,7 +211,8 @@ class FusionSet:
 
     def shallow_ngram(self) -> Optional[PieceNgram]:
         """Return the n-gram if the shallow fusion is that of one n-gram over pieces alone."""
-        return self.shallow[0].piece_ngram if len(self.shallow) == 1 else None
+        certain = len(self.shallow) == 1 and self.shallow[0].ceiling == 0  # its scores are log-probs
+        return self.shallow[0].piece_ngram if certain else None
 
     def slack(self, beam: int) -> int:
         """Return by how many ranks language models may change who is among the best K (see candidates.py)."""

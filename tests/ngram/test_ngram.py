@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from icefall_fusion.__main__ import main
-from icefall_fusion.fusion import DelayedFusion, LookAhead, NgramFusion, ShallowFusion
+from icefall_fusion.fusion import DelayedFusion, LodrFusion, LookAhead, NgramFusion, ShallowFusion
 from icefall_fusion.fusion.rescoring import rescore_with_ngram
 from icefall_fusion.ngram.arpa import _read_lines, _read_uniform_lines, piece_ids, write_arpa
 from icefall_fusion.ngram.kneser_ney import count_ngrams, kneser_ney
@@ -379,6 +379,56 @@ def test_compiled_search_finds_what_tensors_find(
         totals = [[hypothesis.total for hypothesis in nbest][:most] for nbest in (native, tensors)]
         assert totals[0] == pytest.approx(totals[1], abs=2e-3, rel=1e-5)
         assert native[0].scores == pytest.approx(tensors[0].scores, abs=1e-3, rel=1e-5)
+
+
+def slow_lodr(ngram: PieceNgram, weight: float) -> SlowFusion:
+    """Back off by dictionaries; nothing is rarer than the rarest piece that the n-gram knows."""
+    tables = []
+    for order in ngram.orders:
+        keys = [tuple(key // ngram.base**n % ngram.base for n in reversed(range(order.length)))
+                for key in order.keys.tolist()]
+        tables.append(dict(zip(keys, zip(order.log_probs.tolist(), order.backoffs.tolist()))))
+    least = min(log_prob for log_prob, _ in tables[0].values() if log_prob > -100)
+
+    def taken(prefix, piece):
+        context, backoffs = (ngram.start_id, *prefix)[-(ngram.order - 1) :], 0.0
+        while (*context, piece) not in tables[len(context)]:
+            backoffs += tables[len(context) - 1].get(context, (0.0, 0.0))[1]
+            context = context[1:]
+        return -backoffs - max(tables[len(context)][(*context, piece)][0], least)
+
+    def whole(prefix, words):
+        return sum(taken(tuple(prefix[:i]), p) for i, p in enumerate((*prefix, ngram.end_id)))
+
+    return SlowFusion("lodr", weight, 0.0, whole, piece_score=taken)
+
+
+@pytest.mark.parametrize("engine", ["native", "torch"])
+@pytest.mark.parametrize("seed", range(3))
+def test_lodr_beside_an_ngram_and_an_llm_is_its_slow_twin(llm, ngram, tokens, seed, engine):  # noqa: F811
+    log_probs, lens = emissions(seed=seed)
+    fusions = [LodrFusion(ngram, 0.4), NgramFusion(ngram, 0.2), DelayedFusion(llm, 0.5, 0.7, TRIGGERS[4])]
+    options = PrefixSearchOptions(beam=4, engine=engine)
+    nbests = ctc_prefix_search(log_probs, lens, options, tokens, fusions)
+    slow = [slow_lodr(ngram, 0.4), slow_ngram(ngram, 0.2, 0.0)]
+    slow.append(slow_delayed(llm, 0.5, 0.7, SLOW_TRIGGERS["ShortestHypothesis"](TRIGGERS[4])))
+    compare_with_twin(nbests, log_probs, lens, 4, tokens, slow)
+
+
+def test_lodr_does_not_depend_on_the_engine_and_is_nothing_at_weight_zero(ngram, tokens):  # noqa: F811
+    for seed, options in enumerate(OPTIONS * 3):
+        log_probs, lens = emissions(batch=3, seed=seed)
+        found = [
+            ctc_prefix_search(log_probs, lens, PrefixSearchOptions(beam=6, engine=engine, **options), tokens,
+                              [LodrFusion(ngram, 1.5)]) for engine in ("native", "torch")]
+        for one, other in zip(*found):
+            assert one[0].tokens == other[0].tokens
+            assert one[0].scores == pytest.approx(other[0].scores, abs=2e-3)
+        bare = ctc_prefix_search(log_probs, lens, PrefixSearchOptions(beam=6), tokens)
+        nothing = LodrFusion(ngram, 0.0)
+        zero = ctc_prefix_search(log_probs, lens, PrefixSearchOptions(beam=6), tokens, [nothing])
+        assert [[(h.tokens, h.total) for h in nbest] for nbest in bare] == [
+            [(h.tokens, h.total) for h in nbest] for nbest in zero]
 
 
 @pytest.mark.gpu

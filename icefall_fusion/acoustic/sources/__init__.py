@@ -8,11 +8,13 @@ recognizes a file or folder without ``--emissions.kind``.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
 
 from icefall_fusion.acoustic.loading import loading
+from icefall_fusion.acoustic.prior import SourceWithPrior, read_prior
 from icefall_fusion.acoustic.saved import SavedSource, read_vocabulary
 from icefall_fusion.acoustic.sources.base import EmissionSource
 from icefall_fusion.acoustic.sources.checkpoint import CheckpointSource
@@ -38,6 +40,8 @@ class EmissionOptions:
         tokens: bpe.model or its folder. Empty: the model's own, or the one beside the model.
         device: e.g. cpu or cuda.
         frame_shift: seconds an output frame; 0 takes the model's own.
+        prior: file of the job internal-lm: the prior of labels is divided out (acoustic/prior.py).
+        prior_scale: factor of the log prior; 0: none is divided out.
         recipe: folder of an icefall recipe (with train.py), whose code is run; for icefall.
         recipe_options: options of its train.py, as at its training, e.g. "--use-ctc 1".
     """
@@ -47,12 +51,16 @@ class EmissionOptions:
     tokens: str = ""
     device: str = "cpu"
     frame_shift: float = 0.0
+    prior: str = ""
+    prior_scale: float = 0.3
     recipe: str = ""
     recipe_options: str = ""
 
     def __post_init__(self) -> None:
         check_choice(self.kind, ("auto", *SOURCES), "EmissionOptions.kind")
         check(self.frame_shift >= 0, "EmissionOptions.frame_shift", "be at least 0 s", self.frame_shift)
+        good = math.isfinite(self.prior_scale) and self.prior_scale >= 0
+        check(good, "EmissionOptions.prior_scale", "be at least 0", self.prior_scale)
         if self.kind not in ("auto", "icefall"):
             rule = f"be empty for kind {self.kind}"
             check(not self.recipe, "EmissionOptions.recipe", rule, self.recipe)
@@ -88,7 +96,10 @@ def open_source(options: EmissionOptions) -> EmissionSource:
     kind = options.kind
     if kind == "auto":
         kind = "icefall" if options.recipe else _kind_of(options.model)
-    return SOURCES[kind](options)
+    source = SOURCES[kind](options)
+    if not options.prior or options.prior_scale == 0:
+        return source
+    return SourceWithPrior(source, read_prior(options.prior, source.tokens), options.prior_scale)
 
 
 def _kind_of(model: str) -> str:

@@ -55,8 +55,10 @@ struct Scorer {
     return std::max(0.0, bonus) + weight * (ngram ? ngram->most(state) : phrases[b].most[state]);
   }
 
-  // The same without a look at what an n-gram knows: it may be certain.
-  double limit(int64_t b, int state) const { return ngram ? std::max(0.0, bonus) : most(b, state); }
+  // The same, but at least 0 without the bonus: an n-gram may be certain.
+  double limit(int64_t b, int state) const {
+    return std::max(0.0, bonus) + std::max(0.0, most(b, state) - std::max(0.0, bonus));
+  }
 
   int64_t shown(int64_t b, int state) const { return ngram ? state : phrases[b].base + state; }
 };
