@@ -12,7 +12,7 @@ from typing import Callable, Sequence, Union
 
 from icefall_fusion.common.checks import check, check_choice
 from icefall_fusion.common.command_line import SKIPPED_SOME
-from icefall_fusion.common.files import atomic_path, write_text
+from icefall_fusion.common.files import atomic_path, fingerprint, write_text
 from icefall_fusion.decode.method_names import parse_methods
 from icefall_fusion.decode.pretrained import FOLDER, WORDS, with_pretrained
 from icefall_fusion.decode.recognizer import RecognizerOptions
@@ -94,7 +94,8 @@ def run(options: TranscribeOptions) -> int:
         return run_stream(with_models, options.method, options.live, options.files[0], as_lines)
     files = list(dict.fromkeys(options.files))
     names = names_of(files)
-    recognizer = WordRecognizer(with_pretrained(options), options.method, word_model(options))
+    options = with_pretrained(options)
+    recognizer = WordRecognizer(options, options.method, word_model(options))
     utterances = read_audio_files(files, recognizer.source.wants)
     found = {nbest.utterance: nbest for nbest in recognizer.transcribe(utterances)}
     nbests = {name: found[name] for name in files if name in found}
@@ -113,11 +114,19 @@ def run(options: TranscribeOptions) -> int:
 
 
 def word_model(options: TranscribeOptions) -> WordModel:
-    """Return what the options say of words, or what lies beside the shipped models, where those are used."""
+    """Return what the options say of words, or what lies beside the shipped models, where those are used.
+
+    Args:
+        options: with the path of the acoustic model.
+    """
     shipped = FOLDER / WORDS
-    if options.words or (not options.emissions.model and shipped.is_file()):
-        return WordModel.read(options.words or shipped)
-    return WordModel()
+    if not options.words and not (options.emissions.model == str(FOLDER / "ctc_aed") and shipped.is_file()):
+        return WordModel()
+    found = WordModel.read(options.words or shipped)
+    if found.model and found.model != fingerprint(options.emissions.model):
+        logging.warning("times and confidence of words were found with another acoustic model than %s; "
+                        "the job tune-words finds its own", options.emissions.model)
+    return found
 
 
 def _shown(kind: str, nbest: NBest, name: str) -> str:

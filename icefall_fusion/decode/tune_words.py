@@ -6,9 +6,9 @@ from __future__ import annotations
 import itertools
 import logging
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Iterator, Mapping, NamedTuple, Optional, Sequence
+from typing import Any, Iterator, Mapping, NamedTuple, Optional, Sequence, Union
 
 import numpy as np
 import yaml
@@ -16,7 +16,7 @@ import yaml
 from icefall_fusion.acoustic.emissions import Emissions
 from icefall_fusion.common.checks import check, check_at_least
 from icefall_fusion.common.command_line import SKIPPED_SOME
-from icefall_fusion.common.files import PathLike, write_text
+from icefall_fusion.common.files import PathLike, fingerprint, write_text
 from icefall_fusion.data.manifests import spread
 from icefall_fusion.decode.method_names import parse_methods
 from icefall_fusion.decode.methods import Decoded, Method
@@ -33,6 +33,7 @@ from icefall_fusion.text.word_times import WordTiming
 #: Values that are tried of tail, least and letter, in seconds.
 TAILS, LEASTS = np.arange(0.0, 0.31, 0.02), np.arange(-0.1, 0.31, 0.02)
 LETTERS = np.arange(0.0, 0.13, 0.01)
+HEAD = "# Found on dev by: python -m icefall_fusion tune-words. Times in seconds.\n"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,20 +45,21 @@ class TuneWordsOptions(RecognizerOptions):
     Args:
         cuts: a manifest of dev, with references. Times need supervisions with the alignment ``word``, e.g. of
             ``synthesize --word_times true``; without it, those constants stay.
-        out: the YAML file of constants, for ``transcribe --words``; one that is there keeps the confidence of
-            other methods. Empty: they are printed only.
-        method: how to decode; its confidence is found.
+        out: the YAML file of constants, for ``transcribe --words``; one of this acoustic model that is there
+            keeps the confidence of other methods. Empty: they are printed.
+        methods: comma-separated or a list; the confidence of each is found, and the constants of times with
+            the marks of the first.
         limit: utterances, spread over the manifest; 0: all.
     """
 
     cuts: str
     out: str = ""
-    method: str = "llm-delayed-shortest"
+    methods: Union[str, list[str]] = "llm-delayed-shortest"
     limit: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(len(parse_methods(self.method)) == 1, "TuneWordsOptions.method", "be one method", self.method)
+        parse_methods(self.methods)
         check_at_least(0, self, "limit")
 
 
@@ -130,22 +132,27 @@ def observe(recognizer: EvidenceRecognizer, cuts: str, limit: int = 0) -> Observ
 
 def run(options: TuneWordsOptions) -> int:
     """Run the job ``tune-words``; the exit code is 3 when audio could not be read."""
-    recognizer = EvidenceRecognizer(with_pretrained(options), options.method)
-    seen = observe(recognizer, options.cuts, options.limit)
-    before = WordModel.read(options.out) if options.out and Path(options.out).is_file() else WordModel()
-    timing = fit_timing(seen.sightings) if seen.sightings else before.timing
-    own = Logistic.fit(NAMES[: seen.evidence.shape[1]], seen.evidence, seen.right)
-    words = WordModel(timing, {**before.confidence, options.method: own})
-    head = f"# Found on {len(seen.right)} words by: python -m icefall_fusion tune-words. Times in seconds.\n"
-    text = head + yaml.safe_dump(words.plain(), sort_keys=False)
-    if options.out:
-        write_text(options.out, text)
-    print(text, end="")
-    if seen.sightings:
-        for name, those in (("marks", WordTiming(0.0, 0.0, 0.0, 0.0)), ("with these constants", timing)):
-            print(f"{name}: {describe_errors(seen.sightings, those)}")
-    print(f"confidence: {describe_confidence(own(seen.evidence), seen.right)}")
-    return SKIPPED_SOME if recognizer.unreadable else 0
+    options, code = with_pretrained(options), 0
+    model = fingerprint(options.emissions.model)
+    words = WordModel.read(options.out) if options.out and Path(options.out).is_file() else WordModel()
+    if words.model != model:  # nothing of another acoustic model is kept
+        words = WordModel(model=model)
+    for number, method in enumerate(parse_methods(options.methods)):
+        recognizer = EvidenceRecognizer(options, method)
+        seen = observe(recognizer, options.cuts, options.limit)
+        if number == 0 and seen.sightings:
+            words = replace(words, timing=fit_timing(seen.sightings))
+            for name, those in (("marks", WordTiming(0.0, 0.0, 0.0, 0.0)), ("moved", words.timing)):
+                print(f"{name}: {describe_errors(seen.sightings, those)}")
+        own = Logistic.fit(NAMES[: seen.evidence.shape[1]], seen.evidence, seen.right)
+        words = replace(words, confidence={**words.confidence, method: own})
+        print(f"{method}: {describe_confidence(own(seen.evidence), seen.right)}")
+        code = SKIPPED_SOME if recognizer.unreadable else code
+        if options.out:
+            write_text(options.out, HEAD + yaml.safe_dump(words.plain(), sort_keys=False))
+    if not options.out:
+        print(yaml.safe_dump(words.plain(), sort_keys=False), end="")
+    return code
 
 
 def describe_confidence(sure: np.ndarray, right: np.ndarray) -> str:

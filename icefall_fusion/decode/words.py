@@ -30,10 +30,12 @@ class WordModel:
     Args:
         timing: constants of times.
         confidence: by method; words of other methods have none.
+        model: fingerprint of the acoustic model; empty: not known.
     """
 
     timing: WordTiming = WordTiming()
     confidence: Mapping[str, Logistic] = field(default_factory=dict)
+    model: str = ""
 
     @classmethod
     def read(cls, path: PathLike) -> WordModel:
@@ -50,14 +52,14 @@ class WordModel:
             confidence = {name: Logistic(weights) for name, weights in content.get("confidence", {}).items()}
             for name, own in confidence.items():
                 check(set(own.names) <= set(NAMES), f"confidence.{name}", f"weigh some of {NAMES}", own.names)
-            return cls(WordTiming(**content["timing"]), confidence)
+            return cls(WordTiming(**content["timing"]), confidence, str(content.get("model", "")))
         except (yaml.YAMLError, UnicodeDecodeError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} must be a YAML file of tune-words: {error!r}") from error
 
     def plain(self) -> dict[str, Any]:
         """Return the content of the YAML file."""
         confidence = {name: dict(own.weights) for name, own in self.confidence.items()}
-        return {"timing": asdict(self.timing), **({"confidence": confidence} if confidence else {})}
+        return {"model": self.model, "timing": asdict(self.timing), "confidence": confidence}
 
     def apply(self, nbest: NBest, seconds: float, evidence: Optional[np.ndarray] = None,
               method: str = "") -> NBest:
