@@ -82,7 +82,8 @@ def test_the_shipped_model_tells_when_words_sound(tmp_path, capsys, caplog) -> N
     assert all(len(line.split()) == 5 for line in marks.splitlines())  # no confidence in that file
     starts = [[float(line.split()[2]) for line in text.splitlines()] for text in (moved, marks)]
     assert np.subtract(*starts) == pytest.approx(-found.lead, abs=2e-3)
-    assert "another acoustic model" not in caplog.text
+    assert main(transcribe) == 0  # the file beside the shipped models is used
+    assert all(len(line.split()) == 6 for line in capsys.readouterr().out.splitlines())
     words.write_text("model: abc\ntiming: {}\n")
     assert main([*transcribe, "--words", str(words)]) == 0
     assert "found with another acoustic model" in caplog.text
