@@ -18,6 +18,7 @@ from icefall_fusion.fusion.ngram import SCALE, LookAhead
 from icefall_fusion.lm import QUANTIZATIONS, CausalLm
 from icefall_fusion.lm.starts import probe_start
 from icefall_fusion.ngram.piece_ngram import PieceNgram
+from icefall_fusion.ngram.vocabulary import WordAutomaton
 from icefall_fusion.ngram.word_ngram import WordNgram, WordNgramOptions
 from icefall_fusion.text.styles import TEXT_STYLES, adapt
 from icefall_fusion.text.tokens import AcousticTokens
@@ -135,6 +136,7 @@ class LanguageModels:
                 self.options[source] = replace(own, prompt=prompt, prompt_from_hotwords=False)
         self._ngram_options, self._tokens = ngram, tokens
         self.word_ngram_options, self._word_ngram = word_ngram, None
+        self._vocabulary: Optional[WordAutomaton] = None
         self._ngram: Optional[PieceNgram] = None
         self._lodr_path, self._lodr = lodr, None
         self._loaded: dict[str, CausalLm] = {}
@@ -206,6 +208,20 @@ class LanguageModels:
             check(bool(options.path), "wordngram.path", rule, options.path)
             self._word_ngram = WordNgram(options.path, oov_score=options.oov_score)
         return self._word_ngram
+
+    def vocabulary(self) -> Optional[WordAutomaton]:
+        """Return the words that the n-gram over words knows, where they are to guide a search.
+
+        None: other words cost nothing, KenLM's binary does not tell its words, or they begin in upper case.
+        """
+        options = self.word_ngram_options
+        if self._vocabulary is None and options.oov_score < 0 and options.text != "sentence":
+            from icefall_fusion.fusion.word_ngram import word_automaton
+
+            words, lower = self.word_ngram().known_words(), options.text == "lower"
+            if words:
+                self._vocabulary = word_automaton(words, self._tokens, options.oov_score, lower)
+        return self._vocabulary
 
     def look_ahead(self) -> LookAhead:
         """Return the look-ahead of delayed fusion, by the n-gram."""

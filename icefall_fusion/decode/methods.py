@@ -60,7 +60,17 @@ class Method:
 
     def make_fusions(self, prompts: Mapping[str, Prompt]) -> list[Fusion]:
         """Return the fusions for one batch."""
-        return [self._make_fusion(spec, prompts.get(spec.source)) for spec in self.spec.fusions]
+        fusions = [self._make_fusion(spec, prompts.get(spec.source)) for spec in self.spec.fusions]
+        if self._guided:
+            vocabulary, weight = self._models.vocabulary(), self.weights["wordngram"]
+            fusions.append(HotWordFusion(vocabulary, weight, source="oov"))
+        return fusions
+
+    @property
+    def _guided(self) -> bool:
+        """Whether the n-gram's known words guide the search."""
+        named = "wordngram" in self.spec.sources and not self.spec.of_lattices
+        return named and self._models.vocabulary() is not None
 
     def _make_fusion(self, spec: FusionSpec, prompt: Prompt) -> Fusion:
         weight, bonus = self.weights[spec.source], self._word_bonus(spec)
@@ -74,7 +84,8 @@ class Method:
             from icefall_fusion.fusion.word_ngram import WordNgramFusion
 
             ngram, text = self._models.word_ngram(), self._models.word_ngram_options.text
-            return WordNgramFusion(ngram, weight, bonus, spec.trigger, text)
+            oov_score = 0.0 if self._guided else None  # the vocabulary charges it
+            return WordNgramFusion(ngram, weight, bonus, spec.trigger, text, oov_score=oov_score)
         lm, options = self._models.get(spec.source), self._models.options[spec.source]
         if spec.trigger is None:
             rule = "be left alone: shallow fusion reads acoustic pieces as they come"
@@ -132,6 +143,10 @@ class Method:
         fusions = self.make_fusions(prompts)
         with _Stopwatch(emissions.log_probs.device) as clock:
             nbests = self._first_pass(emissions, fusions, references, counters)
+            if self._guided:
+                from icefall_fusion.fusion.word_ngram import join_oov
+
+                nbests = join_oov(nbests)
         for fusion in fusions:
             add_counters(counters, fusion.stats())
         lm_seconds = counters.pop("lm_seconds", 0.0)

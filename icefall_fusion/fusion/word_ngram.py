@@ -4,6 +4,7 @@ Knows: a word n-gram, the token tree. Must not know: acoustic models, files.
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Callable, Iterable, Optional, Sequence
 
 import numpy as np
@@ -15,8 +16,9 @@ from icefall_fusion.fusion.delayed import DelayedFusion, Prompt
 from icefall_fusion.fusion.hotwords import HotWordFusion
 from icefall_fusion.fusion.triggers import ShortestHypothesis, Trigger
 from icefall_fusion.lm.token_tree import make_tree
+from icefall_fusion.nbest import NBest
 from icefall_fusion.ngram.vocabulary import WordAutomaton
-from icefall_fusion.ngram.word_ngram import EMPTY_ID, END_ID, ID_COUNT, START_ID, WordNgram
+from icefall_fusion.ngram.word_ngram import EMPTY_ID, END_ID, ID_COUNT, START_ID, WordNgram, WordScores
 
 if TYPE_CHECKING:
     from icefall_fusion.search.beam import Beam
@@ -39,6 +41,7 @@ class WordNgramFusion(DelayedFusion):
         prompt: earlier words, for all utterances or by utterance id: a context, not scored.
         boundary: whether the start of a sentence is a context and its end is scored.
         source: name of the score in N-best lists.
+        oov_score: in place of the n-gram's own; 0 beside a `VocabularyFusion`, which charges it.
 
     Raises:
         ValueError: see `DelayedFusion`.
@@ -54,10 +57,11 @@ class WordNgramFusion(DelayedFusion):
         prompt: Prompt = None,
         boundary: bool = True,
         source: str = "wordngram",
+        oov_score: Optional[float] = None,
     ) -> None:
         check(isinstance(ngram, WordNgram), "WordNgramFusion.ngram", "be a WordNgram", type(ngram).__name__)
         check(isinstance(boundary, bool), "WordNgramFusion.boundary", "be True or False", boundary)
-        lm = ngram.views.setdefault(boundary, _WordLm(ngram, boundary))
+        lm = ngram.views.setdefault((boundary, oov_score), _WordLm(ngram, boundary, oov_score))
         super().__init__(lm, weight, word_bonus, trigger, text, prompt, boundary, source)
 
     def _clean(self, beam: Beam) -> None:
@@ -93,6 +97,20 @@ class VocabularyFusion(HotWordFusion):
         super().__init__(word_automaton(words, tokens, oov_score, lower), weight, source=source)
 
 
+def join_oov(nbests: Iterable[NBest], source: str = "wordngram", oov: str = "oov") -> list[NBest]:
+    """Return lists in which the score of unknown words, of the same weight, is part of the n-gram's."""
+    joined = []
+    for nbest in nbests:
+        hypotheses = []
+        for found in nbest:
+            scores = dict(found.scores)
+            scores[source] += scores.pop(oov)
+            hypotheses.append(replace(found, scores=scores))
+        weights = {name: weight for name, weight in nbest.weights.items() if name != oov}
+        joined.append(NBest(nbest.utterance, hypotheses, weights))
+    return joined
+
+
 def word_automaton(words: Iterable[str], tokens: AcousticTokens, oov_score: float,
                    lower: bool = False) -> WordAutomaton:
     """Return words as an automaton over acoustic pieces; see `VocabularyFusion`."""
@@ -110,8 +128,9 @@ class _WordLm:
 
     pieces, eos_id = None, END_ID
 
-    def __init__(self, ngram: WordNgram, boundary: bool) -> None:
+    def __init__(self, ngram: WordNgram, boundary: bool, oov_score: Optional[float]) -> None:
         self.ngram, self.name, self._first = ngram, ngram.name, START_ID if boundary else EMPTY_ID
+        self._oov_score = oov_score
         self.tokenizer = _Words(ngram)
 
     def encode(self, text: str) -> list[int]:
@@ -122,7 +141,8 @@ class _WordLm:
                   aside: bool = False) -> _WordTree:
         """Return a tree of words for each utterance."""
         prompts = [[]] * utterances if prompts is None else prompts
-        return _WordTree(self.ngram, [[self._first, *prompt] for prompt in prompts])
+        scores = self.ngram.open(self._oov_score)
+        return _WordTree(scores, [[self._first, *prompt] for prompt in prompts])
 
 
 class _Words:
@@ -146,11 +166,11 @@ class _Words:
 class _WordTree:
     """What `TreeScorer` is for an LLM: scores of paths of words, one tree for each utterance."""
 
-    def __init__(self, ngram: WordNgram, prompts: Sequence[Sequence[int]]) -> None:
+    def __init__(self, scores: WordScores, prompts: Sequence[Sequence[int]]) -> None:
         self.tree = make_tree(ID_COUNT, len(prompts))
         for utterance, prompt in enumerate(prompts):
             self.tree.add_root(utterance, prompt)
-        self._scores, self._words, self._seconds = ngram.open(), 0, 0.0
+        self._scores, self._words, self._seconds = scores, 0, 0.0
 
     def roots(self) -> Tensor:
         return torch.from_numpy(self.tree.roots.copy())

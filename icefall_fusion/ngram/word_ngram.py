@@ -39,7 +39,8 @@ class WordNgramOptions:
     Args:
         path: KenLM binary (with the package kenlm) or ARPA file; empty: there is none.
         text: how it sees words: as-is, lower or sentence.
-        oov_score: natural log that a word which it does not know gets beside the score of <unk>.
+        oov_score: natural log that a word which it does not know gets beside the score of <unk>. Below 0 the
+            known words of an ARPA file guide the search: a word costs this as soon as none of them begins so.
     """
 
     path: str = ""
@@ -135,9 +136,9 @@ class WordNgram:
         reader = "kenlm" if isinstance(self._tables, _KenlmTables) else "own"
         return WordNgram, (self.path, self.unigrams, self.oov_score, reader)
 
-    def open(self) -> WordScores:
-        """Return what scores the nodes of one tree."""
-        return WordScores(self)
+    def open(self, oov_score: Optional[float] = None) -> WordScores:
+        """Return what scores the nodes of one tree; ``oov_score``: in place of the n-gram's own."""
+        return WordScores(self, oov_score)
 
     def log_prob(self, words: Sequence[str], boundary: bool = True) -> float:
         """Return the natural log of P(words), with their start and end as context if ``boundary``."""
@@ -153,8 +154,8 @@ class WordNgram:
 class WordScores:
     """Scores of the nodes of one tree: a node is a word after its parent, a first node has the parent -1."""
 
-    def __init__(self, ngram: WordNgram) -> None:
-        self._ngram, self._run = ngram, ngram._tables.open()
+    def __init__(self, ngram: WordNgram, oov_score: Optional[float]) -> None:
+        self._ngram, self._run, self._oov_score = ngram, ngram._tables.open(), oov_score
 
     def score(self, parents: ndarray, tokens: ndarray, nodes: ndarray) -> ndarray:
         """Return natural-log P(word | words before) of nodes [n], each after its parents.
@@ -166,7 +167,8 @@ class WordScores:
         refused, wanted = self._ngram._refused, tokens[nodes]
         strange = wanted >= FIRST_STRANGER
         strange = strange | refused[np.where(strange, 0, wanted)]
-        return self._run.score(parents, tokens, nodes) + np.where(strange, self._ngram.oov_score, 0.0)
+        more = self._ngram.oov_score if self._oov_score is None else self._oov_score
+        return self._run.score(parents, tokens, nodes) + np.where(strange, more, 0.0)
 
     def ends(self, parents: ndarray, tokens: ndarray, nodes: ndarray) -> ndarray:
         """Return natural-log P(end of sentence | words) of nodes [n]."""

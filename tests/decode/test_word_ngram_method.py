@@ -50,6 +50,21 @@ def test_a_word_ngram_stands_beside_an_llm(made, tmp_path) -> None:
         assert received["oov_score"] == -1.5 and received["fingerprint"]
 
 
+def test_known_words_guide_the_search(made, tmp_path) -> None:
+    (tmp_path / "words.arpa").write_text(ARPA)
+    strange = {}
+    for oov_score in ("0", "-30"):
+        more = ["--wordngram.path", str(tmp_path / "words.arpa"), f"--wordngram.oov_score={oov_score}"]
+        weights = ["--weights", '{wordngram-delayed: {wordngram: 1.0, words: 0.0}}']
+        out = tmp_path / f"out{oov_score}"
+        assert main(arguments(made, out, *more, *weights, "--methods", "wordngram-delayed")) == 0
+        found = lists(out, "wordngram-delayed").values()
+        assert all(nbest.weights.keys() == {"ctc", "wordngram", "words"} for nbest in found)
+        assert all(set(h.scores) == {"ctc", "wordngram", "words", "total"} for nbest in found for h in nbest)
+        strange[oov_score] = sum(word not in ("the", "sea") for nbest in found for word in nbest[0].words())
+    assert strange["-30"] < strange["0"]
+
+
 def test_names_and_missing_models() -> None:
     spec = parse_method("wordngram-delayed+llm-delayed-shortest")
     assert spec.sources == ["wordngram", "llm"] == sorted(spec.needs, reverse=True)
