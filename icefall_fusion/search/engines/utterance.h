@@ -244,11 +244,12 @@ class Utterance {
       if (set.weighs) {
         double ceiling = 0.0;
         for (int64_t s = 0; s < set.scorer_count; ++s) ceiling += set.scorers[s].most(number_, state(set, k, s));
+        const double lift = std::exp(ceiling);
         double least = wide_ ? floor : std::max(floor, 0.0);
         for (int j = 0; j < columns; ++j) {  // the most probable piece first
           if (!(total[j] > 0) || struck[j]) continue;
           const double bare = key(total[j], factor);
-          if (!(with_nats(bare, ceiling) > least)) {
+          if (!((wide_ ? bare + ceiling : bare * lift) > least)) {
             if (set.recover || j == same) continue;
             break;
           }
@@ -258,7 +259,7 @@ class Utterance {
             gain += scorer.weight * scorer.score(number_, state(set, k, s), pieces[j], marked(batch, pieces[j])) +
                     (opens(batch, slot, pieces[j], set) ? scorer.bonus : 0.0);
           }
-          const double full = with_nats(bare, gain);
+          const double full = gain == 0.0 ? bare : with_nats(bare, gain);
           if (!(full > least)) continue;
           scratch.ways.push_back({full, first + j});
           if (int(scratch.ways.size()) < 3 * set.beam) continue;
