@@ -9,12 +9,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from icefall_fusion.common.checks import check, check_choice, is_count
+from icefall_fusion.common.checks import check, check_choice, is_count, is_number
 from icefall_fusion.search.fusion import StopRule
 from icefall_fusion.search.stop_rule import StopRuleRun
 
 if TYPE_CHECKING:
     from icefall_fusion.search.beam import Beam
+
+
+def frames_of(milliseconds: float, frame_shift: float = 0.04) -> int:
+    """Return a time in frames (for ``frames``, ``every`` and ``late``), at least 1, rounded.
+
+    Raises:
+        ValueError: the time or the frame shift (seconds) is no number above 0.
+    """
+    for name, value in (("milliseconds", milliseconds), ("frame_shift", frame_shift)):
+        check(is_number(value) and value > 0, name, "be a number above 0", value)
+    return max(1, round(milliseconds / 1000 / frame_shift))
 
 
 class Trigger:
@@ -45,6 +56,11 @@ class FixedInterval(Trigger):
 
     def __post_init__(self) -> None:
         check(is_count(self.frames), "FixedInterval.frames", "be an integer, at least 1", self.frames)
+
+    @classmethod
+    def of_time(cls, milliseconds: float, frame_shift: float = 0.04) -> FixedInterval:
+        """Return the trigger of an interval of time; ``frame_shift`` is in seconds."""
+        return cls(frames_of(milliseconds, frame_shift))
 
     def rule(self) -> StopRule:
         return StopRule(self.frames)

@@ -1,6 +1,15 @@
 """Live audio: streams are decoded while they arrive, with the language model in the first pass.
 Knows: acoustic models, search, fusion. Must not know: commands, test sets, servers.
 
+    decoder = StreamingDecoder(load(folder), [DelayedFusion(lm, 0.4)])
+    stream = decoder.open()
+    for samples in packets:          # float, 16 kHz; of any size
+        stream.accept(samples)
+        print(stream.partial())      # committed text, unstable text, words with times, age
+    nbest = stream.finish()          # as if the same model had heard all at once, chunk mask included
+
+With many streams call ``accept`` of each, then ``decoder.decode()`` once for all, then ``partial`` of each.
+
     decoder.py    StreamingDecoder: many streams, their encoder chunks and LLM events together
     stream.py     Stream: audio in, partial and final results out
     segment.py    one segment: search, committed words, forgetting

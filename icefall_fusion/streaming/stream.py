@@ -89,7 +89,10 @@ class Stream:
         return Partial(self._number, " ".join(texts[:stable]), " ".join(texts[stable:]), words, stable, age)
 
     def take_segments(self) -> list[NBest]:
-        """Return the N-best lists of the segments that have ended since the last call, and forget them."""
+        """Return the N-best lists of the segments that have ended since the last call, and forget them.
+
+        They are kept until then.
+        """
         done, self._done = self._done, []
         return done
 

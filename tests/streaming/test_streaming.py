@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from stream_tools import CHUNK, NAMES, OPTIONS, SEARCH, decode_in_packets, fusions_of, noise, same, whole
 
 from icefall_fusion.acoustic.models import ChunkOptions
-from icefall_fusion.fusion import DelayedFusion
+from icefall_fusion.fusion import DelayedFusion, FixedInterval
+from icefall_fusion.fusion.triggers import frames_of
 from icefall_fusion.streaming import StreamingDecoder, StreamOptions
 
 
@@ -97,6 +98,13 @@ def test_events_of_streams_are_one_call(made) -> None:
         assert len(texts) == 1
         calls.append(decoder.stats()["lm_forwards"])
     assert calls[0] == calls[1] > 5
+
+
+def test_triggers_have_times() -> None:
+    assert FixedInterval.of_time(640) == FixedInterval(16)
+    assert [frames_of(1), frames_of(100), frames_of(100, 0.02)] == [1, 2, 5]
+    with pytest.raises(ValueError, match="milliseconds"):
+        frames_of(0)
 
 
 def test_weight_0_is_no_language_model(made) -> None:
