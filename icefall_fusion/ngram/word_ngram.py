@@ -30,6 +30,7 @@ _STRANGERS = 4096
 START_ID, EMPTY_ID, END_ID, ID_COUNT = (FIRST_STRANGER + _STRANGERS + n for n in range(4))
 _BINARY = b"mmap lm http://kheafield.com/code"  # KenLM's binaries begin so
 _UNKNOWN = ("<unk>", "<UNK>")
+_MARKS = (*_UNKNOWN, "<s>", "</s>")
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ class WordNgram:
             words = arpa_words(self.path)[0]
         if words is None:
             return None
-        return sorted(word for word in words if word not in _UNKNOWN and self._tables.has(word))
+        return sorted(word for word in words if word not in _MARKS and self._tables.has(word))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> WordNgram:
         return self  # copies would read the file again
