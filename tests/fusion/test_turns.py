@@ -82,7 +82,7 @@ def test_groups_find_what_one_batch_finds(
     assert [nbest.utterance for nbest in parts] == ids
     for one, other in zip(whole, parts):
         assert one.weights == other.weights
-        if shallow == "nlm":  # a model in float32
+        if shallow == "nlm" or engine == "torch":  # float32: rounding depends on the batch's size
             assert_same([one], [other])
         else:
             assert one.hypotheses == other.hypotheses  # pieces, texts, times and scores, bit for bit
