@@ -76,7 +76,7 @@ def test_out_of_memory_halves_the_batch_and_changes_no_result(made, tmp_path, mo
         return decode
 
     decode("enough")
-    search, emit = Recognizer._search, CheckpointSource.emit
+    search, emit = Recognizer.search, CheckpointSource.emit
 
     def small_search(self, method, emissions, *context):
         if len(emissions.ids) > 1 and method.name != "ctc-prefix":
@@ -88,7 +88,7 @@ def test_out_of_memory_halves_the_batch_and_changes_no_result(made, tmp_path, mo
             raise torch.OutOfMemoryError("no room")
         return emit(self, ids, values)
 
-    monkeypatch.setattr(Recognizer, "_search", small_search)
+    monkeypatch.setattr(Recognizer, "search", small_search)
     monkeypatch.setattr(CheckpointSource, "emit", small_emit)
     recognizer = decode("little").recognizer
     assert json.loads((tmp_path / "little" / "run.json").read_text())["oom_backoffs"] == 2
@@ -97,6 +97,6 @@ def test_out_of_memory_halves_the_batch_and_changes_no_result(made, tmp_path, mo
     def no_room(self, method, emissions, *context):
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr(Recognizer, "_search", no_room)
+    monkeypatch.setattr(Recognizer, "search", no_room)
     with pytest.raises(torch.OutOfMemoryError):
         decode("none")

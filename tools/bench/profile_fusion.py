@@ -42,7 +42,7 @@ MARKED = {
     "icefall_fusion.fusion.delayed:DelayedFusion._land": "late scores",
     "icefall_fusion.fusion.delayed:DelayedFusion._clean": "clean up the tree",
     "icefall_fusion.lm.tree_scorer:TreeScorer.launch": LAUNCH,
-    "icefall_fusion.lm.tree_scorer:forward": FORWARD,
+    "icefall_fusion.lm.tree_forward:forward": FORWARD,
     "icefall_fusion.search.ctc_prefix:open_search": "open the search",
     "icefall_fusion.search.export:export_nbests": "make lists",
 }
