@@ -29,7 +29,7 @@ TOKENIZER_FILES = (*SENTENCE_PIECE_FILES, "tokenizer.json", "tokenizer_config.js
 CHECK_SEED = 7
 CHECK_ROUNDS = 3
 TOLERANCE_FLOAT32 = 2e-4  # natural log a token
-TOLERANCE_HALF = 0.2  # of the mean: bfloat16 rounds a logit of 16 by 0.06; a wrong mask is off by more
+TOLERANCE_HALF = 0.25  # of the median; SmolLM2: up to 0.12, with wrong masks or positions from 0.6
 
 # --- weights and what the config says -------------------------------------------------------------------
 
@@ -258,10 +258,10 @@ def check_tree(lm: CausalLm) -> None:
     except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{refusal}: {type(error).__name__}: {error}") from error
     full = {p.dtype for p in lm.model.parameters()} == {torch.float32}
-    # Halves round the steep logits after random tokens by up to 1 nat; a wrong mask is wrong in every path.
+    # Halves round the steep logits after some random paths by up to 1 nat; a wrong mask is wrong in all.
     allowed = TOLERANCE_FLOAT32 if full else TOLERANCE_HALF
-    worst = float(differences.max() if full else differences.mean())
-    if not worst <= allowed:  # also catches nan
+    worst = float(differences.max() if full else np.median(differences))  # both keep nan
+    if not worst <= allowed:
         raise ValueError(
             f"{refusal}: its scores must differ from plain forwards by at most {allowed:g} a token, but "
             f"differ by {worst:.3g} (it ignores position ids or masks, as ALiBi models such as BLOOM do)"
@@ -284,7 +284,7 @@ def _differences(lm: CausalLm) -> np.ndarray:
                 differences.append(abs(scores.pop(0) - sum(tokens)) / (len(path) + 1))
         alive = [paths[1::2] for paths in alive]
         scorer.keep([some[1::2] for some in nodes])
-    return np.array(differences)  # max and mean of it keep nan
+    return np.array(differences)  
 
 
 def _branch(paths: list[list[int]], vocab_size: int, rng: np.random.Generator) -> list[list[int]]:

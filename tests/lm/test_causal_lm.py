@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from icefall_fusion.common.devices import weight_bytes
 from icefall_fusion.lm import CausalLm
-from icefall_fusion.lm.loading import Vocabulary
+from icefall_fusion.lm.loading import Vocabulary, check_tree
 from icefall_fusion.lm.tree_scorer import TreeOptions
 from tests import tiny
 
@@ -343,6 +343,24 @@ def test_models_without_positions_or_plain_attention_are_refused(config, tmp_pat
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="cannot be used in a token tree|not from ALiBi|must be of types"):
         CausalLm.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(  # in bfloat16 so small a model feels its positions no more than its rounding
+    "dtype, wrong", [(torch.float32, "masks"), (torch.float32, "positions"), (torch.bfloat16, "masks")]
+)
+def test_wrong_masks_and_positions_are_refused(dtype: torch.dtype, wrong: str, monkeypatch) -> None:
+    model = random_model("llama").to(dtype)
+    lm = CausalLm(model, Vocabulary(None, None, 1, 2), "llama")
+    logits = lm.tree_logits
+
+    def other(tokens, positions, mask, window_mask, cache, wanted):
+        if wrong == "masks":
+            return logits(tokens, positions, torch.ones_like(mask), window_mask, cache, wanted)
+        return logits(tokens, torch.zeros_like(positions), mask, window_mask, cache, wanted)
+
+    monkeypatch.setattr(lm, "tree_logits", other)
+    with pytest.raises(ValueError, match="cannot be used in a token tree: its scores must differ"):
+        check_tree(lm)
 
 
 def test_folders_that_are_no_models_are_refused(tmp_path: Path) -> None:
