@@ -2,7 +2,7 @@
 # The whole recipe: prepare.sh (data), train.sh (models), decode.sh (tune, decode, report).
 #
 #   bash run.sh --text DIR             # hours on a CPU; every stage can be killed and run again
-#   bash run.sh --config tiny          # smoke test: under 4 minutes on 2 cores
+#   bash run.sh --config tiny          # smoke test: 6 minutes on 2 cores
 #
 # --text, --config, --data-dir, --exp-dir and --device go to the scripts that know them.
 set -euo pipefail
