@@ -4,6 +4,7 @@ Knows: torch.distributed. Must not know: models, data, options.
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -84,6 +85,7 @@ def _join(backend: str, **options: Any) -> None:
 def _part() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+        gc.collect()  # what is left of it, e.g. in a data-parallel model, ends its threads now
 
 
 def init_distributed(device: str = "auto") -> tuple[int, int, torch.device]:
