@@ -115,7 +115,8 @@ class CausalLm:
         base, adapter = _base_and_adapter(path_or_name, adapter)
         source = model_source(base)
         model = load_model(source, dtype, device, device_map, quantization, adapter)
-        vocabulary = Vocabulary.load(source, model.config, adapter).with_marks(bos_token, eos_token, source)
+        vocabulary = Vocabulary.load(_tokens_of(source, adapter), model.config)
+        vocabulary = vocabulary.with_marks(bos_token, eos_token, source)
         return cls(model, vocabulary, str(path_or_name), self_check)
 
     @property
@@ -272,3 +273,12 @@ def _base_and_adapter(path_or_name: PathLike, adapter: Optional[PathLike]) -> tu
     from icefall_fusion.lm.adapters import base_of
 
     return base_of(folder), folder
+
+
+def _tokens_of(source: str, adapter: Optional[PathLike]) -> PathLike:
+    """Return the folder or hub name that has the vocabulary: an adapter may bring its own."""
+    if adapter is None:
+        return source
+    from icefall_fusion.lm.adapters import has_pieces
+
+    return adapter if has_pieces(adapter) else source

@@ -151,19 +151,16 @@ class Vocabulary:
     eos_id: Optional[int] = None
 
     @classmethod
-    def load(cls, path_or_name: PathLike, config: Any, adapter: Optional[PathLike] = None) -> Vocabulary:
+    def load(cls, path_or_name: PathLike, config: Any) -> Vocabulary:
         """Read the tokens beside a model.
 
         Args:
             path_or_name: model folder or hub name.
             config: the model's config; its bos and eos are used if the tokenizer has none.
-            adapter: its ``bpe.model``, if it has one, is the vocabulary.
         Raises:
             ValueError: the tokenizer contradicts the SentencePiece model beside it.
         """
         folder = Path(path_or_name)
-        if adapter is not None and (Path(adapter) / "bpe.model").is_file():
-            folder = Path(adapter)
         config = config.get_text_config(decoder=True)
         bos_id, eos_id = _first(config.bos_token_id), _first(config.eos_token_id)
         if (folder / "bpe.model").is_file():

@@ -107,6 +107,9 @@ def test_broken_vocabularies_are_refused(base: Path, pieces: AcousticTokens, tmp
     refused(folder, "'input' of .*, but is None")
     (folder / transplant.EMBEDDINGS_FILE).write_bytes(b"no tensors")
     refused(folder, "must be a safetensors file")
+    folder = copy("plain")  # pieces alone are no vocabulary: the embeddings are the base's
+    (folder / transplant.EMBEDDINGS_FILE).unlink()
+    assert CausalLm.from_pretrained(base, adapter=folder).pieces is None
     folder = copy("pieceless")
     (folder / "bpe.model").unlink()
     with pytest.raises(FileNotFoundError, match="SentencePiece model not found"):
