@@ -117,6 +117,14 @@ def ngram(folder: Path) -> Path:
     return path
 
 
+def arpa_text(*orders: str) -> str:
+    """Return an ARPA file of the lines of each order: log10 of P, words, back-off, with tabs between."""
+    rows = [lines.strip("\n").split("\n") for lines in orders]
+    counts = [f"ngram {order}={len(lines)}" for order, lines in enumerate(rows, 1)]
+    parts = ["\n".join([f"\\{order}-grams:", *lines]) for order, lines in enumerate(rows, 1)]
+    return "\n\n".join(["\n".join(["\\data\\", *counts]), *parts, "\\end\\"]) + "\n"
+
+
 def hugging_face_ctc(folder: Path, masked: bool = True) -> list[str]:
     """Write a random wav2vec 2.0 with a letter vocabulary and return its letters by id."""
     letters = ["<pad>", "<s>", "</s>", "<unk>", "|", *"ABCDE'"]

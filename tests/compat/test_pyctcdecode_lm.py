@@ -17,14 +17,10 @@ from icefall_fusion.compat.pyctcdecode import BeamSearchDecoderCTC, build_ctcdec
 from icefall_fusion.lm import CausalLm
 from icefall_fusion.ngram.arpa import LN10
 from icefall_fusion.ngram.word_ngram import WordNgram
-from tests.tiny import hugging_face_ctc, language_model
+from tests.tiny import arpa_text, hugging_face_ctc, language_model
 
 LABELS = ["", " ", "a", "b", "c"]
-ARPA = """\\data\\
-ngram 1=7
-ngram 2=5
-
-\\1-grams:
+ARPA = arpa_text("""
 -2.0\t<unk>\t0
 -99\t<s>\t-0.5
 -1.0\t</s>
@@ -32,16 +28,13 @@ ngram 2=5
 -1.5\tabba\t-0.125
 -1.1\tcab\t-0.2
 -0.7\ta\t-0.3
-
-\\2-grams:
+""", """
 -0.3\t<s> cab
 -0.2\tab a
 -0.4\ta cab
 -0.1\tcab abba
 -0.6\tabba </s>
-
-\\end\\
-"""
+""")
 KNOWN = ["ab", "abba", "cab", "a"]
 
 

@@ -17,28 +17,21 @@ from icefall_fusion.lm import CausalLm
 from icefall_fusion.ngram.arpa import LN10
 from icefall_fusion.ngram.piece_ngram import PieceNgram
 from icefall_fusion.ngram.word_ngram import WordNgram
-from tests.tiny import language_model
+from tests.tiny import arpa_text, language_model
 
 TOKENS = ["-", "|", "a", "b", "c"]
 LEXICON = "ab a b |\ncab c a b |\nabba a b b a |\nbee b |\n"
 WORDS = ["ab", "cab", "abba", "bee"]
-ARPA = """\\data\\
-ngram 1=5
-ngram 2=2
-
-\\1-grams:
+ARPA = arpa_text("""
 -2.0\t<unk>\t0
 -99\t<s>\t-0.5
 -1.0\t</s>
 -0.9\tab\t-0.25
 -0.7\tcab\t-0.3
-
-\\2-grams:
+""", """
 -0.3\t<s> cab
 -0.2\tab cab
-
-\\end\\
-"""
+""")
 
 
 @pytest.fixture

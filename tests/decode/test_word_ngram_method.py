@@ -7,28 +7,22 @@ import json
 
 import pytest
 from job_tools import arguments, lists
+from tiny import arpa_text
 
 from icefall_fusion.__main__ import main
 from icefall_fusion.decode.method_names import parse_method
 from icefall_fusion.ngram.word_ngram import WordNgram
 
-ARPA = """\\data\\
-ngram 1=5
-ngram 2=2
-
-\\1-grams:
+ARPA = arpa_text("""
 -2.0\t<unk>
 -99\t<s>\t-0.5
 -1.0\t</s>
 -0.5\tthe\t-0.25
 -1.5\tsea\t-0.125
-
-\\2-grams:
+""", """
 -0.3\t<s> the
 -0.2\tthe sea
-
-\\end\\
-"""
+""")
 
 
 def test_a_word_ngram_stands_beside_an_llm(made, tmp_path) -> None:

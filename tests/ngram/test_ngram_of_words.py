@@ -29,27 +29,21 @@ from tests.fusion.test_fusion import (
     tokens,  # noqa: F401 (a fixture)
 )
 from tests.reference.fused_search import SlowFusion
+from tests.tiny import arpa_text
 
 KENLM = importlib.util.find_spec("kenlm") is not None
 READERS = ["own", pytest.param("kenlm", marks=pytest.mark.skipif(not KENLM, reason="needs kenlm"))]
-BY_HAND = """\\data\\
-ngram 1=5
-ngram 2=3
-
-\\1-grams:
+BY_HAND = arpa_text("""
 -2.0\t<unk>
 -99\t<s>\t-0.5
 -1.0\t</s>
 -0.5\tthe\t-0.25
 -1.5\tsea\t-0.125
-
-\\2-grams:
+""", """
 -0.3\t<s> the
 -0.2\tthe sea
 -0.4\tsea </s>
-
-\\end\\
-"""
+""")
 
 
 @pytest.fixture(params=READERS)
