@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Sequence
 
@@ -21,10 +20,9 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from figures import write
-from word_times import SPLITS, speech
+from word_times import SPLITS, parser_of, show, speech
 
 from icefall_fusion.acoustic.sources import EmissionOptions
-from icefall_fusion.decode.demo import STORIES
 from icefall_fusion.decode.pretrained import with_pretrained, with_shipped_lms
 from icefall_fusion.decode.recognizer import RecognizerOptions
 from icefall_fusion.decode.tune_words import EvidenceRecognizer, Observed, observe
@@ -76,16 +74,8 @@ def observed(options: RecognizerOptions, method: str, sets: dict[str, str]) -> d
 
 def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     """Return what the command line says."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--model", default="", help="acoustic model; none: the shipped one")
-    parser.add_argument("--method", default="llm-delayed-shortest-ahead")
+    parser = parser_of(__doc__, "word_confidence", "llm-delayed-shortest-ahead")
     parser.add_argument("--cuts", nargs="*", default=[], help="NAME=MANIFEST, dev first; none: the demo's")
-    parser.add_argument("--stories", default=str(STORIES))
-    parser.add_argument("--sentences", type=int, default=120, help="of each set of the demo")
-    parser.add_argument("--speech", default="bench/word_times", help="folder for the audio")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--json", default="bench/word_confidence.json", dest="output", help="figures")
     return parser.parse_args(given)
 
 
@@ -94,7 +84,6 @@ def main(given: Sequence[str] | None = None) -> None:
     args = arguments(given)
     options = RecognizerOptions(emissions=EmissionOptions(model=args.model, device=args.device))
     options = with_shipped_lms(options) if args.model else with_pretrained(options)
-    options = replace(options, emissions=replace(options.emissions, device=args.device))
     sets = dict(pair.split("=", 1) for pair in args.cuts)
     sets = sets or {split: speech(args, split) for split in SPLITS}
     seen, greedy = (observed(options, method, sets) for method in (args.method, GREEDY))
@@ -104,8 +93,7 @@ def main(given: Sequence[str] | None = None) -> None:
     rows += raw_rows(f"{args.method}, list as it is", seen, "list", odds=True)
     rows += rows_of(f"{GREEDY}, least probability", greedy, ["piece_least"])
     rows += raw_rows(f"{GREEDY}, least probability as it is", greedy, "piece_least", odds=False)
-    for row in rows:
-        print("  ".join(f"{key} {value}" for key, value in row.items()))
+    show(rows)
     write(args, rows)
 
 

@@ -106,18 +106,35 @@ def row_of(split: str, marks: str, how: str, words: int, seen: Sequence[Sighting
     return row
 
 
-def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
-    """Return what the command line says."""
+def parser_of(page: str | None, name: str, method: str) -> argparse.ArgumentParser:
+    """Return the options that benchmarks of words share.
+
+    Args:
+        page: text of ``--help``.
+        name: of the benchmark, and so of its figures.
+        method: the usual one.
+    """
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = argparse.ArgumentParser(description=page, formatter_class=raw)
     parser.add_argument("--model", default="", help="acoustic model; none: the shipped one")
-    parser.add_argument("--method", default="ctc-prefix")
+    parser.add_argument("--method", default=method)
     parser.add_argument("--stories", default=str(STORIES))
-    parser.add_argument("--sentences", type=int, default=120, help="of each set")
+    parser.add_argument("--sentences", type=int, default=120, help="of each set of the demo")
     parser.add_argument("--speech", default="bench/word_times", help="folder for the audio")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--json", default="bench/word_times.json", dest="output", help="figures")
-    return parser.parse_args(given)
+    parser.add_argument("--json", default=f"bench/{name}.json", dest="output", help="figures")
+    return parser
+
+
+def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return what the command line says."""
+    return parser_of(__doc__, "word_times", "ctc-prefix").parse_args(given)
+
+
+def show(rows: Sequence[dict[str, Any]]) -> None:
+    """Print rows of figures."""
+    for row in rows:
+        print("  ".join(f"{key} {value}" for key, value in row.items()))
 
 
 def main(given: Sequence[str] | None = None) -> None:
@@ -133,8 +150,7 @@ def main(given: Sequence[str] | None = None) -> None:
         for marks, those in found.items():
             ways = {"marks": WordTiming(0.0, 0.0, 0.0, 0.0), "usual": WordTiming(), "fitted": fitted[marks]}
             rows += [row_of(split, marks, how, words, those, timing) for how, timing in ways.items()]
-    for row in rows:
-        print("  ".join(f"{key} {value}" for key, value in row.items()))
+    show(rows)
     print({marks: str(timing) for marks, timing in fitted.items()})
     write(args, rows, fitted={marks: vars(timing) for marks, timing in fitted.items()})
 
