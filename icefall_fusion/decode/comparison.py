@@ -14,7 +14,7 @@ from icefall_fusion.lm import CausalLm
 from icefall_fusion.nbest import NBest
 from icefall_fusion.scoring.compare import Comparison, Slot
 from icefall_fusion.scoring.pages import Page
-from icefall_fusion.scoring.wer import EPS, align_words, words_of
+from icefall_fusion.scoring.wer import EPS, correct_words, words_of
 from icefall_fusion.scoring.word_kinds import KINDS
 
 AROUND = 4  # words of context in an example
@@ -184,11 +184,8 @@ def _right_words(reference: Sequence[str], nbest: NBest, measure: str) -> set[in
     """Return the numbers of the reference words that any hypothesis of a list has right."""
     found: set[int] = set()
     for hypothesis in nbest:
-        number = 0
-        for word, other in align_words(reference, words_of(hypothesis.text, measure)):
-            if word != EPS:
-                found.update([number] if word == other else [])
-                number += 1
+        right = correct_words(reference, words_of(hypothesis.text, measure))
+        found.update(number for number, good in enumerate(right) if good)
     return found
 
 

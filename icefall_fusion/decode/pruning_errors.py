@@ -22,7 +22,7 @@ from icefall_fusion.fusion import DelayedFusion
 from icefall_fusion.fusion.watch import FATES, BeamWatch
 from icefall_fusion.nbest import NBest
 from icefall_fusion.scoring.pages import Page
-from icefall_fusion.scoring.wer import EPS, align_words
+from icefall_fusion.scoring.wer import correct_words
 from icefall_fusion.scoring.word_kinds import KINDS, WordKinds
 from icefall_fusion.search import Fusion
 
@@ -116,8 +116,7 @@ def fates_of(recognizer: WatchedRecognizer, utterance: str, missing: Sequence[in
 
 def missing_words(reference: Sequence[str], words: Sequence[str]) -> list[int]:
     """Return the numbers of the reference's words that a text has wrong or lacks."""
-    pairs = [pair for pair in align_words(reference, words) if pair[0] != EPS]
-    return [number for number, (word, other) in enumerate(pairs) if word != other]
+    return [number for number, good in enumerate(correct_words(reference, words)) if not good]
 
 
 def _tell(options: PruningErrorsOptions, whole: Counter[str], table: Mapping[str, Counter[str]],

@@ -89,6 +89,11 @@ def align_words(reference: Sequence[str], hypothesis: Sequence[str]) -> list[tup
     return kaldialign.align(reference, hypothesis, EPS)
 
 
+def correct_words(reference: Sequence[str], hypothesis: Sequence[str]) -> list[bool]:
+    """Return which words of the reference are right, by the alignment with the fewest errors."""
+    return [word == other for word, other in align_words(reference, hypothesis) if word != EPS]
+
+
 def count_errors(reference: str, hypothesis: str, measure: str = "normalized") -> WordErrors:
     """Count the word errors of one utterance by one of MEASURES."""
     return compare_words(words_of(reference, measure), words_of(hypothesis, measure))
