@@ -11,8 +11,9 @@ import numpy as np
 
 from icefall_fusion.acoustic.prior import PriorCounter, write_prior
 from icefall_fusion.acoustic.sources import EmissionOptions
-from icefall_fusion.common.checks import check
+from icefall_fusion.common.checks import check, check_at_least
 from icefall_fusion.common.command_line import SKIPPED_SOME
+from icefall_fusion.data.manifests import spread
 from icefall_fusion.decode.recognizer import Recognizer, RecognizerOptions
 from icefall_fusion.decode.utterances import read_cuts
 from icefall_fusion.ngram.arpa import longest_order, write_arpa
@@ -44,8 +45,8 @@ class InternalLmOptions:
     batch_size: int | None = None
 
     def __post_init__(self) -> None:
-        check(self.order >= 1, "InternalLmOptions.order", "be at least 1", self.order)
-        check(self.limit >= 0, "InternalLmOptions.limit", "be at least 0", self.limit)
+        check_at_least(1, self, "order")
+        check_at_least(0, self, "limit")
         rule = "be left out: the prior is what is estimated"
         check(not self.emissions.prior, "InternalLmOptions.emissions.prior", rule, self.emissions.prior)
 
@@ -62,10 +63,7 @@ def run(options: InternalLmOptions) -> int:
     tokens = recognizer.source.tokens
     longest = longest_order(tokens.size)
     check(options.order <= longest, "InternalLmOptions.order", f"be at most {longest}", options.order)
-    utterances = read_cuts(options.cuts, recognizer.source.wants)
-    if 0 < options.limit < len(utterances):
-        chosen = np.linspace(0, len(utterances) - 1, options.limit).round().astype(int)
-        utterances = [utterances[index] for index in chosen]
+    utterances = spread(read_cuts(options.cuts, recognizer.source.wants), options.limit)
     prior, texts = PriorCounter(tokens.size), []
     for some in recognizer.batches(utterances):
         for batch in recognizer.emit(some):

@@ -11,7 +11,7 @@ import torch
 from icefall_fusion.common.checks import check
 from icefall_fusion.fusion.word_scores import score_words
 from icefall_fusion.nbest import NBest
-from icefall_fusion.scoring.wer import EPS, align_words
+from icefall_fusion.scoring.wer import correct_words
 from icefall_fusion.text.tokens import AcousticTokens
 
 if TYPE_CHECKING:
@@ -61,11 +61,7 @@ def _list_odds(nbest: NBest) -> np.ndarray:
     share = np.exp(totals - totals.max())
     share, mass = share / share.sum(), np.zeros(len(words))
     for hypothesis, posterior in zip(nbest, share):
-        at = 0
-        for word, other in align_words(words, hypothesis.words()):
-            if word != EPS:
-                mass[at] += posterior if word == other else 0.0
-                at += 1
+        mass[correct_words(words, hypothesis.words())] += posterior
     mass = mass.clip(_LEAST, 1 - _LEAST)
     return np.log(mass / (1 - mass))
 
