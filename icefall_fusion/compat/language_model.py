@@ -1,4 +1,4 @@
-"""The language models of a pyctcdecode decoder: an n-gram over words, an LLM beside it; weights and files.
+"""The language models of a pyctcdecode decoder: n-grams over words, an LLM beside; hot words; weights, files.
 Knows: pyctcdecode's parameters and folders, our fusions. Must not know: labels, searches, hypotheses.
 """
 from __future__ import annotations
@@ -8,7 +8,7 @@ import logging
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Collection, NamedTuple, Optional, Sequence, Union
+from typing import TYPE_CHECKING, Any, Collection, Iterable, NamedTuple, Optional, Sequence
 
 from icefall_fusion.common.checks import check, is_number
 from icefall_fusion.common.files import atomic_path, write_json, write_text
@@ -22,6 +22,7 @@ from icefall_fusion.search import Fusion
 if TYPE_CHECKING:
     from icefall_fusion.text.tokens import AcousticTokens
 
+DEFAULT_HOTWORD_WEIGHT = 10.0
 DEFAULT_ALPHA, DEFAULT_BETA, DEFAULT_UNK_LOGP_OFFSET, DEFAULT_SCORE_LM_BOUNDARY = 0.5, 1.5, -10.0, True
 _NUMBERS = ("alpha", "beta", "unk_score_offset")
 _ATTRIBUTES, _UNIGRAMS, _LLM = "attrs.json", "unigrams.txt", "llm.json"
@@ -35,11 +36,38 @@ class LmState(NamedTuple):
     words: tuple[str, ...]
 
 
+class HotwordScorer(NamedTuple):
+    """Hot words that are paid for while they are spelled; `build_scorer` makes it."""
+
+    words: tuple[str, ...]
+    weight: float
+
+    @classmethod
+    def build_scorer(cls, hotwords: Optional[Iterable[str]] = None,
+                     weight: float = DEFAULT_HOTWORD_WEIGHT) -> HotwordScorer:
+        """Return the scorer of a list of words, or of phrases of which each word counts.
+
+        Args:
+            hotwords: None: none. weight: nats of each.
+
+        Raises:
+            ValueError: they are no list of texts, or one is empty.
+        """
+        good = hotwords is None or isinstance(hotwords, Iterable) and not isinstance(hotwords, str)
+        check(good, "hotwords", "be None or a list of texts", hotwords)
+        phrases = list(hotwords or ())
+        for phrase in phrases:
+            good = isinstance(phrase, str) and bool(phrase.strip())
+            check(good, "hotwords", "be texts, none empty", phrase)
+        return cls(tuple(dict.fromkeys(word for phrase in phrases for word in phrase.split())), weight)
+
+
 class LanguageModel:
     """Weights and models. Beams add ``alpha * ln P(words) + beta * words`` and, with an LLM, its share.
 
     Args:
-        kenlm_model: path of a KenLM binary or ARPA file over words; None: there is none.
+        kenlm_model: path of a KenLM binary or ARPA file over words, or a ``kenlm.Model``, whose file is read
+            again; None: there is none.
         unigrams: known words; None: those of the n-gram.
         alpha: weight of the n-gram's natural-log score.
         beta: added for each word, in nats.
@@ -53,7 +81,7 @@ class LanguageModel:
         FileNotFoundError, ModuleNotFoundError, ValueError: see `WordNgram`; a weight is not finite.
     """
 
-    def __init__(self, kenlm_model: Union[None, str, os.PathLike] = None,
+    def __init__(self, kenlm_model: Any = None,
                  unigrams: Optional[Collection[str]] = None, alpha: float = DEFAULT_ALPHA,
                  beta: float = DEFAULT_BETA, unk_score_offset: float = DEFAULT_UNK_LOGP_OFFSET,
                  score_boundary: bool = DEFAULT_SCORE_LM_BOUNDARY, llm: Any = None, llm_weight: float = 0.4,
@@ -62,7 +90,8 @@ class LanguageModel:
         self.alpha, self.beta, self.unk_score_offset = alpha, beta, unk_score_offset
         self.score_boundary = score_boundary
         self._check()
-        self.ngram = None if kenlm_model is None else WordNgram(kenlm_model, unigrams)
+        path = getattr(kenlm_model, "path", kenlm_model)  # kenlm's own model has it as bytes
+        self.ngram = None if path is None else WordNgram(os.fsdecode(path), unigrams)
         self.llm_path = str(llm) if isinstance(llm, (str, os.PathLike)) else None
         self.llm, self.llm_weight, self.llm_text = llm, llm_weight, llm_text
         if self.llm_path is not None:
@@ -111,8 +140,14 @@ class LanguageModel:
         """Return the state after more words."""
         return LmState((*(state.words if state is not None else ()), *words)[-_MOST_WORDS:])
 
-    def fusions(self, state: Optional[LmState], tokens: AcousticTokens) -> list[Fusion]:
-        """Return what joins a search over ``tokens`` after ``state``; None: nothing was said before."""
+    def fusions(self, state: Optional[LmState], tokens: AcousticTokens, share: float = 1.0,
+                suffix: str = "") -> list[Fusion]:
+        """Return what joins a search over ``tokens`` after ``state``.
+
+        Args:
+            state: None: nothing was said before. tokens: the acoustic vocabulary.
+            share: factor of all weights; suffix: of the names of the scores.
+        """
         self._check()
         good = state is None or isinstance(state, LmState)
         check(good, "lm_start_state", "be None or the LM state of a hypothesis", state)
@@ -121,17 +156,18 @@ class LanguageModel:
         if self.ngram is not None:
             oov = max(self.unk_score_offset * LN10, -MOST)
             self.ngram.oov_score = 0.0 if self.words else oov
-            found.append(WordNgramFusion(self.ngram, self.alpha, self.beta, trigger, prompt=earlier or None,
-                                         boundary=boundary))
+            found.append(WordNgramFusion(self.ngram, share * self.alpha, share * self.beta, trigger,
+                                         prompt=earlier or None, boundary=boundary,
+                                         source="wordngram" + suffix))
             if self.words:
                 if self._vocabulary[:2] != (tokens, oov):
                     self._vocabulary = tokens, oov, word_automaton(self.words, tokens, oov)
-                found.append(HotWordFusion(self._vocabulary[2], self.alpha, source="oov"))
+                found.append(HotWordFusion(self._vocabulary[2], share * self.alpha, source="oov" + suffix))
         if self.llm is not None:
-            bonus = 0.0 if found else self.beta
+            bonus = 0.0 if found else share * self.beta
             eos = boundary and self.llm.eos_id is not None
-            found.append(DelayedFusion(self.llm, self.llm_weight, bonus, trigger, self.llm_text,
-                                       earlier or None, eos))
+            found.append(DelayedFusion(self.llm, share * self.llm_weight, bonus, trigger, self.llm_text,
+                                       earlier or None, eos, source="llm" + suffix))
         return found
 
     def check_coverage(self, labels: Sequence[str]) -> None:
@@ -184,6 +220,54 @@ class LanguageModel:
         check(good, f"the folder {path}", rule, sorted(files))
         unigrams = (path / _UNIGRAMS).read_text(encoding=encoding or "utf-8").splitlines()
         return cls(path / models[0], unigrams or None, **_read_values(path / _ATTRIBUTES), **options)
+
+
+class MultiLanguageModel:
+    """The mean of several models' scores, as pyctcdecode has it.
+
+    Args:
+        language_models: two at least. Their parameters are their own.
+
+    Raises:
+        ValueError: they are fewer, or something else.
+    """
+
+    words: Optional[list[str]] = None
+
+    def __init__(self, language_models: Sequence[LanguageModel]) -> None:
+        models = list(language_models)
+        good = len(models) > 1 and all(isinstance(model, LanguageModel) for model in models)
+        check(good, "language_models", "be two LanguageModels at least", [type(m).__name__ for m in models])
+        self._models = models
+
+    @property
+    def order(self) -> int:
+        """The longest n of the n-grams."""
+        return max(model.order for model in self._models)
+
+    def get_start_state(self) -> LmState:
+        """Return the state before the first word."""
+        return LmState(())
+
+    def state_after(self, state: Optional[LmState], words: Sequence[str]) -> LmState:
+        """Return the state after more words."""
+        return self._models[0].state_after(state, words)
+
+    def fusions(self, state: Optional[LmState], tokens: AcousticTokens) -> list[Fusion]:
+        """Return what joins a search (see `LanguageModel.fusions`)."""
+        share = 1 / len(self._models)
+        return [fusion for number, model in enumerate(self._models)
+                for fusion in model.fusions(state, tokens, share, f"-{number}")]
+
+    def reset_params(self, **values: Any) -> None:
+        """Refuse: each of the models has parameters of its own."""
+        check(not any(value is not None for value in values.values()), "reset_params",
+              "be called on one of the models of a MultiLanguageModel", values)
+
+    def save_to_dir(self, path: Path, beside: Path) -> None:
+        """Refuse: pyctcdecode has no folder of several models."""
+        rule = "be one LanguageModel where the decoder is to be saved"
+        check(False, "language_model", rule, f"{len(self._models)} models")
 
 
 def _read_values(path: Path, more: Sequence[str] = ()) -> dict[str, Any]:

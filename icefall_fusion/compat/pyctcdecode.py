@@ -9,55 +9,48 @@ of a word go from the peak of its first label to that of its last.
 from __future__ import annotations
 
 import logging
-import math
 import os
 import sys
 from pathlib import Path
-from typing import Any, Collection, Iterable, NamedTuple, Optional, Sequence, Union
+from typing import Any, Collection, Iterable, Optional, Sequence, Union
 
-from icefall_fusion.common.checks import check, is_count, is_number
+from icefall_fusion.common.checks import check
 from icefall_fusion.common.files import write_text
 from icefall_fusion.compat import alphabet as _alphabet
+from icefall_fusion.compat import language_model as _models
 from icefall_fusion.compat.alphabet import Alphabet
+from icefall_fusion.compat.beams import (
+    OutputBeam,
+    OutputBeamMPSafe,
+    best_pieces_of,
+    output_beams,
+    without_histories,
+)
+from icefall_fusion.compat.chunks import (
+    DEFAULT_BEAM_WIDTH,
+    DEFAULT_MIN_TOKEN_LOGP,
+    DEFAULT_PRUNE_BEAMS,
+    DEFAULT_PRUNE_LOGP,
+    ChunkedDecoding,
+    search_options,
+)
 from icefall_fusion.compat.language_model import (
     DEFAULT_ALPHA,
     DEFAULT_BETA,
+    DEFAULT_HOTWORD_WEIGHT,
     DEFAULT_SCORE_LM_BOUNDARY,
     DEFAULT_UNK_LOGP_OFFSET,
+    HotwordScorer,
     LanguageModel,
     LmState,
+    MultiLanguageModel,
 )
 from icefall_fusion.compat.logits import check_logits, drop_improbable, log_probs_of, pad
 from icefall_fusion.fusion.hotwords import HotWordFusion, make_automaton
-from icefall_fusion.search import Fusion, PrefixSearchOptions, ctc_prefix_search
-
-DEFAULT_BEAM_WIDTH, DEFAULT_PRUNE_LOGP, DEFAULT_MIN_TOKEN_LOGP, DEFAULT_PRUNE_BEAMS = 100, -10.0, -5.0, False
-DEFAULT_HOTWORD_WEIGHT = 10.0
+from icefall_fusion.search import Fusion, ctc_prefix_search
 
 
-class OutputBeam(NamedTuple):
-    """A hypothesis: text, LM state after it, frames (start, end) of each word, natural-log scores.
-
-    ``lm_score`` is the total by which beams are ranked, ``logit_score`` the acoustic part of it.
-    """
-
-    text: str
-    last_lm_state: Optional[LmState]
-    text_frames: list[tuple[str, tuple[int, int]]]
-    logit_score: float
-    lm_score: float
-
-
-class OutputBeamMPSafe(NamedTuple):
-    """A hypothesis without LM state, as batches have them."""
-
-    text: str
-    text_frames: list[tuple[str, tuple[int, int]]]
-    logit_score: float
-    lm_score: float
-
-
-class BeamSearchDecoderCTC:
+class BeamSearchDecoderCTC(ChunkedDecoding):
     """A decoder of logits; see `build_ctcdecoder`.
 
     Args:
@@ -68,18 +61,23 @@ class BeamSearchDecoderCTC:
     _ALPHABET_SERIALIZED_FILENAME = "alphabet.json"
     _LANGUAGE_MODEL_SERIALIZED_DIRECTORY = "language_model"
 
-    def __init__(self, alphabet: Alphabet, language_model: Optional[LanguageModel] = None) -> None:
-        good = language_model is None or isinstance(language_model, LanguageModel)
+    def __init__(self, alphabet: Alphabet,
+                 language_model: Union[None, LanguageModel, MultiLanguageModel] = None) -> None:
+        good = language_model is None or isinstance(language_model, (LanguageModel, MultiLanguageModel))
         check(good, "language_model", "be None or a LanguageModel", type(language_model).__name__)
         self._alphabet, self._language_model = alphabet, language_model
         self._tokens = alphabet.tokens()
         self._model_key = b"own"
-        self._hot: tuple[Any, ...] = ()  # words, weight, automaton
+        self._hot: tuple[Any, ...] = ()  # scorer, automaton
 
     @property
-    def model_container(self) -> dict[bytes, Optional[LanguageModel]]:
+    def model_container(self) -> dict[bytes, Union[None, LanguageModel, MultiLanguageModel]]:
         """The language model by `_model_key`; it goes when the decoder goes."""
         return {self._model_key: self._language_model}
+
+    @property
+    def _order(self) -> int:
+        return 0 if self._language_model is None else self._language_model.order
 
     @classmethod
     def clear_class_models(cls) -> None:
@@ -117,7 +115,8 @@ class BeamSearchDecoderCTC:
             beam_width: prefixes kept.
             beam_prune_logp: hypotheses this many nats below the best are dropped; below 0.
             token_min_logp: labels below it are not tried in a frame, the best one always is.
-            prune_history: has no effect: hypotheses that differ in old words alone are kept.
+            prune_history: of hypotheses that differ in old words alone (those that an n-gram does not look
+                back on) the best is returned; the search keeps all.
             hotwords: words, or phrases of which each word counts, that are paid while they are spelled.
             hotword_weight: nats of each.
             lm_start_state: LM state after earlier audio, as hypotheses have it (`LmState`).
@@ -125,8 +124,9 @@ class BeamSearchDecoderCTC:
         Raises:
             ValueError: logits do not fit the labels or are no numbers, or an argument is out of range.
         """
-        return self._decode([logits], beam_width, beam_prune_logp, token_min_logp, hotwords, hotword_weight,
-                            lm_start_state)[0]
+        beams = self._decode([logits], beam_width, beam_prune_logp, token_min_logp, hotwords, hotword_weight,
+                             lm_start_state)[0]
+        return without_histories(beams, self._order) if prune_history else beams
 
     def decode_batch(self, pool: Any, logits_list: Iterable[Any], beam_width: int = DEFAULT_BEAM_WIDTH,
                      beam_prune_logp: float = DEFAULT_PRUNE_LOGP,
@@ -146,15 +146,13 @@ class BeamSearchDecoderCTC:
         """Return the hypotheses of each utterance, without LM states; see `decode_batch`, `decode_beams`."""
         found = self._decode(list(logits_list), beam_width, beam_prune_logp, token_min_logp, hotwords,
                              hotword_weight)
+        found = [without_histories(beams, self._order) for beams in found] if prune_history else found
         return [[OutputBeamMPSafe(b[0], *b[2:]) for b in beams] for beams in found]
 
     def _decode(self, logits: list[Any], beam: int, prune: float, least: float,
                 hotwords: Optional[Iterable[str]], hotword_weight: float, state: Optional[LmState] = None,
                 frames: bool = True) -> list[list[OutputBeam]]:
         """Return the hypotheses of a batch; with ``frames`` those of their words."""
-        check(is_count(beam), "beam_width", "be an integer, at least 1", beam)
-        good = prune == -math.inf or is_number(prune) and prune < 0
-        check(good, "beam_prune_logp", "be below 0", prune)
         model = self._language_model
         rule = "be None for a decoder without a language model"
         check(state is None or model is not None, "lm_start_state", rule, state)
@@ -162,30 +160,26 @@ class BeamSearchDecoderCTC:
         for number, values in enumerate(logits):
             name = f"logits of utterance {number}" if len(logits) > 1 else "logits"
             rows.append(drop_improbable(log_probs_of(check_logits(values, size, name), name), least))
-        options = PrefixSearchOptions(beam=int(beam), score_beam=-prune, frame_shift=1.0, word_times=frames)
-        fusions = [] if model is None else model.fusions(state, self._tokens)
-        fusions += self._hot_words(hotwords, hotword_weight)
-        found = ctc_prefix_search(*pad(rows, size), options, self._tokens, fusions)
-        found = [_beams(nbest, -prune) for nbest in found]
+        options = search_options(beam, prune, frames)
+        fusions = self._fusions(HotwordScorer.build_scorer(hotwords, hotword_weight), state)
+        batch, lens = pad(rows, size)
+        nbests = ctc_prefix_search(batch, lens, options, self._tokens, fusions)
+        best = [best_pieces_of(row) if frames else None for row in rows]
+        found = [output_beams(*each, self._tokens) for each in zip(nbests, [-prune] * len(rows), best)]
         if model is None:
             return found
         return [[b._replace(last_lm_state=model.state_after(state, b.text.split())) for b in beams]
                 for beams in found]
 
-    def _hot_words(self, hotwords: Optional[Iterable[str]], weight: float) -> list[Fusion]:
-        """Return what pays hypotheses for hot words: each word of each phrase by itself."""
-        good = hotwords is None or isinstance(hotwords, Iterable) and not isinstance(hotwords, str)
-        check(good, "hotwords", "be None or a list of texts", hotwords)
-        phrases = list(hotwords or ())
-        if not phrases:
-            return []
-        for phrase in phrases:
-            good = isinstance(phrase, str) and bool(phrase.strip())
-            check(good, "hotwords", "be texts, none empty", phrase)
-        words = tuple(dict.fromkeys(word for phrase in phrases for word in phrase.split()))
-        if self._hot[:2] != (words, weight):
-            self._hot = words, weight, make_automaton(words, self._tokens, weight)
-        return [HotWordFusion(self._hot[2])]
+    def _fusions(self, hot: HotwordScorer, state: Optional[LmState] = None) -> list[Fusion]:
+        """Return what joins a new search: language models after ``state``, hot words."""
+        model = self._language_model
+        fusions = [] if model is None else model.fusions(state, self._tokens)
+        if hot.words:
+            if self._hot[:1] != (hot,):
+                self._hot = hot, make_automaton(hot.words, self._tokens, hot.weight)
+            fusions.append(HotWordFusion(self._hot[1]))
+        return fusions
 
     def save_to_dir(self, filepath: str) -> None:
         """Write the decoder into a folder, in pyctcdecode's format."""
@@ -209,23 +203,24 @@ class BeamSearchDecoderCTC:
         model = LanguageModel.load_from_dir(folder, path.parent, unigram_encoding)
         return cls(Alphabet.loads(path.read_text(encoding="utf-8")), model)
 
+    @classmethod
+    def load_from_hf_hub(cls, model_id: str, cache_dir: Union[None, str, os.PathLike] = None,
+                         **options: Any) -> BeamSearchDecoderCTC:
+        """Read a decoder from the Hugging Face Hub, or from its cache (see `load_from_dir`).
 
-def _beams(nbest: Any, prune: float) -> list[OutputBeam]:
-    """Return hypotheses with each text once: extra spaces and other spellings by pieces are the same text."""
-    merged: dict[str, OutputBeam] = {}
-    for found in nbest:
-        ctc, total = found.scores["ctc"], found.scores["total"]
-        frames = [(time.word, (int(time.start), int(time.end))) for time in found.times]
-        beam = merged.setdefault(found.text, OutputBeam(found.text, None, frames, -math.inf, total - ctc))
-        merged[found.text] = beam._replace(logit_score=_log_add(beam.logit_score, ctc))
-    beams = [beam._replace(lm_score=beam.logit_score + beam.lm_score) for beam in merged.values()]
-    beams.sort(key=lambda beam: -beam.lm_score)
-    return [beam for beam in beams if beam.lm_score >= beams[0].lm_score - prune]
+        Args:
+            model_id: name of the repository, e.g. ``kensho/5gram-spanish-kenLM``.
+            cache_dir: None: pyctcdecode's own, ``~/.cache/pyctcdecode``.
+            options: of huggingface_hub's ``snapshot_download``, e.g. revision, local_files_only.
 
+        Raises:
+            ModuleNotFoundError: huggingface_hub is not installed.
+            Errors of ``snapshot_download``: the repository cannot be had.
+        """
+        from huggingface_hub import snapshot_download
 
-def _log_add(one: float, other: float) -> float:
-    most, least = max(one, other), min(one, other)
-    return most + math.log1p(math.exp(least - most)) if least > -math.inf else most
+        cache = Path.home() / ".cache" / "pyctcdecode" if cache_dir is None else cache_dir
+        return cls.load_from_dir(snapshot_download(model_id, cache_dir=cache, **options))
 
 
 def build_ctcdecoder(
@@ -274,5 +269,6 @@ def install() -> None:
     own = sys.modules[__name__]
     if sys.modules.get("pyctcdecode", own) is not own:
         logging.warning("pyctcdecode was loaded already: it is replaced by %s", __name__)
-    for name, module in (("", own), (".alphabet", _alphabet), (".constants", own), (".decoder", own)):
-        sys.modules["pyctcdecode" + name] = module
+    modules = {"": own, "alphabet": _alphabet, "constants": own, "decoder": own, "language_model": _models}
+    for name, module in modules.items():
+        sys.modules[".".join(filter(None, ("pyctcdecode", name)))] = module

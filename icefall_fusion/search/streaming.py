@@ -138,14 +138,22 @@ class StreamingSearch:
         pieces = np.where(path < 0, -1, arena.on_host("piece")[path])
         return Live(slots, scores[slots], lengths, path, pieces)
 
+    def masses(self, live: Live) -> np.ndarray:
+        """Return the natural-log probability of each hypothesis so far [n], without scores of fusions."""
+        frames = self._forgotten + float(self._best[0, : self.frames].double().sum())
+        totals = self.beam.log_total[0].double().numpy()[live.slots]
+        return totals + float(self.beam.offset[0]) + frames
+
     def peaks(self, live: Live, rank: int = 0) -> np.ndarray:
         """Return the frame of each piece of a hypothesis [length], counted from the first frame of all."""
-        row = slice(rank, rank + 1)
-        length = int(live.lengths[rank])
-        path, pieces = live.path[row, :length], live.pieces[row, :length]
+        return self.all_peaks(live, slice(rank, rank + 1))[0, : live.lengths[rank]]
+
+    def all_peaks(self, live: Live, ranks: slice = slice(None)) -> np.ndarray:
+        """Return the same of several hypotheses [n, longest]; without meaning after the end of each."""
+        path, pieces = live.path[ranks], live.pieces[ranks]
         births = path // self.beam.arena.row_size - 1
-        one = np.zeros(1, np.int64)
-        return piece_peaks(self._inputs(), one, path, pieces, births, live.lengths[row])[0] + self.dropped
+        rows = np.zeros(len(path), np.int64)
+        return piece_peaks(self._inputs(), rows, path, pieces, births, live.lengths[ranks]) + self.dropped
 
     # --- forgetting --------------------------------------------------------------------------------------
 

@@ -166,11 +166,11 @@ def test_a_saved_decoder_is_the_same(tmp_path) -> None:
 @pytest.fixture
 def installed(monkeypatch):
     """Let packages import pyctcdecode and find ours."""
-    for name in ("", ".alphabet", ".constants", ".decoder"):
+    for name in ("", ".alphabet", ".constants", ".decoder", ".language_model"):
         monkeypatch.delitem(sys.modules, "pyctcdecode" + name, raising=False)
     compat.install()
     yield
-    for name in ("", ".alphabet", ".constants", ".decoder"):
+    for name in ("", ".alphabet", ".constants", ".decoder", ".language_model"):
         sys.modules.pop("pyctcdecode" + name, None)
 
 

@@ -179,9 +179,9 @@ def test_a_saved_decoder_is_the_same(arpa, tmp_path) -> None:
 @pytest.mark.skipif(importlib.util.find_spec("kenlm") is None, reason="transformers asks for kenlm")
 def test_transformers_processor_is_loaded_with_its_language_model(arpa, tmp_path, monkeypatch) -> None:
     transformers = pytest.importorskip("transformers")
-    for name in ("", ".alphabet", ".constants", ".decoder"):
+    for name in ("", ".alphabet", ".constants", ".decoder", ".language_model"):
         monkeypatch.setitem(sys.modules, "pyctcdecode" + name, sys)  # gone again after the test
-    for name in ("", ".alphabet", ".constants", ".decoder"):
+    for name in ("", ".alphabet", ".constants", ".decoder", ".language_model"):
         sys.modules.pop("pyctcdecode" + name)
     compat.install()
     folder = tmp_path / "processor"
