@@ -28,6 +28,7 @@ JOBS = {
     "make-lattices": Job("lattice.make_lattices", "make lattices from saved log-probs (k2)"),
     "decode": Job("decode.job", "decode test sets by any methods; WER and times"),
     "transcribe": Job("decode.transcribe", "print the text of audio files"),
+    "serve": Job("serve.job", "transcribe live audio of many clients by WebSocket, with a page"),
     "tune": Job("decode.tune", "tune fusion weights on dev, from stored N-best scores"),
     "internal-lm": Job("decode.internal_lm", "estimate the prior of labels and an n-gram to be subtracted"),
     "tune-words": Job("decode.tune_words", "find when words sound and how sure they are, on dev"),
@@ -47,7 +48,8 @@ JOBS = {
 #: A decode multiplies matrices of many sizes. PyTorch and oneDNN each keep a kernel for up to 1,024 of them,
 #: hundreds of MB after a while; with so few of them the time is the same.
 _KERNELS_KEPT = {"LRU_CACHE_CAPACITY": "64", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
-_OF_MANY_SIZES = ("decode", "transcribe", "tune", "tune-words", "internal-lm", "pruning-errors", "demo")
+_OF_MANY_SIZES = ("decode", "transcribe", "serve", "tune", "tune-words", "internal-lm", "pruning-errors",
+                  "demo")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -37,6 +37,8 @@ OWNERS = {
     "bitsandbytes": {"lm/quantization"},
     "torchao": {"lm/quantization"},
     "kenlm": {"ngram/word_ngram"},
+    "starlette": {"serve/app", "serve/session"},
+    "uvicorn": {"serve/job"},
     "triton": {"search/engines/gpu_kernel", "lm/fused_kernels", "lm/fused_matmul", "lm/products"},
 }
 #: Files that must stay importable with Python 3.9 and torch 1.13.

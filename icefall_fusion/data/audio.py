@@ -148,19 +148,48 @@ class _Frames:
             yield block.mean(axis=1) if block.shape[1] > 1 else block[:, 0]
 
 
+class Resampler:
+    """Mono audio of any rate to 16 kHz, block by block: the samples are those of `resample` over the whole.
+
+    Few samples are held between blocks.
+
+    Args:
+        rate: of the blocks, in Hz.
+    """
+
+    def __init__(self, rate: int) -> None:
+        check(rate >= 1, "rate", "be at least 1 Hz", rate)
+        self._rate, (self._up, self._down) = rate, _factors(rate)
+        self._held, self._begin, self._made = np.zeros(0, np.float32), 0, 0  # it is held from that sample on
+
+    def accept(self, block: np.ndarray) -> np.ndarray:
+        """Take in the next samples and return those at 16 kHz that are known now, float32."""
+        up, down, reach = self._up, self._down, _reach(self._up, self._down)
+        self._held = np.concatenate((self._held, block))
+        known = (self._begin + len(self._held) - 1 - reach) * up // down
+        made = self._make(max(self._made, known))
+        kept = max(self._begin, (self._made * down // up - reach) // down * down)
+        self._held, self._begin = self._held[kept - self._begin :], kept
+        return made
+
+    def end(self) -> np.ndarray:
+        """Return the last samples; no more may follow."""
+        return self._make(None)
+
+    def _make(self, stop: Optional[int]) -> np.ndarray:
+        before = self._begin // self._down * self._up
+        until = None if stop is None else stop - before
+        made = resample(self._held, self._rate)[self._made - before : until]
+        self._made += len(made)
+        return made
+
+
 def _resampled(blocks: Iterable[np.ndarray], rate: int) -> Iterator[np.ndarray]:
     """Yield the samples of `resample` over all blocks together, holding few frames at a time."""
-    up, down = _factors(rate)
-    reach = _reach(up, down)
-    held, begin, yielded = np.zeros(0, np.float32), 0, 0  # ``held`` starts at frame ``begin``
+    resampler = Resampler(rate)
     for block in blocks:
-        held = np.concatenate((held, block))
-        ready = max(yielded, (begin + len(held) - 1 - reach) * up // down)
-        yield resample(held, rate)[yielded - begin // down * up : ready - begin // down * up]
-        yielded = ready
-        kept = max(begin, (yielded * down // up - reach) // down * down)
-        held, begin = held[kept - begin :], kept
-    yield resample(held, rate)[yielded - begin // down * up :]
+        yield resampler.accept(block)
+    yield resampler.end()
 
 
 def _joined(blocks: Iterable[np.ndarray], expected: int, dtype: str = "float32") -> np.ndarray:

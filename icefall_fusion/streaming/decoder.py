@@ -43,6 +43,9 @@ class StreamingDecoder:
         options: chunks, commitment, endpoints.
         tokens: the vocabulary; none: the model's own.
 
+    Attributes:
+        fusions: those given; each stream has copies.
+
     Raises:
         ValueError: a fusion that cannot be used in streams, or the model has no vocabulary.
     """
@@ -62,7 +65,7 @@ class StreamingDecoder:
             good = type(fusion) in (DelayedFusion, NgramFusion, HotWordFusion)
             rule = "be a DelayedFusion, an NgramFusion or a HotWordFusion in a stream"
             check(good, f"fusions[{number}]", rule, type(fusion).__name__)
-        self._fusions = list(fusions)
+        self.fusions = list(fusions)
         self._lanes = {id(fusion): TreeLanes(fusion.lm, self.options.streams)
                        for fusion in fusions if isinstance(fusion, DelayedFusion)}
         self._streams: list[Stream] = []
@@ -158,7 +161,7 @@ class StreamingDecoder:
     def _open_segment(self, stream: Stream, start: int, context: Sequence[str]) -> Segment:
         options, shift = self.options, self.frame_shift
         fusions: list[Fusion] = []
-        for fusion in self._fusions:
+        for fusion in self.fusions:
             if isinstance(fusion, DelayedFusion):
                 lanes = self._lanes[id(fusion)]
                 fusions.append(DelayedStream(fusion, lanes, context, options.context_words))

@@ -58,6 +58,7 @@ class Stream:
         self._decoder, self._open, self._options = decoder, open_segment, decoder.options
         self._audio = StreamingFbank()
         self._frames, self._number = 0, 0  # encoder frames decoded; number of the segment
+        self._begin = 0  # frame at which it begins
         self._context = list(context)[-self._options.context_words :]
         self._segment: Optional[Segment] = open_segment(self, 0, self._context)
         self._endpoint = Endpoint(self._options.endpoint, decoder.frame_shift)
@@ -65,6 +66,16 @@ class Stream:
         self._result: Optional[NBest] = None
 
     # --- for everybody -----------------------------------------------------------------------------------
+
+    @property
+    def decoded(self) -> float:
+        """Seconds of the stream that are decoded."""
+        return round(self._frames * self._decoder.frame_shift, 6)
+
+    @property
+    def start(self) -> float:
+        """The second at which the open segment begins."""
+        return round(self._begin * self._decoder.frame_shift, 6)
 
     def accept(self, samples: np.ndarray) -> None:
         """Take in the next samples: one channel at 16 kHz, float [n] in about [-1, 1]; decode nothing yet.
@@ -148,6 +159,6 @@ class Stream:
         self._done.append(nbest)
         words = nbest[0].words() if len(nbest) else []
         self._context = [*self._context, *words][-self._options.context_words :]
-        self._number += 1
+        self._number, self._begin = self._number + 1, self._frames
         self._segment = self._open(self, self._frames, self._context)
         self._endpoint = Endpoint(self._options.endpoint, self._decoder.frame_shift)
