@@ -35,7 +35,8 @@ import steps  # noqa: E402
 import wheels  # noqa: E402
 
 #: What is imported only where it is there, or where it is asked for, and not by a step of the day.
-NOT_ON_THE_DAY = {"bitsandbytes", "kaldifeat", "k2", "torchao", "kaldilm", "gguf", "kenlm", "starlette", "uvicorn"}
+NOT_ON_THE_DAY = {"bitsandbytes", "kaldifeat", "k2", "torchao", "kaldilm", "gguf", "kenlm"}
+NOT_ON_THE_DAY |= {"starlette", "uvicorn", "websockets"}
 OF_THE_CPU = {"compat", "context", "hotwords"}  # benchmarks of word errors, and of searches there
 
 
