@@ -33,7 +33,7 @@ class TreeLanes:
         options: bounds on memory, of each tree.
 
     Attributes:
-        counters: of the model calls; each tree counts its own tokens.
+        counters: of the model calls and their tokens, those of trees that are gone too.
     """
 
     def __init__(self, lm: CausalLm, lanes: int, options: Optional[TreeOptions] = None) -> None:
@@ -105,6 +105,7 @@ class TreeLanes:
         if not parts:
             return
         todo = [scorer.make_ready(nodes) for scorer, nodes in parts]
+        self.counters.lm_tokens_forwarded += sum(map(len, todo))
         self.cache.ensure(max(scorer.tree.slots.capacity for scorer, _ in parts))
         joined = _Joined([scorer for scorer, _ in parts], todo, self.cache.utterances)
         firsts = np.cumsum([0, *map(len, todo)])

@@ -122,13 +122,11 @@ class StreamingDecoder:
         self._streams = [other for other in self._streams if other is not stream]
 
     def stats(self) -> dict[str, float]:
-        """Return the counters of the language models' calls: lm_forwards, oom_backoffs, kv_bytes."""
-        total = {"lm_forwards": 0.0, "oom_backoffs": 0.0, "kv_bytes": 0.0}
-        for lanes in self._lanes.values():
-            total["lm_forwards"] += lanes.counters.lm_forwards
-            total["oom_backoffs"] += lanes.counters.oom_backoffs
-            total["kv_bytes"] += lanes.cache.kv_bytes
-        return total
+        """Return counters of language models: lm_forwards, lm_tokens_forwarded, oom_backoffs, kv_bytes."""
+        counted = ("lm_forwards", "lm_tokens_forwarded", "oom_backoffs")
+        each = self._lanes.values()
+        total = {name: float(sum(getattr(lanes.counters, name) for lanes in each)) for name in counted}
+        return {**total, "kv_bytes": float(sum(lanes.cache.kv_bytes for lanes in each))}
 
     # --- inside ------------------------------------------------------------------------------------------
 

@@ -65,6 +65,11 @@ class Stream:
         self._done: list[NBest] = []
         self._result: Optional[NBest] = None
 
+    @property
+    def frames(self) -> int:
+        """Encoder frames decoded so far: the text can only change when there are more."""
+        return self._frames
+
     # --- for everybody -----------------------------------------------------------------------------------
 
     @property
