@@ -16,6 +16,7 @@ from icefall_fusion.decode.hotwords import HotWords
 from icefall_fusion.fusion.delayed import Prompt
 from icefall_fusion.fusion.ngram import SCALE, LookAhead
 from icefall_fusion.lm import QUANTIZATIONS, CausalLm
+from icefall_fusion.lm.remembered import RememberingLm
 from icefall_fusion.lm.starts import probe_start
 from icefall_fusion.ngram.piece_ngram import PieceNgram
 from icefall_fusion.ngram.vocabulary import WordAutomaton
@@ -140,6 +141,10 @@ class LanguageModels:
         self._ngram: Optional[PieceNgram] = None
         self._lodr_path, self._lodr = lodr, None
         self._loaded: dict[str, CausalLm] = {}
+
+    def remember(self) -> None:
+        """Let the LMs keep the scores of all texts: for utterances that are decoded again and again."""
+        self._loaded = {source: RememberingLm(lm) for source, lm in self._loaded.items()}
 
     def get(self, source: str) -> CausalLm:
         """Return the LM of a source.

@@ -147,6 +147,7 @@ class _Confirmation:
         self.references = {u.id: u.text or "" for u in utterances if u.id not in self.skipped}
         check(len(self.batches) > 0, "TuneOptions.confirm.test_sets", "have audio that can be read", 0)
         recognizer.models.warn_of_starts([text for text in self.references.values() if text])
+        recognizer.models.remember()
 
     def improve(
         self, method: str, weights: Mapping[str, float], simpler: Sequence[Mapping[str, float]] = ()

@@ -67,7 +67,7 @@ class LmFusion(Fusion):
         aside: bool = False,
     ) -> None:
         self.index, self._ids, self._groups = index, ids, ()
-        self._tree = self.lm.open_tree(beam.arena.batch, prompts, aside=aside)
+        self._tree = self.lm.open_tree(beam.arena.batch, prompts, aside=aside, names=ids)
         beam.state[..., index] = self._tree.roots().to(beam.state.device)[:, None]
 
     def stats(self) -> dict[str, float]:

@@ -138,7 +138,7 @@ class _WordLm:
         return self.tokenizer.encode(text)
 
     def open_tree(self, utterances: int, prompts: Optional[Sequence[Sequence[int]]] = None,
-                  aside: bool = False) -> _WordTree:
+                  aside: bool = False, names: Sequence[str] = ()) -> _WordTree:
         """Return a tree of words for each utterance."""
         prompts = [[]] * utterances if prompts is None else prompts
         scores = self.ngram.open(self._oov_score)

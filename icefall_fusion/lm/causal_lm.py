@@ -47,6 +47,8 @@ class CausalLm:
         max_tokens: longest path in tokens, where positions have an end; else None.
     """
 
+    tree_kind = TreeScorer
+
     def __init__(self, model: Any, vocabulary: Vocabulary, name: str, self_check: bool = True) -> None:
         """Wrap a loaded model; usually called by `from_pretrained`."""
         self.model, self.name = model.eval(), name
@@ -187,6 +189,7 @@ class CausalLm:
         prompts: Optional[Sequence[Sequence[int]]] = None,
         options: Optional[TreeOptions] = None,
         aside: bool = False,
+        names: Optional[Sequence[str]] = None,
     ) -> TreeScorer:
         """Return a tree for ``batch`` utterances.
 
@@ -195,6 +198,7 @@ class CausalLm:
             prompts: token ids after bos, one list for each utterance (earlier text, instructions).
             options: bounds on memory.
             aside: on a GPU, run the model at the same time as the caller's code (see `TreeScorer.launch`).
+            names: of the utterances, for a model that remembers them (remembered.py); of no use here.
         """
         check(is_count(batch), "batch", "be an integer, at least 1", batch)
         prompts = [()] * batch if prompts is None else prompts
@@ -203,7 +207,7 @@ class CausalLm:
         starts = [self.start_ids(prompt) for prompt in prompts]
         options = TreeOptions() if options is None else options
         check(isinstance(options, TreeOptions), "options", "be TreeOptions", options)
-        return TreeScorer(self, starts, options, aside)
+        return self.tree_kind(self, starts, options, aside)
 
     def tree_logits(
         self,
