@@ -8,6 +8,7 @@ model once over the new tokens of all trees.
 """
 from __future__ import annotations
 
+import heapq
 from typing import TYPE_CHECKING, Callable, Iterator, NamedTuple, Optional, Sequence
 
 import numpy as np
@@ -29,7 +30,7 @@ class TreeLanes:
 
     Args:
         lm: the language model.
-        lanes: trees at once, at most.
+        lanes: trees at once, at most; the cache has room for those that there have been.
         options: bounds on memory, of each tree.
 
     Attributes:
@@ -42,9 +43,9 @@ class TreeLanes:
         self.max_tokens = lm.max_tokens
         self.options = TreeOptions() if options is None else options
         self.counters = TreeCounters()
-        self.cache = TreeCache(lm.layers, lanes, FIRST_SLOTS)
+        self.cache = TreeCache(lm.layers, 1, FIRST_SLOTS)
         self.calls = ModelCalls(lm, self.options.tokens_a_call(lm.vocab_size), self.counters)
-        self._free = list(range(lanes - 1, -1, -1))
+        self._lanes, self._free = lanes, list(range(lanes))  # a heap
         self._waiting: list[_Request] = []
 
     def encode(self, text: str) -> list[int]:
@@ -59,13 +60,16 @@ class TreeLanes:
             ValueError: more than one utterance, or no lane is free.
         """
         check(batch == 1, "batch", "be 1: a stream has a tree of its own", batch)
-        check(len(self._free) > 0, "lanes", "have one that is free", f"{self.cache.utterances} in use")
+        check(len(self._free) > 0, "lanes", "have one that is free", f"{self._lanes} in use")
         start = self.lm.start_ids(prompts[0] if prompts else ())
-        return LaneScorer(self, self._free.pop(), start)
+        lane = heapq.heappop(self._free)
+        if lane >= self.cache.utterances:
+            self.cache.ensure(0, min(self._lanes, 2 * self.cache.utterances))
+        return LaneScorer(self, lane, start)
 
     def give_back(self, scorer: LaneScorer) -> None:
         """Let others use a tree's lane; what it waits for is not computed."""
-        self._free.append(scorer.lane)
+        heapq.heappush(self._free, scorer.lane)
         self._waiting = [request for request in self._waiting if request.scorer is not scorer]
 
     def ask(self, scorer: LaneScorer, at: ndarray, tokens: ndarray) -> Callable[[], ndarray]:

@@ -162,10 +162,11 @@ class TreeLayer(CacheLayerMixin):
             pair.append((seen if utterances is None else seen.index_select(0, utterances)).transpose(1, 2))
         return pair[0], pair[1]
 
-    def grow(self, slots: int) -> None:
-        """Make room for ``slots`` slots an utterance."""
+    def grow(self) -> None:
+        """Make room for all slots and utterances of the cache."""
         if self.is_initialized:
-            self.keys, self.values = (_taller(buffer, slots) for buffer in (self.keys, self.values))
+            shape = self.cache.utterances, self.cache.slots
+            self.keys, self.values = (_larger(buffer, *shape) for buffer in (self.keys, self.values))
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return the number of keys and the first one; unused, as masks are 4-D."""
@@ -188,12 +189,12 @@ class TreeCache(Cache):
         self.plan: Optional[ForwardPlan] = None
         super().__init__(layers=[TreeLayer(self) for _ in range(layers)])
 
-    def ensure(self, slots: int) -> None:
-        """Grow every layer to ``slots`` slots an utterance."""
-        if slots > self.slots:
-            self.slots = slots
+    def ensure(self, slots: int, utterances: int = 0) -> None:
+        """Grow every layer to ``slots`` slots an utterance, and to ``utterances``, where there are fewer."""
+        if slots > self.slots or utterances > self.utterances:
+            self.slots, self.utterances = max(slots, self.slots), max(utterances, self.utterances)
             for layer in self.layers:
-                layer.grow(slots)
+                layer.grow()
 
     @property
     def kv_bytes(self) -> int:
@@ -236,11 +237,11 @@ class DistributionStore:
         self._free.extend(rows.tolist())
 
 
-def _taller(buffer: Tensor, slots: int) -> Tensor:
-    """Return ``buffer`` [B, S, H, D] with room for ``slots`` slots."""
-    taller = buffer.new_zeros(buffer.shape[0], slots, *buffer.shape[2:])
-    taller[:, : buffer.shape[1]] = buffer
-    return taller
+def _larger(buffer: Tensor, utterances: int, slots: int) -> Tensor:
+    """Return ``buffer`` [B, S, H, D] with room for more utterances and slots."""
+    larger = buffer.new_zeros(utterances, slots, *buffer.shape[2:])
+    larger[: buffer.shape[0], : buffer.shape[1]] = buffer
+    return larger
 
 
 def _longer(rows: Tensor, count: int) -> Tensor:

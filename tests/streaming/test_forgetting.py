@@ -202,3 +202,30 @@ def test_streams_that_vanish_leave_nothing(made) -> None:
 def test_bad_options_are_refused(make, message) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_keys_and_values_are_there_for_the_streams_that_there_were(made) -> None:
+    """A decoder that may hold many streams has memory for the lanes in use; the lowest is taken again."""
+    lanes = TreeLanes(made[1], 6)
+    trees = [lanes.open_tree(1)]
+
+    def score(tree):
+        return float(tree.score([tree.insert(tree.root(0), made[1].encode("the sea at dawn"))])[0])
+
+    wanted = score(trees[0])
+    one = lanes.cache.kv_bytes
+    assert one > 0
+    for count, held in ((2, 2), (3, 4), (5, 6), (6, 6)):
+        while len(trees) < count:
+            trees.append(lanes.open_tree(1))
+        assert score(trees[-1]) == pytest.approx(wanted, abs=1e-5)
+        assert lanes.cache.kv_bytes == held * one
+    with pytest.raises(ValueError, match="free, but is '6 in use'"):
+        lanes.open_tree(1)
+    below = trees[0].insert(trees[0].root(0), made[1].encode("the sea at dawn the cat"))
+    fresh = made[1].open_tree(1)  # what was written before the buffers grew is still there
+    same = fresh.insert(fresh.root(0), made[1].encode("the sea at dawn the cat"))
+    assert float(trees[0].score([below])[0]) == pytest.approx(float(fresh.score([same])[0]), abs=1e-4)
+    for number in (4, 1):
+        trees[number].close()
+    assert [lanes.open_tree(1).lane for _ in "12"] == [1, 4]
