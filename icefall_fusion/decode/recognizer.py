@@ -16,7 +16,7 @@ import torch
 from icefall_fusion.acoustic.emissions import Emissions
 from icefall_fusion.acoustic.sources import EmissionSource, open_source
 from icefall_fusion.common.counters import add_counters
-from icefall_fusion.common.memory import give_back_memory, memory_in_use, peak_memory_bytes, reset_peak_memory
+from icefall_fusion.common.memory import FreedMemory, peak_memory_bytes, reset_peak_memory
 from icefall_fusion.common.processes import Processes
 from icefall_fusion.decode.language_models import LM_SOURCES, LanguageModels
 from icefall_fusion.decode.method_names import choose_methods, is_tuned, parse_method, weights_of
@@ -28,8 +28,8 @@ from icefall_fusion.decode.weights import read_weights
 from icefall_fusion.lattice.source import LatticeSource, open_lattices
 from icefall_fusion.nbest import NBest
 
-#: Bytes by which a process on a CPU may grow before the C library is asked to give memory back. Asking takes
-#: some 35 ms and what it gives back is mapped anew, too much for each search of a small batch.
+#: Bytes by which a process on a CPU may grow before the C library is asked to give memory back: asking is too
+#: much for each search of a small batch.
 _GROWTH = 60_000_000
 
 
@@ -90,7 +90,7 @@ class Recognizer:
         self.unreadable: list[tuple[Utterance, InputError]] = []
         self._limits = options.batch_limits(device)
         self.oom_backoffs, self._most_rows = 0, self._limits[0]
-        self._least_memory = 0
+        self._freed = FreedMemory(_GROWTH)
 
     def _available(self) -> set[str]:
         """Return the models that the options name (see `MethodSpec.needs`)."""
@@ -223,9 +223,8 @@ class Recognizer:
 
     def search(self, method: Method, emissions: Emissions, *context: Any) -> Decoded:
         """Decode utterances at once by a method; arguments as of `Method.decode` without its model."""
-        if not emissions.log_probs.is_cuda and memory_in_use() > self._least_memory + _GROWTH:
-            give_back_memory()
-            self._least_memory = memory_in_use()
+        if not emissions.log_probs.is_cuda:
+            self._freed.watch()
         reset_peak_memory()
         nbests, cost = method.decode(emissions, self.source.model, *context)
         peak = peak_memory_bytes() - self.models.unused_bytes(method.spec.needs)

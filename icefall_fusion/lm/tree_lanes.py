@@ -53,7 +53,8 @@ class TreeLanes:
         return self.lm.encode(text)
 
     def open_tree(self, batch: int, prompts: Optional[Sequence[Sequence[int]]] = None,
-                  options: Optional[TreeOptions] = None, aside: bool = False) -> LaneScorer:
+                  options: Optional[TreeOptions] = None, aside: bool = False,
+                  names: Optional[Sequence[str]] = None) -> LaneScorer:
         """Return a tree in a free lane (see `CausalLm.open_tree`); ``close`` it after use.
 
         Raises:

@@ -15,6 +15,7 @@ import torch
 from icefall_fusion.acoustic.models import CtcAed, join_states
 from icefall_fusion.acoustic.models.subsampling import FACTOR
 from icefall_fusion.common.checks import check
+from icefall_fusion.common.memory import FreedMemory
 from icefall_fusion.data.features import FRAME_SHIFT
 from icefall_fusion.fusion import DelayedFusion, NgramFusion
 from icefall_fusion.fusion.hotwords import HotWordFusion
@@ -27,6 +28,10 @@ from icefall_fusion.streaming.options import StreamOptions
 from icefall_fusion.streaming.segment import Segment
 from icefall_fusion.streaming.stream import Stream
 from icefall_fusion.text.tokens import AcousticTokens
+
+#: Bytes by which the process may grow before freed memory is given back: every few minutes with a language
+#: model, whose calls take blocks of ever new sizes.
+_GROWTH = 16_000_000
 
 
 class StreamingDecoder:
@@ -69,7 +74,7 @@ class StreamingDecoder:
         self._lanes = {id(fusion): TreeLanes(fusion.lm, self.options.streams)
                        for fusion in fusions if isinstance(fusion, DelayedFusion)}
         self._streams: list[Stream] = []
-        self._opened = 0
+        self._opened, self._freed = 0, FreedMemory(_GROWTH)
 
     @property
     def streams(self) -> list[Stream]:
@@ -101,6 +106,8 @@ class StreamingDecoder:
         any_ready = False
         while self._round(self._streams, ended=False):
             any_ready = True
+        if any_ready:
+            self._freed.watch()
         return any_ready
 
     @torch.no_grad()
