@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from icefall_fusion.common.checks import check
+from icefall_fusion.fusion.base import LOG_ZERO
 from icefall_fusion.fusion.delayed import DelayedFusion, Prompt
 from icefall_fusion.fusion.hotwords import HotWordFusion
 from icefall_fusion.fusion.triggers import ShortestHypothesis, Trigger
@@ -68,6 +69,38 @@ class WordNgramFusion(DelayedFusion):
         """Forget old words seldom: they take little room, and to look for them takes long."""
         if len(self._tree.tree) - self._cleaned_at > _KEEP_AFTER * beam.arena.batch:
             super()._clean(beam)
+
+    def _launch(self, beam: Beam, fires: Optional[Tensor]) -> Any:
+        """Score by arrays in one step, as there is nothing to wait for; equal to `DelayedFusion`."""
+        if beam.lens.device.type != "cpu" or self._flying is not None:
+            return super()._launch(beam, fires)
+        alive = beam.log_total.numpy() > -np.inf
+        at = (alive if fires is None else alive & fires.numpy()[:, None]).nonzero()
+        if len(at[0]):
+            self._events += fires is not None
+            prefixes = beam.node.numpy()[at]
+            if fires is not None:
+                prefixes = beam.arena.on_host("boundary")[prefixes]
+            nodes, counts = (x.numpy() for x in self._nodes(torch.from_numpy(prefixes), fires is None))
+            self._write_arrays(beam, at, nodes, counts, fires is None and self.eos)
+            if fires is not None:
+                self._clean(beam)
+        return None
+
+    def _write_arrays(self, beam: Beam, at: tuple[np.ndarray, ...], nodes: np.ndarray, counts: np.ndarray,
+                      eos: bool) -> None:
+        """Give the slots ``at`` [2][n] their scores, words and states."""
+        found = self._tree.scores(nodes, eos)
+        if np.isnan(found).any():
+            slots = torch.from_numpy(at[0] * beam.arena.beam + at[1])
+            self._numbers(beam, slots, torch.from_numpy(found))
+        scores = np.maximum(found.astype(np.float32), np.float32(LOG_ZERO))
+        lm, paid = beam.lm.numpy()[..., self.index], beam.words.numpy()[..., self.index]
+        gain = np.float32(self.weight) * (scores - lm[at])
+        gain += np.float32(self.word_bonus) * (counts - paid[at]).astype(np.float32)
+        lm[at], paid[at] = scores, counts
+        beam.fused.numpy()[at] += gain
+        beam.state.numpy()[..., self.index][at] = nodes
 
     def _count(self) -> dict[str, float]:
         """Return its seconds and scored words alone: other counters are those of an LLM beside it."""
@@ -188,7 +221,12 @@ class _WordTree:
 
     def launch(self, nodes: Tensor, eos: bool = False) -> Callable[[], Tensor]:
         """Return what returns log P(words of each node) [n] float32, with the end's if ``eos``."""
-        start, tree, wanted = time.perf_counter(), self.tree, nodes.numpy()
+        found = torch.from_numpy(self.scores(nodes.numpy(), eos)).float()
+        return lambda: found
+
+    def scores(self, wanted: np.ndarray, eos: bool) -> np.ndarray:
+        """Return the same at once [n] float64."""
+        start, tree = time.perf_counter(), self.tree
         new = tree.unscored(wanted)
         if len(new):
             tree.set_scores(new, self._scores.score(tree.parent, tree.token, new))
@@ -198,8 +236,7 @@ class _WordTree:
             scores = scores + self._scores.ends(tree.parent, tree.token, last)[where]
         self._words += len(new)
         self._seconds += time.perf_counter() - start
-        found = torch.from_numpy(scores).float()
-        return lambda: found
+        return scores
 
     def stats(self) -> dict[str, float]:
         return {"lm_seconds": self._seconds, "word_ngram_words": self._words}

@@ -6,6 +6,7 @@ Knows: closed words, their LLM tokens, the tree. Must not know: which LM it is, 
 from __future__ import annotations
 
 import ctypes
+import operator
 import weakref
 from typing import TYPE_CHECKING, Any, MutableMapping, Optional, Sequence
 
@@ -49,6 +50,9 @@ class NativeWordNodes:
         weakref.finalize(self, library.histories_close, self._handle)
         self._missing = np.zeros(3 + self._ROOM, np.int64)
         self._asked = np.zeros(1, np.int64)
+        self._own = [one.ctypes.data for one in (self._prompted, self._missing, self._asked)]
+        self._arrays: list[ndarray] = []  # of the arena, and where they are
+        self._places: list[int] = []
 
     def __len__(self) -> int:
         """Return how many texts are remembered."""
@@ -67,10 +71,12 @@ class NativeWordNodes:
         prefixes = np.ascontiguousarray(boundaries, np.int64)
         nodes, words = np.empty(len(prefixes), np.int64), np.empty(len(prefixes), np.int64)
         arrays = [self._arena.on_host(name) for name in ("parent", "piece", "boundary")]
+        if not (self._arrays and all(map(operator.is_, arrays, self._arrays))):
+            self._arrays, self._places = arrays, [array.ctypes.data for array in arrays]
         arguments = (
             self._handle, self._table.handle, self._tree.handle, prefixes.ctypes.data, len(prefixes),
-            *(array.ctypes.data for array in arrays), self._prompted.ctypes.data, nodes.ctypes.data,
-            words.ctypes.data, self._missing.ctypes.data, self._ROOM, self._asked.ctypes.data,
+            *self._places, self._own[0], nodes.ctypes.data, words.ctypes.data, self._own[1], self._ROOM,
+            self._own[2],
         )
         state = -1
         while state != 0:

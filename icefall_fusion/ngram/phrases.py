@@ -163,7 +163,7 @@ class PhraseTensors:
         self.complete = self._together([automaton.complete for automaton in automata])
 
     def _together(self, parts: Sequence[np.ndarray]) -> Tensor:
-        return torch.from_numpy(np.concatenate(parts)).to(self._device)
+        return torch.from_numpy(parts[0] if len(parts) == 1 else np.concatenate(parts)).to(self._device)
 
     @functools.cached_property
     def _tables(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:

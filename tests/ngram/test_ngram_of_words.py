@@ -232,6 +232,21 @@ def test_weight_zero_is_no_ngram_bit_for_bit(ngram, tokens) -> None:  # noqa: F8
         assert [(h.tokens, h.scores["ctc"]) for h in one] == [(h.tokens, h.scores["ctc"]) for h in other]
 
 
+@pytest.mark.parametrize("trigger", [ShortestHypothesis(), FixedInterval(3)], ids=names)
+def test_scoring_by_arrays_is_that_by_tensors_bit_for_bit(ngram, tokens, trigger) -> None:  # noqa: F811
+    class ByTensors(WordNgramFusion):
+        _launch = DelayedFusion._launch
+
+    log_probs, lens = emissions(batch=4, seed=6)
+    for engine in ("native", "torch"):
+        options = PrefixSearchOptions(beam=6, engine=engine)
+        one, other = (kind(ngram, 0.37, 0.71, trigger) for kind in (WordNgramFusion, ByTensors))
+        found = [ctc_prefix_search(log_probs, lens, options, tokens, [fusion]) for fusion in (one, other)]
+        assert found[0] == found[1]
+        for name in ("events", "histories_scored", "word_ngram_words", "word_cache_hits"):
+            assert one.stats().get(name) == other.stats().get(name)
+
+
 def test_a_batch_is_its_utterances(ngram, tokens) -> None:  # noqa: F811
     log_probs, lens = emissions(batch=5, seed=4)
     options = PrefixSearchOptions(beam=5)

@@ -146,16 +146,17 @@ class CompiledSearch:
         """Search all frames that are there, in steps; more may come (see streaming.py)."""
         beam, fusions, late_at, going = self.beam, self.fusions, self.late_at, True
         while going:
-            standing = self.at[self.at < self._lens]
+            standing = self.at.numpy()[self.at.numpy() < self._lens.numpy()]
             self.before = int(standing.min()) if len(standing) else self.frames
             self._search(self.frames)
-            beam.arena.reach(self.before + 1, int(self.at.max()) + 1)
-            going = bool((self.at < self._lens).any())
+            at = self.at.numpy()
+            beam.arena.reach(self.before + 1, int(at.max()) + 1)
+            going = bool((at < self._lens.numpy()).any())
             fusions.carry(beam, self.moved_from, self.gain, self.opened)
             for fusion, states in zip(fusions.shallow, self.states):
                 beam.state[..., fusion.index] = states
             lands = self.at == late_at
-            if bool((self.fired | lands).any()):
+            if self.fired.numpy().any() or lands.numpy().any():
                 yield from fusions.in_steps(beam, self.fired, lands)
                 if self.stops.late:
                     late_at[lands] = -1

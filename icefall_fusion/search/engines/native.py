@@ -120,6 +120,7 @@ class NativeSearch(CompiledSearch):
         self.best, self.searched = plan.best.contiguous(), plan.searched.contiguous()
         self.keys = hash_keys(log_probs.shape[2], log_probs.device)
         self._kept: list[Any] = []
+        self._arrays: tuple[Any, ...] = ()  # where they are, and as the compiled code wants them
         self.scorers = (_Scorer * len(fusions.shallow))(*map(self._scorer, fusions.shallow))
         ahead = native_tables(library, self.ahead.ngram)
         weighs = any(fusion.weight != 0 or fusion.word_bonus != 0 for fusion in fusions.shallow)
@@ -189,7 +190,16 @@ class NativeSearch(CompiledSearch):
             list(self.pool.map(search, self.shares))
 
     def _batch(self) -> _Batch:
-        """Return the arrays that the compiled code reads and writes."""
+        """Return the arrays that the compiled code reads and writes; made anew when one has moved."""
+        beam = self.beam
+        own = self.log_probs, self.best, self.searched, self.estimate
+        moving = *own, beam.fused, beam.integers, beam.carried, *beam.arena.fields
+        where = self.frames, *(one.data_ptr() for one in moving)
+        if self._arrays[:1] != (where,):
+            self._arrays = where, self._new_batch()
+        return self._arrays[1]
+
+    def _new_batch(self) -> _Batch:
         beam, arena, boundaries, starts = self.beam, self.beam.arena, None, None
         if arena.starts_word is not None:
             boundaries, starts = arena.fields[2].data_ptr(), arena.starts_word.data_ptr()
