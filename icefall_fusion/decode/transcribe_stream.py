@@ -67,13 +67,14 @@ def open_decoder(recognizer: Recognizer, live: StreamOptions) -> StreamingDecode
         ValueError: see `run_stream`.
     """
     method, model = recognizer.methods[0], recognizer.source.model
-    rule = "be one pass of the prefix search in a stream (no greedy search, no rescoring, no lattices)"
-    good = method.spec.search == "prefix" and not method.spec.rescorers
+    rule = "be one pass of the prefix search or greedy in a stream (no rescoring, no lattices)"
+    good = not method.spec.of_lattices and not method.spec.rescorers
     check(good, "method", rule, method.name)
     check(isinstance(model, CtcAed), "emissions.model", "be a model of ours (checkpoint) in a stream",
           recognizer.options.emissions.model)
-    tokens = recognizer.source.tokens
-    return StreamingDecoder(model, method.make_fusions({}), recognizer.options.search, live, tokens)
+    greedy = method.spec.search == "greedy"
+    return StreamingDecoder(model, method.make_fusions({}), recognizer.options.search, live,
+                            recognizer.source.tokens, greedy)
 
 
 def file_packets(path: str) -> Iterator[np.ndarray]:

@@ -13,6 +13,7 @@ With many streams call ``accept`` of each, then ``decoder.decode()`` once for al
     decoder.py    StreamingDecoder: many streams, their encoder chunks and LLM events together
     stream.py     Stream: audio in, partial and final results out
     segment.py    one segment: search, committed words, forgetting
+    greedy.py     one segment by greedy search
     endpoint.py   where a segment ends
     options.py    StreamOptions, EndpointOptions
 """

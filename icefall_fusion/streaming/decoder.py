@@ -8,7 +8,7 @@ to the end of the chunk. No result depends on what other streams there are.
 from __future__ import annotations
 
 import copy
-from typing import Iterator, Optional, Sequence
+from typing import Iterator, Optional, Sequence, Union
 
 import torch
 
@@ -24,6 +24,7 @@ from icefall_fusion.lm.tree_lanes import TreeLanes
 from icefall_fusion.nbest import NBest
 from icefall_fusion.search import Fusion, PrefixSearchOptions
 from icefall_fusion.search.streaming import check_stream_options
+from icefall_fusion.streaming.greedy import GreedySegment
 from icefall_fusion.streaming.options import StreamOptions
 from icefall_fusion.streaming.segment import Segment
 from icefall_fusion.streaming.stream import Stream
@@ -47,6 +48,7 @@ class StreamingDecoder:
         search: the prefix search; its frame shift is the model's.
         options: chunks, commitment, endpoints.
         tokens: the vocabulary; none: the model's own.
+        greedy: take the best piece of each frame; without fusions, ``search`` is of no use then.
 
     Attributes:
         fusions: those given; each stream has copies.
@@ -57,7 +59,7 @@ class StreamingDecoder:
 
     def __init__(self, model: CtcAed, fusions: Sequence[Fusion] = (),
                  search: Optional[PrefixSearchOptions] = None, options: Optional[StreamOptions] = None,
-                 tokens: Optional[AcousticTokens] = None) -> None:
+                 tokens: Optional[AcousticTokens] = None, greedy: bool = False) -> None:
         self.model, self.options = model.eval(), StreamOptions() if options is None else options
         check(isinstance(self.options, StreamOptions), "options", "be StreamOptions", type(options).__name__)
         tokens = model.tokens if tokens is None else tokens
@@ -70,7 +72,8 @@ class StreamingDecoder:
             good = type(fusion) in (DelayedFusion, NgramFusion, HotWordFusion)
             rule = "be a DelayedFusion, an NgramFusion or a HotWordFusion in a stream"
             check(good, f"fusions[{number}]", rule, type(fusion).__name__)
-        self.fusions = list(fusions)
+        check(not (greedy and fusions), "fusions", "be none in greedy search", len(fusions))
+        self.fusions, self._greedy = list(fusions), greedy
         self._lanes = {id(fusion): TreeLanes(fusion.lm, self.options.streams)
                        for fusion in fusions if isinstance(fusion, DelayedFusion)}
         self._streams: list[Stream] = []
@@ -163,8 +166,11 @@ class StreamingDecoder:
             for lanes in self._lanes.values():
                 lanes.run()
 
-    def _open_segment(self, stream: Stream, start: int, context: Sequence[str]) -> Segment:
+    def _open_segment(self, stream: Stream, start: int,
+                      context: Sequence[str]) -> Union[Segment, GreedySegment]:
         options, shift = self.options, self.frame_shift
+        if self._greedy:
+            return GreedySegment(self.tokens, shift, stream.name, start)
         fusions: list[Fusion] = []
         for fusion in self.fusions:
             if isinstance(fusion, DelayedFusion):

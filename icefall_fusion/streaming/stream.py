@@ -4,7 +4,7 @@ Knows: features, the encoder's state, segments. Must not know: other streams, mo
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Callable, Iterator, Optional, Sequence
+from typing import TYPE_CHECKING, Callable, Iterator, Optional, Sequence, Union
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from icefall_fusion.data.audio import SAMPLE_RATE
 from icefall_fusion.data.fbank_stream import StreamingFbank
 from icefall_fusion.nbest import NBest, WordTime
 from icefall_fusion.streaming.endpoint import Endpoint
+from icefall_fusion.streaming.greedy import GreedySegment
 from icefall_fusion.streaming.segment import Segment
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ class Stream:
     """
 
     def __init__(self, decoder: StreamingDecoder, name: str, state: StreamingState,
-                 open_segment: Callable[[Stream, int, Sequence[str]], Segment],
+                 open_segment: Callable[[Stream, int, Sequence[str]], Union[Segment, GreedySegment]],
                  context: Sequence[str]) -> None:
         self.name, self.state = name, state
         self._decoder, self._open, self._options = decoder, open_segment, decoder.options
@@ -60,7 +61,7 @@ class Stream:
         self._frames, self._number = 0, 0  # encoder frames decoded; number of the segment
         self._begin = 0  # frame at which it begins
         self._context = list(context)[-self._options.context_words :]
-        self._segment: Optional[Segment] = open_segment(self, 0, self._context)
+        self._segment: Union[None, Segment, GreedySegment] = open_segment(self, 0, self._context)
         self._endpoint = Endpoint(self._options.endpoint, decoder.frame_shift)
         self._done: list[NBest] = []
         self._result: Optional[NBest] = None

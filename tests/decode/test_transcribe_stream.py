@@ -77,7 +77,7 @@ def test_packets_of_a_pipe_may_end_anywhere() -> None:
 
 
 @pytest.mark.parametrize(("more", "message"), [
-    (["--method", "ctc-greedy"], "one pass of the prefix search"),
+    (["--method", "llm-nbest-rescoring"], "one pass of the prefix search"),
     (["--method", "ctc-prefix+llm-nbest-rescoring"], "one pass of the prefix search"),
     (["--format", "ctm"], "text or json"),
     (["second.wav"], "one in a stream"),

@@ -7,14 +7,18 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stream_tools import CHUNK, NAMES, OPTIONS, SEARCH, decode_in_packets, fusions_of, noise, same, whole
 
 from icefall_fusion.acoustic.models import ChunkOptions
+from icefall_fusion.data.fbank import extract
+from icefall_fusion.data.features import pad_features
 from icefall_fusion.fusion import DelayedFusion, FixedInterval
 from icefall_fusion.fusion.triggers import frames_of
-from icefall_fusion.streaming import StreamingDecoder, StreamOptions
+from icefall_fusion.search import ctc_greedy_search
+from icefall_fusion.streaming import EndpointOptions, StreamingDecoder, StreamOptions
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -116,3 +120,39 @@ def test_weight_0_is_no_language_model(made) -> None:
     without, with_lm = lists
     assert [h.tokens for h in without] == [h.tokens for h in with_lm]
     assert [h.scores["ctc"] for h in without] == [h.scores["ctc"] for h in with_lm]
+
+
+@settings(deadline=None, max_examples=20)
+@given(
+    samples=st.integers(0, 30_000),
+    sizes=st.lists(st.integers(100, 9000), min_size=1, max_size=4),
+    chunk=st.sampled_from([ChunkOptions(2, 3), CHUNK, ChunkOptions(16, 1)]),
+)
+def test_a_greedy_stream_equals_greedy_search_of_the_whole(made, samples, sizes, chunk) -> None:
+    audio = noise(6, 30_000)[:samples]
+    features, lens = pad_features([extract(audio)])
+    with torch.no_grad():
+        out, lens = made[0].encoder(features, lens, chunk)
+    wanted = ctc_greedy_search(made[0].ctc_log_probs(out), lens, made[0].tokens, ["talk"])[0]
+    decoder = StreamingDecoder(made[0], options=StreamOptions(chunk=chunk), greedy=True)
+    same(decode_in_packets(decoder, audio, sizes), wanted)
+
+
+def test_a_greedy_stream_commits_words_that_are_over(made) -> None:
+    with pytest.raises(ValueError, match="fusions must be none in greedy search"):
+        StreamingDecoder(made[0], fusions_of(made, "ngram"), greedy=True)
+    decoder = StreamingDecoder(made[0], options=replace(OPTIONS, endpoint=EndpointOptions(0, 0, 1.0)),
+                               greedy=True)
+    stream, audio, segments, before = decoder.open(), noise(7, 64_000), [], ""
+    for start in range(0, len(audio), 800):
+        stream.accept(audio[start : start + 800])
+        partial, ended = stream.partial(), stream.take_segments()
+        segments += ended
+        assert ended or (partial.committed + " ").startswith(before + " " if before else "")
+        assert len(partial.unstable.split()) <= 1
+        before = partial.committed
+    segments.append(stream.finish())
+    times = [time for nbest in segments for time in nbest[0].times]
+    assert len(segments) > 3 and len(times) > 10
+    assert [time.start for time in times] == sorted(time.start for time in times)
+    assert times[-1].start > 2.5

@@ -48,7 +48,7 @@ from icefall_fusion.fusion.rescoring import rescore_with_lm  # noqa: E402
 from icefall_fusion.nbest import NBest  # noqa: E402
 from icefall_fusion.streaming import StreamingDecoder, StreamOptions  # noqa: E402
 
-METHODS = ["ctc-prefix", "ngram-shallow", "llm-nbest-rescoring", "llm-delayed-shortest",
+METHODS = ["ctc-greedy", "ctc-prefix", "ngram-shallow", "llm-nbest-rescoring", "llm-delayed-shortest",
            "llm-delayed-interval-16", "llm-delayed-shortest-ahead", "llm-delayed-shortest-late-8"]
 SETS = ("test-clean", "test-other")
 MARKS = "<!-- streaming.py: measured -->", "<!-- streaming.py: end -->"
@@ -91,7 +91,7 @@ class Bench:
                                 commit_after=self.args.commit_after or None, **more)
         recognizer = self.recognizer
         return StreamingDecoder(recognizer.source.model, method.make_fusions({}), recognizer.options.search,
-                                options, recognizer.source.tokens)
+                                options, recognizer.source.tokens, method.spec.search == "greedy")
 
     def rescorer(self, method: Method) -> Optional[Callable[[NBest], NBest]]:
         """Return the second pass of a method, if it has one."""
