@@ -19,7 +19,6 @@ PROGRAMS = {"chromium": ("chromium", "chromium-browser", "google-chrome"),
 
 def program(kind: str) -> str:
     """Return the path of a browser, or skip the test: tools/setup_browser.sh installs it."""
-    pytest.importorskip("playwright", reason="playwright is not installed (requirements.txt)")
     names = [os.environ.get(kind.upper(), ""), *PROGRAMS[kind]]
     found = next((path for path in map(shutil.which, filter(None, names)) if path), None)
     if found is None:
@@ -28,35 +27,41 @@ def program(kind: str) -> str:
 
 
 @contextlib.contextmanager
-def chromium(microphone: Optional[Path] = None, allowed: bool = True):
-    """Run Chromium without a window.
-
-    Args:
-        microphone: WAV file that its microphone plays once, from the moment it is opened; None: a beep.
-        allowed: whether pages may use the microphone.
-    """
-    from playwright.sync_api import sync_playwright
-
-    switches = ["--no-sandbox", "--use-fake-device-for-media-stream"]
-    switches += ["--use-fake-ui-for-media-stream"] if allowed else []
-    switches += [f"--use-file-for-fake-audio-capture={microphone}%noloop"] if microphone else []
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=program("chromium"), args=switches)
-        yield browser
-        browser.close()
+def driver():
+    """Run Playwright; one at a time."""
+    reason = "playwright is not installed (requirements.txt)"
+    sync_api = pytest.importorskip("playwright.sync_api", reason=reason)
+    with sync_api.sync_playwright() as playwright:
+        yield playwright
 
 
 @contextlib.contextmanager
-def firefox(folder: Path):
+def chromium(playwright, microphone: Optional[Path] = None, allowed: bool = True):
+    """Run Chromium without a window.
+
+    Args:
+        playwright: see `driver`.
+        microphone: WAV file that its microphone plays once, from the moment it is opened; None: a beep.
+        allowed: whether pages may use the microphone.
+    """
+    switches = ["--no-sandbox", "--use-fake-device-for-media-stream"]
+    switches += ["--use-fake-ui-for-media-stream"] if allowed else []
+    switches += [f"--use-file-for-fake-audio-capture={microphone}%noloop"] if microphone else []
+    browser = playwright.chromium.launch(executable_path=program("chromium"), args=switches)
+    yield browser
+    browser.close()
+
+
+@contextlib.contextmanager
+def firefox(playwright, folder: Path):
     """Run Firefox without a window, with a microphone that beeps.
 
     Args:
+        playwright: see `driver`.
         folder: for the socket of a sound server; where there is none, audio contexts do not start.
     """
-    from playwright.sync_api import sync_playwright
-
     preferences = {"media.navigator.streams.fake": True, "media.navigator.permission.disabled": True}
-    with sound_server(folder) as environment, sync_playwright() as playwright:
+    with sound_server(folder) as environment:
         browser = playwright.firefox.launch(
             channel="moz-firefox", executable_path=program("firefox"), firefox_user_prefs=preferences,
             env={**os.environ, **environment})
@@ -64,10 +69,15 @@ def firefox(folder: Path):
         browser.close()
 
 
+def has_sound_server() -> bool:
+    """Whether PulseAudio is here; without it Firefox's audio does not start on a machine without devices."""
+    return shutil.which("pulseaudio") is not None
+
+
 @contextlib.contextmanager
 def sound_server(folder: Path):
     """Run PulseAudio with a loudspeaker that is not heard; yield the environment of its clients."""
-    if shutil.which("pulseaudio") is None:
+    if not has_sound_server():
         yield {}
         return
     socket = folder / "pulse.sock"

@@ -55,6 +55,12 @@ class Running:
         except urllib.error.HTTPError as error:
             return error.code, error.read().decode()
 
+    def cut_all(self) -> None:
+        """Cut all connections, as a network does that fails."""
+        loop = self.server.servers[0].get_loop()
+        for connection in list(self.server.server_state.connections):
+            loop.call_soon_threadsafe(connection.transport.abort)
+
     def stop(self) -> None:
         self.server.handle_exit(15, None)
         self.thread.join(60)

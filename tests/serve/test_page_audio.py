@@ -40,12 +40,14 @@ def page(request, tmp_path_factory):
     handler = functools.partial(_Quiet, directory=str(WEB))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        opened = browsers.chromium() if request.param == "chromium" else browsers.firefox(
-            tmp_path_factory.mktemp("firefox"))
-        with opened as browser:
-            page = browser.new_page()
-            page.goto(f"http://127.0.0.1:{server.server_port}/")
-            yield page
+        with browsers.driver() as playwright:
+            folder = tmp_path_factory.mktemp("firefox")
+            opened = (browsers.chromium(playwright) if request.param == "chromium"
+                      else browsers.firefox(playwright, folder))
+            with opened as browser:
+                page = browser.new_page()
+                page.goto(f"http://127.0.0.1:{server.server_port}/")
+                yield page
         server.shutdown()
 
 

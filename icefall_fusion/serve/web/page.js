@@ -74,7 +74,7 @@ function close(mine, error, code) {
   job = null;
   transcript.end();
   const seconds = mine.session.seconds;
-  setStatus(error ? "Stopped." : `Done: ${clock(seconds)} of audio.`);
+  setStatus(error || !seconds ? "Stopped." : `Done: ${clock(seconds)} of audio.`);
   show("error", error);
   if (code === TOKEN) {
     token = "";
@@ -114,18 +114,15 @@ async function startMicrophone() {
 
 async function startFile(file) {
   retry = () => startFile(file);
-  const fast = $("fast").checked;
+  const fast = $("fast").checked, mine = begin(file.name);
   setStatus(`${file.name} is read…`);
-  show("error");
   let samples;
   try {
     samples = await decodeFile(file);
     if (!samples.length) throw new Error(`${file.name} has no sound.`);
   } catch (error) {
-    setStatus("Ready.");
-    return show("error", error.message);
+    return mine.session.cancel(error.message);
   }
-  const mine = begin(`${file.name}, ${clock(samples.length / RATE)}`);
   connect(mine);
   let start = null;
   for (let at = 0; at < samples.length && !mine.over && !mine.finishing; at += PACKET) {
@@ -161,9 +158,10 @@ $("clear").addEventListener("click", () => transcript.clear());
 $("access").addEventListener("submit", (event) => {
   event.preventDefault();
   token = $("token").value.trim();
+  if (!token || job) return;
   $("token").value = "";
   $("access").hidden = true;
-  if (token && retry) retry();
+  if (retry) retry();
 });
 
 let depth = 0; // of elements that a dragged file has entered
