@@ -3,7 +3,7 @@
 # packages: Chromium, and Firefox with a sound server without devices (its audio does not start without one).
 # Playwright drives them (requirements.txt). Idempotent.
 #
-#   bash tools/setup_browser.sh              # without a browser tests/serve/test_page.py is skipped
+#   bash tools/setup_browser.sh              # without a browser tests/serve/test_web_*.py are skipped
 #   bash tools/setup_browser.sh --required   # fail if there is no Chromium then
 #
 # Variables: CHROMIUM, FIREFOX: browsers to take instead.

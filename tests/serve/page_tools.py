@@ -8,6 +8,7 @@ import time
 
 import numpy as np
 
+START = "#microphone"  # the button; it stops, too
 #: Notes what goes through the page's sockets, and what its security policy blocks.
 RECORDER = """
 window.seen = { sent: [], texts: [], got: [], blocked: [] };
@@ -79,3 +80,14 @@ def sent(page) -> np.ndarray:
 def segments(page) -> list[str]:
     """Return the words of each segment that the page shows."""
     return page.evaluate(_SEGMENTS)
+
+
+def address(server) -> str:
+    """Return the page's address."""
+    return f"http://{server.address}/"
+
+
+def send_file(page, path, fast: bool = True) -> None:
+    """Let the page transcribe a file."""
+    page.set_checked("#fast", fast)
+    page.set_input_files("#file", path)
