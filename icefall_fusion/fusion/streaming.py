@@ -5,15 +5,21 @@ After a cut the arena's root stands for the words before it (search/streaming.py
 on: its root moves down to the node of those words, and no score changes. When the tree has become long, it is
 replaced: the new one has the last words as its prompt. What those before had scored is taken out of all
 hypotheses alike, so that their order stays, and is added again in the stream's result.
+
+A language model that fails is left out from then on, and what it has scored is taken out of all hypotheses,
+as if its weight had been 0: some would have its score for more words than others.
 """
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Iterator, Mapping, Optional, Sequence
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from icefall_fusion.common.checks import check
 from icefall_fusion.common.counters import add_counters
+from icefall_fusion.fusion.base import live_slots
 from icefall_fusion.fusion.delayed import DelayedFusion
 from icefall_fusion.fusion.word_nodes import open_word_nodes
 from icefall_fusion.fusion.words import WordNodes
@@ -32,13 +38,17 @@ class DelayedStream(DelayedFusion):
         lanes: of the fusion's language model, where its tree lies.
         context: earlier text, after the prompt; read, not scored.
         words: most words of prompt and text that the LLM keeps as its context.
+        tell: is called with the source and the error if the language model fails; None: it is raised.
 
     Attributes:
         base: log P of the words that are in the tree no more.
+        failed: whether the language model has failed.
     """
 
-    def __init__(self, fusion: DelayedFusion, lanes: TreeLanes, context: Sequence[str], words: int) -> None:
+    def __init__(self, fusion: DelayedFusion, lanes: TreeLanes, context: Sequence[str], words: int,
+                 tell: Optional[Callable[[str, Exception], None]] = None) -> None:
         vars(self).update(vars(fusion))
+        self.failed, self._tell = False, tell
         self.lm, self._most = lanes, words
         several = isinstance(fusion.prompt, Mapping)
         check(not several, "DelayedFusion.prompt", "be one text in a stream", fusion.prompt)
@@ -48,15 +58,33 @@ class DelayedStream(DelayedFusion):
 
     def begin(self, beam: Beam, index: int, tokens: Any, ids: Sequence[str]) -> None:
         """Start a stream (see ``Fusion.begin``)."""
-        super().begin(beam, index, tokens, ids)
+        try:
+            super().begin(beam, index, tokens, ids)
+        except Exception:
+            self.close()  # the lane is needed by others
+            raise
         self._words_in_tree = len(self._before)
 
-    def prepare_cut(self, node: int) -> None:
+    def in_steps(self, beam: Beam, fires: Optional[Tensor], lands: Optional[Tensor] = None) -> Iterator[None]:
+        """Score in steps (see ``Fusion.in_steps``), unless the language model fails or has failed."""
+        if self.failed:
+            return
+        try:
+            yield from super().in_steps(beam, fires, lands)
+        except Exception as error:  # whatever it is: the stream goes on
+            self._fail(beam, error)
+
+    def prepare_cut(self, beam: Beam, node: int) -> None:
         """Find and score the words of an arena node that will be the root."""
-        nodes, counts = self._ask("closed", np.array([node], np.int64))
-        self._words_in_tree += int(counts[0]) - self._cut
-        self._root, self._cut = int(nodes[0]), int(counts[0])
-        self._root_score = float(self._tree.score([self._root])[0])
+        if self.failed:
+            return
+        try:
+            nodes, counts = self._ask("closed", np.array([node], np.int64))
+            self._words_in_tree += int(counts[0]) - self._cut
+            self._root, self._cut = int(nodes[0]), int(counts[0])
+            self._root_score = float(self._tree.score([self._root])[0])
+        except Exception as error:
+            self._fail(beam, error)
 
     def cut(self, beam: Beam, words: Sequence[str]) -> None:
         """Go on from the new root of the arena.
@@ -65,6 +93,8 @@ class DelayedStream(DelayedFusion):
             beam: its arena has been cut.
             words: those that were cut off, since the last cut.
         """
+        if self.failed:
+            return
         first = self._cut - len(words)
         adapted = [adapt_word(word, first + number, self.text) for number, word in enumerate(words)]
         self._before = [*self._before, *adapted][-self._most :]
@@ -78,6 +108,16 @@ class DelayedStream(DelayedFusion):
         """Free the tree of a stream that ends without a result."""
         if self._tree is not None:
             self._close()
+
+    def _fail(self, beam: Beam, error: Exception) -> None:
+        """Leave the language model out."""
+        if self._tell is None:
+            raise error
+        slots = live_slots(beam)
+        self._put(beam, slots, torch.zeros(len(slots)), torch.zeros_like(slots))
+        self.weight, self.word_bonus, self.base, self.failed = 0.0, 0.0, 0.0, True
+        self.close()
+        self._tell(self.source, error)
 
     def _tree_is_long(self) -> bool:
         deep = int(self._tree.tree.depth[self._root])

@@ -4,7 +4,8 @@ Knows: token trees, slots, model calls. Must not know: tokenizers, search, fusio
 A `TreeScorer` of many utterances lives as long as its batch. Streams begin and end at any time, and the tree
 of a stream is replaced when its text has become long. So each stream has a tree of its own. Keys and values
 share buffers [lanes, S, H, D], and `launch` only notes what is wanted: the first wait for scores runs the
-model once over the new tokens of all trees.
+model once over the new tokens of all trees. If that fails, the model runs for each tree alone: the failure
+of one is not that of the others.
 """
 from __future__ import annotations
 
@@ -23,6 +24,9 @@ from icefall_fusion.lm.tree_scorer import TreeCounters, TreeOptions, TreeScorer
 
 if TYPE_CHECKING:
     from icefall_fusion.lm.causal_lm import CausalLm
+
+
+_Part = tuple["LaneScorer", ndarray, Tensor]  # a tree, some of its nodes [n] sorted, their log-probs [n, V]
 
 
 class TreeLanes:
@@ -63,10 +67,12 @@ class TreeLanes:
         check(batch == 1, "batch", "be 1: a stream has a tree of its own", batch)
         check(len(self._free) > 0, "lanes", "have one that is free", f"{self._lanes} in use")
         start = self.lm.start_ids(prompts[0] if prompts else ())
-        lane = heapq.heappop(self._free)
+        lane = self._free[0]
         if lane >= self.cache.utterances:
             self.cache.ensure(0, min(self._lanes, 2 * self.cache.utterances))
-        return LaneScorer(self, lane, start)
+        scorer = LaneScorer(self, lane, start)
+        heapq.heappop(self._free)
+        return scorer
 
     def give_back(self, scorer: LaneScorer) -> None:
         """Let others use a tree's lane; what it waits for is not computed."""
@@ -93,15 +99,35 @@ class TreeLanes:
             missing = request.at[request.scorer.tree.row[request.at] < 0]
             parts.setdefault(request.scorer, []).append(missing)
         found = [(scorer, np.unique(np.concatenate(lists))) for scorer, lists in parts.items()]
-        made = list(self.distributions([part for part in found if len(part[1])]))
+        made, failed = self._made([part for part in found if len(part[1])])
         for request in waiting:
-            request.read(made)
+            error = failed.get(request.scorer)
+            if error is None:
+                request.read(made)
+            else:
+                request.fail(error)
         for scorer, nodes, log_probs in made:
             scorer.store(nodes, log_probs)
 
+    def _made(
+        self, parts: Sequence[tuple[LaneScorer, ndarray]]
+    ) -> tuple[list[_Part], dict[LaneScorer, Exception]]:
+        """Return what `distributions` yields, and why trees have none; if all fail together, each alone."""
+        try:
+            return list(self.distributions(parts)), {}
+        except Exception as error:  # whatever it is: the search waits for an answer
+            if len(parts) == 1:
+                return [], {parts[0][0]: error}
+        made, failed = [], {}
+        for part in parts:
+            some, errors = self._made([part])
+            made += some
+            failed.update(errors)
+        return made, failed
+
     def distributions(
         self, parts: Sequence[tuple[LaneScorer, ndarray]]
-    ) -> Iterator[tuple[LaneScorer, ndarray, Tensor]]:
+    ) -> Iterator[_Part]:
         """Yield (tree, some of its nodes [n] sorted, their log-probs [n, V]) until all had a forward.
 
         Args:
@@ -109,8 +135,19 @@ class TreeLanes:
         """
         if not parts:
             return
-        todo = [scorer.make_ready(nodes) for scorer, nodes in parts]
-        self.counters.lm_tokens_forwarded += sum(map(len, todo))
+        todo: list[ndarray] = []
+        had = [scorer.tree.slots.of_node[nodes] >= 0 for scorer, nodes in parts]
+        try:
+            for scorer, nodes in parts:
+                todo.append(scorer.make_ready(nodes))
+            yield from self._forwarded(parts, todo)
+        except Exception:
+            for (scorer, nodes), new, known in zip(parts, todo, had):
+                scorer.take_back(np.setdiff1d(new, nodes[known]))
+            raise
+
+    def _forwarded(self, parts: Sequence[tuple[LaneScorer, ndarray]],
+                   todo: Sequence[ndarray]) -> Iterator[_Part]:
         self.cache.ensure(max(scorer.tree.slots.capacity for scorer, _ in parts))
         joined = _Joined([scorer for scorer, _ in parts], todo, self.cache.utterances)
         firsts = np.cumsum([0, *map(len, todo)])
@@ -146,6 +183,12 @@ class LaneScorer(TreeScorer):
         self._nodes([node])
         self.tree.roots[0] = node
 
+    def take_back(self, nodes: ndarray) -> None:
+        """Free the slots of nodes whose forward has failed: asked for again, they are forwarded again."""
+        slots = self.tree.slots
+        held = np.setdiff1d(np.flatnonzero(slots.of_node >= 0), nodes)
+        slots.release(held, self.tree.parent, self.tree.utterance)
+
     def store(self, nodes: ndarray, log_probs: Tensor) -> None:
         """Keep distributions for later children, if there is room."""
         if self._store.in_use + len(nodes) <= self._store.max_rows:
@@ -170,7 +213,15 @@ class _Request:
         self.scorer, self.at, self.tokens = scorer, at, tokens
         self.scores: Optional[Callable[[], ndarray]] = None
 
-    def read(self, made: Sequence[tuple[LaneScorer, ndarray, Tensor]]) -> None:
+    def fail(self, error: Exception) -> None:
+        """Let who waits for the scores get an error."""
+
+        def scores() -> ndarray:
+            raise error
+
+        self.scores = scores
+
+    def read(self, made: Sequence[_Part]) -> None:
         """Pick the scores: of distributions that were kept, and of those just made."""
         known = np.flatnonzero(self.scorer.tree.row[self.at] >= 0)
         order, values = [known], [self.scorer.known_log_probs(self.at[known], self.tokens[known])]

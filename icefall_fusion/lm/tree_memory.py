@@ -185,16 +185,18 @@ class TreeCache(Cache):
     """The layers' buffers; `plan` says where the running forward writes and reads."""
 
     def __init__(self, layers: int, utterances: int, slots: int) -> None:
-        self.utterances, self.slots = utterances, slots
+        self.utterances, self.slots, self._whole = utterances, slots, True
         self.plan: Optional[ForwardPlan] = None
         super().__init__(layers=[TreeLayer(self) for _ in range(layers)])
 
     def ensure(self, slots: int, utterances: int = 0) -> None:
         """Grow every layer to ``slots`` slots an utterance, and to ``utterances``, where there are fewer."""
-        if slots > self.slots or utterances > self.utterances:
+        if slots > self.slots or utterances > self.utterances or not self._whole:
             self.slots, self.utterances = max(slots, self.slots), max(utterances, self.utterances)
+            self._whole = False  # if memory runs out now, the next call grows all layers again
             for layer in self.layers:
                 layer.grow()
+            self._whole = True
 
     @property
     def kv_bytes(self) -> int:

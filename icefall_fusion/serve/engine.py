@@ -16,7 +16,7 @@ from icefall_fusion.serve.changes import WordNote, word_notes
 from icefall_fusion.serve.limits import Limits
 from icefall_fusion.serve.metrics import Counters
 from icefall_fusion.serve.talk import Clock, Message, Talk
-from icefall_fusion.streaming import StreamingDecoder
+from icefall_fusion.streaming import Stream, StreamingDecoder
 
 #: Close codes of WebSocket (RFC 6455, section 7.4.1, and its registry).
 DONE, GOING_AWAY, INVALID, POLICY, TOO_BIG, BROKEN, TRY_LATER = 1000, 1001, 1007, 1008, 1009, 1011, 1013
@@ -173,17 +173,21 @@ class Engine(threading.Thread):
         ending = [work.talk for work in works if not work.talk.left and self._accept(work)]
         try:
             self.decoder.decode()
-            ending = [talk for talk in ending if talk in self._talks]
-            lasts = self.decoder.finish([talk.stream for talk in ending])
-            for talk in list(self._talks):
-                if talk.stream is not None and talk not in ending:
-                    self._tell(talk)
-            for talk, last in zip(ending, lasts):
-                self._tell_end(talk, last)
-        except Exception as error:  # of the models: nobody knows what the streams' states are
+            ending = [talk for talk in ending if talk.stream.error is None]
+            self._finish([talk.stream for talk in ending])
+            for talk in [talk for talk in self._talks if talk.stream is not None]:
+                self._tell(talk, talk in ending)
+        except Exception as error:  # nobody knows what the streams' states are
             logging.exception("a round of decoding failed; its streams end")
             for talk in list(self._talks):
-                self._fail(talk, f"decoding failed: {type(error).__name__}: {error}", BROKEN)
+                self._fail(talk, _told(error), BROKEN)
+
+    def _finish(self, streams: Sequence[Stream]) -> None:
+        try:
+            self.decoder.finish(streams)
+        except Exception as error:
+            if all(stream.error is not error for stream in streams):
+                raise
 
     def _accept(self, work: _Work) -> bool:
         """Give a stream its audio; return whether that was all of it."""
@@ -197,21 +201,39 @@ class Engine(threading.Thread):
         except ValueError as error:
             self._fail(talk, str(error), INVALID)
             return False
+        except Exception as error:
+            logging.exception("a stream cannot be opened")
+            self._fail(talk, _told(error), BROKEN)
+            return False
         if talk.held:
             with self._lock:
                 self._touch(talk)
             return False
         return work.last
 
-    def _tell(self, talk: Talk) -> None:
+    def _tell(self, talk: Talk, ends: bool) -> None:
         """Tell a client what is new."""
         stream = talk.stream
-        if stream.decoded == talk.shown:
-            return
-        clock = Clock(talk.received, stream.decoded, stream.start)
-        self._tell_segments(talk, stream.take_segments(), clock._replace(start=talk.start))
+        for warning in stream.take_warnings():
+            self.counters.warnings += 1
+            talk.post(Message(talk.forms.warning(warning)))
+        clock = Clock(talk.received, stream.decoded, talk.start)
+        self._tell_segments(talk, stream.take_segments(), clock)
+        if stream.error is not None:
+            self._fail(talk, _told(stream.error), BROKEN)
+        elif ends:
+            self._tell_segments(talk, [stream.result()], clock, True)
+            talk.post(Message(talk.forms.final(), code=DONE, reason="all is decoded"))
+            self.counters.finished += 1
+            self._forget(talk)
+        elif stream.decoded != talk.shown:
+            self._tell_partial(talk)
+
+    def _tell_partial(self, talk: Talk) -> None:
+        stream = talk.stream
         talk.shown, talk.start = stream.decoded, stream.start
         partial = stream.partial()
+        clock = Clock(talk.received, stream.decoded, stream.start)
         talk.post(Message(talk.forms.partial(talk.segments, partial.words, partial.stable, clock), True))
 
     def _tell_segments(self, talk: Talk, nbests: Sequence[NBest], clock: Clock, end: bool = False) -> None:
@@ -221,17 +243,11 @@ class Engine(threading.Thread):
             talk.post(Message(talk.forms.segment(talk.segments, ended, clock)))
             talk.segments += 1
 
-    def _tell_end(self, talk: Talk, last: NBest) -> None:
-        clock = Clock(talk.received, talk.stream.decoded, talk.start)
-        self._tell_segments(talk, [*talk.stream.take_segments(), last], clock, True)
-        talk.post(Message(talk.forms.final(), code=DONE, reason="all is decoded"))
-        self.counters.finished += 1
-        self._forget(talk)
-
     def _without_llm(self, weights: Mapping[str, float]) -> dict[str, float]:
         """Return the weights of a list as they are without language models that join late."""
-        bonus = sum(fusion.word_bonus for fusion in self._delayed)
-        none = {fusion.source: 0.0 for fusion in self._delayed}
+        joined = [fusion for fusion in self._delayed if weights.get(fusion.source)]  # else it has failed
+        bonus = sum(fusion.word_bonus for fusion in joined)
+        none = {fusion.source: 0.0 for fusion in joined}
         return {**weights, **none, WORDS: weights.get(WORDS, 0.0) - bonus}
 
     def _fail(self, talk: Talk, message: str, code: int) -> None:
@@ -251,3 +267,7 @@ class Engine(threading.Thread):
             talk.waiting = 0
         talk.stream = None
         talk.tell(talk.room.set)
+
+
+def _told(error: Exception) -> str:
+    return f"decoding failed: {type(error).__name__}: {error}"

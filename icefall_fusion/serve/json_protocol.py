@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from icefall_fusion.common.checks import check, check_choice, check_text, is_count
+from icefall_fusion.data.audio import SAMPLE_RATE
 from icefall_fusion.nbest import WordTime
 from icefall_fusion.serve.samples import SampleFormat
 from icefall_fusion.serve.session import Opening, Protocol, Read
@@ -131,8 +132,11 @@ class JsonProtocol(Protocol):
         used = value.get("type") == "start"
         start = read_start(value) if used else Start()
         forms = JsonForms(start.nbest)
-        ready = forms.ready(start.kind, self._method, self._streams)
-        return Opening(start.kind, forms, start.token, ready, used)
+        answers = [forms.ready(start.kind, self._method, self._streams)]
+        if start.kind.rate < SAMPLE_RATE:
+            answers.append(forms.warning(f"the model was trained with audio of {SAMPLE_RATE} Hz: at "
+                                         f"{start.kind.rate} Hz it makes more errors"))
+        return Opening(start.kind, forms, start.token, tuple(answers), used)
 
     def read_end(self, text: str) -> None:
         """See `Protocol`."""

@@ -25,14 +25,14 @@ Read = Union[str, bytes]
 class Opening(NamedTuple):
     """How a client begins.
 
-    kind: of its audio; forms: of the messages to it; token: that it sent; ready: the answer, or None.
+    kind: of its audio; forms: of the messages to it; token: that it sent; answers: to it.
     used: whether its first message was about this alone.
     """
 
     kind: SampleFormat
     forms: Forms
     token: str = ""
-    ready: Optional[str] = None
+    answers: tuple[str, ...] = ()
     used: bool = False
 
 
@@ -138,8 +138,8 @@ class Session:
         except Full as full:
             raise _Refused(str(full), TRY_LATER, "full") from full
         self._talk = talk
-        if opening.ready is not None:
-            await self._send(opening.ready)
+        for answer in opening.answers:
+            await self._send(answer)
         tasks = [asyncio.create_task(self._listen(None if opening.used else first)),
                  asyncio.create_task(self._tell())]
         try:

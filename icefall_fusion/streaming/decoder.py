@@ -4,10 +4,14 @@ Knows: the acoustic model, lanes of language models, streams. Must not know: whe
 A round takes one chunk of every stream whose audio for it is there, wherever the stream is: one encoder call,
 one search a stream up to its next fusion event, one call of the language model for all that wait, and so on
 to the end of the chunk. No result depends on what other streams there are.
+
+An error in one stream breaks that stream, and an error in a language model takes the model out of a segment
+(see fusion/streaming.py); the others go on. Only an error in the encoder breaks all streams of its round.
 """
 from __future__ import annotations
 
 import copy
+import logging
 from typing import Iterator, Optional, Sequence, Union
 
 import torch
@@ -105,7 +109,10 @@ class StreamingDecoder:
 
     @torch.no_grad()
     def decode(self) -> bool:
-        """Decode all chunks whose audio has arrived, of all streams; return whether there were any."""
+        """Decode all chunks whose audio has arrived, of all streams; return whether there were any.
+
+        A stream that breaks raises its error when it is used next.
+        """
         any_ready = False
         while self._round(self._streams, ended=False):
             any_ready = True
@@ -115,14 +122,21 @@ class StreamingDecoder:
 
     @torch.no_grad()
     def finish(self, streams: Sequence[Stream]) -> list[NBest]:
-        """End streams, and return the N-best list of the last segment of each."""
+        """End streams, and return the N-best list of the last segment of each.
+
+        Raises:
+            ValueError: a stream is not open.
+            Exception: why a stream broke; all have ended, and ``result`` of the others tells their lists.
+        """
         for stream in streams:
+            stream.check_open()
             check(stream in self._streams, f"stream {stream.name!r}", "be open in this decoder", "closed")
+        for stream in streams:
             stream.end()
         self.decode()
         while self._round(streams, ended=True):
             pass
-        self._take_turns([stream.finish_segment() for stream in streams])
+        self._take_turns([(stream, stream.finish_segment()) for stream in streams if stream.error is None])
         self._streams = [stream for stream in self._streams if stream not in streams]
         return [stream.result() for stream in streams]
 
@@ -143,10 +157,21 @@ class StreamingDecoder:
     def _round(self, streams: Sequence[Stream], ended: bool) -> bool:
         """Decode the next chunk of all streams that have one; return whether one had."""
         size = FACTOR * self.options.chunk.size
-        chunks = [(stream, stream.next_chunk(size, ended)) for stream in streams]
+        chunks = [(stream, stream.next_chunk(size, ended)) for stream in streams if stream.error is None]
         ready = [(stream, chunk) for stream, chunk in chunks if chunk is not None]
         if not ready:
             return False
+        try:
+            found = self._encode(ready)
+        except Exception as error:
+            for stream, _ in ready:
+                self._break(stream, error)
+        else:
+            self._take_turns([(stream, stream.decode(log_probs)) for stream, log_probs in found])
+        return True
+
+    def _encode(self, ready: Sequence[tuple[Stream, torch.Tensor]]) -> list[tuple[Stream, torch.Tensor]]:
+        """Return the log-probs [n, V] of the next chunk of each stream, whose features are given."""
         lens = torch.tensor([len(chunk) for _, chunk in ready])
         features = torch.nn.utils.rnn.pad_sequence([chunk for _, chunk in ready], batch_first=True)
         state = join_states([stream.state for stream, _ in ready])
@@ -155,16 +180,27 @@ class StreamingDecoder:
         log_probs, counts = self.model.ctc_log_probs(frames).cpu(), counts.tolist()
         for (stream, _), row in zip(ready, state.rows()):
             stream.state = row
-        self._take_turns([stream.decode(log_probs[row, : counts[row]])
-                          for row, (stream, _) in enumerate(ready)])
-        return True
+        return [(stream, log_probs[row, : counts[row]]) for row, (stream, _) in enumerate(ready)]
 
-    def _take_turns(self, going: list[Iterator[None]]) -> None:
+    def _take_turns(self, going: list[tuple[Stream, Iterator[None]]]) -> None:
         """Let all go on to where a language model must score; it scores for all of them at once."""
         while going:
-            going = [steps for steps in going if next(steps, self) is not self]
+            going = [(stream, steps) for stream, steps in going if self._goes_on(stream, steps)]
             for lanes in self._lanes.values():
                 lanes.run()
+
+    def _goes_on(self, stream: Stream, steps: Iterator[None]) -> bool:
+        """Do the next step of a stream; return whether another follows."""
+        try:
+            return next(steps, self) is not self
+        except Exception as error:
+            self._break(stream, error)
+            return False
+
+    def _break(self, stream: Stream, error: Exception) -> None:
+        logging.error("stream %s is broken", stream.name, exc_info=error)
+        stream.fail(error)
+        self._streams = [other for other in self._streams if other is not stream]
 
     def _open_segment(self, stream: Stream, start: int,
                       context: Sequence[str]) -> Union[Segment, GreedySegment]:
@@ -175,7 +211,8 @@ class StreamingDecoder:
         for fusion in self.fusions:
             if isinstance(fusion, DelayedFusion):
                 lanes = self._lanes[id(fusion)]
-                fusions.append(DelayedStream(fusion, lanes, context, options.context_words))
+                fusions.append(DelayedStream(fusion, lanes, context, options.context_words,
+                                             stream.lost))
             else:
                 fusions.append(copy.copy(fusion))
         after = None if options.commit_after is None else max(1, round(options.commit_after / shift))

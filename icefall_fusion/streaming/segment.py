@@ -158,7 +158,7 @@ class Segment:
         pieces = live.pieces[0, :cut].tolist()
         words = self._tokens.words(pieces)
         for fusion in self._delayed:
-            fusion.prepare_cut(int(live.path[0, cut - 1]))
+            fusion.prepare_cut(self._search.beam, int(live.path[0, cut - 1]))
         self._search.forget(live, cut)
         for fusion in self._delayed:
             fusion.cut(self._search.beam, words)

@@ -3,6 +3,7 @@ Knows: features, the encoder's state, segments. Must not know: other streams, mo
 """
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Callable, Iterator, Optional, Sequence, Union
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
     from icefall_fusion.acoustic.models import StreamingState
     from icefall_fusion.streaming.decoder import StreamingDecoder
+
+_WARNINGS = 20  # that are kept for who asks
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class Stream:
 
     Attributes:
         name: in N-best lists and messages.
+        error: what broke the stream; None: it is whole.
     """
 
     def __init__(self, decoder: StreamingDecoder, name: str, state: StreamingState,
@@ -58,6 +62,8 @@ class Stream:
         self.name, self.state = name, state
         self._decoder, self._open, self._options = decoder, open_segment, decoder.options
         self._audio = StreamingFbank()
+        self.error: Optional[Exception] = None
+        self._warnings: list[str] = []
         self._frames, self._number = 0, 0  # encoder frames decoded; number of the segment
         self._begin = 0  # frame at which it begins
         self._context = list(context)[-self._options.context_words :]
@@ -88,8 +94,9 @@ class Stream:
 
         Raises:
             ValueError: not such samples, or the stream has ended.
+            Exception: why the stream broke.
         """
-        check(self._segment is not None, f"stream {self.name!r}", "be open", "closed")
+        self.check_open()
         self._audio.accept(samples)
 
     def partial(self) -> Partial:
@@ -97,9 +104,10 @@ class Stream:
 
         Raises:
             ValueError: the stream has ended.
+            Exception: why the stream broke.
         """
         self._decoder.decode()
-        check(self._segment is not None, f"stream {self.name!r}", "be open", "closed")
+        self.check_open()
         words, stable = self._segment.words()
         texts = [word.word for word in words]
         age = max(0.0, self._audio.samples / SAMPLE_RATE - self._frames * self._decoder.frame_shift)
@@ -113,6 +121,11 @@ class Stream:
         done, self._done = self._done, []
         return done
 
+    def take_warnings(self) -> list[str]:
+        """Return what went wrong since the last call without an end of the stream, and forget it."""
+        taken, self._warnings = self._warnings, []
+        return taken
+
     def finish(self) -> NBest:
         """Decode all that has arrived, end the stream, and return the N-best list of its last segment."""
         return self._decoder.finish([self])[0]
@@ -122,6 +135,24 @@ class Stream:
         self._decoder.close(self)
 
     # --- for the decoder ---------------------------------------------------------------------------------
+
+    def check_open(self) -> None:
+        """Raise ValueError if the stream has ended, and what broke it if it is broken."""
+        if self.error is not None:
+            raise self.error
+        check(self._segment is not None, f"stream {self.name!r}", "be open", "closed")
+
+    def lost(self, source: str, error: Exception) -> None:
+        """Note that a segment must go on without a language model."""
+        text = (f"the language model {source!r} failed ({type(error).__name__}: {error}); "
+                f"segment {self._number} is decoded without it from {self.decoded:g} s on")
+        logging.warning("stream %s: %s", self.name, text)
+        self._warnings = [*self._warnings[-_WARNINGS:], text]
+
+    def fail(self, error: Exception) -> None:
+        """Break the stream: who uses it next gets the error."""
+        self.error = error
+        self.free()
 
     def end(self) -> None:
         """Note that no samples follow."""
@@ -150,7 +181,9 @@ class Stream:
         self._result, self._segment = self._segment.nbest(), None
 
     def result(self) -> NBest:
-        """Return the list of the last segment."""
+        """Return the list of the last segment; raises what broke the stream."""
+        if self.error is not None:
+            raise self.error
         return self._result
 
     def free(self) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 from websockets.asyncio.client import connect
+from websockets.exceptions import ConnectionClosed
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "streaming"))
 from stream_tools import CHUNK, SEARCH, fusions_of, noise
@@ -95,10 +96,12 @@ def packets(audio: np.ndarray, size: int = 3200) -> list[bytes]:
 async def read_all(socket) -> tuple[list, int, str]:
     """Return all messages of a server, and the code and reason of its close."""
     found = []
-    async for message in socket:
-        with contextlib.suppress(ValueError):
-            message = json.loads(message)
-        found.append(message)
+    with contextlib.suppress(ConnectionClosed):
+        while True:
+            message = await socket.recv()
+            with contextlib.suppress(ValueError):
+                message = json.loads(message)
+            found.append(message)
     return found, socket.close_code, socket.close_reason
 
 
@@ -106,9 +109,10 @@ async def talk(url: str, messages, pace: float = 0.0, **options) -> tuple[list, 
     """Send messages and return what comes (see `read_all`)."""
     async with connect(url, **options) as socket:
         reading = asyncio.create_task(read_all(socket))
-        for message in messages:
-            await socket.send(message)
-            await asyncio.sleep(pace)
+        with contextlib.suppress(ConnectionClosed):  # it has refused us
+            for message in messages:
+                await socket.send(message)
+                await asyncio.sleep(pace)
         return await reading
 
 

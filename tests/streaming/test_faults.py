@@ -1,0 +1,181 @@
+"""Language models and encoders that fail while streams are decoded: who is hit, who is not, what is said.
+Knows: tiny models, noise. Must not know: how a stream is decoded.
+
+The models are real; a hook on one of their layers raises.
+"""
+from __future__ import annotations
+
+import contextlib
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from stream_tools import OPTIONS, SEARCH, decode_in_packets, fusions_of, noise, same, whole
+
+from icefall_fusion.fusion import DelayedFusion
+from icefall_fusion.streaming import EndpointOptions, StreamingDecoder
+
+
+@contextlib.contextmanager
+def failing(module, calls):
+    """Let calls of a module raise whose numbers, from 0, are in ``calls``; yield the number of calls."""
+    count = [0]
+
+    def hook(*_):
+        number, count[0] = count[0], count[0] + 1
+        if number in calls:
+            raise RuntimeError(f"call {number} fails")
+
+    handle = module.register_forward_pre_hook(hook)
+    try:
+        yield count
+    finally:
+        handle.remove()
+
+
+def layer_of(lm):
+    return next(module for name, module in lm.model.named_modules() if name.endswith("layers.0"))
+
+
+FORGETFUL = replace(OPTIONS, window=0.6, context_words=4)
+
+
+@pytest.mark.parametrize("name", ["shortest", "late", "look-ahead", "interval", "at-end", "hotwords"])
+def test_a_dead_llm_is_no_llm(made, name) -> None:
+    audio = noise(1, 41_003)
+    fusions = [f for f in fusions_of(made, name) if not isinstance(f, DelayedFusion)]
+    wanted = whole(made[0], [audio], fusions, names=["talk"])[0]
+    decoder = StreamingDecoder(made[0], fusions_of(made, name), SEARCH, OPTIONS)
+    with failing(layer_of(made[1]), range(10_000)):
+        found = decode_in_packets(decoder, audio, [3000])
+    if name != "look-ahead":  # which stays as a guide
+        assert [h.tokens for h in found] == [h.tokens for h in wanted]
+        for one, other in zip(found, wanted):
+            assert one.scores["llm"] == 0 and one.total == pytest.approx(other.total, abs=1e-3)
+    check_totals(found)
+    assert found.weights["llm"] == 0
+
+
+def check_totals(nbest) -> None:
+    for one in nbest:
+        total = sum(weight * one.scores[source] for source, weight in nbest.weights.items())
+        assert one.total == pytest.approx(total, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", ["shortest", "late", "look-ahead", "both", "hotwords"])
+@pytest.mark.parametrize("first", [1, 5, 9])
+@pytest.mark.parametrize("options", [OPTIONS, FORGETFUL], ids=["", "forgetful"])
+def test_an_llm_that_fails_midway_is_taken_out_of_all_hypotheses(made, name, first, options) -> None:
+    audio = noise(6, 90_007)
+    decoder = StreamingDecoder(made[0], fusions_of(made, name), replace(SEARCH, beam=3), options)
+    with failing(layer_of(made[1]), range(first, 10_000)) as calls:
+        stream, before = decoder.open("talk"), ""
+        for start in range(0, len(audio), 3000):
+            stream.accept(audio[start : start + 3000])
+            committed = stream.partial().committed
+            assert (committed + " ").startswith(before + " " if before else "")
+            before = committed
+        warnings = stream.take_warnings()
+        found = stream.finish()
+    warnings += stream.take_warnings()
+    assert calls[0] == first + 1  # it is not asked again
+    assert len(warnings) == 1 and "'llm' failed (RuntimeError: call" in warnings[0]
+    assert found.weights["llm"] == 0 and all(h.scores["llm"] == 0 for h in found)
+    check_totals(found)
+    totals = [h.total for h in found]
+    assert totals == sorted(totals, reverse=True) and found[0].text.startswith(before)
+    found = decode_in_packets(decoder, noise(1, 41_003), [4000])
+    if options is OPTIONS:
+        same(found, whole(made[0], [noise(1, 41_003)], fusions_of(made, name), replace(SEARCH, beam=3),
+                          names=["talk"])[0])
+
+
+@pytest.mark.parametrize("name", ["shortest", "prompt"])
+def test_the_failure_of_one_stream_is_not_that_of_others(made, name) -> None:
+    """The call of all fails, then the first of those of each alone: one stream goes on without the LLM."""
+    audio = [noise(seed, 36_000) for seed in (1, 2, 3)]
+    wanted = whole(made[0], audio, fusions_of(made, name), names=["0", "1", "2"])
+    for first in (0, 3, 6):
+        decoder = StreamingDecoder(made[0], fusions_of(made, name), SEARCH, OPTIONS)
+        streams = [decoder.open() for _ in audio]
+        with failing(layer_of(made[1]), (first, first + 1)) as calls:
+            for start in range(0, 36_000, 4000):
+                for stream, samples in zip(streams, audio):
+                    stream.accept(samples[start : start + 4000])
+                decoder.decode()
+            found = decoder.finish(streams)
+        hit = [n for n, stream in enumerate(streams) if stream.take_warnings()]
+        assert calls[0] > first + 4
+        assert len(hit) == 1, hit
+        for number, (nbest, other) in enumerate(zip(found, wanted)):
+            if number in hit:
+                assert nbest.weights["llm"] == 0
+            else:
+                same(nbest, other)
+
+
+def test_the_next_segment_tries_the_llm_again(made) -> None:
+    options = replace(OPTIONS, endpoint=EndpointOptions(silence=0, pause=0, longest=1.0))
+    decoder = StreamingDecoder(made[0], fusions_of(made, "shortest"), SEARCH, options)
+    with failing(layer_of(made[1]), (0,)):
+        stream = decoder.open("talk")
+        stream.accept(noise(9, 64_000))
+        last = stream.finish()
+    segments = [*stream.take_segments(), last]
+    assert [n.weights["llm"] for n in segments][:4] == [0.0, 0.4, 0.4, 0.4]
+    assert segments[1][0].scores["llm"] < 0 and len(stream.take_warnings()) == 1
+
+
+def test_scores_that_are_no_numbers_are_a_failure(made) -> None:
+    layer = layer_of(made[1])
+    handle = layer.register_forward_hook(lambda *_: torch.full_like(_[2], torch.nan)
+                                         if isinstance(_[2], torch.Tensor) else _[2])
+    try:
+        decoder = StreamingDecoder(made[0], fusions_of(made, "shortest"), SEARCH, OPTIONS)
+        stream = decoder.open("talk")
+        stream.accept(noise(1, 41_003))
+        found = stream.finish()
+    finally:
+        handle.remove()
+    wanted = whole(made[0], [noise(1, 41_003)])[0]
+    assert [h.tokens for h in found] == [h.tokens for h in wanted]
+    assert "NaN" in stream.take_warnings()[0]
+
+
+def test_a_broken_stream_is_not_that_of_others(made) -> None:
+    """One stream's audio gives no log-probs: it ends with an error, its memory is free, the others go on."""
+    audio = noise(2, 36_000)
+    wanted = whole(made[0], [audio], fusions_of(made, "shortest"), names=["good"])[0]
+    decoder = StreamingDecoder(made[0], fusions_of(made, "shortest"), SEARCH, replace(OPTIONS, streams=2))
+    good, bad = decoder.open("good"), decoder.open("bad")
+    loud = np.full(36_000, 3e38, np.float32)  # its power is infinite
+    for start in range(0, 36_000, 6000):
+        good.accept(audio[start : start + 6000])
+        if start == 0:
+            bad.accept(loud)
+        decoder.decode()
+    with pytest.raises(ValueError, match="bad"):
+        bad.partial()
+    with pytest.raises(ValueError, match="bad"):
+        bad.accept(audio)
+    assert decoder.streams == [good]
+    other = decoder.open("other")
+    same(good.finish(), wanted)
+    other.close()
+
+
+def test_an_encoder_that_fails_breaks_the_streams_of_its_round(made) -> None:
+    audio = noise(2, 36_000)
+    decoder = StreamingDecoder(made[0], fusions_of(made, "shortest"), SEARCH, OPTIONS)
+    streams, idle = [decoder.open(), decoder.open()], decoder.open("idle")
+    with failing(made[0].ctc.linear, (0,)):
+        for stream in streams:
+            stream.accept(audio[:10_000])
+        decoder.decode()
+    for stream in streams:
+        with pytest.raises(RuntimeError, match="call 0 fails"):
+            stream.partial()
+    idle.accept(audio)
+    same(idle.finish(), whole(made[0], [audio], fusions_of(made, "shortest"), names=["idle"])[0])
+    assert not decoder.streams
