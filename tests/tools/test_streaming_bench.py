@@ -112,6 +112,15 @@ def test_aims_are_met_or_missed(bench) -> None:
     assert sum("| missed |" in line for line in lines) == 3 and any("| whole |" in line for line in lines)
 
 
+def test_the_page_of_results_has_a_place_for_them(bench) -> None:
+    text = (BENCH.parents[1] / "egs" / "minibooks" / "ASR" / "RESULTS.md").read_text(encoding="utf-8")
+    lines = bench("streaming_figures").page([{
+        "kind": "stream", "method": "ctc-prefix", "chunk_ms": 640, "wer": 1.0, "first_p90_ms": None,
+    }])
+    filled = bench("gpu_page").put(text, *bench("streaming").MARKS, lines)
+    assert "| ctc-prefix | 640 | 1.00 |" in filled and len(filled) > 0.9 * len(text)
+
+
 @pytest.mark.skipif(not espeak.available(), reason="espeakng-loader is not installed")
 def test_streams_are_measured(tmp_path, bench, capsys) -> None:
     streaming, output = bench("streaming"), tmp_path / "rows.json"
