@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
-from typing import Mapping, Optional, Sequence, Union
+from typing import Any, Mapping, Optional, Sequence, Union
 
 import yaml
 from tqdm import tqdm
 
-from icefall_fusion.common.checks import check, check_at_least
+from icefall_fusion.common.checks import check, check_at_least, is_number
 from icefall_fusion.common.command_line import SKIPPED_SOME
 from icefall_fusion.common.files import write_text
 from icefall_fusion.data.manifests import spread
@@ -22,8 +22,11 @@ from icefall_fusion.decode.method_names import choose_methods, parse_method, par
 from icefall_fusion.decode.recognizer import Batch, Recognizer
 from icefall_fusion.decode.score_table import ScoreTable, coordinate_search
 from icefall_fusion.decode.segments import Recognized
+from icefall_fusion.decode.tune_hotwords import SOURCE as HOT
+from icefall_fusion.decode.tune_hotwords import choose_weight
 from icefall_fusion.decode.utterances import read_cuts
 from icefall_fusion.nbest import NBest, read_nbests
+from icefall_fusion.scoring.phrases import PhraseScores, score_phrases
 from icefall_fusion.scoring.score import read_texts
 from icefall_fusion.scoring.wer import word_errors
 
@@ -48,6 +51,8 @@ class TuneOptions:
             around the optimum of each method that has a fusion. Left out: no confirmation.
         confirm_rounds: passes over the coordinates by decoding, each with half the step of the one before.
         confirm_step: factor between neighboring weights tried by decoding, in the first pass.
+        harm: percentage points of WER outside the listed phrases that hot words may cost. With confirm, whose
+            ``hotwords`` names the list, the weight of ``hotwords`` is that of the best recall under this.
     """
 
     nbest: list[str]
@@ -60,6 +65,7 @@ class TuneOptions:
     confirm: Optional[DecodeOptions] = None
     confirm_rounds: int = 2
     confirm_step: float = 1.6
+    harm: float = 0.1
 
     def __post_init__(self) -> None:
         check(len(self.nbest) > 0, "TuneOptions.nbest", "name at least one file", self.nbest)
@@ -67,6 +73,8 @@ class TuneOptions:
         check_at_least(0, self, "bonus")
         check_at_least(1, self, "rounds")
         check_at_least(0, self, "confirm_rounds")
+        good = is_number(self.harm) and self.harm >= 0
+        check(good, "TuneOptions.harm", "be at least 0 percentage points", self.harm)
         check(self.confirm_step > 1, "TuneOptions.confirm_step", "be above 1", self.confirm_step)
         parse_methods(self.methods)
 
@@ -77,13 +85,16 @@ def run(options: TuneOptions) -> int:
     lists = [nbest for path in options.nbest for nbest in read_nbests(path)]
     weights: dict[str, dict[str, float]] = {}
     wer: dict[str, float] = {}
+    hot: dict[str, dict[str, float]] = {}
     code = 0
     for method in choose_methods(options.methods, _available(options, lists)):
-        sources = parse_method(method).sources
-        if not sources:
+        sources = [one for one in parse_method(method).sources if one != HOT or options.confirm is None]
+        if not parse_method(method).sources:
             continue
         scores = ScoreTable.make(lists, references, sources)
         weights[method], errors = coordinate_search(scores, options.highest, options.bonus, options.rounds)
+        if HOT in parse_method(method).sources and HOT not in sources:
+            weights[method] = {"ctc": 1.0, HOT: 0.0, **weights[method]}  # found by decoding
         wer[method] = 100.0 * errors / scores.words
         logging.info("%s: dev WER %.2f %% from N-best lists with %s", method, wer[method], weights[method])
     fused = [method for method in weights if parse_method(method).fusions]
@@ -92,9 +103,12 @@ def run(options: TuneOptions) -> int:
         for method in fused:
             simpler = [other for other in weights.values() if set(other) < set(weights[method])]
             weights[method], wer[method] = confirmation.improve(method, weights[method], simpler)
-            _write(options.out, weights, wer)  # hours with a large LM: a kill loses one method at most
+            if HOT in weights[method]:
+                found = confirmation.weigh_phrases(method, weights[method])
+                weights[method], hot[method], wer[method] = found
+            _write(options.out, weights, wer, hot)  # hours with a large LM: a kill loses one method at most
         code = SKIPPED_SOME if confirmation.skipped else 0
-    print(_write(options.out, weights, wer))
+    print(_write(options.out, weights, wer, hot))
     return code
 
 
@@ -106,16 +120,21 @@ def _available(options: TuneOptions, lists: Sequence[NBest]) -> set[str]:
         ahead = set() if options.methods == "all" else {"ngram"}  # look-ahead of a named method has no score
         return scored | lattices | ahead
     models = options.confirm.named_models() | {"attention"}
+    scored |= {HOT}  # no score is needed: dev is decoded with them
     return (scored & models) | options.confirm.k2.sources()
 
 
-def _write(path: str, weights: Mapping[str, Mapping[str, float]], wer: Mapping[str, float]) -> str:
+def _write(path: str, weights: Mapping[str, Mapping[str, float]], wer: Mapping[str, float],
+           hot: Mapping[str, Mapping[str, float]]) -> str:
     """Write the YAML file and return its text."""
     rounded = {
         method: {source: round(float(weight), 4) for source, weight in values.items() if source != "ctc"}
         for method, values in weights.items()
     }
-    content = {"weights": rounded, "dev_wer": {method: round(value, 3) for method, value in wer.items()}}
+    rates = {method: round(value, 3) for method, value in wer.items()}
+    content: dict[str, Any] = {"weights": rounded, "dev_wer": rates}
+    if hot:
+        content["dev_hotwords"] = {method: dict(values) for method, values in hot.items()}
     head = '# Tuned on dev by: python -m icefall_fusion tune. "words" is the bonus a word, in nats.\n'
     text = head + yaml.safe_dump(content, sort_keys=False)
     write_text(path, text)
@@ -177,11 +196,11 @@ class _Confirmation:
         names = tuple(weights)
         usual = {**weights, "words": FIRST_PASS_BONUS}
         for fusion in parse_method(method).fusions:
-            usual[fusion.source] = FIRST_PASS_WEIGHT
-        fewer = [{**usual, **other} for other in simpler]
+            usual[fusion.source] = 0.0 if fusion.source == HOT else FIRST_PASS_WEIGHT
+        fewer = [{**usual, **other} for other in simpler if HOT not in other]
         best = min([dict(weights), usual, *fewer, *self._best.get(names, [])], key=wer)
         for fineness in range(self.options.confirm_rounds):
-            for source in [name for name in names if name != "ctc"]:
+            for source in [name for name in names if name not in ("ctc", HOT)]:
                 for direction in (1, -1):
                     tried = self._step(best, source, direction, fineness)
                     while wer(tried) < wer(best):  # of equals, stay
@@ -198,10 +217,25 @@ class _Confirmation:
             return {**weights, source: value + share * BONUS_STEP}
         return {**weights, source: (value or 0.1) * self.options.confirm_step**share}
 
+    def weigh_phrases(self, method: str, weights: Mapping[str, float]
+                      ) -> tuple[dict[str, float], dict[str, float], float]:
+        """Return weights with that of the hot words, what it is worth, and the WER (see `choose_weight`)."""
+        phrases = [phrase for phrase, _ in self.recognizer.models.hotwords.phrases]
+
+        def score(weight: float) -> PhraseScores:
+            return score_phrases(self.references, self._texts(method, {**weights, HOT: weight}), phrases)
+
+        weight, worth = choose_weight(score, self.options.harm)
+        found = {**weights, HOT: weight}
+        return found, worth, self._wer(method, found)
+
     def _wer(self, method: str, weights: Mapping[str, float]) -> float:
+        return word_errors(self.references, self._texts(method, weights)).wer
+
+    def _texts(self, method: str, weights: Mapping[str, float]) -> dict[str, str]:
         ready = self.recognizer.make_method(method, weights_of(method, {method: weights}))
         result = Recognized()
         for batch in self.batches:
             self.recognizer.decode(ready, batch, range(len(batch.segments)), result)
         result.drop(self.skipped)
-        return word_errors(self.references, {nbest.utterance: nbest[0].text for nbest in result.join()}).wer
+        return {nbest.utterance: nbest[0].text for nbest in result.join()}

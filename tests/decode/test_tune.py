@@ -14,8 +14,11 @@ import yaml
 from icefall_fusion.__main__ import main
 from icefall_fusion.decode.method_names import weights_of
 from icefall_fusion.decode.score_table import ScoreTable, coordinate_search
+from icefall_fusion.decode.tune_hotwords import choose_weight
 from icefall_fusion.decode.weights import read_weights
 from icefall_fusion.nbest import Hypothesis, NBest, write_nbests
+from icefall_fusion.scoring.phrases import PhraseScores, score_phrases
+from icefall_fusion.scoring.score import read_texts
 from icefall_fusion.scoring.wer import word_errors
 
 
@@ -116,3 +119,59 @@ def test_confirmation_gives_the_error_rate_of_a_decode_with_its_weights(tmp_path
     assert main(["decode", *as_words, "--methods", method, "--weights", str(weights), "--out", str(out)]) == 0
     (row,) = json.loads((out / "results.json").read_text())
     assert row["wer"] == pytest.approx(yaml.safe_load(weights.read_text())["dev_wer"][method], abs=6e-3)
+
+
+def test_hot_words_are_weighed_by_recall_against_all_else(tmp_path) -> None:
+    made = tiny.everything(tmp_path / "models")
+    options = [f"emissions.model={made['model']}", f"test_sets.noise={made['cuts']}", "search.beam=4",
+               f"ngram.path={made['ngram']}"]
+    references = read_texts(made["cuts"])
+    word = max(" ".join(references.values()).split(), key=len)
+    (tmp_path / "names.txt").write_text(f"{word}\t200\n")  # noise says nothing of itself
+    as_words = [f"--{option}" for option in options]
+    assert main(["decode", *as_words, "--methods", "ngram-shallow", "--out", str(tmp_path / "dev")]) == 0
+    method, weights = "hotwords-shallow+ngram-shallow", tmp_path / "weights.yaml"
+    confirm = [f"--confirm.{one}" for one in [*options, f"out={tmp_path / 'confirm'}",
+                                              f"hotwords={tmp_path / 'names.txt'}"]]
+    given = ["--nbest", f"[{tmp_path / 'dev' / 'nbest-noise-ngram-shallow.jsonl'}]", "--ref", made["cuts"],
+             "--methods", method, "--confirm_rounds", "1", *confirm]
+    assert main(["tune", *given, "--out", str(weights), "--harm", "1000"]) == 0
+    free = yaml.safe_load(weights.read_text())
+    assert main(["tune", *given, "--out", str(weights), "--harm", "0"]) == 0
+    held = yaml.safe_load(weights.read_text())
+    worth, bare = free["dev_hotwords"][method], held["dev_hotwords"][method]
+    assert worth["spoken"] > 0 and worth["recall"] > worth["recall_without"]
+    assert bare["wer_else"] <= bare["wer_else_without"] and bare["recall"] <= worth["recall"]
+    again = ["--hotwords", str(tmp_path / "names.txt"), "--methods", method, "--out", str(tmp_path / "again")]
+    assert main(["decode", *as_words, *again, "--weights", str(weights)]) == 0
+    (row,) = json.loads((tmp_path / "again" / "results.json").read_text())
+    assert row["wer"] == pytest.approx(held["dev_wer"][method], abs=6e-3)
+
+
+def test_the_weight_is_the_smallest_of_the_best_recall_without_harm() -> None:
+    tried = []
+
+    def score(weight: float) -> PhraseScores:
+        tried.append(weight)
+        return PhraseScores(20, min(15, int(10 * weight)), 0, 1000, 100 + int(2 * max(0.0, weight - 1.2)))
+
+    assert choose_weight(score, 0.0)[0] == 1.5
+    assert len(tried) == len(set(tried))
+    assert choose_weight(score, 0.2)[0] == 1.5
+    weight, worth = choose_weight(lambda tried: PhraseScores(20, int(5 * tried), 0, 100, int(tried > 1.6)), 0)
+    assert weight == 1.5 and worth["recall"] == 35.0 and worth["recall_without"] == 0.0
+    weight, _ = choose_weight(lambda tried: PhraseScores(20, int(8 * tried), 0, 100, int(tried > 1.8)), 0)
+    assert weight == 1.75  # between two of the grid
+    with pytest.raises(ValueError, match="references of dev"):
+        choose_weight(lambda weight: PhraseScores(0, 0, 0, 10, 1), 0.1)
+
+
+def test_phrases_are_counted_and_all_else_is_scored() -> None:
+    references = {"a": "We met Mary Ann at the old mill.", "b": "Mary sang"}
+    texts = {"a": "we met mary ann at old old mill mary", "b": "mary ann sang"}
+    found = score_phrases(references, texts, ["Mary Ann", "mary", "mill"])
+    assert (found.spoken, found.found, found.false) == (3, 2, 2)
+    assert (found.words_else, found.errors_else) == (6, 3)  # the -> old; mary and ann put in
+    assert found.recall == pytest.approx(200 / 3) and found.wer_else == 50.0
+    with pytest.raises(ValueError, match="texts.*'b'"):
+        score_phrases(references, {"a": ""}, ["mary"])

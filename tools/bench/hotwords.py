@@ -23,8 +23,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Iterator, Mapping, Sequence
 
-import kaldialign
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from figures import write
@@ -39,7 +37,8 @@ from icefall_fusion.decode.pretrained import with_pretrained
 from icefall_fusion.decode.recognizer import Batch, Recognizer, RecognizerOptions
 from icefall_fusion.decode.utterances import Utterance, read_cuts
 from icefall_fusion.decode.weights import read_weights
-from icefall_fusion.scoring.wer import EPS, words_of
+from icefall_fusion.scoring.phrases import score_phrases
+from icefall_fusion.scoring.wer import word_errors, words_of
 from icefall_fusion.text.tokens import AcousticTokens
 
 SPLIT = "test-clean"
@@ -77,20 +76,11 @@ def lists(names: Sequence[str], sizes: Sequence[int], tokens: AcousticTokens) ->
 
 def scores(references: Mapping[str, str], texts: Mapping[str, str], phrases: Sequence[str]) -> dict[str, Any]:
     """Return recall, false names and WER of texts by utterance."""
-    listed, found, spoken, false, errors, words, errors_else, words_else = set(phrases), 0, 0, 0, 0, 0, 0, 0
-    for name, text in references.items():
-        wanted, got = words_of(text), words_of(texts[name])
-        there, here = (Counter(word for word in side if word in listed) for side in (wanted, got))
-        spoken += sum(there.values())
-        found += sum((there & here).values())
-        false += sum((here - there).values())
-        pairs = kaldialign.align(wanted, got, EPS)
-        errors, words = errors + sum(one != other for one, other in pairs), words + len(wanted)
-        errors_else += sum(one != other and one not in listed for one, other in pairs)
-        words_else += len(wanted) - sum(there.values())
-    percent = {"wer": (errors, words), "wer_else": (errors_else, words_else), "recall": (found, spoken)}
-    rates = {name: round(100.0 * part / max(1, whole), 2) for name, (part, whole) in percent.items()}
-    return {**rates, "names_spoken": spoken, "false": false}
+    found = score_phrases(references, texts, phrases)
+    wer = word_errors(references, texts).wer
+    rates = {"wer": wer, "wer_else": found.wer_else, "recall": found.recall}
+    rates = {name: round(rate, 2) for name, rate in rates.items()}
+    return {**rates, "names_spoken": found.spoken, "false": found.false}
 
 
 class Bench:
