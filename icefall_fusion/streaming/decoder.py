@@ -11,6 +11,7 @@ An error in one stream breaks that stream, and an error in a language model take
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 from typing import Iterator, Optional, Sequence, Union
 
@@ -22,7 +23,7 @@ from icefall_fusion.common.checks import check
 from icefall_fusion.common.memory import FreedMemory
 from icefall_fusion.data.features import FRAME_SHIFT
 from icefall_fusion.fusion import DelayedFusion, NgramFusion
-from icefall_fusion.fusion.hotwords import HotWordFusion
+from icefall_fusion.fusion.hotwords import HotWordFusion, Phrases, make_automaton
 from icefall_fusion.fusion.streaming import DelayedStream
 from icefall_fusion.lm.tree_lanes import TreeLanes
 from icefall_fusion.nbest import NBest
@@ -37,6 +38,8 @@ from icefall_fusion.text.tokens import AcousticTokens
 #: Bytes by which the process may grow before freed memory is given back: every few minutes with a language
 #: model, whose calls take blocks of ever new sizes.
 _GROWTH = 16_000_000
+
+HOT_WORDS = "hotwords"  # source of their scores
 
 
 class StreamingDecoder:
@@ -88,21 +91,25 @@ class StreamingDecoder:
         """The open streams."""
         return list(self._streams)
 
-    def open(self, name: Optional[str] = None, context: str = "") -> Stream:
+    def open(self, name: Optional[str] = None, context: str = "",
+             hotwords: Optional[Phrases] = None) -> Stream:
         """Open a stream.
 
         Args:
             name: in N-best lists; none: a number.
             context: what was said before, for the language model; read, not scored.
+            hotwords: phrases of this stream in the place of the decoder's own (see `HotWordFusion`), whose
+                weight they keep; none: the decoder's own.
 
         Raises:
-            ValueError: `StreamOptions.streams` are open.
+            TypeError, ValueError: `StreamOptions.streams` are open, or hot words are bad.
         """
         most = self.options.streams
         check(len(self._streams) < most, "streams", f"be at most {most} (StreamOptions.streams)", most + 1)
         name = str(self._opened) if name is None else name
+        open_segment = functools.partial(self._open_segment, self._fusions_with(hotwords))
         state = self.model.encoder.start(1, self.options.chunk)
-        stream = Stream(self, name, state, self._open_segment, context.split())
+        stream = Stream(self, name, state, open_segment, context.split())
         self._opened += 1
         self._streams.append(stream)
         return stream
@@ -202,13 +209,26 @@ class StreamingDecoder:
         stream.fail(error)
         self._streams = [other for other in self._streams if other is not stream]
 
-    def _open_segment(self, stream: Stream, start: int,
+    def _fusions_with(self, hotwords: Optional[Phrases]) -> list[Fusion]:
+        """Return the fusions of a stream with phrases of its own."""
+        if hotwords is None:
+            return self.fusions
+        check(not self._greedy, "hotwords", "be none in greedy search", hotwords)
+        own = [f for f in self.fusions if isinstance(f, HotWordFusion) and f.source == HOT_WORDS]
+        others = [fusion for fusion in self.fusions if fusion not in own]
+        HotWordFusion(hotwords)  # refuses what is no list of phrases
+        if not len(hotwords):
+            return others
+        automaton = make_automaton(hotwords, self.tokens)
+        return [*others, HotWordFusion(automaton, own[0].weight if own else 1.0, source=HOT_WORDS)]
+
+    def _open_segment(self, own: Sequence[Fusion], stream: Stream, start: int,
                       context: Sequence[str]) -> Union[Segment, GreedySegment]:
         options, shift = self.options, self.frame_shift
         if self._greedy:
             return GreedySegment(self.tokens, shift, stream.name, start)
         fusions: list[Fusion] = []
-        for fusion in self.fusions:
+        for fusion in own:
             if isinstance(fusion, DelayedFusion):
                 lanes = self._lanes[id(fusion)]
                 fusions.append(DelayedStream(fusion, lanes, context, options.context_words,

@@ -16,6 +16,7 @@ from icefall_fusion.acoustic.models import ChunkOptions
 from icefall_fusion.data.fbank import extract
 from icefall_fusion.data.features import pad_features
 from icefall_fusion.fusion import DelayedFusion, FixedInterval
+from icefall_fusion.fusion.hotwords import HotWordFusion
 from icefall_fusion.fusion.triggers import frames_of
 from icefall_fusion.search import ctc_greedy_search
 from icefall_fusion.streaming import EndpointOptions, StreamingDecoder, StreamOptions
@@ -156,3 +157,33 @@ def test_a_greedy_stream_commits_words_that_are_over(made) -> None:
     assert len(segments) > 3 and len(times) > 10
     assert [time.start for time in times] == sorted(time.start for time in times)
     assert times[-1].start > 2.5
+
+
+def test_each_stream_may_have_hot_words_of_its_own(made) -> None:
+    audio, lists = noise(5, 30_000), (None, ["a sailor"], [("sean sea", 9.0)], [])
+    decoder = StreamingDecoder(made[0], fusions_of(made, "hotwords"), SEARCH, OPTIONS)
+    streams = [decoder.open(str(number), hotwords=phrases) for number, phrases in enumerate(lists)]
+    for stream in streams:
+        stream.accept(audio)
+    found = decoder.finish(streams)
+    delayed = fusions_of(made, "hotwords")[1]
+    for nbest, phrases in zip(found, lists):
+        hot = fusions_of(made, "hotwords")[:1] if phrases is None else [HotWordFusion(phrases, 0.7)]
+        fusions = [*([] if phrases == [] else hot), delayed]
+        same(nbest, whole(made[0], [audio], fusions, names=[nbest.utterance])[0])
+    plain = StreamingDecoder(made[0], [], SEARCH, OPTIONS)
+    stream = plain.open("talk", hotwords=["a sailor"])
+    stream.accept(audio)
+    same(plain.finish([stream])[0], whole(made[0], [audio], [HotWordFusion(["a sailor"])], names=["talk"])[0])
+
+
+def test_bad_hot_words_of_a_stream_are_told_when_it_opens(made) -> None:
+    decoder = StreamingDecoder(made[0], [], SEARCH, OPTIONS)
+    for phrases, message in ((["ßß"], "spelled"), ([""], "empty"), ([("a", float("nan"))], "boost")):
+        with pytest.raises(ValueError, match=message):
+            decoder.open(hotwords=phrases)
+    with pytest.raises(TypeError, match="list of phrases"):
+        decoder.open(hotwords="a sailor")
+    with pytest.raises(ValueError, match="greedy"):
+        StreamingDecoder(made[0], [], SEARCH, OPTIONS, greedy=True).open(hotwords=["a"])
+    assert not decoder.streams
