@@ -7,10 +7,8 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Iterable, Iterator, Mapping, Sequence
 
-import kaldialign
-
 from icefall_fusion.common.checks import check
-from icefall_fusion.scoring.wer import EPS, words_of
+from icefall_fusion.scoring.wer import EPS, align_words, words_of
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,7 @@ def score_phrases(references: Mapping[str, str], texts: Mapping[str, str],
         inside = {at for span in there for at in range(*span)}
         words_else += len(wanted) - len(inside)
         at = 0
-        for reference, word in kaldialign.align(wanted, got, EPS):
+        for reference, word in align_words(wanted, got):
             errors_else += reference != word and (reference == EPS or at not in inside)
             at += reference != EPS
     return PhraseScores(spoken, found, false, words_else, errors_else)
