@@ -63,9 +63,8 @@ def make_app(engine: Engine, access: Access, method: str) -> Starlette:
         WebSocketRoute("/", sherpa_socket),
         Route("/healthz", health),
         Route("/metrics", metrics),
+        Mount("/", StaticFiles(directory=PAGE, html=True)),
     ]
-    if PAGE.is_dir():
-        routes.append(Mount("/", StaticFiles(directory=PAGE, html=True)))
     return Starlette(routes=routes, middleware=[Middleware(_SafeHeaders)])
 
 

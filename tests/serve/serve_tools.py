@@ -28,6 +28,8 @@ from icefall_fusion.streaming import EndpointOptions, StreamingDecoder, StreamOp
 
 LIVE = StreamOptions(chunk=CHUNK, streams=4, commit_after=2.0, endpoint=EndpointOptions(longest=1.0))
 AUDIO = noise(1, 41_003)
+START = {"type": "start", "sample_rate": 16000, "format": "f32le", "nbest": 3}
+END = {"type": "end"}
 
 
 class Running:
@@ -79,6 +81,14 @@ def running(made, name="shortest", live=LIVE, limits=None, token="", search=SEAR
     finally:
         server.stop()
     assert not server.thread.is_alive() and not server.engine.is_alive()
+
+
+def decoded(made, audio=AUDIO, name="shortest"):
+    """Return the lists of the segments of a stream that is decoded without a server."""
+    stream = StreamingDecoder(made[0], fusions_of(made, name), SEARCH, LIVE).open()
+    stream.accept(audio)
+    last = stream.finish()
+    return [*stream.take_segments(), last]
 
 
 def wait_for(condition, seconds: float = 60.0) -> None:

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from serve_tools import (
     AUDIO,
-    LIVE,
-    SEARCH,
-    fusions_of,
+    END,
+    START,
+    decoded,
     noise,
     of_type,
     packets,
@@ -24,24 +24,12 @@ from websockets.exceptions import InvalidStatus
 
 from icefall_fusion.data.audio import resample
 from icefall_fusion.serve.access import Access
-from icefall_fusion.streaming import StreamingDecoder
-
-START = {"type": "start", "sample_rate": 16000, "format": "f32le", "nbest": 3}
-END = {"type": "end"}
 
 
 @pytest.fixture(scope="module")
 def server(made):
     with running(made) as server:
         yield server
-
-
-def decoded(made, audio=AUDIO, name="shortest"):
-    """Return the lists of the segments of a stream that is decoded without a server."""
-    stream = StreamingDecoder(made[0], fusions_of(made, name), SEARCH, LIVE).open()
-    stream.accept(audio)
-    last = stream.finish()
-    return [*stream.take_segments(), last]
 
 
 def test_a_stream_gives_what_the_decoder_gives(made, server) -> None:

@@ -3,6 +3,7 @@ Knows: tiny models. Must not know: what is tested.
 """
 from __future__ import annotations
 
+import contextlib
 import functools
 from dataclasses import replace
 
@@ -99,3 +100,24 @@ def decode_in_packets(decoder, audio, sizes, listen=1):
             stream.partial()
         start, number = stop, number + 1
     return stream.finish()
+
+
+@contextlib.contextmanager
+def failing(module, calls):
+    """Let calls of a module raise whose numbers, from 0, are in ``calls``; yield the number of calls."""
+    count = [0]
+
+    def hook(*_):
+        number, count[0] = count[0], count[0] + 1
+        if number in calls:
+            raise RuntimeError(f"call {number} fails")
+
+    handle = module.register_forward_pre_hook(hook)
+    try:
+        yield count
+    finally:
+        handle.remove()
+
+
+def layer_of(lm):
+    return next(module for name, module in lm.model.named_modules() if name.endswith("layers.0"))

@@ -5,38 +5,25 @@ The models are real; a hook on one of their layers raises.
 """
 from __future__ import annotations
 
-import contextlib
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from stream_tools import OPTIONS, SEARCH, decode_in_packets, fusions_of, noise, same, whole
+from stream_tools import (
+    OPTIONS,
+    SEARCH,
+    decode_in_packets,
+    failing,
+    fusions_of,
+    layer_of,
+    noise,
+    same,
+    whole,
+)
 
 from icefall_fusion.fusion import DelayedFusion
 from icefall_fusion.streaming import EndpointOptions, StreamingDecoder
-
-
-@contextlib.contextmanager
-def failing(module, calls):
-    """Let calls of a module raise whose numbers, from 0, are in ``calls``; yield the number of calls."""
-    count = [0]
-
-    def hook(*_):
-        number, count[0] = count[0], count[0] + 1
-        if number in calls:
-            raise RuntimeError(f"call {number} fails")
-
-    handle = module.register_forward_pre_hook(hook)
-    try:
-        yield count
-    finally:
-        handle.remove()
-
-
-def layer_of(lm):
-    return next(module for name, module in lm.model.named_modules() if name.endswith("layers.0"))
-
 
 FORGETFUL = replace(OPTIONS, window=0.6, context_words=4)
 
