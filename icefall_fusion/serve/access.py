@@ -54,13 +54,20 @@ class Access:
 
     def refusal(self, headers: Mapping[str, str]) -> Optional[str]:
         """Return why a request without a token is refused; None: it is from here."""
-        host = urlsplit(f"//{headers.get('host', '')}").hostname or ""
+        host = _host_of(f"//{headers.get('host', '')}")
         if not is_local(host):
             return f"the server must be asked as localhost, but was asked as {host[:80]!r}"
         origin = headers.get("origin")
-        if origin is not None and not is_local(urlsplit(origin).hostname or ""):
+        if origin is not None and not is_local(_host_of(origin)):
             return f"pages of {origin[:80]!r} may not use this server"
         return None
+
+
+def _host_of(url: str) -> str:
+    try:
+        return urlsplit(url).hostname or ""
+    except ValueError:  # half an IPv6 address
+        return ""
 
 
 def is_local(host: str) -> bool:

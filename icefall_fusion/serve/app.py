@@ -48,6 +48,9 @@ def make_app(engine: Engine, access: Access, method: str) -> Starlette:
     async def sherpa_socket(socket: WebSocket) -> None:
         await Session(socket, engine, access, SherpaProtocol()).run()
 
+    async def no_socket(socket: WebSocket) -> None:
+        await socket.send_denial_response(PlainTextResponse("there is no such path\n", 404))
+
     async def health(request: Request) -> Response:
         good = engine.is_alive() and not engine.closed
         return PlainTextResponse("ok\n" if good else "stopping\n", 200 if good else 503)
@@ -63,6 +66,7 @@ def make_app(engine: Engine, access: Access, method: str) -> Starlette:
         WebSocketRoute("/", sherpa_socket),
         Route("/healthz", health),
         Route("/metrics", metrics),
+        WebSocketRoute("/{path:path}", no_socket),
         Mount("/", StaticFiles(directory=PAGE, html=True)),
     ]
     return Starlette(routes=routes, middleware=[Middleware(_SafeHeaders)])

@@ -167,11 +167,11 @@ class Engine(threading.Thread):
         return _Work(talk, messages, talk.ended and not talk.inbox)
 
     def _round(self, works: Sequence[_Work]) -> None:
-        for work in works:
-            if work.talk.left:
-                self._forget(work.talk)
-        ending = [work.talk for work in works if not work.talk.left and self._accept(work)]
         try:
+            for work in works:
+                if work.talk.left:
+                    self._forget(work.talk)
+            ending = [work.talk for work in works if not work.talk.left and self._accept(work)]
             self.decoder.decode()
             ending = [talk for talk in ending if talk.stream.error is None]
             self._finish([talk.stream for talk in ending])

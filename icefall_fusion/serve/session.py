@@ -222,7 +222,7 @@ class Session:
     async def _refuse(self, refused: _Refused) -> None:
         logging.info("a client is refused: %s", refused)
         text = self._forms.error(str(refused), refused.word)
-        with contextlib.suppress(_Gone, WebSocketDisconnect):
+        with contextlib.suppress(_Gone, WebSocketDisconnect, RuntimeError):  # it is closed already
             if text is not None:
                 await self._send(text)
             await self._close(refused.close, str(refused))

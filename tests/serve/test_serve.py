@@ -145,8 +145,14 @@ def test_other_websites_may_not_open_a_local_socket(server) -> None:
         assert "evil.example" in refused(url, 403, origin="https://evil.example")
         assert "null" in refused(url, 403, origin="null")
         assert "localhost" in refused(f"ws://rebound.example:{port}{path}", 403, host="127.0.0.1")
+        refused(url, 403, origin="http://[half")
         for origin in (f"http://localhost:{port}", f"http://127.0.0.1:{port}", "http://[::1]:8000"):
             assert asyncio.run(talk(url, ["Done"] if path == "/" else said(END), origin=origin))[1] == 1000
+
+
+def test_there_are_no_other_sockets(server) -> None:
+    assert "no such path" in refused(f"{server.url}/v2/stream", 404)
+    assert server.get("/v1/stream")[0] == 404 and "<html" in server.get("/")[1]
 
 
 def test_a_token_opens_the_server(made) -> None:

@@ -29,10 +29,10 @@ from websockets.exceptions import ConnectionClosed
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from icefall_fusion.common.checks import check  # noqa: E402
-from icefall_fusion.common.files import write_text  # noqa: E402
-from icefall_fusion.data.audio import SAMPLE_RATE, load_audio  # noqa: E402
-from icefall_fusion.serve.access import is_local  # noqa: E402
+from icefall_fusion.common.checks import check
+from icefall_fusion.common.files import write_text
+from icefall_fusion.data.audio import SAMPLE_RATE, load_audio
+from icefall_fusion.serve.access import is_local
 
 PACKET = SAMPLE_RATE // 10  # samples
 MOST_CLIENTS, MOST_SECONDS = 500, 600.0
