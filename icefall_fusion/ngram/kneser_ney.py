@@ -80,7 +80,7 @@ def kneser_ney(counts: Sequence[Counts], size: int, cutoffs: Sequence[int] = ())
         if not kept.any():  # then no longer n-gram is kept either
             break
         own, contexts, weights = _discounted(count, kept, base)
-        index, present = _find(estimates[-1].keys, contexts)
+        index, present = find_keys(estimates[-1].keys, contexts)
         estimates[-1].backoffs[index[present]] = np.log(weights[present])
         keys = count.keys[kept]
         lower = np.exp(log_prob(estimates, keys % base ** (n - 1), n - 1, base))
@@ -106,11 +106,11 @@ def log_prob(estimates: Sequence[NgramTable], keys: ndarray, n: int, base: int) 
     result = np.zeros(len(keys))
     backing = np.arange(len(keys))  # n-grams that no table has had so far
     while len(backing):
-        index, present = _find(estimates[n].keys, keys)
+        index, present = find_keys(estimates[n].keys, keys)
         result[backing[present]] += estimates[n].log_probs[index[present]]
         backing, keys = backing[~present], keys[~present]
         if n > 1:
-            index, present = _find(estimates[n - 1].keys, keys // base)
+            index, present = find_keys(estimates[n - 1].keys, keys // base)
             result[backing[present]] += estimates[n - 1].backoffs[index[present]]
         n -= 1
         keys = keys % base**n
@@ -120,7 +120,7 @@ def log_prob(estimates: Sequence[NgramTable], keys: ndarray, n: int, base: int) 
 def _continuations(counts: Counts, longer: Counts, n: int, base: int) -> Counts:
     """Return how many different ids precede each n-gram; the first of a document keeps its count."""
     keys, different = np.unique(longer.keys % base**n, return_counts=True)
-    index, present = _find(keys, counts.keys)
+    index, present = find_keys(keys, counts.keys)
     return Counts(counts.keys, np.where(present, different[index], counts.counts))
 
 
@@ -156,7 +156,7 @@ def _discounts(counts: ndarray) -> ndarray:
     return discounts if good else _DEFAULT_DISCOUNTS
 
 
-def _find(sorted_keys: ndarray, keys: ndarray) -> tuple[ndarray, ndarray]:
+def find_keys(sorted_keys: ndarray, keys: ndarray) -> tuple[ndarray, ndarray]:
     """Return the index of each key and whether it is present; there must be at least one sorted key."""
     index = np.minimum(np.searchsorted(sorted_keys, keys), len(sorted_keys) - 1)
     return index, sorted_keys[index] == keys

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from icefall_fusion.__main__ import main
 from icefall_fusion.fusion import DelayedFusion, LodrFusion, LookAhead, NgramFusion, ShallowFusion
 from icefall_fusion.fusion.rescoring import rescore_with_ngram
-from icefall_fusion.ngram.arpa import _read_lines, _read_uniform_lines, piece_ids, write_arpa
-from icefall_fusion.ngram.kneser_ney import count_ngrams, kneser_ney
+from icefall_fusion.ngram.arpa import NgramTable, _read_lines, _read_uniform_lines, piece_ids, write_arpa
+from icefall_fusion.ngram.kneser_ney import count_ngrams, kneser_ney, log_prob
 from icefall_fusion.ngram.piece_ngram import NOTHING, NgramOrder, PieceNgram
+from icefall_fusion.ngram.pruning import prune
 from icefall_fusion.search import PrefixSearchOptions, ctc_prefix_search
 from icefall_fusion.search.engines import native as native_search
 from tests.fusion.test_fusion import (
@@ -78,6 +79,52 @@ def test_estimates_are_those_of_the_slow_twin_and_sum_to_one(tmp_path_factory, t
         values = [math.exp(score(model, context, piece)) for piece in pieces]
         assert sum(values) == pytest.approx(1, abs=2e-4)
         assert values == pytest.approx([slow.prob(context, piece) for piece in pieces], rel=3e-4, abs=1e-9)
+
+
+def counted(texts: list[list[int]], order: int):
+    """Return the tables of all n-grams, and their counts."""
+    stream = np.array([i for text in texts for i in (0, *text, 0)], np.uint16)
+    ends = np.cumsum([len(text) + 2 for text in texts])
+    counts = count_ngrams(stream, np.stack([ends - [len(t) + 2 for t in texts], ends], axis=1), SIZE, order)
+    return kneser_ney(counts, SIZE), [count for count in counts if len(count.keys)]
+
+
+def probs(tables, context: int, n: int) -> np.ndarray:
+    """Return P of every piece and of the end after a context of ``n - 1`` pieces, with back-off."""
+    base, followers = SIZE + 2, np.array([*range(SIZE), SIZE + 1])
+    return np.exp(log_prob([None, *tables], context * base + followers, n, base))
+
+
+@settings(max_examples=30, deadline=None)
+@given(texts=sentences.filter(any), order=st.integers(2, 3), threshold=st.sampled_from((0.003, 0.03, 0.3)))
+def test_pruning_leaves_out_what_changes_the_distributions_little(texts, order, threshold):
+    tables, counts = counted(texts, order)
+    base, n = SIZE + 2, len(tables)
+    pruned = prune(tables, counts, base, threshold)
+    top, context_counts = tables[n - 1], dict(zip(counts[n - 2].keys.tolist(), counts[n - 2].counts.tolist()))
+    left = set(pruned[n - 1].keys.tolist()) if len(pruned) == n else set()
+    for index, key in enumerate(top.keys.tolist()):  # one by one, over all that may follow
+        rest = [NgramTable(*(values.copy() for values in table)) for table in tables]
+        rest[n - 1] = NgramTable(*(np.delete(values, index) for values in top))
+        context, others = key // base, [k % base for k in top.keys.tolist() if k // base == key // base]
+        others.remove(key % base)
+        followers = [*range(SIZE), SIZE + 1]
+        lower = probs(tables, context % base ** (n - 2), n - 1)
+        own = probs(tables, context, n)
+        free = [place for place, follower in enumerate(followers) if follower not in others]
+        explicit = sum(own[place] for place in range(len(followers)) if place not in free)
+        at = np.flatnonzero(rest[n - 2].keys == context)
+        rest[n - 2].backoffs[at] = np.log((1 - explicit) / lower[free].sum())
+        new = probs(rest, context, n) if len(top.keys) > 1 else lower
+        assert new.sum() == pytest.approx(1, abs=1e-6)
+        share = context_counts[context] / sum(context_counts.values())
+        change = math.expm1(share * float((own * np.log(own / new)).sum()))
+        if abs(change - threshold) > 1e-9:
+            assert (key in left) == (change > threshold)
+    for length, table in enumerate(pruned[1:], 2):
+        for context in np.unique(table.keys // base).tolist():
+            assert probs(pruned, context, length).sum() == pytest.approx(1, abs=1e-6)
+    assert [len(t.keys) for t in prune(tables, counts, base, 1e9)] == [SIZE + 2]
 
 
 def test_an_arpa_file_of_any_toolkit_is_read(tmp_path):
