@@ -37,7 +37,8 @@ import wheels  # noqa: E402
 #: What is imported only where it is there, or where it is asked for, and not by a step of the day.
 NOT_ON_THE_DAY = {"bitsandbytes", "kaldifeat", "k2", "torchao", "kaldilm", "gguf", "kenlm"}
 NOT_ON_THE_DAY |= {"starlette", "uvicorn", "websockets"}
-OF_THE_CPU = {"compat", "context", "hotwords", "serve_load"}  # benchmarks of word errors, of searches there
+# benchmarks of word errors, of searches and servers there
+OF_THE_CPU = {"compat", "context", "hotwords", "learning_curve", "quality", "serve_load"}
 
 
 # --- steps --------------------------------------------------------------------------------------------
