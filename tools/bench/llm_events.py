@@ -50,6 +50,11 @@ class Recording(NamedTuple):
     audio_seconds: float
     told: dict[str, Any]
 
+    def tokens(self) -> int:
+        """Return the number of tokens that a model of these events knows at least."""
+        paths = (path for _, events in self.batches for event in events for path in event.paths)
+        return 1 + max((max(path) for path in paths if path), default=0)
+
     def first(self, events: int) -> Recording:
         """Return the first ``events`` events of each batch; 0: all."""
         if not events:

@@ -196,7 +196,7 @@ def measure(
             "products": {}}
     rows: list[dict[str, Any]] = []
     for name in args.models:
-        lm, reference = make_model(name, args.device, args.dtype), None
+        lm, reference = make_model(name, args.device, args.dtype, recording.tokens()), None
         if lm.fused_failure is not None:
             more["not_fused"][name] = lm.fused_failure
             print(f"{name} is not fused: {lm.fused_failure}", flush=True)

@@ -15,7 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from icefall_fusion.decode.pretrained import FOLDER
 from icefall_fusion.lm import CausalLm
-from icefall_fusion.lm.loading import Vocabulary
+from icefall_fusion.lm.adapters import base_of
+from icefall_fusion.lm.loading import Vocabulary, model_source
 
 _LLAMA = {"kind": "Llama", "vocab_size": 32000, "max_position_embeddings": 2048}
 #: Configurations by name.
@@ -37,15 +38,43 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-def make_model(name: str, device: str, dtype: str) -> CausalLm:
-    """Return the shipped LLM ("minibooks"), or random weights of a configuration, without a tokenizer."""
+def make_model(name: str, device: str, dtype: str, tokens: int = 0) -> CausalLm:
+    """Return the shipped LLM ("minibooks"), or random weights of a configuration, without a tokenizer.
+
+    Args:
+        name: of the configuration.
+        device, dtype: of the model.
+        tokens: entries that the vocabulary of random weights has at least.
+    """
     if name == "minibooks":
         return CausalLm.from_pretrained(FOLDER / "llm", dtype=dtype, device=device)
-    return CausalLm(_random(name, device, getattr(torch, dtype)), Vocabulary(None, None, 1, 2), name, False)
+    model = _random(name, device, getattr(torch, dtype), tokens)
+    return CausalLm(model, Vocabulary(None, None, 1, 2), name, False)
 
 
-def _random(name: str, device: str, dtype: torch.dtype) -> Any:
+def save_stand_in(folder: Path) -> None:
+    """Save a model with the shipped LLM's tokens and few random weights, for machines that get no more."""
+    vocabulary = _vocabulary(FOLDER / "llm")
+    torch.manual_seed(1)
+    model = _random("tiny", "cpu", torch.float16, len(vocabulary.tokenizer))
+    model.config.bos_token_id, model.config.eos_token_id = vocabulary.bos_id, vocabulary.eos_id
+    model.save_pretrained(folder)
+    vocabulary.tokenizer.save_pretrained(folder)
+
+
+def _vocabulary(path: Any) -> Vocabulary:
+    """Return the tokens of a model or of an adapter, whose base need not be there if it brings its own."""
+    folder = Path(path)
+    adapter = (folder / "adapter_config.json").is_file()
+    if adapter and (folder / "bpe.model").is_file():
+        return Vocabulary.load(folder, transformers.LlamaConfig())
+    source = model_source(base_of(folder)) if adapter else str(path)
+    return Vocabulary.load(source, transformers.AutoConfig.from_pretrained(source))
+
+
+def _random(name: str, device: str, dtype: torch.dtype, tokens: int) -> Any:
     options = dict(SHAPES[name])
+    options["vocab_size"] = max(options["vocab_size"], tokens)
     config = getattr(transformers, f"{options.pop('kind')}Config")(**options)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -70,9 +99,10 @@ def of_shape(name: str) -> Iterator[None]:
     def from_shape(
         path: Any, dtype: Union[torch.dtype, str] = torch.float32, device: Any = "cpu", **unused: Any
     ) -> CausalLm:
-        vocabulary = Vocabulary.load(path, transformers.AutoConfig.from_pretrained(str(path)))
+        vocabulary = _vocabulary(path)
+        tokens = vocabulary.pieces.size if vocabulary.tokenizer is None else len(vocabulary.tokenizer)
         kind = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        return CausalLm(_random(name, str(device), kind), vocabulary, name, False)
+        return CausalLm(_random(name, str(device), kind, tokens), vocabulary, name, False)
 
     before = CausalLm.__dict__["from_pretrained"]
     CausalLm.from_pretrained = staticmethod(from_shape)

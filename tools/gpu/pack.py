@@ -25,7 +25,7 @@ from typing import Any, Optional, Sequence
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-sys.path.insert(0, str(HERE))
+sys.path[:0] = [str(HERE), str(ROOT / "tools" / "bench")]
 
 import lean  # noqa: E402
 from steps import EVENTS, SHIPPED_METHODS  # noqa: E402
@@ -47,7 +47,7 @@ LEFT_OUT = tuple(
 )
 #: Ignored paths of each call; those of .gpu need not be there.
 CARRIED = {
-    1: (".gpu/pack.json", ".gpu/wheels", ".gpu/speech", LEFT_OUT[1], LEFT_OUT[4]),
+    1: (".gpu/pack.json", ".gpu/wheels", ".gpu/speech", f"{MODELS}/ngram.arpa.gz"),
     2: (".gpu/pack.json", ".gpu/wheels", ".gpu/call2"),
 }
 TIMEOUTS = {1: 480, 2: 330}
@@ -64,12 +64,15 @@ SENTENCES = 64
 def make_speech(out: Path) -> None:
     """Make log-probs of the demo's sentences by the shipped model, the LLM's events, and a CPU's rows.
 
-    With these neither speech nor the acoustic model travels. The rows of a CPU stay here, to compare with.
+    With these neither speech nor the acoustic model travels. The LLM is too large: its events and its tokens
+    travel, with a few random weights. The rows of a CPU stay here, to compare with.
     """
     import numpy as np
+    import shapes
 
     folder, work = out / "speech", out / "work"
-    made_of = digest([ROOT / name for name in (*LEFT_OUT[:2], "tools/demo/stories.txt")])
+    weights = [file for name in ("ctc_aed", "llm") for file in (ROOT / MODELS / name).glob("*.safetensors")]
+    made_of = digest([*sorted(weights), ROOT / "tools/demo/stories.txt"])
     stamp = out / "speech.made-of"
     if not (stamp.is_file() and stamp.read_text() == made_of):
         bench("speech", "--keep", folder, "--speech", work / "speech", "--sentences", SENTENCES)
@@ -79,7 +82,9 @@ def make_speech(out: Path) -> None:
         given = ("--emissions", folder, "--speech", work / "events")
         for batch, (file, _) in EVENTS.items():
             bench("llm_tree", *given, "--batch", batch, "--record", out / file)
+        shapes.save_stand_in(folder / "llm")
         methods = SHIPPED_METHODS.split()
+        given += ("--llm", folder / "llm")
         bench("fusion", *given, "--methods", *methods, "--output", out / "cpu-fusion.json")
         shutil.rmtree(work, ignore_errors=True)
         stamp.write_text(made_of)

@@ -88,7 +88,7 @@ class Run:
     # Stages.
 
     def prepare(self) -> None:
-        """Books to utterances, and which are spoken; the vocabularies are those of the shipped models."""
+        """Books to utterances, which are spoken, vocabularies; the pieces are those of the shipped model."""
         if (self.data / "text/selected_train.jsonl").is_file():
             return
         books = self.work / "books"
@@ -103,11 +103,9 @@ class Run:
         hours = [] if self.args.tiny else ["--train_hours", str(self.args.hours)]
         chosen = [*self.config("select-utterances"), *hours, "--at_most", "true"]
         self.job("selection", "select-utterances", *chosen, *data)
-        for source, target in (("ctc_aed", "lang_bpe_500"), ("llm", "llm_tokenizer")):
-            (self.data / target).mkdir(exist_ok=True)
-            for name in ("bpe.model", "tokenizer.json", "tokenizer_config.json"):
-                if (RECIPE / "pretrained" / source / name).is_file():
-                    shutil.copy(RECIPE / "pretrained" / source / name, self.data / target)
+        llm = ["--llm_tokens", "0"] if self.args.lm_share == 0 else []
+        self.job("vocabularies", "train-tokenizers", *self.config("train-tokenizers"), *data, *llm,
+                 "--pieces_from", str(RECIPE / "pretrained/ctc_aed"))
 
     def speak(self) -> None:
         """Dev, both tests and, until its share of the minutes is over, training speech: all at once.
