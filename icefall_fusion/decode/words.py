@@ -49,7 +49,9 @@ class WordModel:
             raise FileNotFoundError(f"there is no YAML file of words at {path}")
         try:
             content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-            confidence = {name: Logistic(weights) for name, weights in content.get("confidence", {}).items()}
+            given = {name: dict(weights) for name, weights in content.get("confidence", {}).items()}
+            curves = {name: tuple(map(tuple, own.pop("curve", ()))) for name, own in given.items()}
+            confidence = {name: Logistic(weights, curves[name]) for name, weights in given.items()}
             for name, own in confidence.items():
                 check(set(own.names) <= set(NAMES), f"confidence.{name}", f"weigh some of {NAMES}", own.names)
             return cls(WordTiming(**content["timing"]), confidence, str(content.get("model", "")))
@@ -58,7 +60,10 @@ class WordModel:
 
     def plain(self) -> dict[str, Any]:
         """Return the content of the YAML file."""
-        confidence = {name: dict(own.weights) for name, own in self.confidence.items()}
+        confidence: dict[str, Any] = {name: dict(own.weights) for name, own in self.confidence.items()}
+        for name, own in self.confidence.items():
+            if own.curve:
+                confidence[name]["curve"] = [list(point) for point in own.curve]
         return {"model": self.model, "timing": asdict(self.timing), "confidence": confidence}
 
     def apply(self, nbest: NBest, seconds: float, evidence: Optional[np.ndarray] = None,

@@ -65,6 +65,8 @@ def test_the_shipped_model_tells_when_words_sound(tmp_path, capsys, caplog) -> N
     [before, after] = [line for line in printed.splitlines() if ": starts off by" in line]
     assert list(yaml.safe_load(words.read_text())["confidence"]) == ["ctc-greedy", "ctc-prefix"]
     told = yaml.safe_load(words.read_text())["confidence"]["ctc-greedy"]
+    curve = told.pop("curve")
+    assert len(curve) > 2 and curve == sorted(curve)
     assert set(told) == {"intercept", *ACOUSTIC} and told["piece_mean"] + told["piece_least"] > 0
     assert float(printed.split("AUC ")[1].split()[0]) > 0.75
     sizes = [int(part.split(" ms")[0]) for part in after.split("off by ")[1:]]

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from icefall_fusion.scoring.calibration import Logistic, area_under_curve, calibration_error
+from icefall_fusion.scoring.calibration import Logistic, area_under_curve, calibration_error, held_out
 
 
 def test_weights_are_found_again_and_are_calibrated() -> None:
@@ -49,3 +49,40 @@ def test_measures_equal_plain_counting() -> None:
 def test_bad_weights_are_named(weights, message) -> None:
     with pytest.raises(ValueError, match=message):
         Logistic(weights)
+
+
+def bent(count: int, seed: int):
+    """Return values and answers whose probabilities no logistic regression has."""
+    rng = np.random.default_rng(seed)
+    values = rng.normal(0, 2, (count, 1))
+    share = np.where(values[:, 0] > 0, 0.97, 0.3 + 0.05 * values[:, 0]).clip(0.02, 0.98)
+    return values, rng.random(count) < share
+
+
+def test_a_curve_tells_what_probabilities_are_worth() -> None:
+    plain = Logistic.fit(["a"], *bent(4000, 1))
+    curved = plain.calibrated(*bent(4000, 1))
+    values, right = bent(4000, 2)
+    assert calibration_error(plain(values), right) > 0.05 > 0.03 > calibration_error(curved(values), right)
+    order = np.argsort(plain(values))
+    assert (np.diff(curved(values)[order]) >= 0).all() and curved.weights == plain.weights
+    areas = [area_under_curve(one(values), right) for one in (curved, plain)]
+    assert areas[0] == pytest.approx(areas[1], abs=0.02)
+    assert curved.calibrated(*bent(4000, 1)).curve == curved.curve
+
+
+def test_what_is_held_out_is_found_on_the_others() -> None:
+    values, right = bent(1000, 3)
+    sure = held_out(["a"], values, right)
+    for fold in range(5):
+        own = np.arange(1000) * 5 // 1000 == fold
+        other = Logistic.fit(["a"], values[~own], right[~own]).calibrated(values[~own], right[~own])
+        assert sure[own] == pytest.approx(other(values[own]))
+
+
+@pytest.mark.parametrize(
+    "curve", [[(0.5, 0.2), (0.4, 0.3)], [(0.1, 0.5), (0.2, 0.4)], [(0.1, 1.5)], [(0.1,)]]
+)
+def test_a_bad_curve_is_refused(curve) -> None:
+    with pytest.raises(ValueError, match="Logistic.curve must be points"):
+        Logistic({"intercept": 0.0, "a": 1.0}, curve)

@@ -36,7 +36,7 @@ def rows_of(name: str, seen: dict[str, Observed], columns: Sequence[str]) -> lis
     """Return a row a set: accuracy, calibration error, area under the curve of a fit on the first set."""
     at = [NAMES.index(column) for column in columns]
     dev = next(iter(seen.values()))
-    fitted = Logistic.fit(columns, dev.evidence[:, at], dev.right)
+    fitted = Logistic.fit(columns, dev.evidence[:, at], dev.right).calibrated(dev.evidence[:, at], dev.right)
     rows = []
     for split, those in seen.items():
         sure = fitted(those.evidence[:, at])
