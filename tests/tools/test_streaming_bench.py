@@ -148,6 +148,18 @@ def test_streams_are_measured(tmp_path, bench, capsys) -> None:
 
 
 @pytest.mark.skipif(not espeak.available(), reason="espeakng-loader is not installed")
+@pytest.mark.parametrize(("method", "message"), [
+    ("nlm-shallow", "HotWordFusion in a stream"), ("llm-delayed-shortest-late-4-ahead", "one stop rule"),
+])
+def test_what_streams_do_not_serve_is_refused_at_once(tmp_path, bench, method, message) -> None:
+    output = tmp_path / "rows.json"
+    given = ["--sentences", "2", "--speech", str(tmp_path / "speech"), "--json", str(output)]
+    with pytest.raises(ValueError, match=message):
+        bench("streaming").main([*given, "--methods", "ctc-greedy", method])
+    assert not output.exists()
+
+
+@pytest.mark.skipif(not espeak.available(), reason="espeakng-loader is not installed")
 def test_the_memory_of_a_long_stream_is_measured(tmp_path, bench) -> None:
     output = tmp_path / "rows.json"
     given = ["--sentences", "4", "--speech", str(tmp_path / "speech"), "--json", str(output)]

@@ -1,14 +1,15 @@
 """Streams in real time: when words are shown, how stable they are, errors, cost, streams that a core holds.
 Knows: the shipped models, methods, speech with known word times. Must not know: how a stream is decoded.
 
-    OMP_NUM_THREADS=1 python tools/bench/streaming.py                        # the table; an hour at most
+    OMP_NUM_THREADS=1 python tools/bench/streaming.py                        # the table; half an hour
     OMP_NUM_THREADS=1 python tools/bench/streaming.py --model EXPORT --page egs/minibooks/ASR/RESULTS.md
     OMP_NUM_THREADS=1 python tools/bench/streaming.py --minutes 120          # memory of a long stream
 
 Sentences of the demo are spoken by eSpeak NG, half clean and half noisy, which tells when each word ends.
 Each is a stream of its own; the last packet tells that it ends. Rows are written one by one; a run that was
 stopped goes on (--restart begins anew). Rows ``whole`` decode each utterance at its end, without chunk mask.
-N-best rescoring shows the words of the first pass until the end. Streams are searched on the CPU;
+N-best rescoring shows the words of the first pass until the end. What streams do not serve is refused:
+methods with nlm-shallow or llm-shallow, and look-ahead with late scores. Streams are searched on the CPU;
 --device is that of the models (never measured on a GPU so far).
 """
 from __future__ import annotations
@@ -221,6 +222,8 @@ def earlier_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def measure(args: argparse.Namespace, bench: Bench) -> list[dict[str, Any]]:
     """Measure what is not there yet; write and print a row after the other."""
+    for method in bench.methods.values():  # what streams do not serve is refused before anything is measured
+        bench.decoder(method, args.chunks[0]).open().close()
     rows, makers = earlier_rows(args), {STREAM: stream_row, CAPACITY: capacity_row}
     for key in plan(args):
         kind, name, chunk = key
@@ -244,7 +247,7 @@ def arguments(given: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument("--llm", default="", help="model folder or hub name; none: the shipped LLM")
     parser.add_argument("--weights", default="", help="YAML file; none: the shipped one")
     parser.add_argument("--dtype", default="float32", help="of the LLM's weights")
-    parser.add_argument("--methods", nargs="+", default=METHODS)
+    parser.add_argument("--methods", nargs="+", help=f"none: {', '.join(METHODS)}; of a long stream two")
     parser.add_argument("--chunks", type=int, nargs="+", default=[160, 320, 640, 1280], help="ms")
     parser.add_argument("--left-chunks", type=int, default=8, help="earlier chunks that the encoder sees")
     parser.add_argument("--commit-after", type=float, default=5.0, help="seconds; 0: where all agree alone")
@@ -263,7 +266,9 @@ def arguments(given: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument("--restart", action="store_true", help="measure rows that are there again")
     parser.add_argument("--figure", default="", help="PNG: WER against latency")
     parser.add_argument("--page", default="", help="page whose section is filled")
-    return parser.parse_args(given)
+    args = parser.parse_args(given)
+    args.methods = args.methods or ([CTC, LLM] if args.minutes else METHODS)
+    return args
 
 
 def main(given: Optional[Sequence[str]] = None) -> None:
