@@ -88,7 +88,8 @@ class Bench:
 
     def decoder(self, method: Method, chunk: int, streams: int = 1, **more: Any) -> StreamingDecoder:
         """Return a decoder of streams by a method in chunks of so many ms."""
-        options = StreamOptions(chunk=ChunkOptions(chunk // FRAME, self.args.left_chunks), streams=streams,
+        left = round(self.args.left * 1000 / chunk)
+        options = StreamOptions(chunk=ChunkOptions(chunk // FRAME, left), streams=streams,
                                 commit_after=self.args.commit_after or None, **more)
         recognizer = self.recognizer
         return StreamingDecoder(recognizer.source.model, method.make_fusions({}), recognizer.options.search,
@@ -249,7 +250,7 @@ def arguments(given: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32", help="of the LLM's weights")
     parser.add_argument("--methods", nargs="+", help=f"none: {', '.join(METHODS)}; of a long stream two")
     parser.add_argument("--chunks", type=int, nargs="+", default=[160, 320, 640, 1280], help="ms")
-    parser.add_argument("--left-chunks", type=int, default=8, help="earlier chunks that the encoder sees")
+    parser.add_argument("--left", type=float, default=20.0, help="seconds before a chunk that it sees")
     parser.add_argument("--commit-after", type=float, default=5.0, help="seconds; 0: where all agree alone")
     parser.add_argument("--cuts", nargs="*", default=[], help="manifests with word times; none: the demo")
     parser.add_argument("--stories", default=str(STORIES))

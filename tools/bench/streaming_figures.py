@@ -131,8 +131,10 @@ def aims(rows: Sequence[Row]) -> list[dict[str, Any]]:
         if bare is not None and bare["first_p90_ms"] is not None:
             more = row["first_p90_ms"] - bare["first_p90_ms"]
             aim(f"{LLM}, {chunk} ms: the LLM adds at most 150 ms at p90", more, 150, "{:+.0f} ms")
-            times = row["instability"] / max(bare["instability"], 1e-9)
-            aim(f"{LLM}, {chunk} ms: instability at most 1.5 times that without", times, 1.5, "{:.2f} times")
+            taken, before = row["instability"], bare["instability"]
+            said = f"{LLM}, {chunk} ms: words taken back at most 1.5 times as often as without"
+            figure = f"{100 * taken:.1f} % to {100 * before:.1f} %"
+            made.append({"aim": said, "figure": figure, "met": taken <= 1.5 * before})
     for row in rows:
         if row["kind"] == CAPACITY:
             said = f"{row['method']}, {row['chunk_ms']} ms: 20 streams on two cores, a process each"
@@ -154,8 +156,10 @@ _TABLE = [
     Column("KV MB", "kv_bytes", "{:.1f}", 1e-6), Column("LM calls", "lm_forwards", "{:,.0f}"),
     Column("tokens", "lm_tokens_forwarded", "{:,.0f}"),
 ]
-_CAPACITY = [*_NAMES, Column("streams", "streams"), Column("first p99", "first_p99_ms", "{:.0f}"),
-             Column("one more: p99", "beyond_p99_ms", "{:.0f}"), Column("busy %", "busy", "{:.0f}", 100)]
+_CAPACITY = [*_NAMES, Column("streams", "streams"), Column("heard p99", "heard_p99_ms", "{:.0f}"),
+             Column("first p90", "first_p90_ms", "{:.0f}"), Column("first p99", "first_p99_ms", "{:.0f}"),
+             Column("busy %", "busy", "{:.0f}", 100), Column("failed with", "failed"),
+             Column("its heard p99", "failed_p99_ms", "{:.0f}")]
 
 
 def page(rows: Sequence[Row]) -> list[str]:
