@@ -9,6 +9,8 @@ Knows: acoustic models, search, fusion. Must not know: commands, test sets, serv
     nbest = stream.finish()          # as if the same model had heard all at once, chunk mask included
 
 With many streams call ``accept`` of each, then ``decoder.decode()`` once for all, then ``partial`` of each.
+A language model that fails is left out of its segment, and ``stream.take_warnings()`` tells. A stream that
+breaks raises its error when it is used next; the others go on.
 
     decoder.py    StreamingDecoder: many streams, their encoder chunks and LLM events together
     stream.py     Stream: audio in, partial and final results out

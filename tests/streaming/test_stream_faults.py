@@ -23,6 +23,7 @@ from stream_tools import (
 )
 
 from icefall_fusion.fusion import DelayedFusion
+from icefall_fusion.lm.tree_memory import TreeCache, TreeLayer
 from icefall_fusion.streaming import EndpointOptions, StreamingDecoder
 
 FORGETFUL = replace(OPTIONS, window=0.6, context_words=4)
@@ -166,3 +167,23 @@ def test_an_encoder_that_fails_breaks_the_streams_of_its_round(made) -> None:
     idle.accept(audio)
     same(idle.finish(), whole(made[0], [audio], fusions_of(made, "shortest"), names=["idle"])[0])
     assert not decoder.streams
+
+
+def test_memory_that_runs_out_between_layers_leaves_no_small_ones(monkeypatch) -> None:
+    cache, states, calls = TreeCache(3, 1, 64), torch.ones(1, 2, 5, 4), []
+    for layer in cache.layers:
+        layer.lazy_initialization(states, states)
+    plain = TreeLayer.grow
+
+    def grow(layer) -> None:
+        calls.append(layer)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError
+        plain(layer)
+
+    monkeypatch.setattr(TreeLayer, "grow", grow)
+    with pytest.raises(torch.OutOfMemoryError):
+        cache.ensure(96, 2)
+    cache.ensure(96, 2)
+    assert {(layer.keys.shape, layer.values.shape) for layer in cache.layers} == {
+        (torch.Size([2, 96, 2, 4]), torch.Size([2, 96, 2, 4]))}
