@@ -91,7 +91,8 @@ def run(options: TranscribeOptions) -> int:
         from icefall_fusion.decode.transcribe_stream import run_stream
 
         with_models, as_lines = with_pretrained(options), options.formats == ["json"]
-        return run_stream(with_models, options.method, options.live, options.files[0], as_lines)
+        words = word_model(with_models)
+        return run_stream(with_models, options.method, options.live, options.files[0], as_lines, words)
     files = list(dict.fromkeys(options.files))
     names = names_of(files)
     options = with_pretrained(options)

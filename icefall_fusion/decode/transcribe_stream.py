@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, BinaryIO, Iterator, TextIO
 
 import numpy as np
@@ -18,6 +19,7 @@ from icefall_fusion.common.command_line import DONE
 from icefall_fusion.data.audio import SAMPLE_RATE, load_audio
 from icefall_fusion.decode.recognizer import Recognizer
 from icefall_fusion.decode.word_formats import as_json
+from icefall_fusion.decode.words import WordModel
 from icefall_fusion.nbest import NBest
 from icefall_fusion.streaming import Partial, Stream, StreamingDecoder, StreamOptions
 
@@ -31,7 +33,7 @@ _DIM, _PLAIN, _CLEAR = "\033[2m", "\033[0m", "\r\033[K"
 
 
 def run_stream(options: RecognizerOptions, method: str, live: StreamOptions, name: str,
-               as_lines: bool) -> int:
+               as_lines: bool, words: WordModel) -> int:
     """Transcribe one file, or raw PCM of standard input, packet by packet.
 
     Args:
@@ -39,14 +41,15 @@ def run_stream(options: RecognizerOptions, method: str, live: StreamOptions, nam
         live: options of the stream.
         name: a file, or "-": 16 bits, little endian, one channel, 16 kHz.
         as_lines: print JSON lines; else text.
+        words: tells when words sound; the end of the last one may still move.
 
     Raises:
         ValueError: the method or the acoustic model cannot be used in a stream.
     """
     recognizer = Recognizer(options, method)
     stream = open_decoder(recognizer, live).open(name)
-    kind = _Lines if as_lines else _Terminal if sys.stdout.isatty() else _Texts
-    show = kind(sys.stdout)
+    text = _Terminal if sys.stdout.isatty() else _Texts
+    show = _Lines(sys.stdout, words) if as_lines else text(sys.stdout)
     packets = pcm_packets(sys.stdin.buffer) if name == PIPE else file_packets(name)
     try:
         for samples in packets:
@@ -152,19 +155,22 @@ class _Terminal(_Texts):
 class _Lines(_Show):
     """A JSON line whenever something has changed, and one for each segment that has ended."""
 
-    def __init__(self, out: TextIO) -> None:
+    def __init__(self, out: TextIO, words: WordModel) -> None:
         super().__init__(out)
+        self._words = words
         self._before, self._ended = ("", ""), 0
 
     def partial(self, partial: Partial) -> None:
         texts = partial.committed, partial.unstable
         if texts != self._before:
             self._before = texts
-            self._print({"final": False, **asdict(partial)})
+            moved = replace(partial, words=self._words.timing.apply(partial.words))
+            self._print({"final": False, **asdict(moved)})
 
     def final(self, nbest: NBest) -> None:
         self._before = "", ""
-        self._print({"final": True, "segment": self._ended, **as_json(nbest)})
+        moved = self._words.apply(nbest, math.inf)
+        self._print({"final": True, "segment": self._ended, **as_json(moved)})
         self._ended += 1
 
     def _print(self, value: dict) -> None:

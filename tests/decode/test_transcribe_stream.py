@@ -52,6 +52,21 @@ def test_a_file_and_a_pipe_of_its_samples_are_the_same_stream(made, talk, capsys
     assert capsys.readouterr().out.splitlines() == [line["text"] for line in finals if line["text"]]
 
 
+def test_lines_tell_when_words_sound(made, talk, capsys, tmp_path) -> None:
+    told = []
+    for lead in (0.0, 0.03):
+        (tmp_path / "words.yaml").write_text(f"timing: {{lead: {lead}, tail: 0, least: 0, letter: 0}}\n")
+        more = ["--format", "json", "--words", str(tmp_path / "words.yaml"), talk[0]]
+        assert main(command(made, *more)) == 0
+        told.append(lines_of(capsys))
+    moved = 0
+    for marks, sounds in zip(*told):
+        starts = [[word["start"] for word in line["words"]] for line in (marks, sounds)]
+        assert len(starts[0]) == len(starts[1]) and all(b <= a for a, b in zip(*starts))
+        moved += sum(a - b == pytest.approx(0.03) for a, b in zip(*starts))
+    assert moved > 20 and {line["final"] for line in told[0]} == {True, False}
+
+
 def test_a_terminal_shows_a_live_line(made, talk, capsys, monkeypatch) -> None:
     class Screen(io.StringIO):
         def isatty(self):
