@@ -37,6 +37,7 @@ OWNERS = {
     "bitsandbytes": {"lm/quantization"},
     "torchao": {"lm/quantization"},
     "kenlm": {"ngram/word_ngram"},
+    "sounddevice": {"decode/live_audio"},
     "starlette": {"serve/app", "serve/session"},
     "uvicorn": {"serve/job"},
     "triton": {"search/engines/gpu_kernel", "lm/fused_kernels", "lm/fused_matmul", "lm/products"},

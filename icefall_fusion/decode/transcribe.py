@@ -40,8 +40,9 @@ class TranscribeOptions(RecognizerOptions):
 
     Args:
         files: audio files.
-        stream: decode one file (or "-": raw PCM of standard input, 16 bits, 16 kHz, one channel) as it
-            arrives: a live line in a terminal, else a line a segment; JSON lines with the format json alone.
+        stream: decode one file as it arrives, or "-" (raw PCM of standard input: 16 bits, 16 kHz, one
+            channel), or "mic" or "mic:DEVICE" (a microphone, until Ctrl-C): a live line in a terminal, else a
+            line a segment; JSON lines with the format json alone.
         live: of the stream; a segment ends by the usual rules.
         method: how to decode: a name of the table of methods, e.g. ctc-prefix.
         format: a list or a text with commas of: text, json (a line a file: words with times, scores, all

@@ -1,66 +1,103 @@
 """Transcription while audio arrives: a live line in the terminal, or JSON lines for programs.
-Knows: streams, audio files, raw PCM from a pipe. Must not know: how a stream is decoded.
+Knows: streams, sources of live audio, what shows them. Must not know: how a stream is decoded, devices.
 """
 from __future__ import annotations
 
-import json
 import logging
-import math
-import shutil
+import signal
 import sys
-from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, BinaryIO, Iterator, TextIO
+import threading
+from typing import TYPE_CHECKING, Any, Iterator
 
 import numpy as np
 
 from icefall_fusion.acoustic.models import CtcAed
 from icefall_fusion.common.checks import check
 from icefall_fusion.common.command_line import DONE
-from icefall_fusion.data.audio import SAMPLE_RATE, load_audio
+from icefall_fusion.decode.live_audio import live_packets
+from icefall_fusion.decode.live_views import make_view
 from icefall_fusion.decode.recognizer import Recognizer
-from icefall_fusion.decode.word_formats import as_json
 from icefall_fusion.decode.words import WordModel
-from icefall_fusion.nbest import NBest
-from icefall_fusion.streaming import Partial, Stream, StreamingDecoder, StreamOptions
+from icefall_fusion.streaming import StreamingDecoder, StreamOptions
 
 if TYPE_CHECKING:
     from icefall_fusion.decode.recognizer import RecognizerOptions
 
-PIPE = "-"  # standard input
-PACKET = 1600  # samples; a tenth of a second
-_WINDOW = 10.0  # seconds of a file read at once
-_DIM, _PLAIN, _CLEAR = "\033[2m", "\033[0m", "\r\033[K"
-
 
 def run_stream(options: RecognizerOptions, method: str, live: StreamOptions, name: str,
                as_lines: bool, words: WordModel) -> int:
-    """Transcribe one file, or raw PCM of standard input, packet by packet.
+    """Transcribe one source, packet by packet. Ctrl-C ends the audio: what was heard is decoded.
 
     Args:
         options: the models; method: its name.
         live: options of the stream.
-        name: a file, or "-": 16 bits, little endian, one channel, 16 kHz.
+        name: a file, "-", "mic" or "mic:DEVICE" (see `live_packets`).
         as_lines: print JSON lines; else text.
         words: tells when words sound; the end of the last one may still move.
 
     Raises:
-        ValueError: the method or the acoustic model cannot be used in a stream.
+        ValueError: the method or the acoustic model cannot be used in a stream, or see `live_packets`.
     """
     recognizer = Recognizer(options, method)
     stream = open_decoder(recognizer, live).open(name)
-    text = _Terminal if sys.stdout.isatty() else _Texts
-    show = _Lines(sys.stdout, words) if as_lines else text(sys.stdout)
-    packets = pcm_packets(sys.stdin.buffer) if name == PIPE else file_packets(name)
+    view = make_view(sys.stdout, words if as_lines else None)
     try:
-        for samples in packets:
-            stream.accept(samples)
-            _tell(stream, show)
-    except KeyboardInterrupt:  # of somebody who has said all
-        logging.info("stopped by the keyboard: what was heard is decoded")
-    last = stream.finish()
-    for nbest in [*stream.take_segments(), last]:
-        show.final(nbest)
+        with _UntilInterrupt(live_packets(name)) as packets:
+            for samples in packets:
+                stream.accept(samples)
+                partial = stream.partial()
+                for nbest in stream.take_segments():
+                    view.final(nbest)
+                view.partial(partial)
+        last = stream.finish()
+        for nbest in [*stream.take_segments(), last]:
+            view.final(nbest)
+    finally:
+        view.close()
     return DONE
+
+
+class _UntilInterrupt:
+    """Packets until the first Ctrl-C. It cuts the wait for a packet short, and never the work on one.
+
+    The second one is an exception wherever it comes, as ever.
+
+    Args:
+        packets: to be yielded.
+    """
+
+    def __init__(self, packets: Iterator[np.ndarray]) -> None:
+        self._packets, self._waits, self._asked = packets, False, False
+        self._before: Any = None
+
+    def __enter__(self) -> Iterator[np.ndarray]:
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGINT, self._note)
+        return self._going()
+
+    def __exit__(self, *error: object) -> None:
+        self._packets.close()
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _note(self, number: int, frame: Any) -> None:
+        again, self._asked = self._asked, True
+        if again or self._waits:
+            raise KeyboardInterrupt
+
+    def _going(self) -> Iterator[np.ndarray]:
+        while not self._asked:
+            try:
+                self._waits = True
+                samples = next(self._packets, None)
+                self._waits = False
+            except KeyboardInterrupt:
+                self._waits = False
+                break
+            if samples is None:
+                return
+            yield samples
+        logging.info("stopped by the keyboard: what was heard is decoded")
 
 
 def open_decoder(recognizer: Recognizer, live: StreamOptions) -> StreamingDecoder:
@@ -78,100 +115,3 @@ def open_decoder(recognizer: Recognizer, live: StreamOptions) -> StreamingDecode
     greedy = method.spec.search == "greedy"
     return StreamingDecoder(model, method.make_fusions({}), recognizer.options.search, live,
                             recognizer.source.tokens, greedy)
-
-
-def file_packets(path: str) -> Iterator[np.ndarray]:
-    """Yield the samples of a file in packets; little of it is in memory."""
-    begin = 0.0
-    while True:
-        samples = load_audio(path, allow_empty=True, offset=begin, duration=_WINDOW)
-        for start in range(0, len(samples), PACKET):
-            yield samples[start : start + PACKET]
-        if len(samples) < round(_WINDOW * SAMPLE_RATE):
-            return
-        begin += _WINDOW
-
-
-def pcm_packets(file: BinaryIO) -> Iterator[np.ndarray]:
-    """Yield the samples of raw PCM (16 bits, little endian, one channel, 16 kHz) as they come."""
-    rest = b""
-    while True:
-        read = getattr(file, "read1", file.read)(2 * PACKET)
-        if not read:
-            break
-        whole = rest + read
-        even = len(whole) // 2 * 2
-        rest = whole[even:]
-        yield np.frombuffer(whole[:even], "<i2").astype(np.float32) / 32768
-    if rest:
-        logging.warning("the last byte is half a sample: it is left out")
-
-
-def _tell(stream: Stream, show: _Show) -> None:
-    partial = stream.partial()
-    for nbest in stream.take_segments():
-        show.final(nbest)
-    show.partial(partial)
-
-
-class _Show:
-    """What is shown of a stream."""
-
-    def __init__(self, out: TextIO) -> None:
-        self.out = out
-
-    def partial(self, partial: Partial) -> None:
-        """Show the text so far of the open segment."""
-
-    def final(self, nbest: NBest) -> None:
-        """Show the text of a segment that has ended."""
-
-
-class _Texts(_Show):
-    """A line a segment."""
-
-    def final(self, nbest: NBest) -> None:
-        if len(nbest) and nbest[0].text:
-            print(nbest[0].text, file=self.out, flush=True)
-
-
-class _Terminal(_Texts):
-    """The open segment in the last line: what is committed as it is, what may change dim."""
-
-    def partial(self, partial: Partial) -> None:
-        width = shutil.get_terminal_size().columns - 1
-        text = f"{partial.committed} {partial.unstable}".strip()
-        hidden = max(0, len(text) - width)
-        committed, unstable = text[: len(partial.committed)], text[len(partial.committed) :]
-        unstable = unstable[max(0, hidden - len(committed)) :]
-        self.out.write(f"{_CLEAR}{committed[hidden:]}{_DIM}{unstable}{_PLAIN}")
-        self.out.flush()
-
-    def final(self, nbest: NBest) -> None:
-        self.out.write(_CLEAR)
-        super().final(nbest)
-
-
-class _Lines(_Show):
-    """A JSON line whenever something has changed, and one for each segment that has ended."""
-
-    def __init__(self, out: TextIO, words: WordModel) -> None:
-        super().__init__(out)
-        self._words = words
-        self._before, self._ended = ("", ""), 0
-
-    def partial(self, partial: Partial) -> None:
-        texts = partial.committed, partial.unstable
-        if texts != self._before:
-            self._before = texts
-            moved = replace(partial, words=self._words.timing.apply(partial.words))
-            self._print({"final": False, **asdict(moved)})
-
-    def final(self, nbest: NBest) -> None:
-        self._before = "", ""
-        moved = self._words.apply(nbest, math.inf)
-        self._print({"final": True, "segment": self._ended, **as_json(moved)})
-        self._ended += 1
-
-    def _print(self, value: dict) -> None:
-        print(json.dumps(value, ensure_ascii=False), file=self.out, flush=True)

@@ -13,7 +13,7 @@ import pytest
 import soundfile
 
 from icefall_fusion.__main__ import main
-from icefall_fusion.decode.transcribe_stream import pcm_packets
+from icefall_fusion.decode.live_audio import pcm_packets
 
 
 @pytest.fixture
