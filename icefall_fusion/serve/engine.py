@@ -175,12 +175,17 @@ class Engine(threading.Thread):
             self.decoder.decode()
             ending = [talk for talk in ending if talk.stream.error is None]
             self._finish([talk.stream for talk in ending])
-            for talk in [talk for talk in self._talks if talk.stream is not None]:
-                self._tell(talk, talk in ending)
+            for talk in self._open_talks():
+                if talk.stream is not None:
+                    self._tell(talk, talk in ending)
         except Exception as error:  # nobody knows what the streams' states are
             logging.exception("a round of decoding failed; its streams end")
-            for talk in list(self._talks):
+            for talk in self._open_talks():
                 self._fail(talk, _told(error), BROKEN)
+
+    def _open_talks(self) -> list[Talk]:
+        with self._lock:  # the event loop adds some meanwhile
+            return list(self._talks)
 
     def _finish(self, streams: Sequence[Stream]) -> None:
         try:
