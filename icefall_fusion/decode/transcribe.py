@@ -115,11 +115,11 @@ def run(options: TranscribeOptions) -> int:
     return SKIPPED_SOME if recognizer.unreadable else 0
 
 
-def word_model(options: TranscribeOptions) -> WordModel:
+def word_model(options: RecognizerOptions) -> WordModel:
     """Return what the options say of words, or what lies beside the shipped models, where those are used.
 
     Args:
-        options: with the path of the acoustic model.
+        options: with the path of the acoustic model, and ``words``, a file or "".
     """
     shipped = FOLDER / WORDS
     if not options.words and not (options.emissions.model == str(FOLDER / "ctc_aed") and shipped.is_file()):

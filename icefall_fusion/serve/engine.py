@@ -4,12 +4,14 @@ Knows: streams, their decoder, talks, locks. Must not know: sockets, how message
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from typing import Mapping, NamedTuple, Optional, Sequence
 
 from icefall_fusion.acoustic.models.subsampling import FACTOR
 from icefall_fusion.data.features import HOP
+from icefall_fusion.decode.words import WordModel
 from icefall_fusion.fusion import DelayedFusion
 from icefall_fusion.nbest import WORDS, NBest
 from icefall_fusion.serve.changes import WordNote, word_notes
@@ -51,13 +53,15 @@ class Engine(threading.Thread):
     Args:
         decoder: used by nobody else.
         limits: of a client.
+        words: tells when words sound; none: the frames in which the model marks them are told.
 
     Attributes:
         counters: of all streams so far.
     """
 
-    def __init__(self, decoder: StreamingDecoder, limits: Limits) -> None:
+    def __init__(self, decoder: StreamingDecoder, limits: Limits, words: Optional[WordModel] = None) -> None:
         super().__init__(name="decoding", daemon=True)
+        self._words = words
         self.decoder, self.limits, self.counters = decoder, limits, Counters()
         self._delayed = [fusion for fusion in decoder.fusions if isinstance(fusion, DelayedFusion)]
         self._step = decoder.options.chunk.size * FACTOR * HOP
@@ -239,10 +243,13 @@ class Engine(threading.Thread):
         talk.shown, talk.start = stream.decoded, stream.start
         partial = stream.partial()
         clock = Clock(talk.received, stream.decoded, stream.start)
-        talk.post(Message(talk.forms.partial(talk.segments, partial.words, partial.stable, clock), True))
+        words = partial.words if self._words is None else self._words.timing.apply(partial.words)
+        talk.post(Message(talk.forms.partial(talk.segments, words, partial.stable, clock), True))
 
     def _tell_segments(self, talk: Talk, nbests: Sequence[NBest], clock: Clock, end: bool = False) -> None:
         for number, nbest in enumerate(nbests, 1):
+            if self._words is not None:
+                nbest = self._words.apply(nbest, math.inf)
             notes = word_notes(nbest, self._without_llm(nbest.weights)) if len(nbest) else []
             ended = Ended(nbest, notes, end and number == len(nbests))
             talk.post(Message(talk.forms.segment(talk.segments, ended, clock)))

@@ -19,6 +19,7 @@ from icefall_fusion.data.audio import SAMPLE_RATE
 from icefall_fusion.decode.method_names import parse_methods
 from icefall_fusion.decode.pretrained import with_pretrained
 from icefall_fusion.decode.recognizer import Recognizer, RecognizerOptions
+from icefall_fusion.decode.transcribe import word_model
 from icefall_fusion.decode.transcribe_stream import open_decoder
 from icefall_fusion.serve.access import Access
 from icefall_fusion.serve.app import make_app
@@ -47,7 +48,9 @@ class ServeOptions(RecognizerOptions):
         host: address to listen on; others than this machine's own need a ``token``.
         port: 0: any that is free.
         token: that clients must give, or @FILE with it in the first line; at least 8 characters.
-        method: how to decode: one pass of the prefix search, e.g. ctc-prefix or llm-delayed-shortest.
+        method: how to decode: one pass of the prefix search, e.g. llm-delayed-shortest, or ctc-greedy.
+        words: YAML file of tune-words, which tells when words sound; empty: that of the shipped models, where
+            these are used.
         live: of each stream; ``live.streams`` are served at once, others are refused.
         limits: of each client.
     """
@@ -56,6 +59,7 @@ class ServeOptions(RecognizerOptions):
     port: int = 6006
     token: str = ""
     method: str = "llm-delayed-shortest"
+    words: str = ""
     live: StreamOptions = field(default_factory=_live)
     limits: Limits = field(default_factory=Limits)
 
@@ -78,7 +82,7 @@ def run(options: ServeOptions) -> int:
     method = recognizer.methods[0]
     decoder = open_decoder(recognizer, options.live)
     _warm_up(decoder)
-    engine = Engine(decoder, options.limits)
+    engine = Engine(decoder, options.limits, word_model(options))
     engine.start()
     server = Server(engine, access, method.name)
     server.run([listener])

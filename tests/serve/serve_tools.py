@@ -35,9 +35,9 @@ END = {"type": "end"}
 class Running:
     """A server that runs in a thread of this process."""
 
-    def __init__(self, decoder: StreamingDecoder, limits: Limits, token: str) -> None:
+    def __init__(self, decoder: StreamingDecoder, limits: Limits, token: str, words=None) -> None:
         self.decoder = decoder
-        self.engine = Engine(decoder, limits)
+        self.engine = Engine(decoder, limits, words)
         self.engine.start()
         self._socket = listen("127.0.0.1", 0)
         self.address = f"127.0.0.1:{self._socket.getsockname()[1]}"
@@ -72,10 +72,10 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(made, name="shortest", live=LIVE, limits=None, token="", search=SEARCH):
+def running(made, name="shortest", live=LIVE, limits=None, token="", search=SEARCH, words=None):
     """Serve by tiny models."""
     decoder = StreamingDecoder(made[0], fusions_of(made, name), search, live)
-    server = Running(decoder, replace(Limits(), stop=0.0) if limits is None else limits, token)
+    server = Running(decoder, replace(Limits(), stop=0.0) if limits is None else limits, token, words)
     try:
         yield server
     finally:

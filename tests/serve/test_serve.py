@@ -4,6 +4,7 @@ Knows: tiny models, clients of both protocols. Must not know: how a stream is de
 from __future__ import annotations
 
 import asyncio
+import math
 
 import numpy as np
 import pytest
@@ -23,7 +24,9 @@ from serve_tools import (
 from websockets.exceptions import InvalidStatus
 
 from icefall_fusion.data.audio import resample
+from icefall_fusion.decode.words import WordModel
 from icefall_fusion.serve.access import Access
+from icefall_fusion.text.word_times import WordTiming
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +115,17 @@ def test_clients_do_not_disturb_one_another(made, server) -> None:
         assert [s["text"] for s in of_type(found, "segment")] == texts and code == 1000
     wait_for(lambda: server.engine.streams == 0)
     assert server.decoder.streams == []
+
+
+def test_words_have_the_times_at_which_they_sound(made) -> None:
+    model = WordModel(WordTiming(lead=0.1))
+    with running(made, words=model) as server:
+        found, _, _ = asyncio.run(talk(f"{server.url}/v1/stream", said(START, *packets(AUDIO), END)))
+    expected = [model.apply(nbest, math.inf)[0].times for nbest in decoded(made)]
+    told = [[(word["text"], word["start"], word["end"]) for word in message["words"]]
+            for message in of_type(found, "segment")]
+    assert told == [[(w.word, round(w.start, 3), round(w.end, 3)) for w in times] for times in expected]
+    assert any(expected) and expected != [nbest[0].times for nbest in decoded(made)]
 
 
 def test_health_and_metrics(server) -> None:
