@@ -22,9 +22,9 @@ from icefall_fusion.decode.method_names import choose_methods, parse_method, par
 from icefall_fusion.decode.recognizer import Batch, Recognizer
 from icefall_fusion.decode.score_table import ScoreTable, coordinate_search
 from icefall_fusion.decode.segments import Recognized
-from icefall_fusion.decode.tune_hotwords import SOURCE as HOT
 from icefall_fusion.decode.tune_hotwords import choose_weight
 from icefall_fusion.decode.utterances import read_cuts
+from icefall_fusion.fusion.hotwords import HOT_WORDS
 from icefall_fusion.nbest import NBest, read_nbests
 from icefall_fusion.scoring.phrases import PhraseScores, score_phrases
 from icefall_fusion.scoring.score import read_texts
@@ -88,13 +88,13 @@ def run(options: TuneOptions) -> int:
     hot: dict[str, dict[str, float]] = {}
     code = 0
     for method in choose_methods(options.methods, _available(options, lists)):
-        sources = [one for one in parse_method(method).sources if one != HOT or options.confirm is None]
+        sources = [one for one in parse_method(method).sources if one != HOT_WORDS or options.confirm is None]
         if not parse_method(method).sources:
             continue
         scores = ScoreTable.make(lists, references, sources)
         weights[method], errors = coordinate_search(scores, options.highest, options.bonus, options.rounds)
-        if HOT in parse_method(method).sources and HOT not in sources:
-            weights[method] = {"ctc": 1.0, HOT: 0.0, **weights[method]}  # found by decoding
+        if HOT_WORDS in parse_method(method).sources and HOT_WORDS not in sources:
+            weights[method] = {"ctc": 1.0, HOT_WORDS: 0.0, **weights[method]}  # found by decoding
         wer[method] = 100.0 * errors / scores.words
         logging.info("%s: dev WER %.2f %% from N-best lists with %s", method, wer[method], weights[method])
     fused = [method for method in weights if parse_method(method).fusions]
@@ -103,7 +103,7 @@ def run(options: TuneOptions) -> int:
         for method in fused:
             simpler = [other for other in weights.values() if set(other) < set(weights[method])]
             weights[method], wer[method] = confirmation.improve(method, weights[method], simpler)
-            if HOT in weights[method]:
+            if HOT_WORDS in weights[method]:
                 found = confirmation.weigh_phrases(method, weights[method])
                 weights[method], hot[method], wer[method] = found
             _write(options.out, weights, wer, hot)  # hours with a large LM: a kill loses one method at most
@@ -120,7 +120,7 @@ def _available(options: TuneOptions, lists: Sequence[NBest]) -> set[str]:
         ahead = set() if options.methods == "all" else {"ngram"}  # look-ahead of a named method has no score
         return scored | lattices | ahead
     models = options.confirm.named_models() | {"attention"}
-    scored |= {HOT}  # no score is needed: dev is decoded with them
+    scored |= {HOT_WORDS}  # no score is needed: dev is decoded with them
     return (scored & models) | options.confirm.k2.sources()
 
 
@@ -196,11 +196,11 @@ class _Confirmation:
         names = tuple(weights)
         usual = {**weights, "words": FIRST_PASS_BONUS}
         for fusion in parse_method(method).fusions:
-            usual[fusion.source] = 0.0 if fusion.source == HOT else FIRST_PASS_WEIGHT
-        fewer = [{**usual, **other} for other in simpler if HOT not in other]
+            usual[fusion.source] = 0.0 if fusion.source == HOT_WORDS else FIRST_PASS_WEIGHT
+        fewer = [{**usual, **other} for other in simpler if HOT_WORDS not in other]
         best = min([dict(weights), usual, *fewer, *self._best.get(names, [])], key=wer)
         for fineness in range(self.options.confirm_rounds):
-            for source in [name for name in names if name not in ("ctc", HOT)]:
+            for source in [name for name in names if name not in ("ctc", HOT_WORDS)]:
                 for direction in (1, -1):
                     tried = self._step(best, source, direction, fineness)
                     while wer(tried) < wer(best):  # of equals, stay
@@ -223,10 +223,11 @@ class _Confirmation:
         phrases = [phrase for phrase, _ in self.recognizer.models.hotwords.phrases]
 
         def score(weight: float) -> PhraseScores:
-            return score_phrases(self.references, self._texts(method, {**weights, HOT: weight}), phrases)
+            texts = self._texts(method, {**weights, HOT_WORDS: weight})
+            return score_phrases(self.references, texts, phrases)
 
         weight, worth = choose_weight(score, self.options.harm)
-        found = {**weights, HOT: weight}
+        found = {**weights, HOT_WORDS: weight}
         return found, worth, self._wer(method, found)
 
     def _wer(self, method: str, weights: Mapping[str, float]) -> float:

@@ -9,7 +9,6 @@ from typing import Callable, Mapping
 from icefall_fusion.common.checks import check
 from icefall_fusion.scoring.phrases import PhraseScores
 
-SOURCE = "hotwords"
 #: Factors of the boosts that are tried; then around the best.
 GRID = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 #: Nats of a phrase for which none are given.
 BOOST = 5.0
+HOT_WORDS = "hotwords"  # source of their scores
 #: Texts, or texts with boosts in nats; or such a list made ready by `make_automaton`.
 Phrases = Union[Sequence[Union[str, "tuple[str, float]"]], PhraseAutomaton]
 
@@ -50,7 +51,7 @@ class HotWordFusion(Fusion):
     scores_extensions = True
 
     def __init__(self, phrases: Union[Phrases, Mapping[str, Phrases]], weight: float = 1.0,
-                 boost: float = BOOST, source: str = "hotwords", word_bonus: float = 0.0) -> None:
+                 boost: float = BOOST, source: str = HOT_WORDS, word_bonus: float = 0.0) -> None:
         self.weight, self.source, self._boost, self.word_bonus = weight, source, boost, word_bonus
         check_fusion(self)
         check_boost(boost, "HotWordFusion.boost")

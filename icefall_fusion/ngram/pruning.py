@@ -52,9 +52,8 @@ def _worth(
 ) -> ndarray:
     """Return which n-grams of length ``n`` change the model by ``threshold`` at least."""
     table = tables[n - 1]
-    own, lower, first, group = _masses(tables, n, base)
-    left = np.maximum(1.0 - np.add.reduceat(own, first), _LEAST)[group]
-    left_lower = np.maximum(1.0 - np.add.reduceat(lower, first), _LEAST)[group]
+    own, lower, _, group, left, left_lower = _masses(tables, n, base)
+    left, left_lower = left[group], left_lower[group]
     before, after = np.log(left / left_lower), np.log((left + own) / (left_lower + lower))
     change = own * (np.log(lower) + after - table.log_probs) + left * (after - before)
     index, present = find_keys(contexts.keys, table.keys // base)
@@ -66,21 +65,19 @@ def _set_backoffs(tables: Sequence[NgramTable], n: int, base: int) -> None:
     """Set the back-off weights of the contexts of length ``n - 1``."""
     table, shorter = tables[n - 1], tables[n - 2]
     shorter.backoffs[:] = 0.0
-    own, lower, first, _ = _masses(tables, n, base)
-    left = np.maximum(1.0 - np.add.reduceat(own, first), _LEAST)
-    left_lower = np.maximum(1.0 - np.add.reduceat(lower, first), _LEAST)
+    _, _, first, _, left, left_lower = _masses(tables, n, base)
     index, _ = find_keys(shorter.keys, table.keys[first] // base)
     shorter.backoffs[index] = np.log(left / left_lower)
 
 
-def _masses(
-    tables: Sequence[NgramTable], n: int, base: int
-) -> tuple[ndarray, ndarray, ndarray, ndarray]:
-    """Return P and the shorter context's P of each n-gram [m], the first n-gram of each context, the context
-    of each n-gram [m].
+def _masses(tables: Sequence[NgramTable], n: int, base: int) -> tuple[ndarray, ...]:
+    """Return P and the shorter context's P of each n-gram [m], the first n-gram of each context [c], the
+    context of each n-gram [m], what either P leaves to all others after each context [c] (twice).
     """
     table = tables[n - 1]
     _, first, group = np.unique(table.keys // base, return_index=True, return_inverse=True)
     shorter = [None, *tables[: n - 1]]  # by length
     lower = np.exp(log_prob(shorter, table.keys % base ** (n - 1), n - 1, base))
-    return np.exp(table.log_probs), lower, first, group
+    own = np.exp(table.log_probs)
+    left, left_lower = (np.maximum(1.0 - np.add.reduceat(part, first), _LEAST) for part in (own, lower))
+    return own, lower, first, group, left, left_lower

@@ -23,7 +23,7 @@ from icefall_fusion.common.checks import check
 from icefall_fusion.common.memory import FreedMemory
 from icefall_fusion.data.features import FRAME_SHIFT
 from icefall_fusion.fusion import DelayedFusion, NgramFusion
-from icefall_fusion.fusion.hotwords import HotWordFusion, Phrases, make_automaton
+from icefall_fusion.fusion.hotwords import HOT_WORDS, HotWordFusion, Phrases, make_automaton
 from icefall_fusion.fusion.streaming import DelayedStream
 from icefall_fusion.lm.tree_lanes import TreeLanes
 from icefall_fusion.nbest import NBest
@@ -39,7 +39,6 @@ from icefall_fusion.text.tokens import AcousticTokens
 #: model, whose calls take blocks of ever new sizes.
 _GROWTH = 16_000_000
 
-HOT_WORDS = "hotwords"  # source of their scores
 
 
 class StreamingDecoder:

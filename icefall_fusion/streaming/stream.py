@@ -72,16 +72,11 @@ class Stream:
         self._done: list[NBest] = []
         self._result: Optional[NBest] = None
 
-    @property
-    def frames(self) -> int:
-        """Encoder frames decoded so far: the text can only change when there are more."""
-        return self._frames
-
     # --- for everybody -----------------------------------------------------------------------------------
 
     @property
     def decoded(self) -> float:
-        """Seconds of the stream that are decoded."""
+        """Seconds of the stream that are decoded: the text can only change when there are more."""
         return round(self._frames * self._decoder.frame_shift, 6)
 
     @property

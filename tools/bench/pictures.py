@@ -4,7 +4,7 @@ Knows: matplotlib. Must not know: what is measured.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple, Sequence
+from typing import NamedTuple, Optional, Sequence
 
 from icefall_fusion.common.files import atomic_path
 
@@ -12,12 +12,15 @@ COLORS = ("#c2410c", "#0f766e", "#6d28d9", "#475569", "#be185d", "#1d4ed8")
 
 
 class Line(NamedTuple):
-    """A line: its name, x and y of its points, and the name of each point, if they have any."""
+    """A line: its name, x and y of its points, the name of each point, if they have any, and a y to compare
+    with, drawn dashed.
+    """
 
     name: str
     x: Sequence[float]
     y: Sequence[float]
     labels: Sequence[str] = ()
+    level: Optional[float] = None
 
 
 class Panel(NamedTuple):
@@ -44,6 +47,8 @@ def draw(path: Path, panels: Sequence[Panel]) -> None:
             for x, y, label in zip(line.x, line.y, line.labels):
                 style = {"xytext": (5, 5), "textcoords": "offset points", "fontsize": 8, "color": color}
                 axis.annotate(label, (x, y), **style)
+            if line.level is not None:
+                axis.axhline(line.level, linestyle="--", linewidth=0.8, color=color)
         if panel.logarithmic:
             axis.set_xscale("log")
         axis.set(title=panel.title, xlabel=panel.x, ylabel=panel.y)

@@ -10,6 +10,7 @@ finished is kept in --out: a run that was stopped goes on.
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import sys
 from dataclasses import replace
@@ -39,6 +40,13 @@ from icefall_fusion.text.tokens import AcousticTokens  # noqa: E402
 def is_ngram(path: str) -> bool:
     """Return whether a language model is an n-gram over the acoustic pieces."""
     return path.endswith((".arpa", ".arpa.gz"))
+
+
+@functools.lru_cache(maxsize=None)  # no acoustic model changes it
+def log_prob(path: str, dtype: str, device: str, texts: tuple[str, ...]) -> float:
+    """Return log P of texts by a model, their ends included."""
+    lm = CausalLm.from_pretrained(path, dtype=getattr(torch, dtype), device=device)
+    return sum(lm.log_probs(texts, eos=True))
 
 
 class Pair:
@@ -81,9 +89,7 @@ class Pair:
         if not self.path:
             return None
         if not is_ngram(self.path):
-            dtype = getattr(torch, self.args.dtype)
-            lm = CausalLm.from_pretrained(self.path, dtype=dtype, device=self.args.device)
-            return math.exp(-sum(lm.log_probs(texts, eos=True)) / words)
+            return math.exp(-log_prob(self.path, self.args.dtype, self.args.device, tuple(texts)) / words)
         tokens = AcousticTokens.load(self.model)
         ends = [[tokens.size, *tokens.encode(text), tokens.size + 1] for text in texts]
         stream = torch.tensor([index for text in ends for index in text])

@@ -30,7 +30,7 @@ from websockets.exceptions import ConnectionClosed
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from icefall_fusion.common.checks import check
-from icefall_fusion.common.files import write_text
+from icefall_fusion.common.files import write_json
 from icefall_fusion.data.audio import SAMPLE_RATE, load_audio
 from icefall_fusion.serve.access import is_local
 
@@ -178,7 +178,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> None:
         print(f"{clients:7d} {row['served']:6d} {row['refused']:7d} {row['failed']:6d} {row['words']:6d} "
               f"{shown} {row['real_time_factor'] or 0.0:17.4f}", flush=True)
     if args.output:
-        write_text(args.output, json.dumps({"rows": rows}, indent=1) + "\n")
+        write_json(args.output, {"rows": rows})
 
 
 if __name__ == "__main__":

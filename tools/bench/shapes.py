@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from icefall_fusion.decode.pretrained import FOLDER
 from icefall_fusion.lm import CausalLm
-from icefall_fusion.lm.adapters import base_of
+from icefall_fusion.lm.adapters import base_of, has_pieces
 from icefall_fusion.lm.loading import Vocabulary, model_source
 
 _LLAMA = {"kind": "Llama", "vocab_size": 32000, "max_position_embeddings": 2048}
@@ -66,7 +66,7 @@ def _vocabulary(path: Any) -> Vocabulary:
     """Return the tokens of a model or of an adapter, whose base need not be there if it brings its own."""
     folder = Path(path)
     adapter = (folder / "adapter_config.json").is_file()
-    if adapter and (folder / "bpe.model").is_file():
+    if adapter and has_pieces(folder):
         return Vocabulary.load(folder, transformers.LlamaConfig())
     source = model_source(base_of(folder)) if adapter else str(path)
     return Vocabulary.load(source, transformers.AutoConfig.from_pretrained(source))

@@ -132,7 +132,7 @@ class Speaker:
         self.stream: Optional[Stream] = None
         self.played: list[Played] = []
         self.frame_shift = 0.0
-        self._sent = self._frames = 0
+        self._sent, self._decoded = 0, 0.0
         self._done: list[WordTime] = []  # words of segments that have ended
 
     @property
@@ -153,7 +153,7 @@ class Speaker:
         """Hand over all packets that have arrived; return whether these are the last ones."""
         if self.stream is None:
             self.played.append(Played(self.talk))
-            self.stream, self._frames, self._done = decoder.open(), 0, []
+            self.stream, self._decoded, self._done = decoder.open(), 0.0, []
             self.frame_shift = decoder.frame_shift
         count = int((now - self.begin + 1e-9) / PACKET)
         last = now - self.begin + 1e-9 >= self.talk.seconds
@@ -165,12 +165,12 @@ class Speaker:
 
     def look(self) -> Optional[tuple[list[WordTime], int, float]]:
         """Return the words so far, how many are committed, seconds decoded; None where nothing was since."""
-        if self.stream.frames == self._frames:
+        if self.stream.decoded == self._decoded:
             return None
-        self._frames = self.stream.frames
+        self._decoded = self.stream.decoded
         partial = self.stream.partial()
         self._take_segments()
-        heard = self._frames * self.frame_shift
+        heard = self._decoded
         return [*self._done, *partial.words], len(self._done) + partial.stable, heard
 
     def close(self, nbest: NBest) -> list[WordTime]:

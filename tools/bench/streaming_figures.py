@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any, Iterable, Iterator, Mapping, Optional, Sequence
 
 import numpy as np
+import pictures
 from gpu_tables import Column, table
+from pictures import Line, Panel
 from streaming_clock import Played
 
-from icefall_fusion.common.files import atomic_path
 from icefall_fusion.decode.tune_words import sight
 from icefall_fusion.nbest import WordTime
 from icefall_fusion.scoring.wer import EPS, WordErrors, align_words, count_errors
@@ -178,30 +179,13 @@ def page(rows: Sequence[Row]) -> list[str]:
 
 def draw(rows: Sequence[Row], path: str | Path) -> None:
     """Draw WER against the p90 latency of first showing, a line a method; dashed: whole utterances."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     shown = [row for row in rows if row["kind"] == STREAM and row["first_p90_ms"] is not None]
-    figure, axis = plt.subplots(figsize=(9, 6), dpi=110)
-    for number, method in enumerate(dict.fromkeys(row["method"] for row in shown)):
+    lines = []
+    for method in dict.fromkeys(row["method"] for row in shown):
         own = sorted((row for row in shown if row["method"] == method), key=lambda row: row["chunk_ms"])
-        color = f"C{number % 10}"
-        axis.plot([row["first_p90_ms"] for row in own], [row["wer"] for row in own], "o-", color=color,
-                  label=method)
-        for row in own:
-            axis.annotate(f"{row['chunk_ms']}", (row["first_p90_ms"], row["wer"]), color=color, fontsize=8,
-                          xytext=(4, 4), textcoords="offset points")
         whole = find(rows, WHOLE, method)
-        if whole is not None:
-            axis.axhline(whole["wer"], linestyle="--", linewidth=0.8, color=color)
-    axis.set_xlabel("p90 of the latency of words, from their end to their first showing (ms)")
-    axis.set_ylabel("WER of committed text (%)")
-    axis.set_title("Streams by chunk size (ms); dashed: whole utterances")
-    axis.grid(True, color="#e2e8f0")
-    axis.legend(fontsize=8)
-    figure.tight_layout()
-    with atomic_path(Path(path)) as temporary:
-        figure.savefig(temporary, format="png")
-    plt.close(figure)
+        lines.append(Line(method, [row["first_p90_ms"] for row in own], [row["wer"] for row in own],
+                          [str(row["chunk_ms"]) for row in own], whole and whole["wer"]))
+    title = "Streams by chunk size (ms); dashed: whole utterances"
+    x = "p90 of the latency of words, from their end to their first showing (ms)"
+    pictures.draw(Path(path), [Panel(title, x, "WER of committed text (%)", lines)])
