@@ -14,33 +14,8 @@ from icefall_fusion.compat.pyctcdecode import BeamSearchDecoderCTC, build_ctcdec
 from icefall_fusion.lm import CausalLm
 from icefall_fusion.ngram.arpa import LN10
 from icefall_fusion.ngram.word_ngram import WordNgram
-from tests.tiny import arpa_text, language_model
-
-LABELS = ["", " ", "a", "b", "c"]
-ARPA = arpa_text("""
--2.0\t<unk>\t0
--99\t<s>\t-0.5
--1.0\t</s>
--0.9\tab\t-0.25
--1.1\tcab\t-0.2
--0.7\ta\t-0.3
-""", """
--0.3\t<s> cab
--0.2\tab a
--0.4\ta cab
--0.6\tcab </s>
-""")
-
-
-@pytest.fixture
-def arpa(tmp_path):
-    path = tmp_path / "words.arpa"
-    path.write_text(ARPA)
-    return path
-
-
-def noise(frames: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).normal(0, 2, (frames, len(LABELS))).astype(np.float32)
+from tests.compat.compat_tools import KNOWN, LABELS, noise
+from tests.tiny import language_model
 
 
 def in_chunks(decoder, logits, cuts, **options):
@@ -207,7 +182,7 @@ def test_several_language_models_are_their_mean(arpa) -> None:
     assert len(both) > 5
     for beam in both:
         words = beam.text.split()
-        first = 0.9 * (ngram.log_prob(words) - 10 * LN10 * sum(w not in ("ab", "cab", "a") for w in words))
+        first = 0.9 * (ngram.log_prob(words) - 10 * LN10 * sum(w not in KNOWN for w in words))
         second = 0.2 * (ngram.log_prob(words) - 10 * LN10 * sum(w != "ab" for w in words))
         expected = (first + second + (0.3 + 1.1) * len(words)) / 2
         assert beam.lm_score - beam.logit_score == pytest.approx(expected, abs=3e-3)

@@ -17,36 +17,8 @@ from icefall_fusion.compat.pyctcdecode import BeamSearchDecoderCTC, build_ctcdec
 from icefall_fusion.lm import CausalLm
 from icefall_fusion.ngram.arpa import LN10
 from icefall_fusion.ngram.word_ngram import WordNgram
-from tests.tiny import arpa_text, hugging_face_ctc, language_model
-
-LABELS = ["", " ", "a", "b", "c"]
-ARPA = arpa_text("""
--2.0\t<unk>\t0
--99\t<s>\t-0.5
--1.0\t</s>
--0.9\tab\t-0.25
--1.5\tabba\t-0.125
--1.1\tcab\t-0.2
--0.7\ta\t-0.3
-""", """
--0.3\t<s> cab
--0.2\tab a
--0.4\ta cab
--0.1\tcab abba
--0.6\tabba </s>
-""")
-KNOWN = ["ab", "abba", "cab", "a"]
-
-
-@pytest.fixture
-def arpa(tmp_path):
-    path = tmp_path / "words.arpa"
-    path.write_text(ARPA)
-    return path
-
-
-def noise(frames: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).normal(0, 2, (frames, len(LABELS))).astype(np.float32)
+from tests.compat.compat_tools import ARPA, KNOWN, LABELS, noise
+from tests.tiny import hugging_face_ctc, language_model
 
 
 def lm_part(ngram: WordNgram, text: str, alpha: float, beta: float, offset: float, known=KNOWN) -> float:
