@@ -56,6 +56,7 @@ COMMANDS = {
     2: 'bash tools/gpu_day.sh --call 2 --out "$OUT" --budget 290',
 }
 SENTENCES = 64
+NEEDED = ("speech/cuts.jsonl.gz", "speech/llm/config.json", "pack.json")
 
 
 # --- speech -------------------------------------------------------------------------------------------
@@ -74,7 +75,8 @@ def make_speech(out: Path) -> None:
     weights = [file for name in ("ctc_aed", "llm") for file in (ROOT / MODELS / name).glob("*.safetensors")]
     made_of = digest([*sorted(weights), ROOT / "tools/demo/stories.txt"])
     stamp = out / "speech.made-of"
-    if not (stamp.is_file() and stamp.read_text() == made_of):
+    whole = stamp.is_file() and (folder / "llm" / "config.json").is_file()
+    if not (whole and stamp.read_text() == made_of):
         bench("speech", "--keep", folder, "--speech", work / "speech", "--sentences", SENTENCES)
         for path in folder.glob("*.npz"):  # a third smaller
             with np.load(path) as archive:
@@ -148,7 +150,7 @@ def check(out: Path) -> list[str]:
     """Print sizes and calls; return what is wrong."""
     bad = unserved(out)
     bad += [
-        f"{path} is missing" for path in ("speech/cuts.jsonl.gz", "pack.json") if not (out / path).is_file()
+        f"{path} is missing" for path in NEEDED if not (out / path).is_file()
     ]
     for call, command in COMMANDS.items():
         sizes = parts(call, out)
