@@ -25,6 +25,7 @@ class Emissions:
         tokens: the vocabulary, V pieces.
         frame_shift: seconds a frame.
         encoder_out: [B,T,D] for an attention decoder, or None.
+        joiner_frames: [B,T,J] float32 for a transducer (`acoustic/transducer.py`), or None.
 
     Raises:
         ValueError: shapes or the vocabulary do not fit, or an utterance (named) has NaN or +inf.
@@ -36,6 +37,7 @@ class Emissions:
     tokens: AcousticTokens
     frame_shift: float
     encoder_out: Optional[Tensor] = None
+    joiner_frames: Optional[Tensor] = None
 
     def __post_init__(self) -> None:
         check(self.log_probs.dim() == 3, "log_probs", "be [B,T,V]", tuple(self.log_probs.shape))
@@ -61,9 +63,9 @@ class Emissions:
         lens = self.lens[index.to(self.lens.device)]
         length = int(lens.max()) if len(rows) else 0
         at = index.to(self.log_probs.device)
-        out = None if self.encoder_out is None else self.encoder_out[at, :length]
+        out, joined = (None if x is None else x[at, :length] for x in (self.encoder_out, self.joiner_frames))
         ids = [self.ids[row] for row in rows]
-        return Emissions(ids, self.log_probs[at, :length], lens, self.tokens, self.frame_shift, out)
+        return Emissions(ids, self.log_probs[at, :length], lens, self.tokens, self.frame_shift, out, joined)
 
 
 def pad_rows(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

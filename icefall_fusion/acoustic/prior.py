@@ -42,7 +42,9 @@ class SourceWithPrior:
         check(is_number(scale) and scale > 0, "scale", "be above 0", scale)
         rule = f"have {source.tokens.size} labels"
         check(prior.shape == (source.tokens.size,), "prior", rule, tuple(prior.shape))
+        check(source.has_ctc, "EmissionOptions.prior", "be empty for a model without a CTC head", "given")
         self.wants, self.tokens, self.model = source.wants, source.tokens, source.model
+        self.transducer, self.has_ctc = source.transducer, True
         self._source, self._taken = source, scale * prior.float().clamp(min=LEAST)
 
     def emit(self, ids: Sequence[str], inputs: Sequence[Tensor]) -> Emissions:

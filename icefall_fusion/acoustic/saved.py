@@ -50,7 +50,8 @@ class SavedSource:
     """
 
     wants = "nothing"
-    model = None
+    model = transducer = None
+    has_ctc = True
 
     def __init__(
         self, path: PathLike, tokens: AcousticTokens, device: str = "cpu", frame_shift: float = 0.0

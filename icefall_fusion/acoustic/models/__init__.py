@@ -9,6 +9,7 @@
     attention.py         multi-head attention with rotary positions
     ctc.py               CTC head: frames to log-probs of pieces
     decoder.py           attention decoder
+    transducer.py        transducer head: stateless predictor and joiner
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from icefall_fusion.acoustic.models.ctc import CtcHead, greedy_pieces
 from icefall_fusion.acoustic.models.ctc_aed import CtcAed, ModelOptions
 from icefall_fusion.acoustic.models.decoder import AttentionDecoder, DecoderOptions
 from icefall_fusion.acoustic.models.model_folder import load, save
+from icefall_fusion.acoustic.models.transducer import TransducerHead, TransducerOptions
 
 __all__ = [
     "AttentionDecoder",
@@ -30,6 +32,8 @@ __all__ = [
     "EncoderOptions",
     "ModelOptions",
     "StreamingState",
+    "TransducerHead",
+    "TransducerOptions",
     "greedy_pieces",
     "join_states",
     "load",

@@ -4,13 +4,14 @@ Knows: features, vocabularies. Must not know: any one model, search, fusion, man
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, Sequence
+from typing import TYPE_CHECKING, Any, Optional, Protocol, Sequence
 
 import torch
 from torch import Tensor
 
 from icefall_fusion.acoustic.emissions import Emissions, no_frames, scatter_rows
 from icefall_fusion.acoustic.loading import loading
+from icefall_fusion.acoustic.transducer import Transducer
 from icefall_fusion.data.features import DIM, FRAME_SHIFT, pad_features
 from icefall_fusion.text.tokens import AcousticTokens
 
@@ -29,11 +30,15 @@ class EmissionSource(Protocol):
         tokens: the vocabulary.
         model: scores token lists by an attention decoder
             (``score_tokens(encoder_out, lens, token_lists)``), or None.
+        transducer: predictor and joiner for the ``joiner_frames`` of its emissions, or None.
+        has_ctc: whether it has a CTC head; without one its ``log_probs`` are -inf.
     """
 
     wants: str
     tokens: AcousticTokens
     model: Any
+    transducer: Optional[Transducer]
+    has_ctc: bool
 
     def emit(self, ids: Sequence[str], inputs: Sequence[Tensor]) -> Emissions:
         """Return the log-probs of a batch; an input too short for one output frame gets none."""
@@ -49,6 +54,8 @@ class FeatureSource:
     wants = "features"
     least_frames = 1  # shorter utterances have no output frame
     model: Any = None
+    transducer: Optional[Transducer] = None
+    has_ctc = True
     tokens: AcousticTokens
     device: torch.device
     frame_shift: float

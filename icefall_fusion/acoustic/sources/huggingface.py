@@ -29,7 +29,8 @@ class HuggingFaceSource:
     """
 
     wants = "audio"
-    model = None
+    model = transducer = None
+    has_ctc = True
 
     def __init__(self, options: EmissionOptions) -> None:
         from transformers import AutoFeatureExtractor, AutoModelForCTC, AutoTokenizer
