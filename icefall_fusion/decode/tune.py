@@ -54,7 +54,8 @@ class TuneOptions:
         confirm_step: factor between neighboring weights tried by decoding, in the first pass.
         harm: percentage points of WER outside the listed phrases that hot words may cost. With confirm, whose
             ``hotwords`` names the list, the weight of ``hotwords`` is that of the best recall under this.
-        language, normalizer: of the texts, see the job score; empty: as the files of N-best lists say.
+        language: ISO 639 code of the texts, see the job score; empty: as the files of N-best lists say.
+        normalizer: module:function from a text to its spoken words; empty: that of the language.
     """
 
     nbest: list[str]
