@@ -9,6 +9,7 @@ Knows: words and pieces. Must not know: audio, models.
     scripts.py      scripts without spaces: joining words, splitting text
     styles.py       words as a language model reads them: as-is, lower, sentence
     tokens.py       pieces of an acoustic model: which begin a word, text to ids and back
+    vocabularies.py the same of tokens.txt, units.txt and vocab.json
     lexicon.py      words and their spellings, for decoding graphs
     word_times.py   when a word sounds, from the frames in which a CTC model marks it
 """

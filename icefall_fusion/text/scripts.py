@@ -39,6 +39,7 @@ _MARKS = _as_class(
 _UNSPACED = _ranges(_LETTERS)
 _BEGINS = re.compile(f"(?![{_MARKS}])[{_UNSPACED}]")
 _UNIT = re.compile(f"(?![{_MARKS}])[{_UNSPACED}][{_MARKS}]*|(?:(?![{_UNSPACED}])\\S|[{_MARKS}])+")
+_RUN = re.compile(f"[{_UNSPACED}]+|[^{_UNSPACED}]+")
 _SPACE = re.compile(f"(?<=[{_UNSPACED}{_ranges(_SIGNS)}]) +| +(?=[{_UNSPACED}{_ranges(_SIGNS)}])")
 
 
@@ -55,6 +56,14 @@ def has_unspaced(text: str) -> bool:
 def unspaced(text: str) -> str:
     """Return a text without the spaces next to characters of scripts that have none."""
     return text if text.isascii() else _SPACE.sub("", text)
+
+
+def runs(text: str) -> list[str]:
+    """Return a text in runs of characters of scripts without spaces, and of others; joined, it is `unspaced`.
+
+    Such a run has no space inside.
+    """
+    return [match.group() for match in _RUN.finditer(unspaced(text))]
 
 
 def join_words(words: Iterable[str]) -> str:
