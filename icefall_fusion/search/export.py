@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence as SequenceClass
-from typing import TYPE_CHECKING, Any, NamedTuple, Optional, Sequence
+from typing import TYPE_CHECKING, Any, Callable, NamedTuple, Optional, Sequence
 
 import numpy as np
 import torch
@@ -95,7 +95,8 @@ class Hypotheses(SequenceClass):
 
 def export_nbests(beam: Beam, inputs: SearchInput, frame_map: Optional[Tensor], nbest: int,
                   frame_shift: Optional[float], tokens: Optional[AcousticTokens],
-                  fusions: Sequence[Fusion]) -> list[NBest]:
+                  fusions: Sequence[Fusion], acoustic: str = "ctc",
+                  peaks_of: Optional[Callable[..., np.ndarray]] = None) -> list[NBest]:
     """Return one N-best list per utterance, best first (ties: by pieces).
 
     Args:
@@ -103,6 +104,8 @@ def export_nbests(beam: Beam, inputs: SearchInput, frame_map: Optional[Tensor], 
         frame_map: [B, n] real frame of each searched frame, or None when all were searched.
         nbest: hypotheses to return at most.
         frame_shift: seconds per frame, None for no word times.
+        acoustic: source of the masses.
+        peaks_of: tells the frames of pieces as `piece_peaks` does; None: that one.
 
     Raises:
         ValueError: a score is NaN; the message names utterance and source.
@@ -119,9 +122,10 @@ def export_nbests(beam: Beam, inputs: SearchInput, frame_map: Optional[Tensor], 
         births = path // beam.arena.row_size - 1
         if frame_map is not None and births.size:
             births = frame_map.cpu().numpy()[utterances[:, None], births.clip(0)]
-        peaks = piece_peaks(inputs, utterances, path, pieces, births, lengths).astype(np.int32)
-    weights = {"ctc": 1.0, **{f.source: float(f.weight) for f in fusions}}
-    scores = {"ctc": live[:, 1], **{f.source: live[:, 3 + s] for s, f in enumerate(fusions)}}
+        peaks_of = peaks_of or piece_peaks
+        peaks = peaks_of(inputs, utterances, path, pieces, births, lengths).astype(np.int32)
+    weights = {acoustic: 1.0, **{f.source: float(f.weight) for f in fusions}}
+    scores = {acoustic: live[:, 1], **{f.source: live[:, 3 + s] for s, f in enumerate(fusions)}}
     if tokens is not None:
         weights[WORDS] = float(sum(f.word_bonus for f in fusions))
         if weights[WORDS] != 0:

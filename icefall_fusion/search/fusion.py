@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from icefall_fusion.text.tokens import AcousticTokens
 
 #: Names of scores that an N-best list has of its own.
-RESERVED_SOURCES = ("ctc", "words", "total")
+RESERVED_SOURCES = ("ctc", "rnnt", "words", "total")
 _UNITS = (None, "words", "pieces")
 
 

@@ -14,7 +14,7 @@ from icefall_fusion.common.checks import check, check_choice, is_count, is_numbe
 from icefall_fusion.search.engines import ENGINES
 from icefall_fusion.text.tokens import AcousticTokens
 
-_FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _ABOVE_ZERO = 1e-2  # nats by which rounding may lift a log-prob above 0, in float32 and better
 _ROUNDINGS = 32  # the same in units of the type's own precision: 0.03 in float16, 0.25 in bfloat16
@@ -40,6 +40,7 @@ class PrefixSearchOptions:
             table `ENGINES` in engines/__init__.py tells which searches an engine serves.
         groups: groups of utterances that are searched in turns, so that a GPU scores for one while the host
             works for another; none: 2 where that is so, else 1 (see turns.py). The results are the same.
+        symbols: of transducers: pieces that a frame may emit (see transducer.py).
     """
 
     beam: int = 10
@@ -52,10 +53,12 @@ class PrefixSearchOptions:
     word_times: bool = True
     engine: str = "auto"
     groups: Optional[int] = None
+    symbols: int = 1
 
     def __post_init__(self) -> None:
         name, least, skip = "PrefixSearchOptions.", self.score_beam, self.blank_skip
-        check(is_count(self.beam), name + "beam", "be an integer, at least 1", self.beam)
+        for field, value in (("beam", self.beam), ("symbols", self.symbols)):
+            check(is_count(value), name + field, "be an integer, at least 1", value)
         counts = {"top_pieces": self.top_pieces, "nbest": self.nbest, "groups": self.groups}
         for field, value in counts.items():
             check(value is None or is_count(value), name + field, "be none or an integer, at least 1", value)
@@ -102,21 +105,13 @@ def check_input(log_probs: Tensor, lens: Tensor, blank_id: Optional[int], tokens
     Raises:
         ValueError: see ctc_prefix_search.
     """
-    _check_tensor(log_probs, "log_probs", "floating point log-probs [B, T, V]", _FLOATS)
+    check_tensor(log_probs, "log_probs", "floating point log-probs [B, T, V]", FLOATS)
     check(log_probs.dim() == 3, "log_probs", "have 3 dimensions [B, T, V]", tuple(log_probs.shape))
     batch, frames, pieces = log_probs.shape
     check(pieces >= 2, "log_probs", "have a blank and at least one more piece (V >= 2)", pieces)
     blank = _check_blank(blank_id, tokens, pieces)
-    _check_tensor(lens, "lens", "integers [B]", _INTEGERS)
-    check(lens.shape == (batch,), "lens", f"have shape [{batch}]", tuple(lens.shape))
-    good = ids is None or (isinstance(ids, Sequence) and not isinstance(ids, (str, bytes)))
-    check(good, "ids", "be a sequence of names of utterances", ids)
-    names = [str(i) for i in (range(batch) if ids is None else ids)]
-    check(len(names) == batch, "ids", f"name {batch} utterances", len(names))
-    lengths = lens.tolist()
+    names, lengths = check_utterances(lens, ids, batch, frames)
     longest = max(lengths, default=0)
-    for name, length in zip(names, lengths):
-        check(0 <= length <= frames, f"lens of utterance {name}", f"be in 0..{frames}", length)
     lens = lens.to(device=log_probs.device, dtype=torch.int64)
     allowed = max(_ABOVE_ZERO, _ROUNDINGS * torch.finfo(log_probs.dtype).eps)
     log_probs = log_probs[:, :longest].float()
@@ -130,7 +125,22 @@ def check_input(log_probs: Tensor, lens: Tensor, blank_id: Optional[int], tokens
     return SearchInput(log_probs, best.masked_fill(~live, 0.0), live, lens, names, blank)
 
 
-def _check_tensor(value: Any, name: str, what: str, dtypes: Sequence[torch.dtype]) -> None:
+def check_utterances(lens: Tensor, ids: Optional[Sequence[str]], batch: int,
+                     frames: int) -> tuple[list[str], list[int]]:
+    """Return the names and lengths of the utterances of a batch; else raise ValueError."""
+    check_tensor(lens, "lens", "integers [B]", _INTEGERS)
+    check(lens.shape == (batch,), "lens", f"have shape [{batch}]", tuple(lens.shape))
+    good = ids is None or (isinstance(ids, Sequence) and not isinstance(ids, (str, bytes)))
+    check(good, "ids", "be a sequence of names of utterances", ids)
+    names = [str(i) for i in (range(batch) if ids is None else ids)]
+    check(len(names) == batch, "ids", f"name {batch} utterances", len(names))
+    lengths = lens.tolist()
+    for name, length in zip(names, lengths):
+        check(0 <= length <= frames, f"lens of utterance {name}", f"be in 0..{frames}", length)
+    return names, lengths
+
+
+def check_tensor(value: Any, name: str, what: str, dtypes: Sequence[torch.dtype]) -> None:
     """Raise ValueError unless a value is a plain tensor that holds numbers of one of these types."""
     check(isinstance(value, Tensor), name, f"be a tensor of {what}", type(value).__name__)
     check(value.dtype in dtypes, name, f"be a tensor of {what}", value.dtype)

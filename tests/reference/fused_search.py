@@ -55,8 +55,13 @@ def log_add(*values: float) -> float:
     return top if top == NEVER else top + math.log(sum(math.exp(v - top) for v in values))
 
 
-def fused_search(log_probs, beam: int, tokens, fusions: Sequence[SlowFusion]) -> list[tuple[Prefix, dict]]:
-    """Return (pieces, scores) of the final beam, best first; ``log_probs`` is a list of rows."""
+def fused_search(log_probs, beam: int, tokens, fusions: Sequence[SlowFusion], acoustic: str = "ctc"
+                 ) -> list[tuple[Prefix, dict]]:
+    """Return (pieces, scores) of the final beam, best first; ``log_probs`` is a list of rows.
+
+    acoustic: ``ctc``; or ``rnnt``, a transducer of one symbol a frame: a row is then a function of prefixes.
+    """
+    go_on = step if acoustic == "ctc" else transducer_step
     nothing = [0.0] * len(fusions)
     slots = {(): Slot(0.0, NEVER, list(nothing), [0] * len(fusions), [0] * len(fusions), list(nothing))}
     for fusion in fusions:
@@ -67,7 +72,7 @@ def fused_search(log_probs, beam: int, tokens, fusions: Sequence[SlowFusion]) ->
         return slot.total() + sum(sums) + sum(slot.ahead)
 
     for frame, row in enumerate(log_probs):
-        slots = step(slots, row, tokens, fusions)
+        slots = go_on(slots, row, tokens, fusions)
         best = sorted(slots, key=lambda prefix: -rank(slots[prefix]))[:beam]
         slots = {prefix: slots[prefix] for prefix in best if slots[prefix].total() > NEVER}
         for s, fusion in enumerate(fusions):
@@ -100,7 +105,7 @@ def fused_search(log_probs, beam: int, tokens, fusions: Sequence[SlowFusion]) ->
             slot.lm[s], slot.words[s], slot.ahead[s] = fusion.end_score(prefix, words), len(words), 0.0
     result = []
     for prefix, slot in slots.items():
-        scores = {"ctc": slot.total(), "words": len(tokens.words(prefix)), "total": rank(slot)}
+        scores = {acoustic: slot.total(), "words": len(tokens.words(prefix)), "total": rank(slot)}
         scores.update({fusion.source: lm for fusion, lm in zip(fusions, slot.lm)})
         result.append((prefix, scores))
     return sorted(result, key=lambda found: -found[1]["total"])
@@ -118,17 +123,35 @@ def step(slots: dict[Prefix, Slot], row, tokens, fusions) -> dict[Prefix, Slot]:
             if piece == tokens.blank_id:
                 continue
             mass = (slot.blank if prefix and piece == prefix[-1] else slot.total()) + log_prob
-            longer = (*prefix, piece)
-            if longer in slots:
-                after[longer].nonblank = log_add(after[longer].nonblank, mass)
-                continue
-            grown = replace(copy.deepcopy(slot), blank=NEVER, nonblank=mass)
-            for s, fusion in enumerate(fusions):
-                if fusion.piece_score is not None:
-                    grown.lm[s] += fusion.piece_score(prefix, piece)
-                    grown.words[s] += int(tokens.starts_word[piece] or not prefix)
-            after[longer] = grown
+            extend(slots, after, prefix, piece, mass, tokens, fusions)
     return after
+
+
+def transducer_step(slots: dict[Prefix, Slot], row, tokens, fusions) -> dict[Prefix, Slot]:
+    """Return the same for a transducer whose frame emits blank or one piece, with ``row(prefix)``."""
+    after: dict[Prefix, Slot] = {}
+    for prefix, slot in slots.items():
+        stay = slot.total() + row(prefix)[tokens.blank_id]
+        after[prefix] = replace(copy.deepcopy(slot), blank=NEVER, nonblank=stay)
+    for prefix, slot in slots.items():
+        for piece, log_prob in enumerate(row(prefix)):
+            if piece != tokens.blank_id:
+                extend(slots, after, prefix, piece, slot.total() + log_prob, tokens, fusions)
+    return after
+
+
+def extend(slots, after: dict[Prefix, Slot], prefix: Prefix, piece: int, mass: float, tokens, fusions):
+    """Add the way from a prefix by a piece; where it leads to a live prefix, to that one's mass."""
+    longer = (*prefix, piece)
+    if longer in slots:
+        after[longer].nonblank = log_add(after[longer].nonblank, mass)
+        return
+    grown = replace(copy.deepcopy(slots[prefix]), blank=NEVER, nonblank=mass)
+    for s, fusion in enumerate(fusions):
+        if fusion.piece_score is not None:
+            grown.lm[s] += fusion.piece_score(prefix, piece)
+            grown.words[s] += int(tokens.starts_word[piece] or not prefix)
+    after[longer] = grown
 
 
 def closed_words(prefix: Prefix, tokens) -> list[str]:

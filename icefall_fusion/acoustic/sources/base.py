@@ -105,7 +105,7 @@ class FeatureSource:
 
 
 def tokens_of(options: EmissionOptions) -> AcousticTokens:
-    """Load the vocabulary that the options name, else the one beside the model (see `AcousticTokens.load`).
+    """Load the vocabulary that the options name, else the ``bpe.model`` beside the model.
 
     Raises:
         FileNotFoundError: there is none.
@@ -113,10 +113,8 @@ def tokens_of(options: EmissionOptions) -> AcousticTokens:
     if options.tokens:
         return AcousticTokens.load(options.tokens)
     folder = Path(options.model) if Path(options.model).is_dir() else Path(options.model).parent
-    try:
-        return AcousticTokens.load(folder)
-    except FileNotFoundError as error:
+    if not (folder / "bpe.model").is_file():
         raise FileNotFoundError(
-            "EmissionOptions.tokens must name a bpe.model, tokens.txt, units.txt or vocab.json, for there is "
-            f"none beside {options.model!r}"
-        ) from error
+            f"EmissionOptions.tokens must name a bpe.model, for there is none beside {options.model!r}"
+        )
+    return AcousticTokens.load(folder)

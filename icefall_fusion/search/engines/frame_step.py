@@ -88,7 +88,7 @@ class FrameStep:
         """
         beam = self.beam
         last_score = frame.row.gather(1, beam.last).add_(frame.shift)
-        parent_slots = self._parent_slots()
+        parent_slots = self.parent_slots()
         incoming = beam.carried.gather(1, parent_slots + beam.integers[:, REPEATS])
         nonblank = torch.logaddexp(beam.log_nonblank, incoming)
         torch.add(nonblank, last_score, out=out.stay_nonblank)
@@ -157,7 +157,7 @@ class FrameStep:
         beam.log_nonblank = masses[:, 2]
         return chosen, source, grew_alive
 
-    def _parent_slots(self) -> Tensor:
+    def parent_slots(self) -> Tensor:
         """Return 1 + the slot that holds each prefix's parent, 0 if none does: [B, K] int64.
 
         Prefixes are compared by a 64-bit hash of their pieces, not by node: a parent that was pruned and is

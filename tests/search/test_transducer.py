@@ -1,0 +1,206 @@
+"""The transducer search against its slow twins and torchaudio's loss, its invariances, its errors.
+Knows: the transducer search, tokens. Must not know: large language models.
+"""
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference.transducer import all_alignments, dictionary_search, modified_beam_search
+from search_tools import TOKENS, assert_near, assert_same
+from transducer_tools import TinyTransducer, encodings, listing, search
+
+from icefall_fusion.search import PrefixSearchOptions
+
+# -- exactness
+
+
+@pytest.mark.parametrize(("frames", "pieces", "symbols"),
+                         [(1, 2, 1), (4, 3, 1), (5, 3, 1), (1, 3, 2), (3, 3, 2), (2, 3, 4)])
+@pytest.mark.parametrize("blank", [0, 1])
+def test_nothing_pruned_equals_brute_force_over_all_alignments(frames, pieces, symbols, blank):
+    model = TinyTransducer(pieces, seed=frames, blank_id=blank)
+    encoder = encodings(7, 2, frames)
+    for rows, nbest in zip(encoder, search(model, encoder, beam=600, symbols=symbols)):
+        expected = all_alignments(model.rows(rows), frames, blank, symbols, pieces)
+        assert dict(listing(nbest)) == pytest.approx(expected, abs=1e-4)
+        assert_same(listing(nbest)[:5], sorted(expected.items(), key=lambda found: -found[1])[:5])
+
+
+def test_scores_of_all_prefixes_sum_to_one_where_a_frame_has_one_symbol():
+    nbest = search(TinyTransducer(3), encodings(1, 1, 6), beam=800)[0]
+    assert sum(math.exp(h.scores["rnnt"]) for h in nbest) == pytest.approx(1.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_beam_that_keeps_everything_finds_the_loss_of_torchaudio(seed):
+    loss = pytest.importorskip("torchaudio").functional.rnnt_loss
+    model, encoder, frames = TinyTransducer(3, seed=seed), encodings(seed, 1, 3), 3
+    found = dict(listing(search(model, encoder, beam=1100, symbols=3)[0]))
+    assert len(found) == 2**10 - 1
+    for tokens, score in found.items():
+        if not 0 < len(tokens) <= 3:  # a longer one may have more in a frame; none has no targets
+            continue
+        contexts = torch.tensor([*model.start, *tokens]).unfold(0, 2, 1)  # [U + 1, 2]
+        states = model.predict(contexts).repeat(frames, 1)
+        grid = model.join(encoder[0].repeat_interleave(len(contexts), 0), states)
+        lengths = torch.tensor([frames], dtype=torch.int32), torch.tensor([len(tokens)], dtype=torch.int32)
+        targets = torch.tensor([tokens], dtype=torch.int32)
+        exact = -loss(grid.view(1, frames, -1, 3), targets, *lengths, blank=0, fused_log_softmax=False)
+        assert score == pytest.approx(float(exact), abs=1e-4)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10**6), frames=st.integers(0, 20), pieces=st.integers(2, 20),
+       beam=st.integers(1, 8), symbols=st.integers(1, 3), context=st.integers(1, 3),
+       sharpness=st.sampled_from([0.5, 1.0, 3.0]), data=st.data())
+def test_pruned_search_equals_dictionary_search(seed, frames, pieces, beam, symbols, context, sharpness,
+                                                data):
+    model = TinyTransducer(pieces, context, seed=seed, sharpness=sharpness, blank_bias=2.0)
+    lens, encoder = torch.tensor([frames, data.draw(st.integers(0, frames))]), encodings(seed, 2, frames)
+    found = search(model, encoder, lens, beam=beam, symbols=symbols)
+    for rows, length, nbest in zip(encoder, lens.tolist(), found):
+        expected = dictionary_search(model.rows(rows), length, 0, beam, symbols)
+        if symbols == 1:
+            assert_near(listing(nbest), expected)
+        else:  # pieces that a frame emits in another order may have the same mass
+            assert [score for _, score in listing(nbest)] == pytest.approx(
+                [score for _, score in expected], abs=1e-3)
+
+
+def test_one_symbol_a_frame_has_the_best_hypothesis_of_icefalls_modified_beam_search():
+    """Icefall prunes before it merges, we after; where the model is clear the best hypothesis is the same."""
+    same, gain, pieces = 0, 0.0, 0
+    for seed in range(20):
+        model = TinyTransducer(30, seed=seed, sharpness=3.0, blank_bias=1.0)
+        encoder = encodings(seed, 1, 30)
+        best, score = modified_beam_search(model.rows(encoder[0]), 30, 0, 8)[0]
+        ours, ours_score = listing(search(model, encoder, beam=8)[0])[0]
+        same, gain, pieces = same + (ours == best), gain + ours_score - score, pieces + len(best)
+    assert same >= 19 and pieces > 150
+    assert gain > 0  # what is merged first is not lost to pruning
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10**6), frames=st.integers(1, 5))
+def test_nothing_pruned_equals_icefalls_modified_beam_search(seed, frames):
+    model, encoder = TinyTransducer(3, seed=seed), encodings(seed, 1, frames)
+    expected = modified_beam_search(model.rows(encoder[0]), frames, 0, 400)
+    assert dict(listing(search(model, encoder, beam=400)[0])) == pytest.approx(dict(expected), abs=1e-4)
+
+
+def test_impossible_pieces_are_legal():
+    model = TinyTransducer(5)
+    model.joiner.output_linear.bias.data[3] = -math.inf
+    for symbols in (1, 2):
+        for nbest in search(model, encodings(3, 2, 9), beam=4, symbols=symbols):
+            assert all(3 not in h.tokens and math.isfinite(h.scores["rnnt"]) for h in nbest)
+            assert len({tuple(h.tokens) for h in nbest}) == len(nbest) == 4
+
+
+def test_long_audio_keeps_its_precision():
+    model, encoder = TinyTransducer(5, sharpness=0.5), encodings(3, 1, 800)
+    expected = dictionary_search(model.rows(encoder[0]), 800, 0, 3, 1)
+    assert search(model, encoder, beam=3)[0][0].scores["rnnt"] == pytest.approx(expected[0][1], rel=1e-5)
+
+
+# -- invariances
+
+
+@pytest.mark.parametrize("options", [{}, {"symbols": 3}, {"score_beam": 4.0}])
+def test_result_depends_neither_on_batch_nor_on_padding(options):
+    lens = torch.tensor([50, 23, 0, 1, 37])
+    model, encoder = TinyTransducer(20, sharpness=1.5, blank_bias=2.0), encodings(7, 5, 50)
+    whole = search(model, encoder, lens, beam=6, **options)
+    for junk in (0.0, math.nan, math.inf, 70.0):
+        padded = torch.cat([encoder, encoder[:, :20]], dim=1)
+        for row, length in zip(padded, lens.tolist()):
+            row[length:] = junk
+        again = search(model, padded, lens, beam=6, **options)
+        assert [n.hypotheses for n in again] == [n.hypotheses for n in whole]
+    for b, length in enumerate(lens.tolist()):
+        alone = search(model, encoder[b : b + 1, :length], lens[b : b + 1], beam=6, **options)[0]
+        assert_same(listing(alone), listing(whole[b]))
+
+
+def test_the_joiner_is_called_once_a_step_and_the_predictor_once_a_context():
+    model, encoder = TinyTransducer(20, blank_bias=2.0), encodings(8, 3, 30)
+    search(model, encoder, beam=5)
+    assert len(model.joined) == 30
+    assert model.joined[0] == 3 and model.joined[-1] == 15
+    assert len(set(model.asked)) == len(model.asked) > 30
+
+
+def test_score_beam_only_drops_hypotheses():
+    model, encoder = TinyTransducer(8, sharpness=2.0), encodings(10, 3, 30)
+    for wide, narrow in zip(search(model, encoder, beam=8), search(model, encoder, beam=8, score_beam=3.0)):
+        assert narrow[0].tokens == wide[0].tokens
+        assert all(h.total > narrow[0].total - 3.5 for h in narrow) and len(narrow) <= len(wide)
+
+
+def test_text_and_word_times_tell_the_frame_of_emission():
+    """The joiner's own output decides: a frame of the encoder asks for one piece strongly."""
+    model = TinyTransducer(6, width=8, sharpness=0.0)
+    model.joiner.output_linear.weight.data = 40 * torch.eye(6, 8)
+    model.joiner.output_linear.bias.data.zero_()
+    model.joiner.decoder_proj.weight.data.zero_()
+    model.joiner.decoder_proj.bias.data.zero_()
+    best = torch.tensor([0, 1, 2, 0, 3, 3, 0, 4])
+    encoder = torch.nn.functional.one_hot(best, 8).float().unsqueeze(0)
+    hypothesis = search(model, encoder, tokens=TOKENS, nbest=3)[0][0]
+    assert hypothesis.text == "ab c cd" and hypothesis.scores["words"] == 3
+    assert [(t.word, t.start) for t in hypothesis.times] == [("ab", 0.04), ("c", 0.16), ("cd", 0.2)]
+    assert hypothesis.total == hypothesis.scores["rnnt"]
+    assert len(search(model, encoder, tokens=TOKENS, nbest=3)[0]) == 3
+
+
+def test_empty_utterances():
+    model = TinyTransducer(6)
+    nbests = search(model, encodings(12, 2, 1), torch.tensor([0, 1]), TOKENS, ids=["none", "one"])
+    assert nbests[0].utterance == "none" and len(nbests[0]) == 1
+    assert nbests[0][0].tokens == [] and nbests[0][0].scores["rnnt"] == 0.0
+    assert search(model, torch.zeros(0, 0, 8), torch.zeros(0, dtype=torch.int64)) == []
+    assert len(search(model, torch.zeros(1, 0, 8))[0]) == 1
+
+
+# -- errors
+
+
+def test_bad_arguments_are_named():
+    model, encoder = TinyTransducer(6), encodings(1, 2, 5)
+    with pytest.raises(ValueError, match=r"encoder must have 3 dimensions \[B, T, J\]"):
+        search(model, encoder[0], torch.tensor([5]))
+    with pytest.raises(ValueError, match="lens of utterance 1 must be in 0..5"):
+        search(model, encoder, torch.tensor([5, 6]))
+    with pytest.raises(ValueError, match="tokens.size must equal the 7 pieces of the model"):
+        search(TinyTransducer(7), encoder, tokens=TOKENS)
+    with pytest.raises(ValueError, match="tokens.blank_id must be the blank of the model"):
+        search(TinyTransducer(6, blank_id=3), encoder, tokens=TOKENS)
+    with pytest.raises(ValueError, match="model must have start, .*without"):
+        search(torch.nn.Linear(2, 2), encoder)
+    encoder[1, 3, 2] = math.nan
+    with pytest.raises(ValueError, match="encoder outputs of utterance b must be finite"):
+        search(model, encoder, ids=["a", "b"])
+    search(model, encoder, torch.tensor([5, 3]))
+
+
+@pytest.mark.parametrize("options", [
+    {"recover_mass": True}, {"blank_skip": 0.9}, {"groups": 2}, {"engine": "triton"}])
+def test_options_that_do_not_serve_are_refused(options):
+    with pytest.raises(ValueError, match=f"{next(iter(options))} must be .* for transducers"):
+        search(TinyTransducer(6), encodings(1, 1, 3), **options)
+    with pytest.raises(ValueError, match="PrefixSearchOptions.symbols must be an integer, at least 1"):
+        PrefixSearchOptions(symbols=0)
+
+
+def test_scores_that_are_no_numbers_name_the_utterance():
+    model = TinyTransducer(6)
+    encoder = encodings(1, 2, 4)
+    model.joiner.output_linear.bias.data[2] = math.nan
+    for value in (math.nan, math.inf):
+        model.joiner.output_linear.bias.data[2] = value
+        with pytest.raises(ValueError, match="log-probs of utterance b must be numbers"):
+            search(model, encoder, torch.tensor([0, 4]), ids=["a", "b"])
