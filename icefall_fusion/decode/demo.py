@@ -1,4 +1,4 @@
-"""Job ``demo``: the built-in stories, spoken by unseen voices in noise, decoded by every method.
+"""Job ``demo``: the built-in stories, spoken by unseen voices in noise, decoded by several methods.
 Knows: the stories, synthesis, the decoder, the report. Must not know: how any of them works.
 """
 from __future__ import annotations
@@ -7,7 +7,7 @@ import json
 import logging
 import multiprocessing
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Union
 
@@ -18,7 +18,7 @@ from icefall_fusion.data import synthesis
 from icefall_fusion.data.manifests import cuts_path
 from icefall_fusion.decode.job import DecodeOptions, DecodeRun
 from icefall_fusion.decode.language_models import LmOptions
-from icefall_fusion.decode.method_names import parse_methods
+from icefall_fusion.decode.method_names import parse_method, parse_methods
 from icefall_fusion.decode.pretrained import FOLDER, with_pretrained
 from icefall_fusion.scoring.table import table, write_report
 from icefall_fusion.search import PrefixSearchOptions
@@ -26,17 +26,24 @@ from icefall_fusion.text.normalizer import normalize
 
 STORIES = Path(__file__).resolve().parents[2] / "tools" / "demo" / "stories.txt"
 SETS = {"clean": "test-clean", "other": "test-other"}  # name here -> population of voices and conditions
+#: What a look at the project needs, in minutes on two cores; "all" has the methods that take longer too.
+METHODS = (
+    "ctc-greedy", "ctc-prefix", "attention-rescoring", "nlm-shallow", "ngram-shallow", "llm-nbest-rescoring",
+    "llm-delayed-shortest", "llm-delayed-shortest-ahead", "ngram-shallow+llm-delayed-shortest",
+)
 
 
 @dataclass(frozen=True)
 class DemoOptions:
-    """Speak stories by eSpeak NG, half clean and half noisy, and compare all methods on them.
+    """Speak stories by eSpeak NG, half clean and half noisy, and compare methods on them.
+
+    Methods without an LLM come first, and their table is shown at once.
 
     Args:
         out: folder; audio is made once and kept there, results are made anew.
         stories: text, a sentence a line; lines that start with "#" are titles.
         pretrained: folder with ctc_aed, nlm, llm, matched_llm, ngram.arpa.gz and weights.yaml.
-        methods: comma-separated or a list; "all" is the whole comparison.
+        methods: comma-separated or a list; "all" is the whole comparison. Default: `METHODS`.
         quick: only 16 sentences; everything then lies in the folder ``quick`` of ``out``.
         search: the prefix search.
         batch_size: utterances decoded together.
@@ -49,7 +56,7 @@ class DemoOptions:
     out: str = "demo"
     stories: str = str(STORIES)
     pretrained: str = str(FOLDER)
-    methods: Union[str, list[str]] = "all"
+    methods: Union[str, list[str]] = ",".join(METHODS)
     quick: bool = False
     search: PrefixSearchOptions = field(default_factory=PrefixSearchOptions)
     batch_size: int = 32
@@ -73,16 +80,23 @@ def run(options: DemoOptions) -> int:
     if options.quick:
         sentences = sentences[:: max(1, len(sentences) // 16)][:16]
     manifests = {name: speak(options, out / "data", name, sentences) for name in SETS}
-    jobs = [_decode_options(options, out, name, path) for name, path in manifests.items()]
-    if options.workers > 1:  # a process for each set, a thread for each process
-        with multiprocessing.get_context("spawn").Pool(min(options.workers, len(jobs))) as pool:
-            done = pool.map(decode_one, enumerate(jobs), chunksize=1)
-            pool.close()
-            pool.join()
-    else:
-        done = [decode_one((0, job)) for job in jobs]
-    rows = [row for made, _ in done for row in made]
-    skipped = sum(count for _, count in done)
+    methods = parse_methods(options.methods)
+    slow = [name for name in methods if set(parse_method(name).sources) & {"llm", "matched_llm"}]
+    fast = [name for name in methods if name not in slow]
+    rows: list[dict[str, Any]] = []
+    skipped = 0
+    for folder, group in (("decode", fast), ("decode-llm", slow)):
+        if not group:
+            continue
+        now = replace(options, methods=group)
+        jobs = [_decode_options(now, out / folder, name, path) for name, path in manifests.items()]
+        done = _decode(jobs, options.workers)
+        rows += [row for made, _ in done for row in made]
+        skipped = max(skipped, sum(count for _, count in done))  # every group meets the same audio
+        if group is fast and slow:
+            now_table = table(_in_order(rows, methods))
+            print(f"\n{now_table}\n\n{len(slow)} methods with an LLM follow.\n", flush=True)
+    rows = _in_order(rows, methods)
     write_report(rows, out)
     print(f"\n{table(rows)}\n")
     seconds = sum(rows[i]["audio_seconds"] for i in (0, len(rows) // 2))
@@ -92,10 +106,27 @@ def run(options: DemoOptions) -> int:
     return SKIPPED_SOME if skipped else 0
 
 
-def _decode_options(options: DemoOptions, out: Path, name: str, manifest: str) -> DecodeOptions:
+def _in_order(rows: list[dict[str, Any]], methods: list[str]) -> list[dict[str, Any]]:
+    """Return rows by test set, and by method as they were asked for."""
+    sets = list(SETS)
+    return sorted(rows, key=lambda row: (sets.index(row["test_set"]), methods.index(row["method"])))
+
+
+def _decode(jobs: list[DecodeOptions], workers: int) -> list[tuple[list[dict[str, Any]], int]]:
+    """Decode all sets, a process for each and a thread for each process; in turn with one worker."""
+    if workers == 1:
+        return [decode_one((0, job)) for job in jobs]
+    with multiprocessing.get_context("spawn").Pool(min(workers, len(jobs))) as pool:
+        done = pool.map(decode_one, enumerate(jobs), chunksize=1)
+        pool.close()
+        pool.join()
+    return done
+
+
+def _decode_options(options: DemoOptions, folder: Path, name: str, manifest: str) -> DecodeOptions:
     lm = LmOptions(dtype=options.lm_dtype)
     decode = DecodeOptions(
-        out=str(out / "decode" / name), test_sets={name: manifest}, methods=options.methods,
+        out=str(folder / name), test_sets={name: manifest}, methods=options.methods,
         search=options.search, nlm=lm, llm=lm, matched_llm=lm, batch_size=options.batch_size,
         threads=options.threads, restart=True,
     )

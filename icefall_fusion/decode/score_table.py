@@ -13,7 +13,8 @@ import numpy as np
 
 from icefall_fusion.common.checks import check
 from icefall_fusion.nbest import NBest
-from icefall_fusion.scoring.wer import compare_words, words_of
+from icefall_fusion.scoring.wer import compare_words
+from icefall_fusion.text.language import ENGLISH, Language, check_texts
 
 _LOWEST = -1e9  # the score of a hypothesis that is not there
 
@@ -38,14 +39,16 @@ class ScoreTable:
 
     @classmethod
     def make(
-        cls, nbests: Iterable[NBest], references: Mapping[str, str], sources: Sequence[str]
+        cls, nbests: Iterable[NBest], references: Mapping[str, str], sources: Sequence[str],
+        language: Language = ENGLISH,
     ) -> ScoreTable:
         """Build the table; hypotheses of the same utterance and text count once.
 
         References without a list (audio that was skipped, a limit in decoding) are left out, with a warning.
 
         Raises:
-            ValueError: there are no lists, a list has no reference, or no hypothesis has all the sources.
+            ValueError: there are no lists, a list has no reference, no hypothesis has all the sources, or the
+                references have no words of the language.
         """
         names = [*sources, "words"]
         lists: dict[str, dict[str, list[float]]] = {}
@@ -66,17 +69,19 @@ class ScoreTable:
                 f"N-best lists must have hypotheses with scores of {names} for every utterance, but "
                 f"{len(empty)} have none, e.g. {empty[:3]}"
             )
+        check_texts({utterance: references[utterance] for utterance in lists}, language)
         most = max(map(len, lists.values()))
         table = np.zeros((len(lists), most, 1 + len(names)))
         table[:, :, 0] = _LOWEST
         errors = np.zeros((len(lists), most), dtype=np.int64)
         words = 0
         for row, (utterance, texts) in enumerate(lists.items()):
-            reference = words_of(references[utterance])
-            counts = [compare_words(reference, words_of(text)) for text in texts]
+            reference = language.units(references[utterance])
+            counts = [compare_words(reference, language.units(text)) for text in texts]
             table[row, : len(texts)] = np.clip(list(texts.values()), _LOWEST, -_LOWEST)
             errors[row, : len(texts)] = [count.errors for count in counts]
             words += counts[0].words
+        check(words > 0, "references", f"have words of the language {language.name!r}", list(references)[:3])
         return cls(names, table[:, :, 0], table[:, :, 1:], errors, words)
 
     def count(self, weights: np.ndarray) -> np.ndarray:

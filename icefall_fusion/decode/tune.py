@@ -27,8 +27,9 @@ from icefall_fusion.decode.utterances import read_cuts
 from icefall_fusion.fusion.hotwords import HOT_WORDS
 from icefall_fusion.nbest import NBest, read_nbests
 from icefall_fusion.scoring.phrases import PhraseScores, score_phrases
-from icefall_fusion.scoring.score import read_texts
+from icefall_fusion.scoring.score import kept_language, read_texts
 from icefall_fusion.scoring.wer import word_errors
+from icefall_fusion.text.language import Language, language_of
 
 #: Where a climb by decoding starts too, and its first step of the bonus (nats).
 FIRST_PASS_WEIGHT, FIRST_PASS_BONUS, BONUS_STEP = 0.4, 2.0, 1.0
@@ -53,6 +54,8 @@ class TuneOptions:
         confirm_step: factor between neighboring weights tried by decoding, in the first pass.
         harm: percentage points of WER outside the listed phrases that hot words may cost. With confirm, whose
             ``hotwords`` names the list, the weight of ``hotwords`` is that of the best recall under this.
+        language: ISO 639 code of the texts, see the job score; empty: as the files of N-best lists say.
+        normalizer: module:function from a text to its spoken words; empty: that of the language.
     """
 
     nbest: list[str]
@@ -66,6 +69,8 @@ class TuneOptions:
     confirm_rounds: int = 2
     confirm_step: float = 1.6
     harm: float = 0.1
+    language: str = ""
+    normalizer: str = ""
 
     def __post_init__(self) -> None:
         check(len(self.nbest) > 0, "TuneOptions.nbest", "name at least one file", self.nbest)
@@ -77,11 +82,13 @@ class TuneOptions:
         check(good, "TuneOptions.harm", "be at least 0 percentage points", self.harm)
         check(self.confirm_step > 1, "TuneOptions.confirm_step", "be above 1", self.confirm_step)
         parse_methods(self.methods)
+        language_of(self.language, self.normalizer)
 
 
 def run(options: TuneOptions) -> int:
     """Run the job ``tune``; the exit code is 3 when audio of dev could not be read."""
     references = read_texts(options.ref)
+    language = language_of(options.language, options.normalizer, kept_language(*options.nbest))
     lists = [nbest for path in options.nbest for nbest in read_nbests(path)]
     weights: dict[str, dict[str, float]] = {}
     wer: dict[str, float] = {}
@@ -91,7 +98,7 @@ def run(options: TuneOptions) -> int:
         sources = [one for one in parse_method(method).sources if one != HOT_WORDS or options.confirm is None]
         if not parse_method(method).sources:
             continue
-        scores = ScoreTable.make(lists, references, sources)
+        scores = ScoreTable.make(lists, references, sources, language)
         weights[method], errors = coordinate_search(scores, options.highest, options.bonus, options.rounds)
         if HOT_WORDS in parse_method(method).sources and HOT_WORDS not in sources:
             weights[method] = {"ctc": 1.0, HOT_WORDS: 0.0, **weights[method]}  # found by decoding
@@ -99,7 +106,8 @@ def run(options: TuneOptions) -> int:
         logging.info("%s: dev WER %.2f %% from N-best lists with %s", method, wer[method], weights[method])
     fused = [method for method in weights if parse_method(method).fusions]
     if options.confirm is not None and fused:
-        confirmation = _Confirmation(options, options.confirm, {method: weights[method] for method in fused})
+        tuned = {method: weights[method] for method in fused}
+        confirmation = _Confirmation(options, options.confirm, tuned, language)
         for method in fused:
             simpler = [other for other in weights.values() if set(other) < set(weights[method])]
             weights[method], wer[method] = confirmation.improve(method, weights[method], simpler)
@@ -148,12 +156,14 @@ class _Confirmation:
         options: of the job.
         decode: the decode job whose test sets are dev.
         weights: by method, of the methods to confirm.
+        language: of the references.
     """
 
     def __init__(
-        self, options: TuneOptions, decode: DecodeOptions, weights: Mapping[str, Mapping[str, float]]
+        self, options: TuneOptions, decode: DecodeOptions, weights: Mapping[str, Mapping[str, float]],
+        language: Language,
     ) -> None:
-        self.options = options
+        self.options, self._language = options, language
         self.recognizer = recognizer = Recognizer(replace(decode, weights=weights), list(weights))
         wants = recognizer.source.wants
         utterances = [u for path in decode.test_sets.values() for u in read_cuts(path, wants)]
@@ -224,14 +234,15 @@ class _Confirmation:
 
         def score(weight: float) -> PhraseScores:
             texts = self._texts(method, {**weights, HOT_WORDS: weight})
-            return score_phrases(self.references, texts, phrases)
+            return score_phrases(self.references, texts, phrases, self._language)
 
         weight, worth = choose_weight(score, self.options.harm)
         found = {**weights, HOT_WORDS: weight}
         return found, worth, self._wer(method, found)
 
     def _wer(self, method: str, weights: Mapping[str, float]) -> float:
-        return word_errors(self.references, self._texts(method, weights)).wer
+        texts = self._texts(method, weights)
+        return word_errors(self.references, texts, language=self._language).wer
 
     def _texts(self, method: str, weights: Mapping[str, float]) -> dict[str, str]:
         ready = self.recognizer.make_method(method, weights_of(method, {method: weights}))

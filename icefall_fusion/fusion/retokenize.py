@@ -34,7 +34,7 @@ _MOST = 3000  # pieces that words are made of; larger vocabularies (of words, on
 _MAX_CROSSING = 300
 _CONTEXTS = 8  # words after which a text is tried that follows a prompt
 #: Number of words whose ids are kept. When it is reached, the cache is emptied.
-MOST_WORDS = 200_000
+MOST_WORDS = 50_000
 
 
 class WordTokenizer:

@@ -12,6 +12,7 @@ import numpy as np
 from icefall_fusion.common.checks import check
 from icefall_fusion.scoring.wer import EPS, align_words, check_same_utterances, words_of
 from icefall_fusion.scoring.word_kinds import KINDS, WordKinds
+from icefall_fusion.text.language import ENGLISH, Language, check_texts
 
 
 class Slot(NamedTuple):
@@ -111,6 +112,7 @@ class Comparison:
         kinds: tells the kind of an error.
         measure: one of `wer.MEASURES`.
         samples: of the bootstrap.
+        language: of the texts.
 
     Attributes:
         slots: of each utterance.
@@ -121,12 +123,14 @@ class Comparison:
     """
 
     def __init__(self, references: Mapping[str, str], a: Mapping[str, str], b: Mapping[str, str],
-                 kinds: WordKinds, measure: str = "normalized", samples: int = 10_000) -> None:
+                 kinds: WordKinds, measure: str = "normalized", samples: int = 10_000,
+                 language: Language = ENGLISH) -> None:
         check_same_utterances(references, a)
         check_same_utterances(references, b)
+        check_texts(references, language)
         self.kinds, self.measure = kinds, measure
         self.slots = {
-            name: three_way(*(words_of(texts[name], measure) for texts in (references, a, b)))
+            name: three_way(*(words_of(texts[name], measure, language) for texts in (references, a, b)))
             for name in references
         }
         each = np.array([_errors(slots) for slots in self.slots.values()], dtype=int).reshape(-1, 3)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Iterable, Iterator, Mapping, Sequence
 
 from icefall_fusion.common.checks import check
-from icefall_fusion.scoring.wer import EPS, align_words, words_of
+from icefall_fusion.scoring.wer import EPS, align_words
+from icefall_fusion.text.language import ENGLISH, Language
 
 
 @dataclass(frozen=True)
@@ -39,21 +40,22 @@ class PhraseScores:
 
 
 def score_phrases(references: Mapping[str, str], texts: Mapping[str, str],
-                  phrases: Iterable[str]) -> PhraseScores:
+                  phrases: Iterable[str], language: Language = ENGLISH) -> PhraseScores:
     """Compare texts with references by utterance, with the words of the measure ``normalized``.
 
     Args:
         references, texts: by utterance. phrases: where several fit at a place the longest counts.
+        language: of all of them.
 
     Raises:
         ValueError: a reference has no text.
     """
-    listed = {phrase for phrase in (tuple(words_of(text)) for text in phrases) if phrase}
+    listed = {phrase for phrase in (tuple(language.units(text)) for text in phrases) if phrase}
     lengths = sorted({len(phrase) for phrase in listed})
     spoken = found = false = words_else = errors_else = 0
     for name, text in references.items():
         check(name in texts, "texts", "hold every utterance", name)
-        wanted, got = words_of(text), words_of(texts[name])
+        wanted, got = language.units(text), language.units(texts[name])
         there, here = list(_places(wanted, listed, lengths)), list(_places(got, listed, lengths))
         one, other = (Counter(tuple(side[slice(*at)]) for at in places)
                       for side, places in ((wanted, there), (got, here)))

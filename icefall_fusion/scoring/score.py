@@ -15,6 +15,7 @@ from icefall_fusion.common.files import PathLike, opener
 from icefall_fusion.nbest import NBest
 from icefall_fusion.scoring.wer import MEASURES, oracle_errors, word_errors
 from icefall_fusion.scoring.wer_files import write_wer_files
+from icefall_fusion.text.language import language_of
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,9 @@ class ScoreOptions:
         key: method and settings, in the names of the files.
         measure: normalized (spoken words), printed (words with case and punctuation), or libriheavy (as
             icefall's recipe of LibriHeavy: upper case, no punctuation, MR and digits stay).
+        language: ISO 639 code of the texts, e.g. en, es, zh. Where words have no spaces between them the
+            character error rate (CER) is counted. Empty: as the decode job says that wrote ``hyp``, else en.
+        normalizer: module:function from a text to its spoken words; empty: that of the language.
     """
 
     ref: str
@@ -40,12 +44,15 @@ class ScoreOptions:
     test_set: str = "test"
     key: str = "score"
     measure: str = "normalized"
+    language: str = ""
+    normalizer: str = ""
 
     def __post_init__(self) -> None:
         for name in ("test_set", "key"):
             value = getattr(self, name)
             check(value and "/" not in value, f"ScoreOptions.{name}", "be usable in a file name", value)
         check_choice(self.measure, MEASURES, "ScoreOptions.measure")
+        language_of(self.language, self.normalizer)
 
 
 def run(options: ScoreOptions) -> int:
@@ -53,17 +60,19 @@ def run(options: ScoreOptions) -> int:
     references = read_texts(options.ref)
     nbests = read_texts(options.hyp, nbests=True)
     hypotheses = {u: value[0].text if isinstance(value, NBest) else value for u, value in nbests.items()}
-    measure = options.measure
+    measure, kept = options.measure, kept_language(options.hyp)
+    language = language_of(options.language, options.normalizer, kept)
     if options.out:
         errors = write_wer_files(
-            options.out, options.test_set, options.key, references, hypotheses, measure
+            options.out, options.test_set, options.key, references, hypotheses, measure, language
         )
         logging.info("wrote recogs-, errs- and wer-summary- files to %s", options.out)
     else:
-        errors = word_errors(references, hypotheses, measure)
-    print(errors)
+        errors = word_errors(references, hypotheses, measure, language)
+    print(errors.line(language.rate))
     if any(isinstance(value, NBest) for value in nbests.values()):
-        print(f"oracle {oracle_errors(references, nbests.values(), measure)}")
+        best = oracle_errors(references, nbests.values(), measure, language)
+        print(f"oracle {best.line(language.rate)}")
     return 0
 
 
@@ -93,6 +102,25 @@ def read_texts(path: PathLike, nbests: bool = False) -> dict:
                 raise ValueError(f"{path} line {number}: ids must be unique, but {utterance!r} comes twice")
             texts[utterance] = text if nbests or not isinstance(text, NBest) else text[0].text
     return texts
+
+
+def kept_language(*paths: PathLike) -> dict[str, str]:
+    """Return the language that run files name in their first lines (see `Language.plain`); empty for English.
+
+    Args:
+        paths: run files, or other files of texts, which name none.
+
+    Raises:
+        ValueError: they name several.
+    """
+    found: list[dict[str, str]] = []
+    for path in paths:
+        first = next(iter(_lines(path)), "") if ".jsonl" in Path(path).name else ""
+        if first.startswith('{"options"'):
+            found.append(json.loads(first)["options"].get("language", {}))
+    several = [value for value in found if value != found[0]]
+    check(not several, "run files", "be of one language", found)
+    return found[0] if found else {}
 
 
 def _lines(path: PathLike) -> Iterator[str]:

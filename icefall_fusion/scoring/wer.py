@@ -1,9 +1,12 @@
 """Word errors of utterances, test sets and N-best lists, through kaldialign.
-Knows: references, hypotheses, N-best lists, one normalizer for both. Must not know: models, searches, torch.
+Knows: references, hypotheses, N-best lists, one language for both. Must not know: models, searches, torch.
+
+A word here is a unit of the language: a character where words have no spaces between them (see `Language`).
 
 Measures, never mixed:
 
-- ``normalized``: spoken words. Lower case, no punctuation, numbers and titles spelled out.
+- ``normalized``: spoken words by the normalizer of the language: lower case, no punctuation, numbers and
+  titles spelled out.
 - ``printed``: the words as they stand, with case and punctuation. For models of cased text.
 - ``libriheavy``: the words of icefall's LibriHeavy recipe. Upper case, no punctuation; ``MR`` and digits
   stay. Its figures compare with those of that recipe when the references are the text as printed.
@@ -19,7 +22,7 @@ import kaldialign
 
 from icefall_fusion.common.checks import check, check_choice
 from icefall_fusion.nbest import Hypothesis, NBest
-from icefall_fusion.text.normalizer import normalize
+from icefall_fusion.text.language import ENGLISH, Language, check_texts
 
 EPS = "*"  # stands where a word has no counterpart
 MEASURES = ("normalized", "printed", "libriheavy")
@@ -58,13 +61,17 @@ class WordErrors:
         return WordErrors(*map(operator.add, astuple(self), astuple(other)))
 
     def __str__(self) -> str:
+        return self.line()
+
+    def line(self, rate: str = "WER") -> str:
+        """Return rate and counts as icefall writes them; ``rate`` is the name of the rate."""
         return (
-            f"%WER = {self.wer:.2f} [{self.errors} / {self.words}, {self.insertions} ins, "
+            f"%{rate} = {self.wer:.2f} [{self.errors} / {self.words}, {self.insertions} ins, "
             f"{self.deletions} del, {self.substitutions} sub]"
         )
 
 
-def words_of(text: str, measure: str = "normalized") -> list[str]:
+def words_of(text: str, measure: str = "normalized", language: Language = ENGLISH) -> list[str]:
     """Return the words of a reference or a hypothesis that a measure counts.
 
     Raises:
@@ -72,10 +79,10 @@ def words_of(text: str, measure: str = "normalized") -> list[str]:
     """
     check_choice(measure, MEASURES, "measure")
     if measure == "normalized":
-        text = normalize(text)
-    elif measure == "libriheavy":
+        return language.units(text)
+    if measure == "libriheavy":
         text = _NO_WORD.sub(" ", text.replace("‘", "'").replace("’", "'")).upper()
-    return text.split()
+    return language.split(text)
 
 
 def compare_words(reference: Sequence[str], hypothesis: Sequence[str]) -> WordErrors:
@@ -94,13 +101,16 @@ def correct_words(reference: Sequence[str], hypothesis: Sequence[str]) -> list[b
     return [word == other for word, other in align_words(reference, hypothesis) if word != EPS]
 
 
-def count_errors(reference: str, hypothesis: str, measure: str = "normalized") -> WordErrors:
+def count_errors(
+    reference: str, hypothesis: str, measure: str = "normalized", language: Language = ENGLISH
+) -> WordErrors:
     """Count the word errors of one utterance by one of MEASURES."""
-    return compare_words(words_of(reference, measure), words_of(hypothesis, measure))
+    return compare_words(words_of(reference, measure, language), words_of(hypothesis, measure, language))
 
 
 def word_errors(
-    references: Mapping[str, str], hypotheses: Mapping[str, str], measure: str = "normalized"
+    references: Mapping[str, str], hypotheses: Mapping[str, str], measure: str = "normalized",
+    language: Language = ENGLISH,
 ) -> WordErrors:
     """Count the word errors of a test set.
 
@@ -108,17 +118,21 @@ def word_errors(
         references: text by utterance id.
         hypotheses: text by utterance id, which may be empty; every reference needs one.
         measure: one of MEASURES.
+        language: of the texts.
 
     Raises:
-        ValueError: an utterance has no hypothesis or no reference.
+        ValueError: an utterance has no hypothesis or no reference, or a reference has no word.
     """
     check_same_utterances(references, hypotheses)
-    counts = (count_errors(text, hypotheses[utterance], measure) for utterance, text in references.items())
+    check_texts(references, language)
+    counts = (count_errors(text, hypotheses[utterance], measure, language)
+              for utterance, text in references.items())
     return sum(counts, WordErrors())
 
 
 def oracle_errors(
-    references: Mapping[str, str], nbests: Iterable[NBest], measure: str = "normalized"
+    references: Mapping[str, str], nbests: Iterable[NBest], measure: str = "normalized",
+    language: Language = ENGLISH,
 ) -> WordErrors:
     """Count the errors that remain when the best hypothesis of each N-best list is known.
 
@@ -127,23 +141,23 @@ def oracle_errors(
     """
     best: dict[str, WordErrors] = {}
     for nbest in nbests:  # may come from a generator
-        reference = words_of(references.get(nbest.utterance, ""), measure)
+        reference = words_of(references.get(nbest.utterance, ""), measure, language)
         texts = [hypothesis.text for hypothesis in nbest] or [""]
-        counts = [compare_words(reference, words_of(text, measure)) for text in texts]
+        counts = [compare_words(reference, words_of(text, measure, language)) for text in texts]
         best[nbest.utterance] = min(counts, key=lambda errors: errors.errors)
     check_same_utterances(references, best)
     return sum(best.values(), WordErrors())
 
 
-def oracle(nbest: NBest, reference: str) -> Hypothesis:
+def oracle(nbest: NBest, reference: str, language: Language = ENGLISH) -> Hypothesis:
     """Return the hypothesis with the fewest word errors against ``reference`` (the first of equals).
 
     Raises:
         ValueError: the list is empty.
     """
     check(len(nbest) > 0, f"the list of {nbest.utterance}", "hold a hypothesis", 0)
-    words = words_of(reference)
-    return min(nbest, key=lambda hypothesis: compare_words(words, words_of(hypothesis.text)).errors)
+    words = words_of(reference, language=language)
+    return min(nbest, key=lambda h: compare_words(words, words_of(h.text, language=language)).errors)
 
 
 def check_same_utterances(references: Mapping[str, object], hypotheses: Mapping[str, object]) -> None:

@@ -16,15 +16,17 @@ from icefall_fusion.scoring.wer import (
     compare_words,
     words_of,
 )
+from icefall_fusion.text.language import ENGLISH, Language, check_texts
 
 
 def write_wer_files(
     folder: PathLike, test_set: str, key: str, references: Mapping[str, str], hypotheses: Mapping[str, str],
-    measure: str = "normalized",
+    measure: str = "normalized", language: Language = ENGLISH,
 ) -> WordErrors:
     """Write ``recogs-``, ``errs-`` and ``wer-summary-<test set>-<key>.txt`` and return the counts.
 
-    The names of files of a measure other than ``normalized`` end in ``-MEASURE.txt``.
+    The names of files of a measure other than ``normalized`` end in ``-MEASURE.txt``. In languages without
+    spaces the rate is that of characters and is called CER in the files.
 
     Args:
         folder: of the files; made when missing.
@@ -33,10 +35,15 @@ def write_wer_files(
         references: text by utterance id.
         hypotheses: text by utterance id, for the same utterances.
         measure: one of MEASURES.
+        language: of the texts.
+
+    Raises:
+        ValueError: the utterances are not the same, or a reference has no word of the language.
     """
     check_same_utterances(references, hypotheses)
+    check_texts(references, language)
     pairs = {
-        utterance: (words_of(references[utterance], measure), words_of(hypotheses[utterance], measure))
+        utterance: tuple(words_of(texts[utterance], measure, language) for texts in (references, hypotheses))
         for utterance in sorted(references)
     }
     alignments = {u: align_words(ref, hyp) for u, (ref, hyp) in pairs.items()}
@@ -48,15 +55,17 @@ def write_wer_files(
         for utterance, (ref, hyp) in pairs.items():
             file.write(f"{utterance}:\tref={ref}\n{utterance}:\thyp={hyp}\n")
     with atomic_path(folder / f"errs-{name}") as path, open(path, "w", encoding="utf-8") as file:
-        _write_errs(file, total, alignments)
+        _write_errs(file, total, alignments, language.rate)
     with atomic_path(folder / f"wer-summary-{name}") as path, open(path, "w", encoding="utf-8") as file:
-        file.write(f"settings\tWER\n{key}\t{total.wer:.2f}\n")
+        file.write(f"settings\t{language.rate}\n{key}\t{total.wer:.2f}\n")
     return total
 
 
-def _write_errs(file: TextIO, total: WordErrors, alignments: Mapping[str, list[tuple[str, str]]]) -> None:
+def _write_errs(
+    file: TextIO, total: WordErrors, alignments: Mapping[str, list[tuple[str, str]]], rate: str
+) -> None:
     correct = total.words - total.deletions - total.substitutions
-    print(f"%WER = {total.wer:.2f}", file=file)
+    print(f"%{rate} = {total.wer:.2f}", file=file)
     print(
         f"Errors: {total.insertions} insertions, {total.deletions} deletions, {total.substitutions} "
         f"substitutions, over {total.words} reference words ({correct} correct)",

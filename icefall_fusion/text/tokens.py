@@ -1,5 +1,5 @@
 """Pieces of the acoustic model: blank, sentence mark, which pieces start a word, text to ids and back.
-Knows: SentencePiece models, lists of pieces. Must not know: transformers, torch, models, search.
+Knows: SentencePiece models, lists of pieces, scripts. Must not know: transformers, torch, models, search.
 """
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ class AcousticTokens:
         sos_eos_id: id that starts and ends a sentence for the attention decoder and piece LMs, or None.
         unk_id: id of the unknown piece, or None.
         starts_word: for every id, whether it begins a new word. A delimiter piece ("|") has no text and
-            counts as starting the next word.
+            counts as starting the next word. A piece that begins with a character of a script without spaces
+            (text/scripts.py) does: there every character closes the one before.
         word_start, delimiter: as given to `from_pieces`.
         processor: SentencePiece's, or None.
     """
@@ -67,27 +68,41 @@ class AcousticTokens:
         for index, piece in enumerate(self.pieces):
             starts = delimiter is None and index not in silent and piece.startswith(word_start)
             text = piece[len(word_start) :] if starts else piece
+            starts = starts or index not in silent and not text.isascii() and _scripts().begins_unit(text)
             text = "" if index in silent else UNKNOWN_TEXT if index == self.unk_id else text
             check(" " not in text, f"pieces[{index}]", "hold no space inside a word (see delimiter)", piece)
             self._texts.append(text)
             self.starts_word.append(index == self._delimiter_id or (starts and index != self.unk_id))
         self.has_text = [bool(text) for text in self._texts]
         self._longest = max(len(piece) for piece in self.pieces)
+        marked = delimiter is None and any(piece.startswith(word_start) for piece in self.pieces)
+        self._mark = word_start if marked else ""
 
     @classmethod
     def load(cls, path: PathLike) -> "AcousticTokens":
-        """Read a SentencePiece model: a ``.model`` file, or a folder that has ``bpe.model``.
+        """Read a vocabulary: a file, or the first of these in a folder.
+
+        ``bpe.model`` or any ``.model`` file (SentencePiece), icefall's ``tokens.txt``, WeNet's ``units.txt``,
+        Hugging Face's ``vocab.json``; without SentencePiece text is spelled by the longest pieces.
 
         Raises:
             FileNotFoundError: there is none.
-            ValueError: the file is no SentencePiece model, or has no blank piece.
+            ValueError: the file is no vocabulary, or has no blank piece.
         """
-        import sentencepiece
-
         path = Path(path)
+        if path.suffix in (".txt", ".json") and path.is_file():
+            from icefall_fusion.text.vocabularies import read_vocabulary
+
+            return cls(*read_vocabulary(path, _BLANKS))
+        if path.is_dir() and not (path / "bpe.model").is_file():
+            for name in ("tokens.txt", "units.txt", "vocab.json"):
+                if (path / name).is_file():
+                    return cls.load(path / name)
         path = path / "bpe.model" if path.is_dir() else path
         if not path.is_file():
             raise FileNotFoundError(f"SentencePiece model not found: {str(path)!r}")
+        import sentencepiece
+
         processor = sentencepiece.SentencePieceProcessor()
         try:
             processor.LoadFromSerializedProto(path.read_bytes())
@@ -121,16 +136,23 @@ class AcousticTokens:
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text of words with single spaces (none for an empty text).
 
+        Spaces next to characters of scripts without spaces count as none.
+
         Raises:
             ValueError: a character is in no piece and there is no unknown piece.
         """
+        runs = [text] if text.isascii() else _scripts().runs(text)
         if self.processor is not None:
-            return self.processor.encode(text)
+            return self.processor.encode("".join(runs))
         ids: list[int] = []
-        for number, word in enumerate(word for word in text.split(" ") if word):
-            if number > 0 and self._delimiter_id is not None:
-                ids.append(self._delimiter_id)
-            ids.extend(self._encode_word(word if self._delimiter_id is not None else self.word_start + word))
+        for run in runs:
+            if not run.isascii() and _scripts().begins_unit(run):
+                ids.extend(self._encode_word(run))
+                continue
+            for number, word in enumerate(word for word in run.split(" ") if word):
+                if number > 0 and self._delimiter_id is not None:
+                    ids.append(self._delimiter_id)
+                ids.extend(self._encode_word(self._mark + word))
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -189,3 +211,10 @@ class AcousticTokens:
             ids.append(index)
             position += length
         return ids
+
+
+def _scripts() -> Any:
+    """Return the module of scripts without spaces, which English text does without."""
+    from icefall_fusion.text import scripts
+
+    return scripts

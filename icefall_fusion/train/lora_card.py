@@ -3,13 +3,12 @@ Knows: options of adapters, lines of a training log. Must not know: models, the 
 """
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from icefall_fusion.common.files import PathLike
 from icefall_fusion.train.lora import LoraOptions
+from icefall_fusion.train.training_log import read_validations
 
 
 def card(base: Mapping[str, Any], lora: LoraOptions, more: Mapping[str, Any], log: PathLike) -> str:
@@ -21,11 +20,9 @@ def card(base: Mapping[str, Any], lora: LoraOptions, more: Mapping[str, Any], lo
         more: further facts, by name.
         log: ``log.jsonl`` of the training.
     """
-    text = Path(log).read_text(encoding="utf-8") if Path(log).is_file() else ""
-    lines = [json.loads(line) for line in text.splitlines()]
     curve = "\n".join(
         f"| {line['step']} | {line['items']} | {line['valid_word_perplexity']:.1f} |"
-        for line in lines if "valid_word_perplexity" in line
+        for line in read_validations(log)
     )
     facts = {"base": base["name"], "SHA-256 of the base": base["sha256"] or "not known",
              "starts with": f"`{base['bos']}`", "ends with": f"`{base['eos']}`",

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from icefall_fusion.common.files import name_full_disk
+from icefall_fusion.common.files import PathLike, name_full_disk
 
 
 class TrainingLog:
@@ -74,6 +74,14 @@ class TrainingLog:
         """Print one line to stderr."""
         if self.enabled:
             print(text, file=sys.stderr, flush=True)
+
+
+def read_validations(log: PathLike) -> list[dict[str, Any]]:
+    """Return the lines of a ``log.jsonl`` that have a validation; none if there is no file."""
+    if not Path(log).is_file():
+        return []
+    lines = [json.loads(line) for line in Path(log).read_text(encoding="utf-8").splitlines()]
+    return [line for line in lines if "valid_loss" in line]
 
 
 class StopSignals:

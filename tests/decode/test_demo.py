@@ -38,7 +38,9 @@ def test_demo_leaves_results_and_plot(workers, tmp_path, capsys) -> None:
     ]
     assert [row["words"] for row in rows] == [7, 7, 8, 8]
     assert (tmp_path / "demo" / "wer-vs-speed.png").stat().st_size > 10_000
-    assert "4 sentences" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    first = shown.split("1 methods with an LLM follow")[0]
+    assert "ctc-greedy" in first and "llm-delayed-shortest" not in first and "4 sentences" in shown
 
 
 def test_without_models_the_demo_says_so(tmp_path, capsys) -> None:

@@ -175,3 +175,33 @@ def test_phrases_are_counted_and_all_else_is_scored() -> None:
     assert found.recall == pytest.approx(200 / 3) and found.wer_else == 50.0
     with pytest.raises(ValueError, match="texts.*'b'"):
         score_phrases(references, {"a": ""}, ["mary"])
+
+
+def mandarin_files(tmp_path) -> list[str]:
+    """Write N-best lists of Mandarin, whose LLM score tells right from wrong; return the job's options."""
+    lists = [
+        NBest(f"u{number}", [
+            Hypothesis([], text, {"ctc": ctc, "llm": llm, "words": 4.0, "total": ctc})
+            for text, ctc, llm in (("你 坏 世 界", -1.0, -9.0), ("你 好 世 界", -2.0, -3.0))
+        ])
+        for number in range(4)
+    ]
+    write_nbests(tmp_path / "nbest.jsonl", lists)
+    text = "".join(f"u{number} 你好，世界\n" for number in range(4))
+    (tmp_path / "ref.txt").write_text(text, encoding="utf-8")
+    return ["tune", "--nbest", str(tmp_path / "nbest.jsonl"), "--ref", str(tmp_path / "ref.txt"),
+            "--out", str(tmp_path / "weights.yaml"), "--methods", "llm-nbest-rescoring"]
+
+
+def test_weights_of_another_language_are_those_of_its_own_errors(tmp_path) -> None:
+    assert main([*mandarin_files(tmp_path), "--language", "zh"]) == 0
+    assert yaml.safe_load((tmp_path / "weights.yaml").read_text())["dev_wer"] == {"llm-nbest-rescoring": 0.0}
+
+
+def test_references_whose_words_vanish_are_no_division_by_zero(tmp_path, capsys) -> None:
+    assert main(mandarin_files(tmp_path)) == 2
+    assert "of 4 of 4 no word is left, e.g. u0: '你好，世界'" in capsys.readouterr().err
+    options = mandarin_files(tmp_path)
+    (tmp_path / "ref.txt").write_text("".join(f"u{number} ...\n" for number in range(4)))
+    assert main(options) == 2
+    assert "references must have words of the language 'en'" in capsys.readouterr().err

@@ -14,6 +14,7 @@ from icefall_fusion.nbest import Hypothesis, NBest, write_nbests
 from icefall_fusion.scoring.score import ScoreOptions, read_texts
 from icefall_fusion.scoring.wer import count_errors, oracle_errors, word_errors, words_of
 from icefall_fusion.scoring.wer_files import write_wer_files
+from icefall_fusion.text.language import Language
 from tests.reference.word_edits import word_edits
 
 
@@ -141,3 +142,38 @@ def test_score_job(tmp_path, capsys) -> None:
     assert main(["score", "--ref", "missing.txt", "--hyp", "missing.txt"]) == 2
     with pytest.raises(ValueError, match="ScoreOptions.key must be usable in a file name"):
         ScoreOptions(ref="a", hyp="b", key="x/y")
+
+
+def test_spanish_words_and_mandarin_characters() -> None:
+    spanish, mandarin = Language("es"), Language("zh")
+    errors = count_errors("El año 3, ¿sí?", "el ano tres si", language=spanish)
+    assert (errors.words, errors.substitutions, errors.errors) == (4, 2, 2)  # ñ is no n, sí is no si
+    errors = count_errors("他有３个苹果。用Python", "他 有 三 个 平 果 用 python", language=mandarin)
+    assert (errors.words, errors.substitutions, errors.errors) == (8, 1, 1)
+    assert words_of("你好，ok", "printed", mandarin) == ["你", "好", "，ok"]
+
+
+def test_references_of_another_language_are_an_error_and_not_a_rate_of_nothing(tmp_path, capsys) -> None:
+    with pytest.raises(ValueError, match="references must have words of the language 'en'.*u1: '你好'"):
+        word_errors({"u1": "你好"}, {"u1": "你好"})
+    (tmp_path / "ref.txt").write_text("u1 你好世界\n", encoding="utf-8")
+    (tmp_path / "hyp.txt").write_text("u1 你 好 时 界\n", encoding="utf-8")
+    options = ["score", "--ref", str(tmp_path / "ref.txt"), "--hyp", str(tmp_path / "hyp.txt")]
+    assert main(options) == 2 and "of 1 of 1 no word is left" in capsys.readouterr().err
+    assert main([*options, "--language", "zh", "--out", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == "%CER = 25.00 [1 / 4, 0 ins, 0 del, 1 sub]\n"
+    assert (tmp_path / "wer-summary-test-score.txt").read_text() == "settings\tCER\nscore\t25.00\n"
+    assert "时" in (tmp_path / "errs-test-score.txt").read_text(encoding="utf-8")
+    assert main([*options, "--normalizer", "nowhere:f"]) == 2
+
+
+def test_a_run_file_says_its_language(tmp_path, capsys) -> None:
+    (tmp_path / "ref.txt").write_text("u1 你好\n", encoding="utf-8")
+    write_nbests(tmp_path / "lists.jsonl", [nbest("u1", "你 坏", "你 好")])
+    lists = (tmp_path / "lists.jsonl").read_text(encoding="utf-8")
+    first = json.dumps({"options": {"language": {"language": "zh"}}}, separators=(",", ":"))
+    (tmp_path / "nbest.jsonl").write_text(f"{first}\n{lists}", encoding="utf-8")
+    assert main(["score", "--ref", str(tmp_path / "ref.txt"), "--hyp", str(tmp_path / "nbest.jsonl")]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "%CER = 50.00 [1 / 2, 0 ins, 0 del, 1 sub]", "oracle %CER = 0.00 [0 / 2, 0 ins, 0 del, 0 sub]",
+    ]

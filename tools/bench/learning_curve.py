@@ -22,6 +22,7 @@ from pictures import Line, Panel, draw  # noqa: E402
 
 from icefall_fusion.common.files import write_json  # noqa: E402
 from icefall_fusion.text.tokens import AcousticTokens  # noqa: E402
+from icefall_fusion.train.training_log import read_validations  # noqa: E402
 
 
 def hours_a_token(manifest: Path, tokens: AcousticTokens) -> float:
@@ -37,11 +38,10 @@ def hours_a_token(manifest: Path, tokens: AcousticTokens) -> float:
 
 def read(log: Path, rate: float) -> list[dict[str, Any]]:
     """Return step, hours heard, loss and word error rate of each validation."""
-    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     return [
         {"step": line["step"], "hours": round(line["items"] * rate, 1), "loss": round(line["valid_loss"], 4),
          "wer": round(line["valid_greedy_wer"], 2)}
-        for line in lines if "valid_greedy_wer" in line
+        for line in read_validations(log)
     ]
 
 

@@ -68,12 +68,11 @@ def training(exp: Path, hours: float) -> dict[str, Any]:
 
 def curve(log: Path) -> list[dict[str, Any]]:
     """Return the validations of a log: step, minutes, loss and error rates of each."""
-    if not log.is_file():
-        return []
-    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    from icefall_fusion.train.training_log import read_validations
+
     kept = ("step", "minutes", "valid_loss", "valid_ctc", "valid_greedy_wer", "valid_word_perplexity",
             "data_wait")
-    return [{name: line[name] for name in kept if name in line} for line in lines if "valid_loss" in line]
+    return [{name: line[name] for name in kept if name in line} for line in read_validations(log)]
 
 
 def word_errors(results: Path) -> list[dict[str, Any]]:

@@ -37,7 +37,8 @@ class EmissionOptions:
             (.pt), icefall weights (pretrained.pt, with ``recipe``), a Hugging Face CTC folder or hub name, or
             saved log-probs (a .npz or a folder of them).
         kind: one of auto, checkpoint, torchscript, huggingface, icefall, saved.
-        tokens: bpe.model or its folder. Empty: the model's own, or the one beside the model.
+        tokens: bpe.model, tokens.txt (icefall), units.txt (WeNet), vocab.json (Hugging Face), or a folder
+            that has one. Empty: the model's own, or the one beside the model.
         device: e.g. cpu or cuda.
         frame_shift: seconds an output frame; 0 takes the model's own.
         prior: file of the job internal-lm: the prior of labels is divided out (acoustic/prior.py).

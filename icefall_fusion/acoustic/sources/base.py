@@ -105,7 +105,7 @@ class FeatureSource:
 
 
 def tokens_of(options: EmissionOptions) -> AcousticTokens:
-    """Load the vocabulary that the options name, else the ``bpe.model`` beside the model.
+    """Load the vocabulary that the options name, else the one beside the model (see `AcousticTokens.load`).
 
     Raises:
         FileNotFoundError: there is none.
@@ -113,8 +113,10 @@ def tokens_of(options: EmissionOptions) -> AcousticTokens:
     if options.tokens:
         return AcousticTokens.load(options.tokens)
     folder = Path(options.model) if Path(options.model).is_dir() else Path(options.model).parent
-    if not (folder / "bpe.model").is_file():
+    try:
+        return AcousticTokens.load(folder)
+    except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"EmissionOptions.tokens must name a bpe.model, for there is none beside {options.model!r}"
-        )
-    return AcousticTokens.load(folder)
+            "EmissionOptions.tokens must name a bpe.model, tokens.txt, units.txt or vocab.json, for there is "
+            f"none beside {options.model!r}"
+        ) from error

@@ -1,0 +1,46 @@
+"""Written text of any script: the normalizer of languages that have none of their own.
+Knows: characters and their Unicode categories. Must not know: languages, numbers, pieces, models.
+"""
+from __future__ import annotations
+
+import re
+import unicodedata
+
+from icefall_fusion.text.scripts import unspaced
+
+_QUOTES = str.maketrans(dict.fromkeys("’‘ʼ‛´ʹ＇", "'"))
+_INNER = re.compile(r"(?<=\w)'(?=\w)")
+_KEPT = ("L", "M", "N")
+_PLAIN = re.compile(r"[a-z0-9 ]*")
+
+
+def fold(text: str) -> str:
+    """Return a text in lower case and in NFKC: full-width forms are plain, accents are joined to letters."""
+    while True:  # a lower-case letter may have another compatible form
+        folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).lower())
+        if folded == text:
+            return text
+        text = folded
+
+
+def normalize(text: str) -> str:
+    """Return the words of a text of any script: letters, marks and digits in lower case (UAX 15, NFKC).
+
+    An apostrophe inside a word stays. Signs, emoji and invisible characters of text direction go. There is no
+    space next to a character of a script that has none. Idempotent.
+    """
+    if _PLAIN.fullmatch(text):
+        return " ".join(text.split())
+    letters = []
+    text = fold(text.translate(_QUOTES)).translate(_QUOTES)
+    for place, letter in enumerate(text):
+        category = unicodedata.category(letter)
+        if letter == "'":
+            inner = _INNER.match(text, place) is not None
+            letters.append("'" if inner else " ")
+        elif category[0] in _KEPT and not "\ufe00" <= letter <= "\ufe0f" and category != "Me":
+            letters.append(letter)
+        elif category != "Cf" and not "\ufe00" <= letter <= "\ufe0f":
+            letters.append(" ")
+    words = [word for word in "".join(letters).split() if any(letter.isalnum() for letter in word)]
+    return unspaced(" ".join(words))

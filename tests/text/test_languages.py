@@ -1,0 +1,184 @@
+"""Languages: their normalizers, units, joining of words, and text that a language does not keep.
+Knows: icefall_fusion.text. Must not know: torch, models, files outside the repository.
+"""
+from __future__ import annotations
+
+import logging
+import unicodedata
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from icefall_fusion.text import any_script, mandarin, normalizer, spanish
+from icefall_fusion.text.language import ENGLISH, Language, check_texts, language_of
+from icefall_fusion.text.scripts import begins_unit, has_unspaced, join_words, split_units, unspaced
+
+SPANISH = {
+    "El Sr. García pagó 1.234,50 € por 3 libros, ¿verdad?": (
+        "el señor garcía pagó mil doscientos treinta y cuatro coma cinco cero euros por tres libros verdad"
+    ),
+    "D. Quijote y Dña. Ana: el 1.º y la 2ª, a las 3:15": (
+        "don quijote y doña ana el primero y la segunda a las tres y quince"
+    ),
+    "¡Ñandú! n\u0303o, pingüino, façade, à la carte": "ñandú ño pingüino facade a la carte",
+    "5 % de $2 millones; 1/2, 3½": "cinco por ciento de dos millones de dólares un medio tres y un medio",
+    "37,5 °C, ２１": "treinta y siete coma cinco grados centígrados veintiuno",
+    "«Ud. y Vd.», etc.": "usted y usted etcétera",
+    "€1 y £1": "un euro y una libra",
+    "中文": "",
+}
+MANDARIN = {
+    "２０２４年，他有３个苹果，花了￥12.5万。": "二零二四年他有三个苹果花了十二点五万元",
+    "完成了30%，3/4，08:05 见": "完成了百分之三十四分之三八点零五分见",
+    "他说：“你好！”——用Python写AI程序 hello world": "他说你好用python写ai程序hello world",
+    "−5℃ 和 2个人、1,205": "负五摄氏度和两个人一千二百零五",
+    "二〇二四😀": "二零二四",
+    "007": "零零七",
+}
+ANY = {
+    "Привет, МИР! Ёлка": "привет мир ёлка",
+    "שלום \u200fעולם": "שלום עולם",
+    "Straße I’m naïve cafe\u0301": "straße i'm naïve café",
+    "สวัสดี ครับ": "สวัสดีครับ",
+    "こんにちは、世界！ﾊﾟｿｺﾝ": "こんにちは世界パソコン",
+    "한국어 문장": "한국어 문장",
+    "👩‍💻 ok ❤️ 1️⃣": "ok 1",
+    "'quoted' O'Neil": "quoted o'neil",
+}
+NUMBERS = {
+    0: "零", 10: "十", 11: "十一", 20: "二十", 101: "一百零一", 110: "一百一十", 1001: "一千零一",
+    1010: "一千零一十", 10010: "一万零一十", 100500: "十万零五百", 12345: "一万二千三百四十五",
+    10**8 + 1: "一亿零一", 123456789: "一亿二千三百四十五万六千七百八十九", 10**12 + 10: "一万亿零一十",
+}
+#: Letters, marks and signs of many scripts, with forms that compose, decompose or run right to left.
+WRITTEN = st.text(
+    alphabet="aZñÑn\u0303éeıİßæ’'. ,;¿½３9/5:%€$￥ºª°-−"
+    "中文〇零世界、。！かがゞﾊﾟไทยกำЁеاَ\u200fשּׁ한각😀\ufe0f１Ⅷ\ufdfa",
+    max_size=30,
+)
+NORMALIZERS = {"es": spanish.normalize, "zh": mandarin.normalize, "any": any_script.normalize}
+
+
+@pytest.mark.parametrize("name,examples", [("es", SPANISH), ("zh", MANDARIN), ("any", ANY)])
+def test_examples(name, examples) -> None:
+    assert {written: NORMALIZERS[name](written) for written in examples} == examples
+
+
+def test_numbers_as_mandarin_reads_them() -> None:
+    assert {number: mandarin.number_words(number) for number in NUMBERS} == NUMBERS
+    with pytest.raises(ValueError, match="number must lie in 0"):
+        mandarin.number_words(10**16)
+
+
+def test_every_number_is_read_in_another_way_and_as_it_is_counted() -> None:
+    """Read back by the rules of counting, which the reader does not share."""
+    digits = {name: value for value, name in enumerate("零一二三四五六七八九")}
+    units = {"十": 10, "百": 100, "千": 1000}
+
+    def value_of(words: str) -> int:
+        for name, unit in (("亿", 10**8), ("万", 10**4)):
+            high, found, low = words.rpartition(name)
+            if found:
+                return value_of(high) * unit + (value_of(low) if low else 0)
+        total, digit = 0, None
+        for character in words:
+            if character in units:
+                total, digit = total + (1 if digit is None else digit) * units[character], None
+            else:
+                digit = digits[character]
+        return total + (digit or 0)
+
+    for number in [*range(12_000), *(7 * 10**k + 3 * 10 ** (k // 2) for k in range(16)), 10**16 - 1]:
+        assert value_of(mandarin.number_words(number)) == number
+
+
+@given(st.one_of(st.text(max_size=30), WRITTEN))
+def test_normalizers_are_idempotent(written) -> None:
+    for normalize in NORMALIZERS.values():
+        spoken = normalize(written)
+        assert normalize(spoken) == spoken
+        assert spoken == spoken.strip() and "  " not in spoken
+
+
+@given(WRITTEN)
+def test_composed_and_decomposed_accents_are_the_same(written) -> None:
+    for name, normalize in NORMALIZERS.items():
+        if name != "es" or "º" not in written:
+            assert normalize(unicodedata.normalize("NFD", written)) == normalize(written), name
+
+
+@given(WRITTEN)
+def test_units_join_to_the_normalized_text(written) -> None:
+    for name in ("zh", "ja", "th"):
+        language = Language(name)
+        text = language.normalize(written)
+        assert language.join(language.units(written)) == text
+        assert all(len(unit) > 0 and " " not in unit for unit in language.units(written))
+
+
+def test_words_between_spaces_and_units_without() -> None:
+    assert split_units("用python code写") == ["用", "python", "code", "写"]
+    assert join_words(["用", "python", "code", "写"]) == "用python code写"
+    assert join_words(["the", "cat"]) == "the cat" and split_units("the cat") == ["the", "cat"]
+    assert unspaced("你 好 ， 世界 。 ok") == "你好，世界。ok"
+    assert split_units("かﾞ ได้") == ["かﾞ", "ไ", "ด้"]
+    assert begins_unit("世界") and not begins_unit("a世") and not begins_unit("▁世") and not begins_unit("")
+    assert has_unspaced("a世") and not has_unspaced("ñ한")
+
+
+def test_english_is_what_it_was() -> None:
+    assert language_of() == ENGLISH == Language() and ENGLISH.plain() == {}
+    assert ENGLISH.units("Mr. 3 Cafés") == normalizer.normalize("Mr. 3 Cafés").split()
+    assert ENGLISH.unit == "words" and ENGLISH.rate == "WER"
+
+
+def test_a_language_is_an_option_or_kept_with_a_model() -> None:
+    kept = Language("zh", "icefall_fusion.text.any_script:normalize").plain()
+    assert language_of(kept=kept).plain() == kept
+    assert language_of("es", kept=kept) == Language("es")  # the normalizer was that of the other language
+    assert language_of("zh", kept=kept).normalizer.endswith("any_script:normalize")
+    assert Language("zh-TW").rate == "CER" and Language("pt-BR").rate == "WER"
+    assert Language("ru").normalize("Ёлка!") == "ёлка" and Language("generic").unit == "words"
+
+
+def shout(text: str) -> str:
+    """Return a text in upper case: a normalizer of a user."""
+    return text.upper()
+
+
+def test_a_normalizer_of_ones_own() -> None:
+    assert language_of("en", f"{__name__}:shout").units("Mr. 3") == ["MR.", "3"]
+
+
+@pytest.mark.parametrize("name,normalize,message", [
+    ("Spanish", "", "language must be an ISO 639 code, e.g. en, es, zh, or generic, but is 'Spanish'"),
+    (7, "", "language must be an ISO 639 code"),
+    ("en", "shout", "normalizer must be module:function, e.g. .* but is 'shout'"),
+    ("en", "no_such_module:f", "normalizer must be module:function that can be imported.*no_such_module"),
+    ("en", "json:no_such", "normalizer must be module:function that can be imported.*no_such"),
+    ("en", "json:__name__", "normalizer must name a function"),
+])
+def test_bad_languages(name, normalize, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        language_of(name, normalize)
+
+
+def test_text_that_vanishes_is_an_error_with_the_text() -> None:
+    texts = {"u1": "hello", "u2": "你好", "u3": "Привет", "u4": "", "u5": None}
+    with pytest.raises(ValueError, match="'en', but of 2 of 5 no word is left, e.g. u2: '你好'; .*--lang"):
+        check_texts(texts, ENGLISH)
+    with pytest.raises(ValueError, match="of 2 of 5 no word is left"):
+        check_texts(texts, Language("es"))
+    check_texts(texts, Language("zh"))
+
+
+def test_text_that_is_kept_in_part_gets_one_warning_with_an_example(caplog) -> None:
+    with caplog.at_level(logging.WARNING):
+        check_texts({"u1": "hello", "u2": "naïve 3½ ok", "u4": "an \u200fa"}, ENGLISH)
+    assert not caplog.records
+    with caplog.at_level(logging.WARNING):
+        check_texts({"u1": "hello 你好", "u2": "ok мир", "u3": "😀", "u4": "...", "u5": "fine"}, ENGLISH)
+    signs, letters = (record.getMessage() for record in caplog.records)
+    assert "2 of 5 have signs alone and no words, e.g. u3: '😀'" in signs
+    assert "'en' does not keep some letters of 2 of 5, e.g. '你好' in u1: 'hello 你好'" in letters
