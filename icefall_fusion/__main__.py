@@ -21,6 +21,7 @@ class Job(NamedTuple):
 
 JOBS = {
     "train": Job("train.acoustic_model", "train the CTC-AED acoustic model"),
+    "export": Job("acoustic.sherpa_export", "write a transducer for sherpa-onnx"),
     "train-lm": Job("train.language_model", "train a causal language model (NLM, LLM)"),
     "train-ngram": Job("train.piece_ngram", "train an n-gram over the pieces"),
     "train-word-ngram": Job("train.word_ngram", "train an n-gram over words by lmplz"),

@@ -25,6 +25,8 @@ OWNERS = {
     "kaldifeat": {"data/fbank"},
     "matplotlib": {"scoring/plot"},
     "jsonargparse": {"common/command_line"},
+    "onnx": {"acoustic/sherpa_export"},
+    "onnxruntime": {"acoustic/sources/onnx_files"},
     "tensorboard": {"train/training_log"},
     "transformers": {
         "data/tokenizers", "acoustic/sources/huggingface", "train/llama",

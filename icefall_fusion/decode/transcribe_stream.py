@@ -106,12 +106,12 @@ def open_decoder(recognizer: Recognizer, live: StreamOptions) -> StreamingDecode
     Raises:
         ValueError: see `run_stream`.
     """
-    method, model = recognizer.methods[0], recognizer.source.model
+    method, model = recognizer.methods[0], getattr(recognizer.source, "network", None)
     rule = "be one pass of the prefix search or greedy in a stream (no rescoring, no lattices)"
     good = not method.spec.of_lattices and not method.spec.rescorers
     check(good, "method", rule, method.name)
-    check(isinstance(model, CtcAed), "emissions.model", "be a model of ours (checkpoint) in a stream",
-          recognizer.options.emissions.model)
+    check(isinstance(model, CtcAed) and recognizer.source.has_ctc, "emissions.model",
+          "be a model of ours (checkpoint) with a CTC head in a stream", recognizer.options.emissions.model)
     greedy = method.spec.search == "greedy"
     return StreamingDecoder(model, method.make_fusions({}), recognizer.options.search, live,
                             recognizer.source.tokens, greedy)

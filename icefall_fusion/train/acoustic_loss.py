@@ -3,16 +3,19 @@ Knows: the acoustic model, batches. Must not know: the training loop, files.
 """
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Sequence
 
 from torch import Tensor, nn
 
 from icefall_fusion.acoustic.models import CtcAed, greedy_pieces
 from icefall_fusion.acoustic.models.ctc import ctc_loss_sum
+from icefall_fusion.acoustic.models.ctc_aed import join_losses
 from icefall_fusion.common.checks import check
 from icefall_fusion.data.datamodule import Batch
 from icefall_fusion.lattice.k2_fsas import ctc_loss_rows, load_k2
 from icefall_fusion.scoring.wer import count_errors
+
+TERMS = ("ctc", "ctc_middle", "attention", "transducer", "transducer_simple")
 
 
 def compute_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, int, dict[str, Any]]:
@@ -23,34 +26,51 @@ def compute_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, int, dict[str,
     if not core.training:
         return validation_loss(core, batch, tokens)
     loss, info = model(batch["features"], batch["lens"], targets, batch.get("frames"))
-    parts = {name: info[name] * tokens for name in ("ctc", "ctc_middle", "attention") if name in info}
+    parts = {name: info[name] * tokens for name in TERMS if name in info}
     more = {"impossible": info["impossible"], "seconds": sum(batch["seconds"])}
     return loss * tokens, tokens, {**parts, **more}
 
 
 def validation_loss(model: CtcAed, batch: Batch, tokens: int) -> tuple[Tensor, int, dict[str, Any]]:
-    """As ``compute_loss``, without the auxiliary loss; with word errors of greedy CTC decoding."""
+    """As ``compute_loss``, without the auxiliary loss; with word errors of greedy decoding.
+
+    ``word_errors`` are those of CTC, ``transducer_word_errors`` those of the transducer head.
+    """
+    options, heads, targets = model.options, model.trained_heads, batch["tokens"]
     frames, lens = model.encoder(batch["features"], batch["lens"])
-    log_probs = model.ctc_log_probs(frames)
-    blank, weight = model.options.blank_id, model.options.ctc_weight
-    losses = model.ctc.row_losses
-    ctc, impossible = ctc_loss_sum(log_probs, lens, batch["tokens"], blank, losses)
-    attention = model.decoder_loss(frames, lens, batch["tokens"]) * tokens
-    hypotheses = [model.tokens.decode(pieces) for pieces in greedy_pieces(log_probs, lens, blank)]
-    errors = [count_errors(text, hypothesis) for text, hypothesis in zip(batch["texts"], hypotheses)]
-    parts = {
-        "ctc": ctc,
-        "attention": attention,
-        "impossible": impossible,
-        "word_errors": sum(e.errors for e in errors),
-        "words": sum(e.words for e in errors),
-    }
-    return weight * ctc + (1 - weight) * attention, tokens, parts
+    parts: dict[str, Any] = {"impossible": 0}
+    total = None
+    if model.ctc is not None:
+        log_probs, blank = model.ctc_log_probs(frames), options.blank_id
+        parts["ctc"], parts["impossible"] = ctc_loss_sum(log_probs, lens, targets, blank,
+                                                         model.ctc.row_losses)
+        parts.update(_word_errors(model, batch["texts"], greedy_pieces(log_probs, lens, blank)))
+        total = parts["ctc"] if "ctc" in heads else None
+    if "aed" in heads:
+        parts["attention"] = model.decoder_loss(frames, lens, targets) * tokens
+        total = join_losses(total, parts["attention"], options.ctc_weight)
+    if "transducer" in heads:
+        found, lost = model.transducer_loss(frames, lens.tolist(), targets)
+        parts.update(found)
+        parts["impossible"] = max(parts["impossible"], lost)
+        total = join_losses(total, found["transducer"], 1 - options.transducer.weight)
+        pieces = model.transducer.greedy(model.transducer.project(frames), lens)
+        parts.update(_word_errors(model, batch["texts"], pieces, "transducer_"))
+    return total, tokens, parts
+
+
+def _word_errors(
+    model: CtcAed, texts: Sequence[str], pieces: Sequence[Sequence[int]], prefix: str = ""
+) -> dict[str, int]:
+    errors = [count_errors(text, model.tokens.decode(row)) for text, row in zip(texts, pieces)]
+    return {f"{prefix}word_errors": sum(e.errors for e in errors), "words": sum(e.words for e in errors)}
 
 
 def describe(means: dict[str, float]) -> dict[str, float]:
-    """Add the word error rate (%) of greedy CTC decoding to validation means a token."""
-    return {"greedy_wer": 100 * means["word_errors"] / max(means["words"], 1e-9)}
+    """Add word error rates (%) of greedy decoding to validation means a token: ``greedy_wer`` is CTC's."""
+    names = {"word_errors": "greedy_wer", "transducer_word_errors": "transducer_greedy_wer"}
+    return {name: 100 * means[errors] / max(means["words"], 1e-9)
+            for errors, name in names.items() if errors in means}
 
 
 def use_k2_loss(model: CtcAed) -> None:
@@ -58,8 +78,10 @@ def use_k2_loss(model: CtcAed) -> None:
 
     Raises:
         Unavailable: k2 is missing or does not work; with the remedy.
-        ValueError: the blank is not piece 0, as k2 has it.
+        ValueError: the blank is not piece 0, as k2 has it, or there is no CTC head.
     """
+    rule = "be torch for a model without a CTC head"
+    check(model.ctc is not None, "TrainOptions.ctc_loss", rule, "k2")
     load_k2()
     blank = model.options.blank_id
     check(blank == 0, "ModelOptions.blank_id", "be 0 for TrainOptions.ctc_loss k2", blank)

@@ -8,12 +8,12 @@ import dataclasses
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Optional
+from typing import Optional
 
 import torch
 from torch import Tensor
 
-from icefall_fusion.acoustic.models import CtcAed, ModelOptions, load, save
+from icefall_fusion.acoustic.models import CtcAed, ModelOptions, save
 from icefall_fusion.common.checks import check, check_at_least, check_choice
 from icefall_fusion.common.files import write_json
 from icefall_fusion.common.processes import check_compiler, gather_over_processes
@@ -23,6 +23,7 @@ from icefall_fusion.data.resident import FeatureStore
 from icefall_fusion.train.acoustic_loss import compute_loss, describe, use_k2_loss
 from icefall_fusion.train.checkpoints import average_checkpoints, list_checkpoints, load_checkpoint
 from icefall_fusion.train.curriculum import Curriculum, feature_statistics
+from icefall_fusion.train.init_weights import freeze_parts, start_from
 from icefall_fusion.train.job import check_export, report_size, run_training
 from icefall_fusion.train.loop import Trainer
 from icefall_fusion.train.options import TrainingOptions
@@ -43,8 +44,11 @@ class TrainOptions(TrainingOptions):
         data: batches and augmentation.
         exp: folder of checkpoints, logs and ``export/``.
         init: acoustic model folder whose weights and feature statistics a new training starts from (set
-            ``easy_batches`` to 0 then); empty: random weights.
+            ``easy_batches`` to 0 then); heads that it lacks start from random weights. Empty: all do.
         model: shape and loss.
+        heads: in place of ``model.heads``, with commas: "ctc,aed,transducer"; empty: those.
+        freeze: parts that are not trained, of encoder and the heads, with commas: "encoder,ctc,aed" trains a
+            new transducer head on an encoder of ``init``.
         easy_batches: number of first batches that hold short utterances only, unmasked, where CTC finds its
             alignments soonest (after Amodei et al. 2016, Deep Speech 2, section 3.2); 0 = none.
         easy_seconds: longest utterance in them.
@@ -68,6 +72,8 @@ class TrainOptions(TrainingOptions):
     data: DataOptions = field(default_factory=DataOptions)
     exp: str = "exp/ctc_aed"
     model: ModelOptions = field(default_factory=ModelOptions)
+    heads: str = ""
+    freeze: str = ""
     easy_batches: int = 0
     easy_seconds: float = 4.0
     avg: int = 3
@@ -80,6 +86,11 @@ class TrainOptions(TrainingOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.heads:
+            heads = tuple(head.strip() for head in self.heads.split(","))
+            object.__setattr__(self, "model", dataclasses.replace(self.model, heads=heads))
+        rule = "be empty without TrainOptions.init: parts of random weights would never be trained"
+        check(not self.freeze or bool(self.init), "TrainOptions.freeze", rule, self.freeze)
         kept = self.trainer.keep_checkpoints
         rule = f"be in 1..{kept} (trainer.keep_checkpoints)"
         check(1 <= self.avg <= kept, "TrainOptions.avg", rule, self.avg)
@@ -119,10 +130,20 @@ def exported_weights(options: TrainOptions, paths: list[Path]) -> dict[str, Tens
 
 
 def log_probs_of_noise(model: CtcAed) -> Tensor:
-    """Return CTC log-probs [B,T,V] of noise that has the statistics of the model's features."""
+    """Return log-probs [B,T,...] of all heads for noise with the statistics of the model's features."""
     noise = torch.randn(2, 400, model.options.encoder.bins, generator=torch.Generator().manual_seed(0))
     features = noise * model.encoder.deviation + model.encoder.mean
-    return model.ctc_log_probs(model.encoder(features, torch.tensor([400, 400]))[0])
+    frames, lens = model.encoder(features, torch.tensor([400, 400]))
+    found, head = [], model.transducer
+    if model.ctc is not None:
+        found.append(model.ctc_log_probs(frames))
+    if head is not None:
+        states = head.predict(torch.tensor([head.start]))
+        found.append(head.join(head.project(frames), states))
+    if model.decoder is not None and not found:
+        scores = model.score_tokens(frames, lens, [[[], [model.options.sos_eos_id]]] * 2)
+        found.append(torch.stack(scores)[:, None])
+    return torch.cat(found, dim=-1)
 
 
 def bpe_path(options: TrainOptions) -> Path:
@@ -157,29 +178,10 @@ def report_skipped(trainer: Trainer) -> None:
         print(f"{unread} could not be read, see {path}", file=sys.stderr)
 
 
-def start_from(model: CtcAed, folder: str) -> None:
-    """Load the weights of a model folder into a new model.
-
-    Raises:
-        FileNotFoundError, ValueError: the folder has no acoustic model, or another shape or vocabulary.
-    """
-    source, name = load(folder), f"TrainOptions.init {folder}"
-    for part in ("encoder", "decoder", "vocab_size", "blank_id", "sos_eos_id"):
-        wanted, actual = (_without_dropout(getattr(m.options, part)) for m in (model, source))
-        check(actual == wanted, f"{name}: {part}", f"be {wanted}", actual)
-    if source.tokens is not None and model.tokens is not None:
-        same = source.tokens.fingerprint() == model.tokens.fingerprint()
-        check(same, name, "have the pieces of TrainOptions.bpe", source.bpe)
-    model.load_state_dict(source.state_dict())
-
-
-def _without_dropout(value: Any) -> Any:
-    return dataclasses.replace(value, dropout=0.0) if hasattr(value, "dropout") else value
-
-
 def compile_layers(model: CtcAed) -> None:
     """Fuse each layer of encoder and decoder by itself, for batches of any shape."""
-    for layer in (*(layer for stack in model.encoder.stacks for layer in stack), *model.decoder.layers):
+    decoder = [] if model.decoder is None else model.decoder.layers
+    for layer in (*(layer for stack in model.encoder.stacks for layer in stack), *decoder):
         layer.compile(dynamic=True)
 
 
@@ -192,6 +194,7 @@ def make_model(options: TrainOptions, device: torch.device, source: TrainBatches
         source: training batches without augmentation.
     """
     model = CtcAed(options.model, bpe_path(options))
+    freeze_parts(model, options.freeze)
     if list_checkpoints(options.exp):
         pass  # the loop goes on from the newest
     elif options.init:
@@ -200,8 +203,10 @@ def make_model(options: TrainOptions, device: torch.device, source: TrainBatches
         mean, deviation = feature_statistics(source, options.stats_seconds, device)
         model.encoder.mean.copy_(mean)
         model.encoder.deviation.copy_(deviation)
-    untrained = [model.decoder] if options.model.ctc_weight == 1 else []
-    untrained += [model.middle_norm, model.middle_ctc] if options.model.middle_weight == 0 else []
+    both = model.ctc is not None and model.decoder is not None
+    untrained = [model.decoder] if options.model.ctc_weight == 1 and both else []
+    if options.model.middle_weight == 0 and model.ctc is not None:
+        untrained += [model.middle_norm, model.middle_ctc]
     for module in untrained:  # data parallel waits for the gradient of every parameter that requires one
         module.requires_grad_(False)
     if options.ctc_loss == "k2":

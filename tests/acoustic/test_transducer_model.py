@@ -32,7 +32,7 @@ def test_predictor_states_equal_those_of_a_plain_loop() -> None:
     for context_size in (1, 2, 3):
         model = head(context_size)
         targets = torch.tensor([[4, 4, 7, 1], [2, 10, 9, 0]])
-        states = model.states(targets)
+        states = model.joiner.decoder_proj(model.predictor(model.histories(targets)))
         assert states.shape == (2, 5, 10)
         for row, pieces in enumerate(targets.tolist()):
             history = [*model.start, *pieces]

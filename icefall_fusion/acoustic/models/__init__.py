@@ -10,6 +10,7 @@
     ctc.py               CTC head: frames to log-probs of pieces
     decoder.py           attention decoder
     transducer.py        transducer head: stateless predictor and joiner
+    transducer_loss.py   its loss, exact or pruned, in bounded memory
 """
 
 from __future__ import annotations

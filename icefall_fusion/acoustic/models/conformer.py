@@ -137,7 +137,8 @@ class ConformerEncoder(nn.Module):
         for layer, cache in zip(self.stacks[0], caches[:first]):
             x = layer(x, full, cache)
         x = x * full.valid
-        down = F.pad(x, (0, 0, 0, x.shape[1] % 2)).unflatten(1, (-1, 2)).mean(dim=2)
+        pairs = F.pad(x, (0, 0, 0, x.shape[1] % 2))
+        down = pairs.reshape(x.shape[0], -1, 2, x.shape[2]).mean(dim=2)
         y = middle = down
         for index, (layer, cache) in enumerate(zip(self.stacks[1], caches[first:second])):
             y = layer(y, half, cache)

@@ -93,10 +93,14 @@ class TransducerHead(nn.Module):
 
     def __init__(self, size: int, vocab_size: int, blank_id: int, options: TransducerOptions) -> None:
         super().__init__()
+        self.options = options
         self.vocab_size, self.blank_id, self.context_size = vocab_size, blank_id, options.context_size
         self.start = (-1,) * (options.context_size - 1) + (blank_id,)
         self.predictor = Predictor(vocab_size, options.predictor_size, options.context_size)
         self.joiner = Joiner(size, options.predictor_size, options.joiner_size, vocab_size)
+        if options.prune_range > 0:  # of the simple loss alone
+            self.simple_am_proj = nn.Linear(size, vocab_size)
+            self.simple_lm_proj = nn.Linear(options.predictor_size, vocab_size)
 
     def project(self, encoder_out: Tensor) -> Tensor:
         """Return frames [B,T,D] as the joiner adds them up: float32 [B,T,J]."""
@@ -110,8 +114,25 @@ class TransducerHead(nn.Module):
         """Return log-probs [N,V] float32 for projected frames and states [N,J]."""
         return self.joiner(encoder, predictor).float().log_softmax(dim=-1)
 
-    def states(self, targets: Tensor) -> Tensor:
-        """Return projected states [B,U+1,J] before each token of ``targets`` [B,U] and after the last."""
-        start = targets.new_tensor(self.start).expand(len(targets), -1)
-        pieces = torch.cat((start, targets.clamp(min=0)), dim=1)
-        return self.joiner.decoder_proj(self.predictor(pieces))
+    def histories(self, targets: Tensor) -> Tensor:
+        """Return the pieces [B,context_size+U] of texts [B,U], their start before them."""
+        return torch.cat((targets.new_tensor(self.start).expand(len(targets), -1), targets), dim=1)
+
+    @torch.no_grad()
+    def greedy(self, frames: Tensor, lens: Tensor) -> list[list[int]]:
+        """Return the pieces of a greedy search, one a frame at most, for projected frames [B,T,J].
+
+        As icefall's ``greedy_search_batch``; a yardstick of training.
+        """
+        context = torch.tensor([self.start] * len(frames), device=frames.device)
+        state, pieces = self.predict(context), []
+        for frame, now in enumerate(frames.unbind(1)):
+            best = self.join(now, state).argmax(-1)
+            best = torch.where(frame < lens, best, self.blank_id)
+            said = best != self.blank_id
+            pieces.append(torch.where(said, best, -1))
+            context = torch.where(said[:, None], torch.cat((context[:, 1:], best[:, None]), 1), context)
+            state = torch.where(said[:, None], self.predict(context), state)
+        if not pieces:
+            return [[] for _ in frames]
+        return [[piece for piece in row if piece >= 0] for row in torch.stack(pieces, 1).tolist()]

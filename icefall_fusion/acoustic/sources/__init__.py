@@ -20,6 +20,7 @@ from icefall_fusion.acoustic.sources.base import EmissionSource
 from icefall_fusion.acoustic.sources.checkpoint import CheckpointSource
 from icefall_fusion.acoustic.sources.huggingface import HuggingFaceSource
 from icefall_fusion.acoustic.sources.icefall import IcefallSource
+from icefall_fusion.acoustic.sources.onnx_files import OnnxSource
 from icefall_fusion.acoustic.sources.torchscript import TorchScriptSource
 from icefall_fusion.common.checks import check, check_choice
 from icefall_fusion.common.devices import check_device
@@ -34,9 +35,10 @@ class EmissionOptions:
 
     Args:
         model: a folder of ours (config.json, model.safetensors, bpe.model), an icefall TorchScript file
-            (.pt), icefall weights (pretrained.pt, with ``recipe``), a Hugging Face CTC folder or hub name, or
-            saved log-probs (a .npz or a folder of them).
-        kind: one of auto, checkpoint, torchscript, huggingface, icefall, saved.
+            (.pt), icefall weights (pretrained.pt, with ``recipe``), a transducer of icefall or sherpa-onnx (a
+            folder of encoder, decoder and joiner in .onnx, or the encoder's file), a Hugging Face CTC folder
+            or hub name, or saved log-probs (a .npz or a folder of them).
+        kind: one of auto, checkpoint, torchscript, huggingface, icefall, onnx, saved.
         tokens: bpe.model, tokens.txt (icefall), units.txt (WeNet), vocab.json (Hugging Face), or a folder
             that has one. Empty: the model's own, or the one beside the model.
         device: e.g. cpu or cuda.
@@ -81,6 +83,7 @@ SOURCES: dict[str, Callable[[EmissionOptions], EmissionSource]] = {
     "torchscript": TorchScriptSource,
     "huggingface": HuggingFaceSource,
     "icefall": IcefallSource,
+    "onnx": OnnxSource,
     "saved": _open_saved,
 }
 
@@ -115,12 +118,14 @@ def _kind_of(model: str) -> str:
         return "saved"
     if path.is_file() and path.suffix in (".pt", ".ts", ".jit"):
         return "torchscript"
+    if path.suffix == ".onnx" or (path.is_dir() and any(path.glob("encoder*.onnx"))):
+        return "onnx"
     if (path / "config.json").is_file():
         with loading(path / "config.json", "a JSON object"):
             config = json.loads((path / "config.json").read_text(encoding="utf-8"))
             ours = str(config.get("model_type", "")).startswith("icefall_fusion")
         return "checkpoint" if ours else "huggingface"
     raise ValueError(
-        f"EmissionOptions.model must be a model folder (with config.json), a TorchScript .pt file or saved "
-        f"log-probs (.npz), but {model!r} is none of them"
+        f"EmissionOptions.model must be a model folder (with config.json), a TorchScript .pt file, a folder "
+        f"of encoder, decoder and joiner in .onnx or saved log-probs (.npz), but {model!r} is none of them"
     )

@@ -3,6 +3,8 @@ Knows: features, vocabularies. Must not know: any one model, search, fusion, man
 """
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional, Protocol, Sequence
 
@@ -65,21 +67,39 @@ class FeatureSource:
         raise NotImplementedError
 
     def log_probs(self, encoder_out: Tensor) -> Tensor:
-        """Return natural-log probabilities [B,T',V] of the pieces for encoder frames [B,T',D]."""
-        raise NotImplementedError
+        """Return natural-log probabilities [B,T',V] of the pieces for encoder frames [B,T',D].
+
+        Without a CTC head they are -inf (one number, expanded).
+        """
+        never = encoder_out.new_full((1, 1, 1), -math.inf)
+        return never.expand(*encoder_out.shape[:2], self.tokens.size)
+
+    def joiner_frames(self, encoder_out: Tensor) -> Optional[Tensor]:
+        """Return what a transducer's joiner reads [B,T',J] of encoder frames [B,T',D]; None without one."""
+        return None
 
     @torch.no_grad()
     def emit(self, ids: Sequence[str], inputs: Sequence[Tensor]) -> Emissions:
         rows = [row for row, features in enumerate(inputs) if len(features) >= self.least_frames]
         if not rows:
-            return no_frames(ids, self.tokens, self.frame_shift)
+            return self._no_frames(ids)
         features, lens = pad_features([inputs[row] for row in rows])
         encoder_out, kept = self.encode(features.to(self.device), lens.to(self.device))
         out_lens = torch.zeros(len(ids), dtype=torch.long)
         out_lens[rows] = kept.cpu().long()
         log_probs = scatter_rows(rows, self.log_probs(encoder_out), len(ids))
+        joined = self.joiner_frames(encoder_out)
+        if joined is not None:
+            joined = scatter_rows(rows, joined, len(ids))
         encoder_out = scatter_rows(rows, encoder_out, len(ids))
-        return Emissions(list(ids), log_probs, out_lens, self.tokens, self.frame_shift, encoder_out)
+        return Emissions(list(ids), log_probs, out_lens, self.tokens, self.frame_shift, encoder_out, joined)
+
+    def _no_frames(self, ids: Sequence[str]) -> Emissions:
+        made = no_frames(ids, self.tokens, self.frame_shift)
+        if self.transducer is None:
+            return made
+        start = torch.tensor([self.transducer.start], device=self.device)
+        return replace(made, joiner_frames=self.transducer.predict(start)[None, :0].expand(len(ids), -1, -1))
 
     @torch.no_grad()
     def measured_frame_shift(self, name: str) -> float:
@@ -97,10 +117,18 @@ class FeatureSource:
         silence = torch.zeros(1, _TEN_SECONDS, DIM, device=self.device)
         with loading(name, f"an encoder of {DIM} features a frame"):
             encoder_out = self.encode(silence, torch.tensor([_TEN_SECONDS], device=self.device))[0]
-        with loading(name, "a CTC output layer"):
-            outputs = self.log_probs(encoder_out[:, :1]).shape[-1]
-        if outputs != self.tokens.size:
-            raise ValueError(f"the vocabulary has {self.tokens.size} pieces, but {name} has {outputs}")
+        sizes = []
+        if self.has_ctc:
+            with loading(name, "a CTC output layer"):
+                sizes.append(self.log_probs(encoder_out[:, :1]).shape[-1])
+        if self.transducer is not None:
+            with loading(name, "a transducer"):
+                start = torch.tensor([self.transducer.start], device=self.device)
+                joined = self.joiner_frames(encoder_out[:, :1])
+                sizes.append(self.transducer.join(joined[0], self.transducer.predict(start)).shape[-1])
+        for outputs in sizes:
+            if outputs != self.tokens.size:
+                raise ValueError(f"the vocabulary has {self.tokens.size} pieces, but {name} has {outputs}")
         return round(_TEN_SECONDS / max(1, encoder_out.shape[1])) * FRAME_SHIFT
 
 
