@@ -256,6 +256,11 @@ def export_onnx(export: Export, folder: Path, suffix: str = "-epoch-30-avg-9", *
             out, lens = self.encoder(x, x_lens)
             return self.encoder_proj(out), lens
 
+    class OnnxStreamingEncoder(OnnxEncoder):
+        def forward(self, x, *states):
+            out, _, states = self.encoder(x, torch.full((len(x),), 45), list(states))
+            return self.encoder_proj(out), *states
+
     class OnnxDecoder(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -272,11 +277,24 @@ def export_onnx(export: Export, folder: Path, suffix: str = "-epoch-30-avg-9", *
         def forward(self, encoder_out, decoder_out):
             return self.output_linear(torch.tanh(encoder_out + decoder_out))
 
-    made = (
-        ("encoder", OnnxEncoder(), (torch.zeros(1, 100, 80), torch.tensor([100])), ["x", "x_lens"],
-         ["encoder_out", "encoder_out_lens"], {"x": {0: "N", 1: "T"}, "x_lens": {0: "N"},
+    encoder = (
+        "encoder", OnnxEncoder(), (torch.zeros(1, 100, 80), torch.tensor([100])), ["x", "x_lens"],
+        ["encoder_out", "encoder_out_lens"],
+        {"x": {0: "N", 1: "T"}, "x_lens": {0: "N"},
          "encoder_out": {0: "N", 1: "T"}, "encoder_out_lens": {0: "N"}},
-         {"model_type": "zipformer2", "version": "1"}),
+        {"model_type": "zipformer2", "version": "1"},
+    )
+    if isinstance(export.encoder, StreamingEncoder):
+        states = {"cached_sum_0": {0: "N"}, "processed_lens": {0: "N"}}
+        encoder = (
+            "encoder", OnnxStreamingEncoder(),
+            (torch.zeros(1, 45, 80), torch.zeros(1, 24), torch.zeros(1, dtype=torch.int64)), ["x", *states],
+            ["encoder_out", *(f"new_{name}" for name in states)],
+            {"x": {0: "N"}, "encoder_out": {0: "N"}, **states, **{f"new_{n}": v for n, v in states.items()}},
+            {"model_type": "zipformer2", "decode_chunk_len": "32", "T": "45"},
+        )
+    made = (
+        encoder,
         ("decoder", OnnxDecoder(), torch.zeros(10, 2, dtype=torch.int64), ["y"], ["decoder_out"],
          {"y": {0: "N"}, "decoder_out": {0: "N"}},
          {"context_size": "2", "vocab_size": str(export.decoder.vocab_size)}),
@@ -321,6 +339,19 @@ def test_an_onnx_transducer_of_icefall(tmp_path, older) -> None:
     torch.testing.assert_close(joined, wanted, atol=1e-4, rtol=1e-4)
     wide = transducer.join(made.joiner_frames[0, :2, None], transducer.predict(contexts)[None])
     torch.testing.assert_close(wide.diagonal(dim1=0, dim2=1).T, wanted, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_streaming_onnx_transducer_equals_the_torchscript_one(tmp_path) -> None:
+    pytest.importorskip("onnxruntime")
+    torch.manual_seed(3)
+    export = Export(tiny.piece_count(), StreamingEncoder()).eval()
+    folder = export_onnx(export, tmp_path)
+    scripted = write(export, tiny.write_bpe(tmp_path / "jit").parent)
+    mine, theirs = (open_source(EmissionOptions(path)) for path in (scripted, str(folder)))
+    made, wanted = same_one_by_one(theirs, features()), mine.emit(list("abcde"), features())
+    assert made.lens.tolist() == wanted.lens.tolist() and theirs.frame_shift == 0.04
+    torch.testing.assert_close(made.joiner_frames, wanted.joiner_frames, atol=1e-4, rtol=1e-4)
 
 
 def test_one_of_several_models_in_a_folder_is_named_by_its_encoder(tmp_path) -> None:

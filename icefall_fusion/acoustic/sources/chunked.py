@@ -9,26 +9,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from icefall_fusion.acoustic.loading import loading
 from icefall_fusion.data.features import PADDING
 
 TAIL = 30  # feature frames of silence after an utterance, as icefall's streaming decoding adds
 
 
 class ChunkedEncoder:
-    """Runs ``encoder(features, lens, states)`` of icefall's ``export.py --causal 1`` chunk by chunk.
+    """Runs a streaming encoder chunk by chunk.
 
     Args:
-        encoder: with ``get_init_states``, ``chunk_size`` (frames of 20 ms) and ``pad_length`` (frames of
-            10 ms that a chunk sees beyond its own).
-        name: of the model, for messages.
+        encoder: ``encoder(features, lens, states)`` returns frames, their numbers and the next states;
+            ``get_init_states(batch, device)`` returns the first ones.
+        hop: feature frames of a chunk.
+        length: feature frames that a chunk sees, at least ``hop``.
     """
 
-    def __init__(self, encoder: Any, name: str) -> None:
-        self._encoder = encoder
-        with loading(name, "a streaming encoder of icefall (get_init_states, chunk_size, pad_length)"):
-            self._hop = 2 * int(encoder.chunk_size)
-            self._length = self._hop + int(encoder.pad_length)
+    def __init__(self, encoder: Any, hop: int, length: int) -> None:
+        self._encoder, self._hop, self._length = encoder, hop, length
 
     def __call__(self, features: Tensor, lens: Tensor) -> tuple[Tensor, Tensor]:
         """Return encoder frames [B,T',D] and their numbers [B] for features [B,T,80] and lengths [B]."""

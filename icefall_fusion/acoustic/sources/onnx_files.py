@@ -11,6 +11,7 @@ from torch import Tensor
 
 from icefall_fusion.acoustic.loading import loading
 from icefall_fusion.acoustic.sources.base import FeatureSource, tokens_of
+from icefall_fusion.acoustic.sources.chunked import ChunkedEncoder
 from icefall_fusion.acoustic.sources.torchscript import start_of
 from icefall_fusion.common.checks import check
 from icefall_fusion.common.unavailable import Unavailable
@@ -31,7 +32,8 @@ class OnnxSource(FeatureSource):
     """A transducer of icefall or sherpa-onnx: ``encoder*.onnx``, ``decoder*.onnx``, ``joiner*.onnx``.
 
     ``EmissionOptions.model`` is their folder, or the file of the encoder: a folder may hold several, whose
-    names go on alike. The vocabulary is ``tokens.txt`` or ``bpe.model`` beside them. It has no CTC head.
+    names go on alike. The vocabulary is ``tokens.txt`` or ``bpe.model`` beside them. It has no CTC head. A
+    streaming encoder (``export-onnx-streaming.py``) works chunk by chunk, as in a stream.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -48,8 +50,7 @@ class OnnxSource(FeatureSource):
         _check_table(files["encoder"].with_name("tokens.txt"), self.tokens, options.tokens or options.model)
         self.device = torch.device(options.device)
         check(self.device.type == "cpu", "EmissionOptions.device", "be cpu for ONNX files", options.device)
-        parts = {part: OnnxPart(path, *NAMES[part]) for part, path in files.items()}
-        self._encoder = parts["encoder"]
+        parts = {part: OnnxPart(path) for part, path in files.items()}
         self.transducer = OnnxTransducer(parts, self.tokens.blank_id)
         size = self.transducer.vocab_size
         if size != self.tokens.size:
@@ -74,7 +75,12 @@ class OnnxTransducer:
     """
 
     def __init__(self, parts: dict[str, OnnxPart], blank_id: int) -> None:
-        self._encoder, self._predictor, self._joiner = (parts[name] for name in NAMES)
+        encoder, self._predictor, self._joiner = (parts[name] for name in NAMES)
+        streaming = "decode_chunk_len" in encoder.metadata
+        self._encoder = StreamingOnnxEncoder.chunked(encoder) if streaming else encoder
+        for part in NAMES:
+            if part != "encoder" or not streaming:
+                parts[part].check_names(*NAMES[part])
         values = self._predictor.metadata
         name = str(self._predictor.path)
         with loading(name, "a predictor with context_size and vocab_size in its metadata"):
@@ -83,10 +89,10 @@ class OnnxTransducer:
         with loading(name, "a predictor"):
             self.start = start_of(self, torch.device("cpu"))
             size = self.predict(torch.tensor([self.start])).shape[1]
-        for part, place in (("encoder", self._encoder.outputs[0]), ("joiner", self._joiner.inputs[1])):
+        for part, places in ((encoder, encoder.outputs), (self._joiner, self._joiner.inputs)):
             rule = f"be of the joiner size {size} of {self._predictor.path.name}"
-            found = place.shape[-1]
-            check(found == size or not isinstance(found, int), f"{parts[part].path}", rule, found)
+            found = next(place.shape[-1] for place in places if place.name == "encoder_out")
+            check(found == size or not isinstance(found, int), f"{part.path}", rule, found)
 
     def encode(self, features: Tensor, lens: Tensor) -> tuple[Tensor, Tensor]:
         encoder_out, out_lens = self._encoder(features.float(), lens.long())
@@ -107,10 +113,13 @@ class OnnxPart:
 
     Args:
         path: of the file.
-        inputs, outputs: their names.
+
+    Attributes:
+        inputs, outputs: their names, types and shapes.
+        metadata: what the file tells of itself, by name.
     """
 
-    def __init__(self, path: Path, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+    def __init__(self, path: Path) -> None:
         try:
             import onnxruntime
         except ImportError as error:
@@ -124,17 +133,52 @@ class OnnxPart:
         except Exception as error:  # its errors have no common class
             raise ValueError(f"{path} cannot be loaded as an ONNX model: {str(error)[:400]}") from error
         self.inputs, self.outputs = self._session.get_inputs(), self._session.get_outputs()
-        for kind, wanted, there in (("inputs", inputs, self.inputs), ("outputs", outputs, self.outputs)):
-            found = [one.name for one in there]
-            rule = f"have the {kind} {list(wanted)} (a streaming model has more, and is not supported)"
-            check(sorted(found) == sorted(wanted), str(path), rule, found[:8])
         self.metadata: dict[str, Any] = self._session.get_modelmeta().custom_metadata_map
+        self._names = [one.name for one in self.inputs], [one.name for one in self.outputs]
+
+    def check_names(self, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+        """Take inputs and return outputs in this order; raise ValueError if the file has others."""
+        for kind, wanted, found in zip(("inputs", "outputs"), (inputs, outputs), self._names):
+            rule = f"have the {kind} {list(wanted)}"
+            check(sorted(found) == sorted(wanted), str(self.path), rule, found[:8])
         self._names = list(inputs), list(outputs)
 
     def __call__(self, *values: Tensor) -> list[Tensor]:
         names, outputs = self._names
         feeds = {name: value.detach().contiguous().numpy() for name, value in zip(names, values)}
         return [torch.from_numpy(value) for value in self._session.run(outputs, feeds)]
+
+
+class StreamingOnnxEncoder:
+    """An encoder's file with states as inputs, each with an output ``new_NAME``; see `ChunkedEncoder`.
+
+    Raises:
+        ValueError: an input has no such output, or a number in the metadata is missing.
+    """
+
+    def __init__(self, part: OnnxPart) -> None:
+        self._part = part
+        self._states = [one for one in part.inputs if one.name != "x"]
+        names = [one.name for one in self._states]
+        part.check_names(["x", *names], ["encoder_out", *(f"new_{name}" for name in names)])
+
+    @classmethod
+    def chunked(cls, part: OnnxPart) -> ChunkedEncoder:
+        """Return the encoder as one of whole utterances."""
+        with loading(part.path, "a streaming encoder with decode_chunk_len and T in its metadata"):
+            return ChunkedEncoder(cls(part), int(part.metadata["decode_chunk_len"]), int(part.metadata["T"]))
+
+    def get_init_states(self, batch: int, device: torch.device) -> list[Tensor]:
+        """Return the states before the first chunk: zeros."""
+        types = {"tensor(float)": torch.float32, "tensor(int64)": torch.int64}
+        shapes = [[size if isinstance(size, int) else batch for size in one.shape] for one in self._states]
+        return [torch.zeros(shape, dtype=types[one.type]) for shape, one in zip(shapes, self._states)]
+
+    def __call__(
+        self, features: Tensor, lens: Tensor, states: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        out, *states = self._part(features, *states)
+        return out, torch.full_like(lens, out.shape[1]), states
 
 
 def files_of(model: Path) -> dict[str, Path]:

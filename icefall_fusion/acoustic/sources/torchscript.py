@@ -46,7 +46,9 @@ class TorchScriptSource(FeatureSource):
             raise ValueError(f"{rule}, but {options.model!r} lacks {missing}")
         self._encoder = self.network.encoder
         if hasattr(self._encoder, "get_init_states"):
-            self._encoder = ChunkedEncoder(self._encoder, options.model)
+            with loading(options.model, "a streaming encoder of icefall (with chunk_size and pad_length)"):
+                hop = 2 * int(self._encoder.chunk_size)  # of 20 ms
+                self._encoder = ChunkedEncoder(self._encoder, hop, hop + int(self._encoder.pad_length))
         if parts:
             with loading(options.model, "a transducer of icefall"):
                 self.transducer = TorchScriptTransducer(self, options.model)
