@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from icefall_fusion.fusion.delayed import DelayedFusion
     from icefall_fusion.fusion.hotwords import HotWordFusion
+    from icefall_fusion.fusion.internal_lm import InternalLmFusion
     from icefall_fusion.fusion.lodr import LodrFusion
     from icefall_fusion.fusion.ngram import LookAhead, NgramFusion
     from icefall_fusion.fusion.shallow import ShallowFusion
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 
 _FILES = {
     "AtEnd": "triggers", "DelayedFusion": "delayed", "EveryFrame": "triggers", "FixedInterval": "triggers",
-    "HotWordFusion": "hotwords", "LodrFusion": "lodr", "LookAhead": "ngram", "NgramFusion": "ngram",
+    "HotWordFusion": "hotwords", "InternalLmFusion": "internal_lm",
+    "LodrFusion": "lodr", "LookAhead": "ngram", "NgramFusion": "ngram",
     "ShallowFusion": "shallow",
     "ShortestHypothesis": "triggers", "WordNgramFusion": "word_ngram",
 }
@@ -30,6 +32,7 @@ __all__ = [
     "EveryFrame",
     "FixedInterval",
     "HotWordFusion",
+    "InternalLmFusion",
     "LodrFusion",
     "LookAhead",
     "NgramFusion",

@@ -1,9 +1,9 @@
-"""Outputs of a stateless predictor for the prefixes of a beam, each context asked for once.
+"""The last pieces of a beam's prefixes, and values by such contexts: each context is asked for once.
 Knows: a transducer's predictor, beams. Must not know: how a frame is searched, language models.
 """
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Callable
 
 import torch
 from torch import Tensor
@@ -13,11 +13,45 @@ if TYPE_CHECKING:
     from icefall_fusion.search.beam import Beam
 
 
-class Contexts:
-    """The last pieces of each slot's prefix, and what the predictor says of them.
+class ContextTable:
+    """Values by context, on a CPU; a table that grows.
 
-    On a CPU the outputs of all contexts seen are kept as a table. On a GPU all slots are asked in every step:
-    to ask for new contexts alone the host would have to wait.
+    Args:
+        function: from contexts int64 [N, c] to values [N, J].
+    """
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        self.function = function
+        self.rows: dict[tuple[int, ...], int] = {}
+        self.values = torch.zeros(0, 0)
+
+    def find(self, contexts: Tensor) -> Tensor:
+        """Return the rows [n] of ``values`` for contexts [n, c]; the function is called once for all new."""
+        rows, known, new = [], self.rows, []
+        for context in map(tuple, contexts.tolist()):
+            row = known.get(context)
+            if row is None:
+                row = known[context] = len(known)
+                new.append(context)
+            rows.append(row)
+        if new:
+            self._add(self.function(torch.tensor(new, dtype=torch.int64)).float())
+        return torch.tensor(rows, dtype=torch.int64)
+
+    def _add(self, values: Tensor) -> None:
+        count, first = len(self.rows), len(self.rows) - len(values)
+        if count > len(self.values):
+            longer = values.new_zeros(max(64, 2 * count), values.shape[1])
+            longer[:first] = self.values[:first] if first else 0.0
+            self.values = longer
+        self.values[first:count] = values
+
+
+class Contexts:
+    """The contexts of a beam's slots, and what the predictor says of them.
+
+    On a CPU the outputs of all contexts seen are kept. On a GPU all slots are asked in every step: to ask for
+    new contexts alone the host would have to wait.
 
     Args:
         model: a transducer.
@@ -29,15 +63,15 @@ class Contexts:
         start = torch.tensor(model.start, dtype=torch.int64, device=beam.node.device)
         self.last = start.repeat(*beam.node.shape, 1)  # [B, K, c]
         self.tabled = beam.node.device.type == "cpu"
-        first = model.predict(self.last[:1, 0]).float()  # [1, J]
+        self.table = ContextTable(model.predict)
         self.row = torch.zeros_like(beam.node)  # [B, K], of the table
-        self.rows = {tuple(start.tolist()): 0}
-        self.table = first.repeat(64, 1) if self.tabled else first
+        if self.tabled:
+            self.row += self.table.find(start.unsqueeze(0))
 
     def outputs(self, slots: Tensor) -> Tensor:
         """Return the predictor's outputs [n, J] for flat slots [n]."""
         if self.tabled:
-            return self.table[self.row.reshape(-1)[slots]]
+            return self.table.values[self.row.reshape(-1)[slots]]
         return self.model.predict(self.last.flatten(0, 1)[slots]).float()
 
     def follow(self, source: Tensor, grew: Tensor) -> None:
@@ -49,23 +83,4 @@ class Contexts:
             self.row = self.row.gather(1, source)
             slots = grew.reshape(-1).nonzero().squeeze(1)
             if len(slots):
-                self.row.view(-1)[slots] = self._look_up(self.last.flatten(0, 1)[slots])
-
-    def _look_up(self, contexts: Tensor) -> Tensor:
-        """Return the rows [n] of contexts [n, c]; the predictor is asked once for all new ones."""
-        rows, known, new = [], self.rows, []
-        for context in map(tuple, contexts.tolist()):
-            row = known.get(context)
-            if row is None:
-                row = known[context] = len(known)
-                new.append(context)
-            rows.append(row)
-        if new:
-            first = len(known) - len(new)
-            if len(known) > len(self.table):
-                longer = self.table.new_empty(2 * len(known), self.table.shape[1])
-                longer[:first] = self.table[:first]
-                self.table = longer
-            asked = torch.tensor(new, dtype=torch.int64)
-            self.table[first : len(known)] = self.model.predict(asked).float()
-        return torch.tensor(rows, dtype=torch.int64)
+                self.row.view(-1)[slots] = self.table.find(self.last.flatten(0, 1)[slots])
