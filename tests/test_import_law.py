@@ -39,6 +39,7 @@ OWNERS = {
     "bitsandbytes": {"lm/quantization"},
     "torchao": {"lm/quantization"},
     "kenlm": {"ngram/word_ngram"},
+    "jieba": {"fusion/boundaries"},
     "sounddevice": {"decode/live_audio"},
     "starlette": {"serve/app", "serve/session"},
     "uvicorn": {"serve/job"},

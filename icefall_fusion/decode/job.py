@@ -202,6 +202,8 @@ class DecodeRun:
             files = {"fingerprint": lm.path, **({"adapter_fingerprint": lm.adapter} if lm.adapter else {})}
             files = {key: self._fingerprint(path) for key, path in files.items()}
             received[name] = {**dataclasses.asdict(lm), **files}
+            if lm.boundaries == "words":  # as runs before the option had it
+                del received[name]["boundaries"]
         if any(fusion.look_ahead for fusion in method.spec.fusions):
             received["look_ahead"] = {"scale": options.ngram.scale, "every": options.ngram.every}
         if method.spec.of_lattices:

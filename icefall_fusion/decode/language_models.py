@@ -13,6 +13,7 @@ from icefall_fusion.common.checks import check, check_at_least, check_choice
 from icefall_fusion.common.devices import check_device, weight_bytes
 from icefall_fusion.common.files import PathLike
 from icefall_fusion.decode.hotwords import HotWords
+from icefall_fusion.fusion.boundaries import BOUNDARIES
 from icefall_fusion.fusion.delayed import Prompt
 from icefall_fusion.fusion.ngram import SCALE, LookAhead
 from icefall_fusion.lm import QUANTIZATIONS, CausalLm
@@ -21,6 +22,7 @@ from icefall_fusion.lm.starts import probe_start
 from icefall_fusion.ngram.piece_ngram import PieceNgram
 from icefall_fusion.ngram.vocabulary import WordAutomaton
 from icefall_fusion.ngram.word_ngram import WordNgram, WordNgramOptions
+from icefall_fusion.text.scripts import join_words, split_units
 from icefall_fusion.text.styles import TEXT_STYLES, adapt
 from icefall_fusion.text.tokens import AcousticTokens
 
@@ -51,6 +53,8 @@ class LmOptions:
         eos: score the end of the utterance too.
         bos_token: what starts a text: a token of the LM or the text of one; default: as its tokenizer says.
         eos_token: what ends one.
+        boundaries: how much of the closed words delayed fusion shows the LM where words have no spaces
+            between them: words (all), tokens (those that cannot change any more) or jieba (its words).
     """
 
     path: str = ""
@@ -68,11 +72,13 @@ class LmOptions:
     eos: bool = True
     bos_token: Optional[str] = None
     eos_token: Optional[str] = None
+    boundaries: str = "words"
 
     def __post_init__(self) -> None:
         check_choice(self.dtype, ("float32", "bfloat16", "float16", "auto"), "LmOptions.dtype")
         check_choice(self.text, TEXT_STYLES, "LmOptions.text")
         check_choice(self.quantization, QUANTIZATIONS, "LmOptions.quantization")
+        check_choice(self.boundaries, BOUNDARIES, "LmOptions.boundaries")
         both = self.prompt is not None and self.tracks_context
         check(not both, "LmOptions.prompt", "be left out with LmOptions.context or carry", self.prompt)
         good = not self.prompt_from_hotwords or (self.prompt is None and not self.tracks_context)
@@ -267,7 +273,7 @@ class LanguageModels:
                 check(isinstance(text, str), f"{source}.context", rule, options.context)
             elif custom is None and options.carry:
                 text = adapt(recognized.get(name, "").split(), options.text)
-            texts[name] = " ".join(text.split()[-options.context_words :])
+            texts[name] = join_words(split_units(text)[-options.context_words :])
         return texts
 
     def unused_bytes(self, used: Iterable[str]) -> int:

@@ -97,7 +97,7 @@ class Method:
         ahead = self._models.look_ahead() if spec.look_ahead else None
         return DelayedFusion(
             lm, weight, bonus, spec.trigger, options.text, prompt, options.eos, look_ahead=ahead,
-            late=spec.late,
+            late=spec.late, boundaries=options.boundaries,
         )
 
     def _word_bonus(self, spec: FusionSpec) -> float:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 #: Stands for log 0: a sum of scores stays a number, so that a weight of 0 stays without effect.
 LOG_ZERO = -1e30
-_MADE: MutableMapping[Any, dict[tuple[str, bool], WordTokenizer]] = weakref.WeakKeyDictionary()
+_MADE: MutableMapping[Any, dict[tuple[str, bool, str], WordTokenizer]] = weakref.WeakKeyDictionary()
 
 
 class LmFusion(Fusion):
@@ -160,23 +160,29 @@ def slots_on_host(
     return slots, seen[1 if complete else 2].reshape(-1)[slots]
 
 
-def tokenizer_for(lm: Any, style: str, strict: bool = True) -> WordTokenizer:
+def tokenizer_for(lm: Any, style: str, strict: bool = True, boundaries: str = "words") -> WordTokenizer:
     """Return the word tokenizer of a language model and text style; made and checked once, then shared.
 
     Args:
         lm: a `CausalLm` (its acoustic pieces serve where it has no tokenizer).
         style, strict: see `WordTokenizer`.
+        boundaries: how much of closed words is shown (fusion/boundaries.py); ``words``: all.
 
     Raises:
-        ValueError: the style is unknown, or the model comes without a tokenizer.
+        ValueError: style or boundaries are unknown, or the model comes without a tokenizer.
     """
     check_choice(style, TEXT_STYLES, "text")
     tokenizer = lm.tokenizer if lm.tokenizer is not None else lm.pieces
     check(tokenizer is not None, f"language model {lm.name!r}", "have a tokenizer or bpe.model", None)
     made = _MADE.setdefault(lm, {})
-    if (style, strict) not in made:
-        made[style, strict] = WordTokenizer(tokenizer, style, strict=strict)
-    return made[style, strict]
+    key = style, strict, boundaries
+    if key not in made and boundaries == "words":
+        made[key] = WordTokenizer(tokenizer, style, strict=strict)
+    elif key not in made:
+        from icefall_fusion.fusion.boundaries import HoldingTokenizer
+
+        made[key] = HoldingTokenizer(tokenizer, style, boundaries, strict)
+    return made[key]
 
 
 def check_lm(lm: Any, name: str) -> None:

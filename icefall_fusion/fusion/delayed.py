@@ -62,6 +62,9 @@ class DelayedFusion(LmFusion):
             search goes on while the LLM runs, on a GPU at the same time. The scores join after ``late``
             frames, or at the utterance's next event if that is earlier. A hypothesis then has the score of
             those of its words that were closed at the event. The result never depends on timing.
+        boundaries: how much of the closed words the LM is shown where words have no spaces between them:
+            ``words`` (all: each character closes the one before), ``tokens`` or ``jieba`` (see
+            ``boundaries.py``). The final scores do not depend on it.
 
     Raises:
         ValueError: a bad weight, bonus, trigger, text style, prompt or source (see `LmFusion`). In a search
@@ -70,17 +73,10 @@ class DelayedFusion(LmFusion):
     """
 
     def __init__(
-        self,
-        lm: CausalLm,
-        weight: float,
-        word_bonus: float = 0.0,
+        self, lm: CausalLm, weight: float, word_bonus: float = 0.0,
         trigger: Trigger = ShortestHypothesis(),  # noqa: B008 (a frozen value)
-        text: str = "as-is",
-        prompt: Prompt = None,
-        eos: bool = True,
-        source: str = "llm",
-        look_ahead: Optional[LookAhead] = None,
-        late: int = 0,
+        text: str = "as-is", prompt: Prompt = None, eos: bool = True, source: str = "llm",
+        look_ahead: Optional[LookAhead] = None, late: int = 0, boundaries: str = "words",
     ) -> None:
         super().__init__(lm, weight, word_bonus, eos, source)
         check(isinstance(trigger, Trigger), "DelayedFusion.trigger", "be a trigger", trigger)
@@ -93,7 +89,8 @@ class DelayedFusion(LmFusion):
         check_prompt(prompt, "DelayedFusion.prompt")
         self.late = int(late)
         self.trigger, self.text, self.prompt, self.look_ahead = trigger, text, prompt, look_ahead
-        self._tokenizer, self._in_turns = tokenizer_for(lm, text, strict=weight > 0), False
+        self._tokenizer, self._in_turns = tokenizer_for(lm, text, weight > 0, boundaries), False
+        self.boundaries = boundaries
 
     def for_groups(self, count: int) -> list[Fusion]:
         """Return fusions whose model runs aside, while others' utterances are searched."""

@@ -72,6 +72,6 @@ def beginnings(histories: Sequence[History], tree: TreeScorer) -> tuple[Tensor, 
     """Return of histories that are scored: tree node, number of words, score, arena node; [n] each."""
     nodes, counts, prefixes = (
         torch.tensor([getattr(history, name) for history in histories], dtype=torch.int64)
-        for name in ("node", "count", "prefix")
+        for name in ("node", "shown", "prefix")
     )
     return nodes, counts, torch.from_numpy(tree.known(nodes)[1]).float(), prefixes

@@ -3,8 +3,8 @@ Knows: words, a tokenizer (a Hugging Face one, or the acoustic pieces). Must not
 
 The ids of a prefix of words must be the tokenizer's ids of that text. If no token depends on the other side
 of a space, each word is tokenized once and its ids are kept ("word by word"). The loaded tokenizer is checked
-for that: on sample words, and on every vocabulary entry that crosses a space. If it fails, each prefix is
-tokenized whole, and a warning shows an example.
+for that: on sample words, and on every vocabulary entry that crosses a space. If it fails, or a script has no
+spaces, each prefix is tokenized whole, and a warning shows an example.
 """
 from __future__ import annotations
 
@@ -115,9 +115,6 @@ class WordTokenizer:
         """Return the ids of a text, a list of words, tokenized whole: the slow twin of `encode`.
 
         After a prompt the text is tokenized as after any word; no token reaches back into the prompt.
-
-        Raises:
-            ValueError: the tokenizer cannot spell a word.
         """
         if not words:
             return []
@@ -136,10 +133,10 @@ class WordTokenizer:
     def _after_a_word(self, text: str) -> list[int]:
         """Return the ids of a text that follows another one, with its space: as after some common word."""
         for word in (self._context, *COMMON_WORDS[:_CONTEXTS]):
-            before, joined = self._tokenize(word), self._tokenize(f"{word} {text}")
+            before, joined = self._tokenize(word), self._tokenize(adapt((word, text), "as-is"))
             if before and joined[: len(before)] == before:
                 return joined[len(before) :]
-        return self._tokenize(f" {text}")
+        return self._tokenize(adapt(("", text), "as-is"))
 
     def stats(self, hits: int = 0, misses: int = 0) -> dict[str, float]:
         """Return ``retokenize_words`` (asked for), ``retokenize_hits`` and ``retokenize_hit_rate`` (0 to 1).
@@ -154,8 +151,7 @@ class WordTokenizer:
     def check(self, vocabulary: Iterable[str] = ()) -> None:
         """Check that word by word gives the ids of whole texts; else tokenize whole texts from now on.
 
-        Args:
-            vocabulary: words that hypotheses may hold, beside `COMMON_WORDS`.
+        Words that hypotheses may hold are tried, beside `COMMON_WORDS`.
         """
         new = [word for word in [*COMMON_WORDS, *vocabulary] if word not in self._checked]
         if not self.word_by_word or not new:
@@ -196,6 +192,11 @@ class WordTokenizer:
 
     def _spell(self, text: str, begins: bool) -> Optional[list[int]]:
         """Return the ids of one adapted word, at the beginning of a text or inside."""
+        if not text.isascii():
+            from icefall_fusion.text.scripts import has_unspaced
+
+            if has_unspaced(text):
+                return self._fall_back(f"there are no spaces around {text!r}")
         if begins:
             return self._tokenize(text)
         ids = self._tokenize(f"{self._context} {text}")
@@ -234,8 +235,7 @@ class WordTokenizer:
             except ValueError:  # a letter that no piece has
                 if self.strict:
                     raise
-                known = [word for word in text.split(" ") if self._has_pieces(word)]
-                return list(self._tokenizer.encode(" ".join(known)))
+                return list(self._tokenizer.encode(" ".join(filter(self._has_pieces, text.split(" ")))))
         return list(self._tokenizer.encode(text, add_special_tokens=False))
 
     def _has_pieces(self, word: str) -> bool:

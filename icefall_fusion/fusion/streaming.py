@@ -23,6 +23,7 @@ from icefall_fusion.fusion.base import live_slots
 from icefall_fusion.fusion.delayed import DelayedFusion
 from icefall_fusion.fusion.word_nodes import open_word_nodes
 from icefall_fusion.fusion.words import WordNodes
+from icefall_fusion.text.scripts import join_words, split_units
 from icefall_fusion.text.styles import adapt, adapt_word
 
 if TYPE_CHECKING:
@@ -52,8 +53,11 @@ class DelayedStream(DelayedFusion):
         self.lm, self._most = lanes, words
         several = isinstance(fusion.prompt, Mapping)
         check(not several, "DelayedFusion.prompt", "be one text in a stream", fusion.prompt)
-        self._before = [*(fusion.prompt or "").split(), *adapt(context, self.text).split()][-words:]
-        self.prompt = " ".join(self._before) or None
+        rule = "be words in a stream: what is held back would be lost at a cut"
+        check(fusion.boundaries == "words", "DelayedFusion.boundaries", rule, fusion.boundaries)
+        before = [*split_units(fusion.prompt or ""), *split_units(adapt(context, self.text))]
+        self._before = before[-words:]
+        self.prompt = join_words(self._before) or None
         self.base, self._cut, self._past = 0.0, 0, dict[str, float]()
 
     def begin(self, beam: Beam, index: int, tokens: Any, ids: Sequence[str]) -> None:
@@ -129,7 +133,7 @@ class DelayedStream(DelayedFusion):
         score = self._root_score
         self._past = self._count()
         self._close()
-        prompt = self.lm.encode(" ".join(self._before))
+        prompt = self.lm.encode(join_words(self._before))
         self._tree = self.lm.open_tree(1, [prompt], aside=self.late > 0)
         self._words_in_tree, self._scored = len(self._before), np.zeros(0, np.bool_)
         self._words_asked = np.array([self._tokenizer.hits, self._tokenizer.misses])

@@ -24,9 +24,10 @@ class History:
         utterance: whose words they are.
         prefix: the arena node whose words these are (the boundary of prefixes).
         node: the LM's tree node, -1 as long as it is unknown.
+        shown: number of words whose tokens are in that node's text: all, but where boundaries hold some back.
     """
 
-    __slots__ = ("before", "words", "count", "utterance", "prefix", "node")
+    __slots__ = ("before", "words", "count", "utterance", "prefix", "node", "shown")
 
     def __init__(
         self, before: Optional[History], words: Sequence[str], utterance: int, prefix: int
@@ -35,7 +36,7 @@ class History:
         self.words = tuple(words)
         self.utterance, self.prefix = utterance, prefix
         self.count = (before.count if before is not None else 0) + len(self.words)
-        self.node = -1
+        self.node, self.shown = -1, self.count
 
     def all_words(self) -> list[str]:
         """Return every word, first to last."""
@@ -140,7 +141,8 @@ class WordNodes:
         for utterance, node in enumerate(scorer.roots().tolist()):
             self._words.root(utterance).node = node
         for utterance, count in enumerate(counts):
-            self._words.root(utterance).count = count
+            root = self._words.root(utterance)
+            root.count = root.shown = count
             self.prompted[utterance] |= count > 0
 
     def __len__(self) -> int:
@@ -158,7 +160,7 @@ class WordNodes:
 
     def complete(self, nodes: ndarray) -> tuple[ndarray, ndarray]:
         """Return the same of all words of prefixes, the open last one included (end of utterance)."""
-        return self._of_histories(self._words.complete(nodes.tolist()), np.arange(len(nodes)))
+        return self._of_histories(self._words.complete(nodes.tolist()), np.arange(len(nodes)), True)
 
     def keep(self, boundaries: ndarray) -> ndarray:
         """Forget all but ``boundaries`` and what they go back to; return their tree nodes."""
@@ -181,28 +183,37 @@ class WordNodes:
             history = history.before
         return history
 
-    def _of_histories(self, histories: Sequence[History], where: ndarray) -> tuple[ndarray, ndarray]:
+    def _of_histories(self, histories: Sequence[History], where: ndarray,
+                      complete: bool = False) -> tuple[ndarray, ndarray]:
         for history in histories:
-            self._insert(history)
+            self._insert(history, complete)
         nodes = np.array([history.node for history in histories], np.int64)
-        counts = np.array([history.count for history in histories], np.int64)
+        counts = np.array([history.shown for history in histories], np.int64)
         return nodes[where], counts[where]
 
-    def _insert(self, history: History) -> None:
-        """Find the tree node of a history and of all it goes back to."""
-        chain = []
+    def _insert(self, history: History, complete: bool = False) -> None:
+        """Find the tree node of a history and of all it goes back to; a complete one holds nothing back."""
+        chain, last = [], history
         while history.node < 0:
             chain.append(history)
             history = history.before
         for after in reversed(chain):
             try:
-                after.node = self._extend(history, after)
+                after.node = self._extend(history, after, complete and after is last)
             except ValueError as error:  # a word that the tokenizer cannot spell
                 raise ValueError(f"utterance {self.ids[after.utterance]!r}: {error}") from error
             history = after
 
-    def _extend(self, before: History, history: History) -> int:
+    def _extend(self, before: History, history: History, complete: bool) -> int:
         node, prompted = before.node, self.prompted[history.utterance]
+        hold = None if self.tokenizer.word_by_word else getattr(self.tokenizer, "encode_closed", None)
+        if hold is not None:
+            words = history.all_words()
+            whole, shown = (self.tokenizer.encode_whole(words, prompted), len(words)) if complete else hold(
+                words, prompted
+            )
+            history.shown += shown - len(words)
+            return self.scorer.insert(self._words.root(history.utterance).node, whole)
         for index, word in enumerate(history.words, before.count):
             ids = self.tokenizer.word_ids(word, index, prompted)
             if ids is None:  # this tokenizer may change the tokens of earlier words: walk from the root

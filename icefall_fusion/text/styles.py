@@ -13,6 +13,8 @@ TEXT_STYLES = ("as-is", "lower", "sentence")
 def adapt(words: Sequence[str], style: str) -> str:
     """Return normalized words as the text that an LLM is asked to score.
 
+    Words of scripts without spaces (text/scripts.py) have none between them.
+
     Args:
         words: words without spaces.
         style: ``as-is``; ``lower``; or ``sentence``: lower case, the first word and I capitalized.
@@ -20,7 +22,12 @@ def adapt(words: Sequence[str], style: str) -> str:
     Raises:
         ValueError: the style is unknown.
     """
-    return " ".join([adapt_word(word, index, style) for index, word in enumerate(words)])
+    text = " ".join([adapt_word(word, index, style) for index, word in enumerate(words)])
+    if not text.isascii():
+        from icefall_fusion.text.scripts import unspaced
+
+        text = unspaced(text)
+    return text
 
 
 def adapt_word(word: str, index: int, style: str) -> str:
