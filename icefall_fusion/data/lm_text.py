@@ -17,6 +17,7 @@ from tqdm import tqdm
 from icefall_fusion.common.checks import check, check_at_least, check_choice
 from icefall_fusion.common.files import atomic_path, write_json
 from icefall_fusion.data.books import read_jsonl
+from icefall_fusion.text.scripts import join_words, split_units
 
 STREAMS = ("nlm", "llm", "matched_llm")
 
@@ -161,12 +162,12 @@ def book_documents(utterances: list[dict], split: str, options: LmTextOptions) -
     book = utterances[0]["book"]
     generator = random.Random(f"{options.seed} {book}")
     normalized = [
-        " ".join([utterance["text"] for utterance in utterances[start:stop]])
+        join_words([utterance["text"] for utterance in utterances[start:stop]])
         for start, stop in document_groups(len(utterances), options.max_group, generator)
     ]
     share = options.cased_share if split == "train" else 1.0
     cased = [
-        " ".join([utterance["cased"] for utterance in utterances[start:stop]])
+        join_words([utterance["cased"] for utterance in utterances[start:stop]])
         for start, stop in document_groups(len(utterances), options.max_group, generator)
         if generator.random() < share
     ]
@@ -205,7 +206,7 @@ def llm_tokenizer(folder: Path) -> Callable[[list[str]], Documents]:
 def _lay_out(texts: list[str], ids: list[list[int]], bos: int, eos: int) -> Documents:
     tokens = np.array([token for document in ids for token in (bos, *document, eos)], dtype=np.uint16)
     lengths = np.array([len(document) + 2 for document in ids], dtype=np.int64)
-    return Documents(tokens, lengths, sum(len(text.split()) for text in texts))
+    return Documents(tokens, lengths, sum(len(split_units(text)) for text in texts))
 
 
 def _books(path: Path) -> Iterator[list[dict]]:

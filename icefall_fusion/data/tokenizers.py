@@ -15,6 +15,7 @@ from tqdm import tqdm
 from icefall_fusion.common.checks import check, check_at_least
 from icefall_fusion.common.files import atomic_path, write_text
 from icefall_fusion.data.books import read_jsonl
+from icefall_fusion.text.scripts import has_unspaced
 from icefall_fusion.text.tokens import AcousticTokens
 
 BLANK, SOS_EOS, UNKNOWN = "<blk>", "<sos/eos>", "<unk>"  # ids 0, 1, 2: icefall's convention
@@ -114,6 +115,8 @@ def sample_fields(path: Path, plans: Sequence[tuple[str, int, int]]) -> list[lis
 def train_pieces(lines: list[str], size: int, folder: Path) -> None:
     """Train SentencePiece unigram pieces and write ``bpe.model`` and ``tokens.txt`` (piece and id a line).
 
+    In scripts without spaces each character and its frequent successions are pieces, without a word mark.
+
     Args:
         lines: normalized utterances.
         size: pieces in all; 0 is the blank, 1 start and end of sentence, 2 unknown.
@@ -125,12 +128,13 @@ def train_pieces(lines: list[str], size: int, folder: Path) -> None:
     import sentencepiece
 
     model = io.BytesIO()
+    marked = not any(map(has_unspaced, lines))  # a mark at the beginning would make each character two pieces
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(lines), model_writer=model, vocab_size=size, model_type="unigram",
             user_defined_symbols=[BLANK, SOS_EOS], unk_id=2, unk_piece=UNKNOWN, bos_id=-1, eos_id=-1,
             pad_id=-1, normalization_rule_name="identity", character_coverage=1.0, num_threads=1,
-            minloglevel=1,
+            minloglevel=1, **({} if marked else {"add_dummy_prefix": False}),
         )
     except RuntimeError as error:
         raise ValueError(f"pieces must fit {len(lines)} lines of text, but is {size}: {error}") from error

@@ -166,7 +166,7 @@ def beam_causes(made: Comparison, lists: Sequence[Lists]) -> dict[str, dict[str,
         if not missed:
             continue
         reference = [slot.reference for slot in slots if slot.reference != EPS]
-        held = [_right_words(reference, found[name], made.measure) for found in lists]
+        held = [_right_words(reference, found[name], made) for found in lists]
         for number, slot in missed:
             cause = CAUSES[0] if number in held[1] else CAUSES[1] if number in held[0] else CAUSES[2]
             kind = made.kinds.of_error(slot.reference, slot.b)
@@ -180,11 +180,11 @@ def _missed(slots: Sequence[Slot]) -> list[tuple[int, Slot]]:
     return [(number, slot) for number, slot in enumerate(words) if slot.b != slot.reference]
 
 
-def _right_words(reference: Sequence[str], nbest: NBest, measure: str) -> set[int]:
+def _right_words(reference: Sequence[str], nbest: NBest, made: Comparison) -> set[int]:
     """Return the numbers of the reference words that any hypothesis of a list has right."""
     found: set[int] = set()
     for hypothesis in nbest:
-        right = correct_words(reference, words_of(hypothesis.text, measure))
+        right = correct_words(reference, words_of(hypothesis.text, made.measure, made.language))
         found.update(number for number, good in enumerate(right) if good)
     return found
 

@@ -33,6 +33,7 @@ from icefall_fusion.decode.rows import join_rows, make_row, read_earlier_rows
 from icefall_fusion.decode.run_files import SharedRunFile
 from icefall_fusion.decode.utterances import Utterance, read_cuts
 from icefall_fusion.scoring.table import table
+from icefall_fusion.text.language import ENGLISH, check_texts
 
 _SLOWEST = datetime.timedelta(days=7)  # until the last process of a decode has to be there
 
@@ -129,6 +130,8 @@ class DecodeRun:
             method: SharedRunFile(self.processes, self._out, name, method, values, options.restart)
             for method, values in received.items()
         }
+        if self.processes.rank == 0:  # before hours of decoding
+            check_texts({u.id: u.text for u in utterances}, self.recognizer.language, f"references of {name}")
         todo = [u for u in utterances if any(u.id not in file.done for file in files.values())]
         todo = self.processes.share(sorted(todo, key=lambda u: -u.seconds))  # like lengths for each process
         self.write_run("running")
@@ -173,7 +176,8 @@ class DecodeRun:
         rows = []
         for method, file in files.items():
             row = make_row(
-                self._out, name, file.whole, references, seconds, received[method], self.options.printed_wer
+                self._out, name, file.whole, references, seconds, received[method], self.options.printed_wer,
+                self.recognizer.language,
             )
             rows.append(row)
             self._report.setdefault(name, {})[method] = {**row, "stages": file.whole.totals()}
@@ -197,6 +201,8 @@ class DecodeRun:
             "longest": options.longest,
             "fingerprint": self._fingerprint(options.emissions.model),
         }
+        if self.recognizer.language != ENGLISH:
+            received["language"] = self.recognizer.language.plain()
         for name in sorted(set(method.spec.sources) & set(LM_SOURCES)):
             lm = getattr(options, name)
             files = {"fingerprint": lm.path, **({"adapter_fingerprint": lm.adapter} if lm.adapter else {})}

@@ -15,6 +15,7 @@ from icefall_fusion.decode.word_formats import as_json
 from icefall_fusion.decode.words import WordModel
 from icefall_fusion.nbest import NBest
 from icefall_fusion.streaming import Partial
+from icefall_fusion.text.scripts import unspaced
 
 _DIM, _PLAIN, _CLEAR = "\033[2m", "\033[0m", "\r\033[K"
 
@@ -35,7 +36,7 @@ class Texts:
     def final(self, nbest: NBest) -> None:
         """Show the text of a segment that has ended."""
         if len(nbest) and nbest[0].text:
-            print(nbest[0].text, file=self.out, flush=True)
+            print(unspaced(nbest[0].text), file=self.out, flush=True)
 
     def close(self) -> None:
         """Leave nothing that would not stay."""
@@ -54,7 +55,7 @@ class Terminal(Texts):
     def partial(self, partial: Partial) -> None:
         """See `Texts`."""
         width = shutil.get_terminal_size().columns - 1
-        text = _printable(f"{partial.committed} {partial.unstable}".strip())
+        text = _printable(unspaced(f"{partial.committed} {partial.unstable}".strip()))
         hidden = _hidden(text, width)
         stable = max(hidden, len(_printable(partial.committed)))
         line = f"{_CLEAR}{text[hidden:stable]}{_DIM}{text[stable:]}{_PLAIN}"

@@ -21,6 +21,7 @@ from icefall_fusion.lattice.methods import decode_lattices
 from icefall_fusion.lattice.source import K2Options, LatticeSource
 from icefall_fusion.nbest import NBest
 from icefall_fusion.search import Fusion, PrefixSearchOptions, ctc_greedy_search, ctc_prefix_search
+from icefall_fusion.text.language import ENGLISH, Language
 
 
 class Decoded(NamedTuple):
@@ -44,6 +45,7 @@ class Method:
         models: the language models.
         lattices: for methods k2-*.
         k2: options of the beam search along lattices.
+        language: of references.
 
     Raises:
         ValueError: a model does not serve the method, or its options do not.
@@ -52,9 +54,10 @@ class Method:
     def __init__(
         self, name: str, weights: Mapping[str, float], search: PrefixSearchOptions, models: LanguageModels,
         lattices: Optional[LatticeSource] = None, k2: Optional[K2Options] = None,
+        language: Language = ENGLISH,
     ) -> None:
         self.name, self.weights, self.search, self._models = name, dict(weights), search, models
-        self._lattices, self._k2 = lattices, k2
+        self._lattices, self._k2, self._language = lattices, k2, language
         self.spec = parse_method(name)
         self.make_fusions({})  # an error is raised before anything is decoded
 
@@ -168,7 +171,7 @@ class Method:
             rule = "have lattices (k2.graph or k2.saved)"
             check(self._lattices is not None, f"method {self.name!r}", rule, None)
             return decode_lattices(self.spec.search, self._lattices, self._k2.beam, emissions, self.weights,
-                                   fusions, references, counters)
+                                   fusions, references, counters, self._language)
         arguments = (emissions.log_probs, emissions.lens)
         if self.spec.search == "greedy":
             return ctc_greedy_search(*arguments, emissions.tokens, emissions.ids, emissions.frame_shift)

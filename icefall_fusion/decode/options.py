@@ -14,6 +14,7 @@ from icefall_fusion.decode.language_models import LM_SOURCES, LmOptions, NgramOp
 from icefall_fusion.lattice.source import K2Options
 from icefall_fusion.ngram.word_ngram import WordNgramOptions
 from icefall_fusion.search import PrefixSearchOptions
+from icefall_fusion.text.language import language_of
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class RecognizerOptions:
             32 are searched in turns (``search.groups``), else 32.
         batch_seconds: padded audio in a batch, in seconds; none: 960 on a GPU, else 480.
         longest: seconds; longer utterances are decoded in segments cut at quiet points.
+        language: ISO 639 code of the text, e.g. en, es, zh; empty: that of the acoustic model, else en.
+        normalizer: module:function from a text to its spoken words; empty: that of the language.
     """
 
     emissions: EmissionOptions = field(default_factory=EmissionOptions)
@@ -51,6 +54,8 @@ class RecognizerOptions:
     batch_size: Optional[int] = None
     batch_seconds: Optional[float] = None
     longest: float = 60.0
+    language: str = ""
+    normalizer: str = ""
 
     def __post_init__(self) -> None:
         name = type(self).__name__
@@ -58,6 +63,7 @@ class RecognizerOptions:
             check_at_least(1, self, "batch_size")
         good = self.batch_seconds is None or self.batch_seconds > 0
         check(good, f"{name}.batch_seconds", "be above 0 s", self.batch_seconds)
+        language_of(self.language, self.normalizer)
         check(self.longest >= 1, f"{name}.longest", "be at least 1 s", self.longest)
         shift, default = self.search.frame_shift, PrefixSearchOptions().frame_shift
         check(shift == default, "search.frame_shift", "be left alone: it is the acoustic model's", shift)

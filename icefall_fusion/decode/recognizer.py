@@ -27,6 +27,7 @@ from icefall_fusion.decode.utterances import InputError, Utterance, batches
 from icefall_fusion.decode.weights import read_weights
 from icefall_fusion.lattice.source import LatticeSource, open_lattices
 from icefall_fusion.nbest import NBest
+from icefall_fusion.text.language import ENGLISH, language_of
 
 #: Bytes by which a process on a CPU may grow before the C library is asked to give memory back: asking is too
 #: much for each search of a small batch.
@@ -52,6 +53,7 @@ class Recognizer:
     Attributes:
         methods: ready to run; weights: of each, by name.
         source: of log-probs; models: the language models.
+        language: of the text: that of the options, else the acoustic model's.
         unreadable: utterances that could not be read so far, with the reason.
         oom_backoffs: times that memory ran out.
 
@@ -71,6 +73,8 @@ class Recognizer:
         if torch.device(device).index is not None:  # "cuda" alone is the current one
             torch.cuda.set_device(device)
         self.source: EmissionSource = open_source(replace(options.emissions, device=device))
+        known = getattr(self.source.model, "language", ENGLISH)
+        self.language = language_of(options.language, options.normalizer, known.plain())
         lms = {name: getattr(options, name) for name in LM_SOURCES}
         lms = {name: replace(lm, device=processes.device(lm.device)) for name, lm in lms.items()}
         self.models = LanguageModels(lms, device, options.ngram, self.source.tokens, options.wordngram,
@@ -102,7 +106,8 @@ class Recognizer:
         """Return a method with these models, and lattices where it needs them."""
         if self._lattices is None and "graph" in parse_method(name).needs:
             self._lattices = open_lattices(self.options.k2, self.source.tokens, self.device)
-        return self.kind(name, weights, self.options.search, self.models, self._lattices, self.options.k2)
+        return self.kind(name, weights, self.options.search, self.models, self._lattices, self.options.k2,
+                         self.language)
 
     def batches(self, utterances: Sequence[Utterance]) -> Iterator[list[Utterance]]:
         """Yield batches of utterances of similar length, the longest first."""

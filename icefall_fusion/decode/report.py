@@ -19,9 +19,10 @@ from icefall_fusion.decode.language_models import LmOptions
 from icefall_fusion.nbest import Hypothesis, NBest
 from icefall_fusion.scoring import table
 from icefall_fusion.scoring.compare import Comparison
-from icefall_fusion.scoring.score import read_texts
+from icefall_fusion.scoring.score import kept_language, read_texts
 from icefall_fusion.scoring.wer import EPS, MEASURES
 from icefall_fusion.scoring.word_kinds import WordKinds
+from icefall_fusion.text.language import language_of
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class ReportOptions(table.ReportOptions):
         examples: of each kind and outcome.
         samples: of the paired bootstrap.
         measure: which words count, see the job score.
+        language: ISO 639 code of the texts, see the job score; empty: as the compared files say.
+        normalizer: module:function from a text to its spoken words; empty: that of the language.
     """
 
     compare: list[str] = field(default_factory=list)
@@ -50,6 +53,8 @@ class ReportOptions(table.ReportOptions):
     examples: int = 5
     samples: int = 10_000
     measure: str = "normalized"
+    language: str = ""
+    normalizer: str = ""
 
     def __post_init__(self) -> None:
         if not self.compare:
@@ -72,7 +77,8 @@ def run(options: ReportOptions) -> int:
     names = tuple(_method_of(path, [Path(p).stem for p in options.compare]) for path in options.compare)
     texts = [{name: nbest[0].text for name, nbest in found.items()} for found in lists]
     kinds = WordKinds(_counts(options.text, references.values()), names_in(options.ref))
-    made = Comparison(references, *texts, kinds, options.measure, options.samples)
+    language = language_of(options.language, options.normalizer, kept_language(*options.compare))
+    made = Comparison(references, *texts, kinds, options.measure, options.samples, language)
     kinds.sounds = _sounds(made)
     page, content = compare(made, names, lists, options.llm, options.examples)
     print(page.markdown(), end="")

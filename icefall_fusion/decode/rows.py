@@ -11,6 +11,7 @@ from icefall_fusion.common.files import PathLike
 from icefall_fusion.decode.run_files import RunFile
 from icefall_fusion.scoring.wer import MEASURES, oracle_errors
 from icefall_fusion.scoring.wer_files import write_wer_files
+from icefall_fusion.text.language import ENGLISH, Language
 
 _COUNTERS = ("lm_forwards", "lm_tokens_forwarded", "lm_tokens_scored", "kv_bytes_peak")
 
@@ -18,6 +19,7 @@ _COUNTERS = ("lm_forwards", "lm_tokens_forwarded", "lm_tokens_scored", "kv_bytes
 def make_row(
     folder: PathLike, test_set: str, file: RunFile, references: Mapping[str, str | None],
     seconds: Mapping[str, float], options: Mapping[str, Any], printed: bool = False,
+    language: Language = ENGLISH,
 ) -> dict[str, Any]:
     """Write the WER files of a finished method and return its row.
 
@@ -29,6 +31,7 @@ def make_row(
         seconds: of audio by utterance.
         options: of the method; ``method`` is its name.
         printed: count words by the measures of cased text too (``wer_printed``, ``wer_libriheavy``).
+        language: of the texts; where characters are counted the row has ``"unit": "characters"``.
     """
     audio = sum(seconds[utterance] for utterance in file)
     totals = {**dict.fromkeys(_COUNTERS, 0), **file.totals()}
@@ -36,7 +39,8 @@ def make_row(
     return {
         "method": options["method"],
         "test_set": test_set,
-        **_scores(folder, test_set, options["method"], file, references, printed),
+        **({} if language.unit == "words" else {"unit": language.unit}),
+        **_scores(folder, test_set, options["method"], file, references, printed, language),
         "rtf": spent / audio if audio else 0.0,
         "search_seconds": totals.get("search", 0.0),
         "lm_seconds": totals.get("lm", 0.0),
@@ -80,7 +84,7 @@ def join_rows(earlier: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]])
 
 def _scores(
     folder: PathLike, test_set: str, method: str, file: RunFile, references: Mapping[str, str | None],
-    printed: bool,
+    printed: bool, language: Language,
 ) -> dict[str, Any]:
     """Return WER and oracle WER in percent and the number of words, of utterances that have a reference.
 
@@ -92,13 +96,13 @@ def _scores(
     hypotheses = {}
     for nbest in map(file.__getitem__, texts):
         hypotheses[nbest.utterance] = nbest[0].text if len(nbest) else ""
-    errors = write_wer_files(folder, test_set, method, texts, hypotheses)
+    errors = write_wer_files(folder, test_set, method, texts, hypotheses, language=language)
     if errors.words == 0:  # JSON has no word for infinity
         return {"wer": None, "words": 0, "oracle_wer": None}
-    best = oracle_errors(texts, map(file.__getitem__, texts))
+    best = oracle_errors(texts, map(file.__getitem__, texts), language=language)
     scores = {"wer": errors.wer, "words": errors.words, "oracle_wer": best.wer}
     if printed:
         for measure in MEASURES[1:]:
-            more = write_wer_files(folder, test_set, method, texts, hypotheses, measure)
+            more = write_wer_files(folder, test_set, method, texts, hypotheses, measure, language)
             scores[f"wer_{measure}"] = more.wer
     return scores

@@ -21,6 +21,7 @@ from icefall_fusion.decode.word_formats import as_json, ctm, names_of, srt, supe
 from icefall_fusion.decode.words import WordModel, WordRecognizer
 from icefall_fusion.nbest import NBest, WordTime
 from icefall_fusion.streaming.options import EndpointOptions, StreamOptions
+from icefall_fusion.text.scripts import unspaced
 
 #: Formats, and what holds each in the folder of results: one file in all, or one a file of audio.
 FORMATS = {"text": "text.txt", "json": "words.jsonl", "ctm": "words.ctm",
@@ -134,7 +135,7 @@ def word_model(options: RecognizerOptions) -> WordModel:
 def _shown(kind: str, nbest: NBest, name: str) -> str:
     """Return a list in one of the formats that are text; ``name`` is that of CTM."""
     if kind == "text":
-        return f"{nbest.utterance}\t{nbest[0].text}\n"
+        return f"{nbest.utterance}\t{unspaced(nbest[0].text)}\n"
     if kind == "json":
         return json.dumps(as_json(nbest), ensure_ascii=False) + "\n"
     times = nbest[0].times

@@ -88,7 +88,7 @@ class TuneOptions:
 def run(options: TuneOptions) -> int:
     """Run the job ``tune``; the exit code is 3 when audio of dev could not be read."""
     references = read_texts(options.ref)
-    language = language_of(options.language, options.normalizer, kept_language(*options.nbest))
+    language = language_of(options.language, options.normalizer, _kept(options))
     lists = [nbest for path in options.nbest for nbest in read_nbests(path)]
     weights: dict[str, dict[str, float]] = {}
     wer: dict[str, float] = {}
@@ -118,6 +118,14 @@ def run(options: TuneOptions) -> int:
         code = SKIPPED_SOME if confirmation.skipped else 0
     print(_write(options.out, weights, wer, hot))
     return code
+
+
+def _kept(options: TuneOptions) -> dict[str, str]:
+    """Return the language that the files of N-best lists name, or that of the confirming decode's options."""
+    confirm = options.confirm
+    if confirm is not None and confirm.language:
+        return {"language": confirm.language, "normalizer": confirm.normalizer}
+    return kept_language(*options.nbest)
 
 
 def _available(options: TuneOptions, lists: Sequence[NBest]) -> set[str]:

@@ -8,6 +8,7 @@ from pathlib import PurePath
 from typing import Any, NamedTuple, Optional, Sequence
 
 from icefall_fusion.nbest import NBest, WordTime
+from icefall_fusion.text.scripts import unspaced
 
 #: A cue of subtitles: characters of a line, lines, seconds; a pause of so many seconds ends one.
 LINE, LINES, CUE_SECONDS, PAUSE = 42, 2, 6.0, 0.6
@@ -40,11 +41,11 @@ def as_json(nbest: NBest) -> dict[str, Any]:
     best = nbest[0]
     return {
         "file": nbest.utterance,
-        "text": best.text,
+        "text": unspaced(best.text),
         "words": [asdict(time) for time in best.times],
         "scores": best.scores,
         "weights": nbest.weights,
-        "nbest": [{"text": h.text, "scores": h.scores} for h in nbest],
+        "nbest": [{"text": unspaced(h.text), "scores": h.scores} for h in nbest],
     }
 
 
@@ -88,8 +89,9 @@ def cues(words: Sequence[WordTime]) -> list[Cue]:
 
 def _with_word(lines: Sequence[str], word: str) -> Optional[list[str]]:
     """Return lines with one word more, None if it does not fit."""
-    if len(lines[-1]) + 1 + len(word) <= LINE:
-        return [*lines[:-1], f"{lines[-1]} {word}"]
+    longer = unspaced(f"{lines[-1]} {word}")
+    if len(longer) <= LINE:
+        return [*lines[:-1], longer]
     return [*lines, word] if len(lines) < LINES else None
 
 
@@ -135,5 +137,5 @@ def supervision(name: str, nbest: NBest, seconds: float) -> Any:
     ]
     seconds = max([seconds, *(time.end for time in nbest[0].times[-1:])])
     return SupervisionSegment(
-        name, name, 0.0, seconds, 0, text=nbest[0].text, alignment={"word": items}
+        name, name, 0.0, seconds, 0, text=unspaced(nbest[0].text), alignment={"word": items}
     )

@@ -13,6 +13,7 @@ from icefall_fusion.lattice.source import LatticeSource
 from icefall_fusion.nbest import NBest
 from icefall_fusion.scoring.wer import oracle
 from icefall_fusion.search.fusion import Fusion
+from icefall_fusion.text.language import ENGLISH, Language
 
 #: First component of a name -> (search of `decode_lattices`, its source of scores, second passes by name).
 K2_SEARCHES: dict[str, tuple[str, str, tuple[str, ...]]] = {
@@ -57,6 +58,7 @@ def decode_lattices(
     search: str, source: LatticeSource, beam: LatticeBeamOptions, emissions: Emissions,
     weights: Mapping[str, float], fusions: Sequence[Fusion],
     references: Optional[Mapping[str, Optional[str]]], counters: MutableMapping[str, float],
+    language: Language = ENGLISH,
 ) -> list[NBest]:
     """Decode a batch; return one list per utterance.
 
@@ -69,6 +71,7 @@ def decode_lattices(
         fusions: delayed fusions, for ``beam``.
         references: text by utterance, for ``oracle``.
         counters: to which the source adds.
+        language: of the references.
 
     Raises:
         ValueError: an oracle has no reference.
@@ -82,7 +85,7 @@ def decode_lattices(
         return [nbest if len(nbest) else _nothing(emissions, row, nbest) for row, nbest in enumerate(nbests)]
     nbests = source.lists(emissions, "whole" if search == "whole" else "nbest", counters)
     nbests = [nbest.reweight(_scored(weights, nbest)) for nbest in nbests]
-    return [_oracle_first(nbest, references) for nbest in nbests] if search == "oracle" else nbests
+    return [_oracle_first(nbest, references, language) for nbest in nbests] if search == "oracle" else nbests
 
 
 def _scored(weights: Mapping[str, float], nbest: NBest) -> dict[str, float]:
@@ -100,10 +103,11 @@ def _nothing(emissions: Emissions, row: int, nbest: NBest) -> NBest:
     return empty.reweight(nbest.weights)
 
 
-def _oracle_first(nbest: NBest, references: Optional[Mapping[str, Optional[str]]]) -> NBest:
+def _oracle_first(nbest: NBest, references: Optional[Mapping[str, Optional[str]]],
+                  language: Language) -> NBest:
     reference = (references or {}).get(nbest.utterance)
     rule = f"have a reference of {nbest.utterance} (one whole utterance)"
     check(reference is not None, "k2-nbest-oracle", rule, reference)
-    best = oracle(nbest, reference or "")
+    best = oracle(nbest, reference or "", language)
     others = [hypothesis for hypothesis in nbest if hypothesis is not best]
     return NBest(nbest.utterance, [best, *others], dict(nbest.weights))

@@ -128,7 +128,7 @@ class Comparison:
         check_same_utterances(references, a)
         check_same_utterances(references, b)
         check_texts(references, language)
-        self.kinds, self.measure = kinds, measure
+        self.kinds, self.measure, self.language = kinds, measure, language
         self.slots = {
             name: three_way(*(words_of(texts[name], measure, language) for texts in (references, a, b)))
             for name in references

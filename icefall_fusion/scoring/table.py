@@ -59,7 +59,8 @@ def _wer_column(measure: str) -> tuple[str, Callable[[Row], str]]:
 def table(rows: Sequence[Row], markdown: bool = False) -> str:
     """Return the rows as a table. Each test set is a block, in which the lowest WER is marked.
 
-    WER is that of normalized words. Every other measure that was counted has a column of its own.
+    WER is that of normalized words; where characters are counted it is the CER. Every other measure that was
+    counted has a column of its own.
 
     Args:
         rows: as in ``results.json``.
@@ -78,10 +79,13 @@ def table(rows: Sequence[Row], markdown: bool = False) -> str:
         for row, line in zip(block, lines):
             if competes(row) and row["wer"] == best:
                 line[1] = f"**{line[1]}**" if markdown else f"{line[1]} *"
-        title = f"{test_set}: {block[0]['words']:,} words"
+        unit = block[0].get("unit", "words")
+        if unit == "characters":
+            head[1] = head[1].replace("WER", "CER")
+        title = f"{test_set}: {block[0]['words']:,} {unit}"
         oracles = [row["oracle_wer"] for row in block if row.get("oracle_wer") is not None]
         if oracles:
-            title += f", lowest oracle WER of the N-best {min(oracles):.2f} %"
+            title += f", lowest oracle {head[1][:3]} of the N-best {min(oracles):.2f} %"
         blocks.append(f"{title}\n\n{_align(head, lines, markdown)}")
     return "\n\n".join(blocks)
 

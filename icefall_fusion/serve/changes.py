@@ -8,6 +8,7 @@ from typing import Mapping, Optional, Sequence
 
 from icefall_fusion.nbest import NBest
 from icefall_fusion.scoring.wer import EPS, align_words
+from icefall_fusion.text.scripts import join_words
 
 COMPARED = 16  # hypotheses whose words are alternatives
 
@@ -58,4 +59,4 @@ def _at_places(words: Sequence[str], other: Sequence[str]) -> list[str]:
             before = []
     if found:
         found[-1] += before
-    return [" ".join(texts) for texts in found]
+    return [join_words(texts) for texts in found]

@@ -13,6 +13,7 @@ from icefall_fusion.nbest import WordTime
 from icefall_fusion.serve.samples import SampleFormat
 from icefall_fusion.serve.session import Opening, Protocol, Read
 from icefall_fusion.serve.talk import Clock, Forms
+from icefall_fusion.text.scripts import unspaced
 
 if TYPE_CHECKING:
     from icefall_fusion.serve.engine import Ended
@@ -97,9 +98,9 @@ class JsonForms(Forms):
                 plain.update(changed=True, without_llm=note.without_llm)
             plain["alternatives"] = note.alternatives
             words.append(plain)
-        nbest = [{"text": one.text, "score": round(one.total, 4)}
+        nbest = [{"text": unspaced(one.text), "score": round(one.total, 4)}
                  for one in ended.nbest.hypotheses[: self._nbest]]
-        return _line(type="segment", segment=number, text=best.text, words=words, nbest=nbest)
+        return _line(type="segment", segment=number, text=unspaced(best.text), words=words, nbest=nbest)
 
     def final(self) -> str:
         """See `Forms`."""

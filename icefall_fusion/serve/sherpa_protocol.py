@@ -3,8 +3,8 @@ Knows: its fields. Must not know: sockets, decoders.
 
 A client sends samples at 16 kHz, float32, little endian, in binary messages, and then the text "Done". It
 gets a JSON text whenever something was decoded, and "Done!" at the end. A word stands for a token here:
-``tokens`` are the words, each with a space before it, and ``timestamps`` their beginnings, counted from
-``start_time``, the beginning of the segment.
+``tokens`` are the words, each with a space before it (scripts without spaces have none), and ``timestamps``
+their beginnings, counted from ``start_time``, the beginning of the segment.
 """
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from icefall_fusion.nbest import WordTime
 from icefall_fusion.serve.samples import SampleFormat
 from icefall_fusion.serve.session import Opening, Protocol, Read
 from icefall_fusion.serve.talk import Clock, Forms
+from icefall_fusion.text.scripts import join_words, unspaced
 
 if TYPE_CHECKING:
     from icefall_fusion.serve.engine import Ended
@@ -58,8 +59,8 @@ class SherpaProtocol(Protocol):
 def _result(segment: int, words: Sequence[WordTime], start: float, final: bool = False,
             last: bool = False) -> str:
     fields = {
-        "text": " ".join(word.word for word in words),
-        "tokens": [f" {word.word}" for word in words],
+        "text": join_words(word.word for word in words),
+        "tokens": [unspaced(f" {word.word}") for word in words],
         "timestamps": [round(max(0.0, word.start - start), 2) for word in words],
         "segment": segment,
         "start_time": round(start, 2),

@@ -16,6 +16,7 @@ from icefall_fusion.nbest import NBest, WordTime
 from icefall_fusion.streaming.endpoint import Endpoint
 from icefall_fusion.streaming.greedy import GreedySegment
 from icefall_fusion.streaming.segment import Segment
+from icefall_fusion.text.scripts import join_words
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -106,7 +107,8 @@ class Stream:
         words, stable = self._segment.words()
         texts = [word.word for word in words]
         age = max(0.0, self._audio.samples / SAMPLE_RATE - self._frames * self._decoder.frame_shift)
-        return Partial(self._number, " ".join(texts[:stable]), " ".join(texts[stable:]), words, stable, age)
+        committed, unstable = join_words(texts[:stable]), join_words(texts[stable:])
+        return Partial(self._number, committed, unstable, words, stable, age)
 
     def take_segments(self) -> list[NBest]:
         """Return the N-best lists of the segments that have ended since the last call, and forget them.

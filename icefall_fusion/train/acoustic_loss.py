@@ -62,7 +62,8 @@ def validation_loss(model: CtcAed, batch: Batch, tokens: int) -> tuple[Tensor, i
 def _word_errors(
     model: CtcAed, texts: Sequence[str], pieces: Sequence[Sequence[int]], prefix: str = ""
 ) -> dict[str, int]:
-    errors = [count_errors(text, model.tokens.decode(row)) for text, row in zip(texts, pieces)]
+    pairs = ((text, model.tokens.decode(row)) for text, row in zip(texts, pieces))
+    errors = [count_errors(*pair, language=model.language) for pair in pairs]
     return {f"{prefix}word_errors": sum(e.errors for e in errors), "words": sum(e.words for e in errors)}
 
 

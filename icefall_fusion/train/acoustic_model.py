@@ -20,6 +20,7 @@ from icefall_fusion.common.processes import check_compiler, gather_over_processe
 from icefall_fusion.data.datamodule import DataOptions, EvalBatches, TrainBatches
 from icefall_fusion.data.manifests import cuts_path
 from icefall_fusion.data.resident import FeatureStore
+from icefall_fusion.text.language import language_of
 from icefall_fusion.train.acoustic_loss import compute_loss, describe, use_k2_loss
 from icefall_fusion.train.checkpoints import average_checkpoints, list_checkpoints, load_checkpoint
 from icefall_fusion.train.curriculum import Curriculum, feature_statistics
@@ -62,6 +63,8 @@ class TrainOptions(TrainingOptions):
         compile: fuse each layer with torch.compile (needs a C++ compiler on a CPU; a minute to start, then
             a seventh faster).
         export_to: write the averaged model to this folder and do not train.
+        language: ISO 639 code of the text, e.g. en, es, zh; kept with the model.
+        normalizer: module:function from a text to its spoken words; empty: that of the language.
     """
 
     data_dir: str = "data"
@@ -83,6 +86,8 @@ class TrainOptions(TrainingOptions):
     stats_seconds: float = 3600.0
     ctc_loss: str = "torch"
     export_to: str = ""
+    language: str = "en"
+    normalizer: str = ""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -96,6 +101,7 @@ class TrainOptions(TrainingOptions):
         check(1 <= self.avg <= kept, "TrainOptions.avg", rule, self.avg)
         check_at_least(0, self, "valid_utterances", "easy_batches")
         check(self.stats_seconds > 0, "TrainOptions.stats_seconds", "be above 0", self.stats_seconds)
+        language_of(self.language, self.normalizer)
         check_choice(self.ctc_loss, ("torch", "k2"), "TrainOptions.ctc_loss")
         check_choice(self.export_weights, ("average", "ema"), "TrainOptions.export_weights")
         averaged = self.export_weights == "average" or self.trainer.ema_decay > 0
@@ -113,7 +119,7 @@ def export(options: TrainOptions, folder: str) -> list[Path]:
     paths = list_checkpoints(options.exp)[-(1 if options.export_weights == "ema" else options.avg) :]
     if not paths:
         raise FileNotFoundError(f"{options.exp} holds no checkpoint-STEP.pt to export")
-    model = CtcAed(options.model, bpe_path(options))
+    model = new_model(options)
     model.load_state_dict(exported_weights(options, paths))
     check_export(model.eval(), options.export_dtype, log_probs_of_noise)
     save(model, folder, getattr(torch, options.export_dtype), options.export_shards or None)
@@ -144,6 +150,13 @@ def log_probs_of_noise(model: CtcAed) -> Tensor:
         scores = model.score_tokens(frames, lens, [[[], [model.options.sos_eos_id]]] * 2)
         found.append(torch.stack(scores)[:, None])
     return torch.cat(found, dim=-1)
+
+
+def new_model(options: TrainOptions) -> CtcAed:
+    """Return the model of the options, its weights random."""
+    model = CtcAed(options.model, bpe_path(options))
+    model.language = language_of(options.language, options.normalizer)
+    return model
 
 
 def bpe_path(options: TrainOptions) -> Path:
@@ -193,7 +206,7 @@ def make_model(options: TrainOptions, device: torch.device, source: TrainBatches
         device: of the process group too.
         source: training batches without augmentation.
     """
-    model = CtcAed(options.model, bpe_path(options))
+    model = new_model(options)
     freeze_parts(model, options.freeze)
     if list_checkpoints(options.exp):
         pass  # the loop goes on from the newest

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from icefall_fusion.common.checks import check, check_at_least
 from icefall_fusion.common.files import PathLike, atomic_path
+from icefall_fusion.text.scripts import split_units
 from icefall_fusion.text.tokens import AcousticTokens
 from icefall_fusion.train.job import check_export
 from icefall_fusion.train.token_stream import TokenBatch, attention_mask
@@ -92,7 +93,7 @@ def load_vocabulary(path: PathLike) -> Vocabulary:
         tokens = AcousticTokens.load(folder)
         mark = tokens.sos_eos_id
         check(mark is not None, f"{folder / 'bpe.model'}", "have the piece <sos/eos>", "one without")
-        return Vocabulary(folder, tokens.size, mark, mark, lambda ids: len(tokens.decode(ids).split()))
+        return Vocabulary(folder, tokens.size, mark, mark, lambda ids: len(split_units(tokens.decode(ids))))
     if not (folder / "tokenizer_config.json").is_file():
         raise FileNotFoundError(f"{path} must hold tokenizer_config.json or bpe.model, but does not")
     from transformers import AutoTokenizer
@@ -100,7 +101,7 @@ def load_vocabulary(path: PathLike) -> Vocabulary:
     tokenizer = AutoTokenizer.from_pretrained(str(folder))
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     check(bos is not None and eos is not None, f"tokenizer {path}", "have bos and eos", (bos, eos))
-    return Vocabulary(folder, len(tokenizer), bos, eos, lambda ids: len(tokenizer.decode(ids).split()))
+    return Vocabulary(folder, len(tokenizer), bos, eos, lambda ids: len(split_units(tokenizer.decode(ids))))
 
 
 def build_model(options: LlamaOptions, vocabulary: Vocabulary, attention: str) -> nn.Module:

@@ -18,6 +18,7 @@ from icefall_fusion.common.files import PathLike, atomic_path, fingerprint
 from icefall_fusion.common.processes import gather_over_processes
 from icefall_fusion.data.books import read_jsonl
 from icefall_fusion.data.lm_text import document_groups
+from icefall_fusion.text.scripts import join_words
 from icefall_fusion.text.styles import TEXT_STYLES, adapt
 
 BATCH = 2048  # documents tokenized by one call
@@ -119,7 +120,7 @@ def _of_book(
         for start, stop in _groups(len(rows), options.max_group if train else 1, generator):
             words = [word for row in rows[start:stop] for word in row[key].split()]
             if words and (share == 1.0 or generator.random() < share):
-                yield " ".join(words) if key == "cased" else adapt(words, options.text)
+                yield join_words(words) if key == "cased" else adapt(words, options.text)
 
 
 def _groups(count: int, longest: int, generator: random.Random) -> list[tuple[int, int]]:

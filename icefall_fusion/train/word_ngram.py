@@ -14,6 +14,7 @@ from typing import Iterator
 
 from icefall_fusion.common.checks import check, check_at_least
 from icefall_fusion.common.files import atomic_path, opener
+from icefall_fusion.text.scripts import split_units
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def run(options: TrainWordNgramOptions) -> int:
         raise ModuleNotFoundError(f"there is no program {options.lmplz}: {remedy}")
     counts: collections.Counter[str] = collections.Counter()
     for line in _texts(options.text):
-        counts.update(line.split())
+        counts.update(split_units(line))
     words = sorted(word for word, count in counts.items() if count >= options.min_count)
     rule = f"have a word with a count of at least {options.min_count} (min_count)"
     check(bool(words), f"the text {options.text}", rule, len(counts))
@@ -110,7 +111,7 @@ def _texts(path: str) -> Iterator[str]:
             if not line.strip():
                 continue
             try:
-                yield " ".join(json.loads(line)["text"].split())
+                yield " ".join(split_units(json.loads(line)["text"]))
             except (ValueError, KeyError, TypeError, AttributeError):
                 message = f"{path} line {number} must be JSON with a text, but is {line[:80]!r}"
                 raise ValueError(message) from None

@@ -56,10 +56,10 @@ def byte_level(size: int = 256 + 2 + 60):
 
 def with_byte_fallback():
     """BPE over characters with "▁" for spaces, as of Llama 1: characters it lacks are spelled by bytes."""
-    from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="never")
     special = ["<s>", "</s>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
     trainer = trainers.BpeTrainer(vocab_size=360, special_tokens=special, show_progress=False)
     tokenizer.train_from_iterator(CHINESE * 9, trainer)

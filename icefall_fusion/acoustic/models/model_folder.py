@@ -19,6 +19,7 @@ from torch import Tensor
 from icefall_fusion.acoustic.models.ctc_aed import CtcAed, ModelOptions
 from icefall_fusion.common.checks import check
 from icefall_fusion.common.files import PathLike, atomic_path, write_json
+from icefall_fusion.text.language import language_of
 
 MODEL_TYPE = "icefall_fusion_ctc_aed"
 _ONE = "model.safetensors"
@@ -46,6 +47,7 @@ def save(
         config["bpe_fingerprint"] = model.tokens.fingerprint()
         with atomic_path(folder / "bpe.model") as temporary:
             shutil.copyfile(model.bpe, temporary)
+    config |= model.language.plain()  # empty for English
     _write(weights, folder, largest)
     write_json(folder / "config.json", config)
 
@@ -72,6 +74,7 @@ def load(folder: PathLike, device: str = "cpu") -> CtcAed:
     except (ValueError, TypeError, AttributeError) as error:  # unknown names, values of another type
         raise ValueError(f"{folder} cannot be loaded as an acoustic model: {error}") from error
     model = CtcAed(options, bpe if bpe.is_file() else None)
+    model.language = language_of(kept=config)
     wanted = config.get("bpe_fingerprint")
     if wanted is not None and (model.tokens is None or model.tokens.fingerprint() != wanted):
         raise ValueError(f"{bpe} must be the SentencePiece model of the training, but is missing or differs")

@@ -16,7 +16,11 @@ export function clock(seconds) {
   return `${Math.floor(whole / 60)}:${String(whole % 60).padStart(2, "0")}`;
 }
 
-const textOf = (words) => words.map((word) => word.text).join(" ");
+/** Scripts that have no spaces between words (text/scripts.py). */
+const UNSPACED = "[\\p{sc=Han}\\p{sc=Hira}\\p{sc=Kana}\\p{sc=Thai}\\p{sc=Lao}\\p{sc=Khmr}\\p{sc=Mymr}]";
+const AFTER = new RegExp(`(${UNSPACED}) +`, "gu");
+const BEFORE = new RegExp(` +(?=${UNSPACED})`, "gu");
+const textOf = (words) => words.map((word) => word.text).join(" ").replace(AFTER, "$1").replace(BEFORE, "");
 
 /** Shows what is recognized in `root`; screen readers hear each committed word once, from `announcer`. */
 export class Transcript {
