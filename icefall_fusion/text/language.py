@@ -134,14 +134,18 @@ def check_texts(texts: Mapping[str, Optional[str]], language: Language, name: st
         name: of the texts, for messages.
 
     Raises:
-        ValueError: letters or digits of a text all vanish; the message has their number and an example.
+        ValueError: the letters of a text all vanish, or its digits; the message has their number and an
+            example.
     """
     vanished, empty, partly = [], [], []
     for utterance, text in texts.items():
         if not text or (text.isascii() and not language.normalizer and any(map(str.isalnum, text))):
             continue
-        if language.normalize(text):
-            if language.lost(text):
+        lost, letters = language.lost(text), set(filter(str.isalpha, text))
+        if letters and letters.issubset(lost):
+            vanished.append(utterance)
+        elif language.normalize(text):
+            if lost:
                 partly.append(utterance)
         elif any(unicodedata.category(letter)[0] in "LN" for letter in text):
             vanished.append(utterance)

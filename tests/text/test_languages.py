@@ -170,6 +170,8 @@ def test_text_that_vanishes_is_an_error_with_the_text() -> None:
         check_texts(texts, ENGLISH)
     with pytest.raises(ValueError, match="of 2 of 5 no word is left"):
         check_texts(texts, Language("es"))
+    with pytest.raises(ValueError, match="of 1 of 1 no word is left"):
+        check_texts({"u1": "你好３"}, ENGLISH)  # "three" would be left
     check_texts(texts, Language("zh"))
 
 
