@@ -20,6 +20,7 @@ from icefall_fusion.acoustic.emissions import Emissions
 from icefall_fusion.acoustic.loading import loading
 from icefall_fusion.common.checks import check, is_number
 from icefall_fusion.common.files import PathLike, write_json
+from icefall_fusion.text.language import ENGLISH
 from icefall_fusion.text.tokens import AcousticTokens
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class SourceWithPrior:
         check(source.has_ctc, "EmissionOptions.prior", "be empty for a model without a CTC head", "given")
         self.wants, self.tokens, self.model = source.wants, source.tokens, source.model
         self.transducer, self.has_ctc = source.transducer, True
+        self.language = getattr(source, "language", ENGLISH)
         self._source, self._taken = source, scale * prior.float().clamp(min=LEAST)
 
     def emit(self, ids: Sequence[str], inputs: Sequence[Tensor]) -> Emissions:

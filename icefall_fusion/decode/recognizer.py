@@ -73,7 +73,7 @@ class Recognizer:
         if torch.device(device).index is not None:  # "cuda" alone is the current one
             torch.cuda.set_device(device)
         self.source: EmissionSource = open_source(replace(options.emissions, device=device))
-        known = getattr(self.source.model, "language", ENGLISH)
+        known = getattr(self.source, "language", ENGLISH)
         self.language = language_of(options.language, options.normalizer, known.plain())
         lms = {name: getattr(options, name) for name in LM_SOURCES}
         lms = {name: replace(lm, device=processes.device(lm.device)) for name, lm in lms.items()}

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from icefall_fusion.acoustic.models import CtcAed, greedy_pieces
 from icefall_fusion.acoustic.models.ctc import ctc_loss_sum
 from icefall_fusion.acoustic.models.ctc_aed import join_losses
+from icefall_fusion.acoustic.models.model_folder import model_language
 from icefall_fusion.common.checks import check
 from icefall_fusion.data.datamodule import Batch
 from icefall_fusion.lattice.k2_fsas import ctc_loss_rows, load_k2
@@ -63,7 +64,7 @@ def _word_errors(
     model: CtcAed, texts: Sequence[str], pieces: Sequence[Sequence[int]], prefix: str = ""
 ) -> dict[str, int]:
     pairs = ((text, model.tokens.decode(row)) for text, row in zip(texts, pieces))
-    errors = [count_errors(*pair, language=model.language) for pair in pairs]
+    errors = [count_errors(*pair, language=model_language(model)) for pair in pairs]
     return {f"{prefix}word_errors": sum(e.errors for e in errors), "words": sum(e.words for e in errors)}
 
 

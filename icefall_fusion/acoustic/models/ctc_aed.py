@@ -23,7 +23,6 @@ from icefall_fusion.acoustic.models.transducer_loss import rnnt_loss_sum
 from icefall_fusion.common.checks import check, check_at_least, check_choice
 from icefall_fusion.common.files import PathLike
 from icefall_fusion.common.processes import upload
-from icefall_fusion.text.language import ENGLISH, Language
 from icefall_fusion.text.tokens import AcousticTokens
 
 IGNORED = -100  # target id that the decoder's loss skips
@@ -96,10 +95,7 @@ class CtcAed(nn.Module):
     Attributes:
         tokens: the vocabulary of ``bpe``, or None.
         frozen: parts that are not trained, see ``freeze``.
-        language: of its text; ``save`` keeps it.
     """
-
-    language: Language = ENGLISH
 
     def __init__(self, options: ModelOptions, bpe: Optional[PathLike] = None) -> None:
         super().__init__()

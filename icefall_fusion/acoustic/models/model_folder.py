@@ -19,7 +19,7 @@ from torch import Tensor
 from icefall_fusion.acoustic.models.ctc_aed import CtcAed, ModelOptions
 from icefall_fusion.common.checks import check
 from icefall_fusion.common.files import PathLike, atomic_path, write_json
-from icefall_fusion.text.language import language_of
+from icefall_fusion.text.language import ENGLISH, Language, language_of
 
 MODEL_TYPE = "icefall_fusion_ctc_aed"
 _ONE = "model.safetensors"
@@ -30,6 +30,8 @@ def save(
     model: CtcAed, folder: PathLike, dtype: Optional[torch.dtype] = None, largest: Optional[str] = None
 ) -> None:
     """Write ``config.json``, the weights and ``bpe.model`` (if the model knows its pieces).
+
+    The model's ``language`` goes into ``config.json`` if it is not English.
 
     Args:
         folder: made if missing.
@@ -47,7 +49,7 @@ def save(
         config["bpe_fingerprint"] = model.tokens.fingerprint()
         with atomic_path(folder / "bpe.model") as temporary:
             shutil.copyfile(model.bpe, temporary)
-    config |= model.language.plain()  # empty for English
+    config |= model_language(model).plain()  # empty for English
     _write(weights, folder, largest)
     write_json(folder / "config.json", config)
 
@@ -85,6 +87,11 @@ def load(folder: PathLike, device: str = "cpu") -> CtcAed:
         what = textwrap.shorten(str(error), 400)
         raise ValueError(f"{folder} cannot be loaded as an acoustic model: {what}") from error
     return model.to(device).eval()
+
+
+def model_language(model: Any) -> Language:
+    """Return the language of an acoustic model's text: its attribute ``language``, else English."""
+    return getattr(model, "language", ENGLISH)
 
 
 def weight_files(folder: PathLike) -> list[Path]:

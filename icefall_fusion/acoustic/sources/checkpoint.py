@@ -10,6 +10,7 @@ from torch import Tensor
 
 from icefall_fusion.acoustic.models import CtcAed, load
 from icefall_fusion.acoustic.models.ctc_aed import check_vocabulary
+from icefall_fusion.acoustic.models.model_folder import model_language
 from icefall_fusion.acoustic.sources.base import FeatureSource, tokens_of
 from icefall_fusion.common.checks import check
 
@@ -36,13 +37,14 @@ class CheckpointSource(FeatureSource):
 
     Attributes:
         network: the model; ``model`` is the same if it has an attention decoder.
+        language: of its text.
     """
 
     def __init__(self, options: EmissionOptions) -> None:
         self.network = load(options.model, options.device)
         own, heads = self.network.tokens, self.network.options.heads
         self.model = self.network if "aed" in heads else None
-        self.has_ctc = "ctc" in heads
+        self.has_ctc, self.language = "ctc" in heads, model_language(self.network)
         if "transducer" in heads:
             self.transducer = CheckpointTransducer(self.network)
         self.tokens = tokens_of(options) if options.tokens or own is None else own
