@@ -20,7 +20,7 @@ class Job(NamedTuple):
 
 
 JOBS = {
-    "train": Job("train.acoustic_model", "train the CTC-AED acoustic model"),
+    "train": Job("train.acoustic_model", "train the acoustic model (CTC, attention decoder, transducer)"),
     "export": Job("acoustic.sherpa_export", "write a transducer for sherpa-onnx"),
     "train-lm": Job("train.language_model", "train a causal language model (NLM, LLM)"),
     "train-ngram": Job("train.piece_ngram", "train an n-gram over the pieces"),

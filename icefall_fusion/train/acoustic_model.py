@@ -216,7 +216,7 @@ def make_model(options: TrainOptions, device: torch.device, source: TrainBatches
         mean, deviation = feature_statistics(source, options.stats_seconds, device)
         model.encoder.mean.copy_(mean)
         model.encoder.deviation.copy_(deviation)
-    both = model.ctc is not None and model.decoder is not None
+    both = {"ctc", "aed"} <= set(model.trained_heads)
     untrained = [model.decoder] if options.model.ctc_weight == 1 and both else []
     if options.model.middle_weight == 0 and model.ctc is not None:
         untrained += [model.middle_norm, model.middle_ctc]

@@ -74,6 +74,31 @@ class AttentionDecoder(nn.Module):
         return nll.view(outputs.shape)
 
 
+class Decoder(nn.Module):
+    def __init__(self, vocab_size):
+        super().__init__()
+        self.embedding = nn.Embedding(vocab_size, 8)
+        self.conv = nn.Conv1d(8, 8, kernel_size=2, groups=2, bias=False)
+        self.blank_id, self.context_size, self.vocab_size = 0, 2, vocab_size
+
+    def forward(self, y, need_pad=True):
+        out = self.embedding(y.clamp(min=0)) * (y >= 0).unsqueeze(-1)
+        out = nn.functional.pad(out, (0, 0, 1, 0)) if need_pad else out
+        return self.conv(out.permute(0, 2, 1)).permute(0, 2, 1).relu()
+
+
+class Joiner(nn.Module):
+    def __init__(self, vocab_size, size):
+        super().__init__()
+        self.encoder_proj, self.decoder_proj = nn.Linear(size, 12), nn.Linear(8, 12)
+        self.output_linear = nn.Linear(12, vocab_size)
+
+    def forward(self, encoder_out, decoder_out, project_input=True):
+        if project_input:
+            encoder_out, decoder_out = self.encoder_proj(encoder_out), self.decoder_proj(decoder_out)
+        return self.output_linear(torch.tanh(encoder_out + decoder_out))
+
+
 class AsrModel(nn.Module):
     def __init__(self, params):
         super().__init__()
@@ -84,6 +109,8 @@ class AsrModel(nn.Module):
             self.ctc_output = nn.Sequential(
                 nn.Dropout(p=0.1), nn.Linear(size, params.vocab_size), nn.LogSoftmax(dim=-1)
             )
+        if params.use_transducer:
+            self.decoder, self.joiner = Decoder(params.vocab_size), Joiner(params.vocab_size, size)
         if params.use_attention_decoder:
             self.attention_decoder = AttentionDecoder(size, params.vocab_size, params.sos_id)
 
@@ -107,6 +134,7 @@ def add_model_arguments(parser):
     parser.add_argument("--encoder-dim", type=str, default="16")
     parser.add_argument("--num-encoder-layers", type=int, default=2)
     parser.add_argument("--use-ctc", type=str2bool, default=False)
+    parser.add_argument("--use-transducer", type=str2bool, default=False)
     parser.add_argument("--use-attention-decoder", type=str2bool, default=False)
 
 
@@ -155,6 +183,7 @@ def own_model(recipe: Path) -> torch.nn.Module:
     class Params:
         feature_dim, encoder_dim, num_encoder_layers = 80, "16", 2
         vocab_size, sos_id, use_ctc, use_attention_decoder = tiny.piece_count(), 1, True, True
+        use_transducer = True
 
     model = module.AsrModel(Params).eval()
     if (recipe / "pretrained.pt").is_file():
@@ -200,10 +229,26 @@ def test_log_probs_and_attention_scores_are_the_models_own(recipe) -> None:
         source.model.score_tokens(made.encoder_out, made.lens, lists)
 
 
+@torch.no_grad()
+def test_a_transducer_is_the_models_own(recipe) -> None:
+    both = open_source(options(recipe, recipe_options="--use-ctc 1 --use-transducer 1"))
+    alone = open_source(options(recipe, recipe_options="--use-transducer 1"))
+    assert both.has_ctc and not alone.has_ctc and alone.transducer.start == (-1, 0)
+    model, inputs = own_model(recipe), [torch.randn(63, 80), torch.randn(120, 80)]
+    made = alone.emit(["a", "b"], inputs)
+    encoder_out, lens = model.forward_encoder(inputs[1][None], torch.tensor([120]))
+    contexts = torch.tensor([[-1, 0], [4, 5]])
+    wanted = model.joiner(encoder_out[0, :2], model.decoder(contexts, False)[:, 0]).log_softmax(-1)
+    found = alone.transducer.join(made.joiner_frames[1, :2], alone.transducer.predict(contexts))
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+    assert int(made.lens[1]) == int(lens) and bool(torch.isinf(made.log_probs).all())
+    torch.testing.assert_close(both.emit(["a", "b"], inputs).joiner_frames, made.joiner_frames)
+
+
 def test_heads_that_options_leave_out_are_logged(recipe, caplog) -> None:
     source = open_source(options(recipe, recipe_options="--use-ctc 1"))
     assert source.model is None
-    assert "also has weights of ['attention_decoder']" in caplog.text
+    assert "also has weights of ['attention_decoder', 'decoder', 'joiner']" in caplog.text
 
 
 def test_a_recipe_needs_no_parser_of_its_own(recipe) -> None:

@@ -14,13 +14,14 @@ import shlex
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Iterator, NoReturn, Sequence
+from typing import TYPE_CHECKING, Any, Iterator, NoReturn, Optional, Sequence
 
 import torch
 from torch import Tensor
 
 from icefall_fusion.acoustic.loading import loading
 from icefall_fusion.acoustic.sources.base import FeatureSource, tokens_of
+from icefall_fusion.acoustic.sources.stateless import ModuleTransducer
 from icefall_fusion.common.checks import check
 from icefall_fusion.data.features import DIM
 
@@ -32,15 +33,17 @@ class IcefallSource(FeatureSource):
     """The model of an icefall recipe such as ``egs/librispeech/ASR/zipformer``.
 
     ``train.py`` must have ``get_params``, ``get_model`` and ``get_parser`` (or ``add_model_arguments``). Its
-    model must have ``forward_encoder(features, lens)`` and ``ctc_output(frames)``. With an
-    ``attention_decoder`` it scores N-best lists too, by ``nll(encoder_out, lens, token_ids)``.
+    model must have ``forward_encoder(features, lens)``, and ``ctc_output(frames)`` or a transducer
+    (``decoder`` and ``joiner``). With an ``attention_decoder`` it scores N-best lists too, by
+    ``nll(encoder_out, lens, token_ids)``.
 
     A causal model (``--causal 1``) needs options with one ``--chunk-size`` and one ``--left-context-frames``.
     icefall's ``ctc_decode.py`` appends 30 frames of silence for it; this source does not.
 
     Raises:
         FileNotFoundError: there is no recipe, no weights file or no bpe.model.
-        ValueError: the recipe cannot be imported or does not make a CTC model, or the weights do not fit it.
+        ValueError: the recipe cannot be imported or makes neither a CTC model nor a transducer, or the
+            weights do not fit it.
     """
 
     least_frames = 9  # the subsampling of icefall's Zipformer yields nothing for fewer
@@ -55,14 +58,22 @@ class IcefallSource(FeatureSource):
         self.device = torch.device(options.device)
         with _running(recipe):
             network = self._make(_import_train(recipe), recipe, options.recipe_options)
-        for name, remedy in (("forward_encoder", ""), ("ctc_output", ": add --use-ctc 1 to the options")):
-            if not hasattr(network, name):
-                raise ValueError(f"the model of recipe {recipe} must have {name}, but it has none{remedy}")
+        name = f"the model of recipe {recipe}"
+        if not hasattr(network, "forward_encoder"):
+            raise ValueError(f"{name} must have forward_encoder, but it has none")
+        self.has_ctc = hasattr(network, "ctc_output")
+        joins = all(getattr(network, part, None) is not None for part in ("decoder", "joiner"))
+        if not self.has_ctc and not joins:
+            remedy = "add --use-ctc 1 (or --use-transducer 1) to the options"
+            raise ValueError(f"{name} must have ctc_output, or decoder and joiner, but it has none: {remedy}")
         _load_weights(network, path, recipe)
         self.network = network.to(self.device).eval()
+        if joins:
+            with loading(name, "a transducer of icefall"):
+                self.transducer = ModuleTransducer(self, name)
         if getattr(network, "attention_decoder", None) is not None:
             self.model = _AttentionScorer(network.attention_decoder)
-        measured = self.measured_frame_shift(f"the model of recipe {recipe}")
+        measured = self.measured_frame_shift(name)
         self.frame_shift = options.frame_shift or measured
 
     def _make(self, train: ModuleType, recipe: Path, words: str) -> torch.nn.Module:
@@ -85,7 +96,12 @@ class IcefallSource(FeatureSource):
         return self.network.forward_encoder(features, lens)[:2]
 
     def log_probs(self, encoder_out: Tensor) -> Tensor:
+        if not self.has_ctc:
+            return super().log_probs(encoder_out)
         return self.network.ctc_output(encoder_out).float().log_softmax(dim=2)  # no change to log-probs
+
+    def joiner_frames(self, encoder_out: Tensor) -> Optional[Tensor]:
+        return None if self.transducer is None else self.network.joiner.encoder_proj(encoder_out).float()
 
 
 class _AttentionScorer:

@@ -12,7 +12,7 @@ from torch import Tensor
 from icefall_fusion.acoustic.loading import loading
 from icefall_fusion.acoustic.sources.base import FeatureSource, tokens_of
 from icefall_fusion.acoustic.sources.chunked import ChunkedEncoder
-from icefall_fusion.acoustic.sources.torchscript import start_of
+from icefall_fusion.acoustic.sources.stateless import start_of
 from icefall_fusion.common.checks import check
 from icefall_fusion.common.unavailable import Unavailable
 from icefall_fusion.text.tokens import AcousticTokens
