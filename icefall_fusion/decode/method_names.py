@@ -2,7 +2,8 @@
 Knows: names, triggers, which models a method needs, weights. Must not know: models, searches, files.
 
 A name joins components by "+": fusions of the search, and second passes over the N-best list. Names k2-*
-begin with a search of lattices instead of the prefix search. A new component is an entry of `_COMPONENTS`.
+begin with a search of lattices instead of the prefix search, names rnnt-* with the search of a transducer. A
+new component is an entry of `_COMPONENTS`.
 """
 from __future__ import annotations
 
@@ -37,18 +38,33 @@ METHODS = (
     "llm-delayed-interval-64-ahead",
     "ngram-shallow+llm-delayed-shortest",
 )
+#: The comparison of transducers, in the order of the table.
+RNNT_METHODS = (
+    "rnnt-greedy",
+    "rnnt-beam",
+    "rnnt-nlm-shallow",
+    "rnnt-ngram-shallow",
+    "rnnt-llm-nbest-rescoring",
+    "rnnt-llm-delayed-shortest",
+    "rnnt-llm-delayed-interval-16",
+    "rnnt-nlm-shallow+llm-delayed-shortest",
+    "rnnt-ilm-shallow+llm-delayed-shortest",
+    "rnnt-llm-delayed-shortest-ahead",
+)
+_RNNT = "rnnt-"
 #: Used for a method that the weights file does not name.
 DEFAULT_WEIGHTS = {
     "attention": 1.0, "nlm": 0.3, "ngram": 0.3, "wordngram": 0.3, "llm": 0.4, "matched_llm": 0.4, "hlg": 0.5,
-    "words": 0.5, "hotwords": 1.0, "lodr": 0.1,
+    "words": 0.5, "hotwords": 1.0, "lodr": 0.1, "ilm": 0.1,
 }
 #: Sources that are no language models: beside an LM they have no share of the bonus a word.
-NO_LMS = ("hotwords", "lodr")
-_TABLES = {"all": METHODS, "k2-all": K2_METHODS}
+NO_LMS = ("hotwords", "lodr", "ilm")
+_TABLES = {"all": METHODS, "k2-all": K2_METHODS, "rnnt-all": RNNT_METHODS}
 _WANTED = {
     "graph": "k2.graph must name a decoding graph of the job make-graph, or k2.saved lattices,",
     "hotwords": "hotwords must name a file of phrases",
     "lodr": "lodr must name an n-gram over the acoustic pieces (see the job internal-lm)",
+    "transducer": "emissions.model must be an acoustic model with a transducer head",
     "word_ngram": "k2.ngram must name a graph G of the job make-graph (or k2.saved lattices made with one)",
 }
 NO_DECODER = (
@@ -86,7 +102,8 @@ class MethodSpec:
 
     Args:
         name: its name.
-        search: ``greedy``, ``prefix``, or a search of lattices (see `lattice.methods.K2_SEARCHES`).
+        search: ``greedy``, ``prefix``, ``rnnt-greedy``, ``rnnt-beam`` or a search of lattices (see
+            `lattice.methods.K2_SEARCHES`).
         fusions: those of the search.
         rescorers: second passes, in their order.
         stored: sources of the scores that lattices bring along.
@@ -100,17 +117,30 @@ class MethodSpec:
 
     @property
     def of_lattices(self) -> bool:
-        return self.search not in ("greedy", "prefix")
+        return self.search not in ("greedy", "prefix") and not self.of_transducer
+
+    @property
+    def of_transducer(self) -> bool:
+        return self.search.startswith(_RNNT)
+
+    @property
+    def acoustic(self) -> str:
+        """The source of the acoustic model's own score, which has weight 1."""
+        return "rnnt" if self.of_transducer else "ctc"
 
     @property
     def sources(self) -> list[str]:
-        """All sources of scores beside ``ctc`` and ``words``."""
+        """All sources of scores beside the acoustic model's own and ``words``."""
         return [*self.stored, *(spec.source for spec in (*self.fusions, *self.rescorers))]
 
     @property
     def needs(self) -> set[str]:
-        """Models by source, ``ngram`` for look-ahead too, ``graph`` and ``word_ngram`` for lattices."""
+        """Models by source, ``ngram`` for look-ahead too, ``graph`` and ``word_ngram`` for lattices.
+
+        ``transducer`` where its head is searched; it is its own internal language model.
+        """
         models = {spec.source for spec in (*self.fusions, *self.rescorers)}
+        models = models - {"ilm"} | ({"transducer"} if self.of_transducer else set())
         models |= {"ngram"} if any(fusion.look_ahead for fusion in self.fusions) else set()
         return models | (needs_of(self.search) if self.of_lattices else set())
 
@@ -119,6 +149,7 @@ _COMPONENTS: dict[str, Union[FusionSpec, RescoringSpec]] = {
     "ngram-shallow": FusionSpec("ngram"),
     "hotwords-shallow": FusionSpec("hotwords"),
     "lodr-shallow": FusionSpec("lodr"),
+    "ilm-shallow": FusionSpec("ilm"),
     "nlm-shallow": FusionSpec("nlm"),
     "llm-shallow": FusionSpec("matched_llm"),
     "attention-rescoring": RescoringSpec("attention"),
@@ -146,7 +177,11 @@ def parse_method(name: str) -> MethodSpec:
     """
     if name in ("ctc-greedy", "ctc-prefix"):
         return MethodSpec(name, name.removeprefix("ctc-"))
+    if name in ("rnnt-greedy", "rnnt-beam"):
+        return MethodSpec(name, name)
     search, stored, texts = "prefix", (), name.removeprefix("ctc-prefix+").split("+")
+    if name.startswith(_RNNT):
+        search, texts = "rnnt-beam", name.removeprefix(_RNNT).removeprefix("beam+").split("+")
     of_lattices = split_name(name)
     if of_lattices is not None:
         search, source, texts = of_lattices
@@ -160,6 +195,8 @@ def parse_method(name: str) -> MethodSpec:
     shallow = [fusion.source for fusion in fusions if fusion.trigger is None]
     rule = "have no shallow fusion: hypotheses on a lattice are not extended by pieces"
     check(of_lattices is None or not shallow, f"method {name!r}", rule, shallow)
+    rule = "have ilm-shallow with a transducer alone, whose internal language model it is (rnnt-ilm-shallow)"
+    check(spec.of_transducer or "ilm" not in sources, f"method {name!r}", rule, sources)
     return spec
 
 
@@ -170,7 +207,8 @@ def _parse_component(text: str, name: str) -> Union[FusionSpec, RescoringSpec]:
         plain, late, ahead = delayed["plain"], int(delayed["late"] or 0), delayed["ahead"] is not None
     interval = _INTERVAL.fullmatch(plain)
     if not interval and plain not in _COMPONENTS:
-        known = [*METHODS, *_COMPONENTS, *K2_METHODS, "llm-delayed-interval-N", "llm-delayed-...-late-N"]
+        known = [*METHODS, *_COMPONENTS, *K2_METHODS, *RNNT_METHODS]
+        known += ["llm-delayed-interval-N", "llm-delayed-...-late-N"]
         raise ValueError(
             f"method must be built of known components, but {text!r} of {name!r} is none"
             f"{nearest(text, known)} (known: {known})"
@@ -180,7 +218,7 @@ def _parse_component(text: str, name: str) -> Union[FusionSpec, RescoringSpec]:
 
 
 def choose_methods(names: Union[str, Sequence[str]], available: Container[str]) -> list[str]:
-    """Return the methods of a list; those of ``all`` and ``k2-all`` that lack a model are skipped and logged.
+    """Return the methods of a list; those of ``all``, ... that lack a model are skipped and logged.
 
     Args:
         names: as for `parse_methods`.
@@ -209,7 +247,7 @@ def choose_methods(names: Union[str, Sequence[str]], available: Container[str]) 
 def parse_methods(names: Union[str, Sequence[str]]) -> list[str]:
     """Return the methods of a list or a comma-separated text.
 
-    ``all`` is the whole comparison, ``k2-all`` that of lattices.
+    ``all`` is the whole comparison, ``k2-all`` that of lattices, ``rnnt-all`` that of transducers.
     """
     chosen = [method for name in _split_names(names) for method in _TABLES.get(name, (name,))]
     check(len(chosen) > 0, "methods", "name at least one method", names)
@@ -246,16 +284,17 @@ def weights_of(name: str, tuned: Mapping[str, Mapping[str, float]]) -> dict[str,
     Raises:
         ValueError: a weight is negative, not a number, or of a source that the method does not have.
     """
-    sources = parse_method(name).sources
+    spec = parse_method(name)
+    sources, acoustic = spec.sources, spec.acoustic
     if not sources:
-        return {"ctc": 1.0}
+        return {acoustic: 1.0}
     wanted = [*sources, "words"]
     usual = {**DEFAULT_WEIGHTS, **({} if set(sources) - set(NO_LMS) else {"words": 0.0})}
     weights = dict(tuned.get(name, tuned.get(_not_late(name), {})))
-    weights.pop("ctc", None)
+    weights.pop(acoustic, None)
     for source, weight in weights.items():
         check_choice(source, wanted, f"weights of {name}: the source")
         number = isinstance(weight, (int, float)) and math.isfinite(weight)
         check(number, f"weights.{name}.{source}", "be a number", weight)
         check(weight >= 0 or source == "words", f"weights.{name}.{source}", "be at least 0", weight)
-    return {"ctc": 1.0, **{source: float(weights.get(source, usual[source])) for source in wanted}}
+    return {acoustic: 1.0, **{source: float(weights.get(source, usual[source])) for source in wanted}}

@@ -10,17 +10,26 @@ from typing import Any, Callable, Mapping, NamedTuple, Optional, Sequence
 import torch
 
 from icefall_fusion.acoustic.emissions import Emissions
+from icefall_fusion.acoustic.transducer import Transducer
 from icefall_fusion.common.checks import check
 from icefall_fusion.common.counters import add_counters
 from icefall_fusion.decode.language_models import LanguageModels, Prompt
 from icefall_fusion.decode.method_names import NO_DECODER, NO_LMS, FusionSpec, RescoringSpec, parse_method
-from icefall_fusion.fusion import DelayedFusion, HotWordFusion, LodrFusion, NgramFusion, ShallowFusion
+from icefall_fusion.fusion import (
+    DelayedFusion,
+    HotWordFusion,
+    InternalLmFusion,
+    LodrFusion,
+    NgramFusion,
+    ShallowFusion,
+)
 from icefall_fusion.fusion.lodr import subtracted
 from icefall_fusion.fusion.rescoring import rescore_with_attention, rescore_with_lm, rescore_with_ngram
 from icefall_fusion.lattice.methods import decode_lattices
 from icefall_fusion.lattice.source import K2Options, LatticeSource
 from icefall_fusion.nbest import NBest
 from icefall_fusion.search import Fusion, PrefixSearchOptions, ctc_greedy_search, ctc_prefix_search
+from icefall_fusion.search.transducer import check_options, transducer_search
 from icefall_fusion.text.language import ENGLISH, Language
 
 
@@ -46,6 +55,7 @@ class Method:
         lattices: for methods k2-*.
         k2: options of the beam search along lattices.
         language: of references.
+        transducer: for methods rnnt-*.
 
     Raises:
         ValueError: a model does not serve the method, or its options do not.
@@ -54,11 +64,15 @@ class Method:
     def __init__(
         self, name: str, weights: Mapping[str, float], search: PrefixSearchOptions, models: LanguageModels,
         lattices: Optional[LatticeSource] = None, k2: Optional[K2Options] = None,
-        language: Language = ENGLISH,
+        language: Language = ENGLISH, transducer: Optional[Transducer] = None,
     ) -> None:
         self.name, self.weights, self.search, self._models = name, dict(weights), search, models
-        self._lattices, self._k2, self._language = lattices, k2, language
+        self._lattices, self._k2, self._language, self._transducer = lattices, k2, language, transducer
         self.spec = parse_method(name)
+        if self.spec.of_transducer:
+            rule = "have an acoustic model with a transducer head"
+            check(transducer is not None, f"method {name!r}", rule, None)
+            check_options(self._search_options())
         self.make_fusions({})  # an error is raised before anything is decoded
 
     def make_fusions(self, prompts: Mapping[str, Prompt]) -> list[Fusion]:
@@ -83,6 +97,8 @@ class Method:
             return HotWordFusion(self._models.hotwords.automaton, weight, word_bonus=bonus)
         if spec.source == "lodr":
             return LodrFusion(self._models.lodr(), weight, bonus)
+        if spec.source == "ilm":
+            return InternalLmFusion(self._transducer, weight, bonus)
         if spec.source == "wordngram":
             from icefall_fusion.fusion.word_ngram import WordNgramFusion
 
@@ -175,8 +191,17 @@ class Method:
         arguments = (emissions.log_probs, emissions.lens)
         if self.spec.search == "greedy":
             return ctc_greedy_search(*arguments, emissions.tokens, emissions.ids, emissions.frame_shift)
-        search = replace(self.search, frame_shift=emissions.frame_shift)
+        search = replace(self._search_options(), frame_shift=emissions.frame_shift)
+        if self.spec.of_transducer:
+            rule = "have outputs of an encoder for the transducer, which saved log-probs have not"
+            check(emissions.joiner_frames is not None, f"method {self.name!r}", rule, None)
+            return transducer_search(emissions.joiner_frames, emissions.lens, self._transducer, search,
+                                     emissions.tokens, fusions, emissions.ids)
         return ctc_prefix_search(*arguments, search, emissions.tokens, fusions, emissions.ids)
+
+    def _search_options(self) -> PrefixSearchOptions:
+        """Return the options of the search; greedy is a beam of one."""
+        return replace(self.search, beam=1, nbest=1) if self.spec.search == "rnnt-greedy" else self.search
 
     def _second_pass(
         self, spec: RescoringSpec, nbests: list[NBest], emissions: Emissions, model: Any,

@@ -15,6 +15,7 @@ import torch
 
 from icefall_fusion.acoustic.emissions import Emissions
 from icefall_fusion.acoustic.sources import EmissionSource, open_source
+from icefall_fusion.common.checks import check
 from icefall_fusion.common.counters import add_counters
 from icefall_fusion.common.memory import FreedMemory, peak_memory_bytes, reset_peak_memory
 from icefall_fusion.common.processes import Processes
@@ -100,14 +101,17 @@ class Recognizer:
         """Return the models that the options name (see `MethodSpec.needs`)."""
         options = self.options
         named = options.named_models() | options.k2.sources()
-        return named if self.source.model is None else named | {"attention"}
+        heads = {"attention": self.source.model, "transducer": self.source.transducer}
+        return named | {name for name, head in heads.items() if head is not None}
 
     def make_method(self, name: str, weights: Mapping[str, float]) -> Method:
         """Return a method with these models, and lattices where it needs them."""
         if self._lattices is None and "graph" in parse_method(name).needs:
             self._lattices = open_lattices(self.options.k2, self.source.tokens, self.device)
+        rule = "have an acoustic model with a CTC head (its transducer is searched by the methods rnnt-*)"
+        check(self.source.has_ctc or parse_method(name).of_transducer, f"method {name!r}", rule, None)
         return self.kind(name, weights, self.options.search, self.models, self._lattices, self.options.k2,
-                         self.language)
+                         self.language, self.source.transducer)
 
     def batches(self, utterances: Sequence[Utterance]) -> Iterator[list[Utterance]]:
         """Yield batches of utterances of similar length, the longest first."""

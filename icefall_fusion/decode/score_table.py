@@ -24,7 +24,7 @@ class ScoreTable:
     """The scores of all hypotheses as arrays. U utterances, N hypotheses at most, S sources.
 
     Args:
-        sources: their names, without ``ctc``; the last is ``words``.
+        sources: their names, without the acoustic model's own; the last is ``words``.
         base: [U,N] CTC scores, very low where there is no hypothesis.
         scores: [U,N,S].
         errors: [U,N] word errors.
@@ -40,7 +40,7 @@ class ScoreTable:
     @classmethod
     def make(
         cls, nbests: Iterable[NBest], references: Mapping[str, str], sources: Sequence[str],
-        language: Language = ENGLISH,
+        language: Language = ENGLISH, acoustic: str = "ctc",
     ) -> ScoreTable:
         """Build the table; hypotheses of the same utterance and text count once.
 
@@ -57,8 +57,8 @@ class ScoreTable:
                 raise ValueError(f"references must hold every utterance, but lack {nbest.utterance!r}")
             texts = lists.setdefault(nbest.utterance, {})
             for h in nbest:
-                if all(name in h.scores for name in ("ctc", *names)):
-                    texts.setdefault(h.text, [h.scores[name] for name in ("ctc", *names)])
+                if all(name in h.scores for name in (acoustic, *names)):
+                    texts.setdefault(h.text, [h.scores[name] for name in (acoustic, *names)])
         check(len(lists) > 0, "N-best lists", "hold an utterance at least", 0)
         if len(lists) < len(references):
             absent = sorted(set(references) - set(lists))
@@ -92,7 +92,7 @@ class ScoreTable:
 
 
 def coordinate_search(
-    table: ScoreTable, highest: float, bonus: float, rounds: int
+    table: ScoreTable, highest: float, bonus: float, rounds: int, acoustic: str = "ctc"
 ) -> tuple[dict[str, float], int]:
     """Return the weights with the fewest errors, and their number.
 
@@ -104,6 +104,7 @@ def coordinate_search(
         highest: largest weight of a source.
         bonus: largest word bonus, either sign.
         rounds: passes over the coordinates at most.
+        acoustic: the acoustic model's own source, which has weight 1.
     """
     size = len(table.sources)
     grids = [np.linspace(0, highest, 41)] * (size - 1) + [np.linspace(-bonus, bonus, 61)]
@@ -119,7 +120,7 @@ def coordinate_search(
         errors = int(table.count(weights[None])[0])
         if errors < fewest:
             best, fewest = weights, errors
-    return {"ctc": 1.0, **dict(zip(table.sources, best.tolist()))}, fewest
+    return {acoustic: 1.0, **dict(zip(table.sources, best.tolist()))}, fewest
 
 
 def _refined(grid: np.ndarray, around: float, fineness: int) -> np.ndarray:

@@ -107,8 +107,8 @@ def open_decoder(recognizer: Recognizer, live: StreamOptions) -> StreamingDecode
         ValueError: see `run_stream`.
     """
     method, model = recognizer.methods[0], getattr(recognizer.source, "network", None)
-    rule = "be one pass of the prefix search or greedy in a stream (no rescoring, no lattices)"
-    good = not method.spec.of_lattices and not method.spec.rescorers
+    rule = "be one pass of the prefix search or greedy in a stream (no rescoring, lattices, transducers)"
+    good = method.spec.search in ("greedy", "prefix") and not method.spec.rescorers
     check(good, "method", rule, method.name)
     check(isinstance(model, CtcAed) and recognizer.source.has_ctc, "emissions.model",
           "be a model of ours (checkpoint) with a CTC head in a stream", recognizer.options.emissions.model)

@@ -33,6 +33,7 @@ from icefall_fusion.text.language import Language, language_of
 
 #: Where a climb by decoding starts too, and its first step of the bonus (nats).
 FIRST_PASS_WEIGHT, FIRST_PASS_BONUS, BONUS_STEP = 0.4, 2.0, 1.0
+_ACOUSTIC = ("ctc", "rnnt")  # sources of weight 1
 
 
 @dataclass(frozen=True)
@@ -98,10 +99,12 @@ def run(options: TuneOptions) -> int:
         sources = [one for one in parse_method(method).sources if one != HOT_WORDS or options.confirm is None]
         if not parse_method(method).sources:
             continue
-        scores = ScoreTable.make(lists, references, sources, language)
-        weights[method], errors = coordinate_search(scores, options.highest, options.bonus, options.rounds)
+        acoustic = parse_method(method).acoustic
+        scores = ScoreTable.make(lists, references, sources, language, acoustic)
+        weights[method], errors = coordinate_search(scores, options.highest, options.bonus, options.rounds,
+                                                    acoustic)
         if HOT_WORDS in parse_method(method).sources and HOT_WORDS not in sources:
-            weights[method] = {"ctc": 1.0, HOT_WORDS: 0.0, **weights[method]}  # found by decoding
+            weights[method] = {acoustic: 1.0, HOT_WORDS: 0.0, **weights[method]}  # found by decoding
         wer[method] = 100.0 * errors / scores.words
         logging.info("%s: dev WER %.2f %% from N-best lists with %s", method, wer[method], weights[method])
     fused = [method for method in weights if parse_method(method).fusions]
@@ -131,20 +134,23 @@ def _kept(options: TuneOptions) -> dict[str, str]:
 def _available(options: TuneOptions, lists: Sequence[NBest]) -> set[str]:
     """Return the sources that N-best lists have scores of, and models if dev is decoded to confirm."""
     scored = {source for nbest in lists for hypothesis in nbest for source in hypothesis.scores}
+    transducer = {"transducer"} if "rnnt" in scored else set()
     if options.confirm is None:
         lattices = {"graph", "word_ngram"} if "hlg" in scored else set()
         ahead = set() if options.methods == "all" else {"ngram"}  # look-ahead of a named method has no score
-        return scored | lattices | ahead
+        return scored | lattices | ahead | transducer
     models = options.confirm.named_models() | {"attention"}
     scored |= {HOT_WORDS}  # no score is needed: dev is decoded with them
-    return (scored & models) | options.confirm.k2.sources()
+    return (scored & models) | options.confirm.k2.sources() | transducer
 
 
 def _write(path: str, weights: Mapping[str, Mapping[str, float]], wer: Mapping[str, float],
            hot: Mapping[str, Mapping[str, float]]) -> str:
     """Write the YAML file and return its text."""
     rounded = {
-        method: {source: round(float(weight), 4) for source, weight in values.items() if source != "ctc"}
+        method: {
+            source: round(float(weight), 4) for source, weight in values.items() if source not in _ACOUSTIC
+        }
         for method, values in weights.items()
     }
     rates = {method: round(value, 3) for method, value in wer.items()}
@@ -218,7 +224,7 @@ class _Confirmation:
         fewer = [{**usual, **other} for other in simpler if HOT_WORDS not in other]
         best = min([dict(weights), usual, *fewer, *self._best.get(names, [])], key=wer)
         for fineness in range(self.options.confirm_rounds):
-            for source in [name for name in names if name not in ("ctc", HOT_WORDS)]:
+            for source in [name for name in names if name not in (*_ACOUSTIC, HOT_WORDS)]:
                 for direction in (1, -1):
                     tried = self._step(best, source, direction, fineness)
                     while wer(tried) < wer(best):  # of equals, stay

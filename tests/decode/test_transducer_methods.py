@@ -1,0 +1,126 @@
+"""The methods rnnt-* in the jobs: names, weights, lists, tuning, and models that lack a head.
+Knows: jobs and their files, a tiny transducer. Must not know: how a search works.
+"""
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from job_tools import arguments, assert_same, lists
+from tiny import acoustic_model
+
+from icefall_fusion.__main__ import main
+from icefall_fusion.acoustic.models import CtcAed, TransducerOptions, load, save
+from icefall_fusion.acoustic.sources import EmissionOptions, open_source
+from icefall_fusion.data.features import pad_features
+from icefall_fusion.decode.method_names import (
+    RNNT_METHODS,
+    choose_methods,
+    parse_method,
+    parse_methods,
+    weights_of,
+)
+from icefall_fusion.decode.recognizer import Recognizer, RecognizerOptions
+from icefall_fusion.decode.utterances import read_cuts
+from icefall_fusion.search import PrefixSearchOptions
+from icefall_fusion.search.transducer import transducer_search
+
+
+def write_model(folder: Path, heads=("ctc", "aed", "transducer")) -> str:
+    base = load(acoustic_model(folder / "base"))
+    shape = TransducerOptions(predictor_size=16, joiner_size=20)
+    torch.manual_seed(3)
+    model = CtcAed(dataclasses.replace(base.options, heads=heads, transducer=shape), base.bpe).eval()
+    with torch.no_grad():
+        if model.transducer is not None:
+            model.transducer.joiner.output_linear.weight.mul_(6)  # hypotheses shall have words
+    save(model, folder / "model")
+    return str(folder / "model")
+
+
+@pytest.fixture(scope="module")
+def both(made, tmp_path_factory) -> dict[str, str]:
+    """Tiny models; the acoustic one has a transducer head too."""
+    return {**made, "model": write_model(tmp_path_factory.mktemp("transducer"))}
+
+
+def test_names_and_weights() -> None:
+    assert parse_methods("rnnt-all") == list(RNNT_METHODS)
+    assert choose_methods("rnnt-all", {"transducer", "nlm", "llm", "ngram"}) == list(RNNT_METHODS)
+    beam = parse_method("rnnt-beam")
+    assert beam.acoustic == "rnnt" and beam.needs == {"transducer"} and not beam.of_lattices
+    assert parse_method("llm-delayed-shortest").acoustic == "ctc"
+    one, other = (parse_method(f"rnnt-{first}nlm-shallow+llm-delayed-interval-8-ahead")
+                  for first in ("", "beam+"))
+    assert one.fusions == other.fusions and one.sources == ["nlm", "llm"]
+    assert one.needs == {"transducer", "nlm", "llm", "ngram"}
+    ilm = parse_method("rnnt-ilm-shallow+llm-nbest-rescoring")
+    assert ilm.sources == ["ilm", "llm"] and ilm.needs == {"transducer", "llm"}
+    assert weights_of("rnnt-beam", {}) == {"rnnt": 1.0}
+    tuned = {"rnnt-llm-delayed-shortest": {"rnnt": 1.0, "llm": 0.7, "words": 1}}
+    assert weights_of("rnnt-llm-delayed-shortest", tuned) == {"rnnt": 1.0, "llm": 0.7, "words": 1.0}
+    with pytest.raises(ValueError, match="have ilm-shallow with a transducer alone"):
+        parse_method("ilm-shallow+llm-delayed-shortest")
+    with pytest.raises(ValueError, match="'beem' of 'rnnt-beem' is none"):
+        parse_method("rnnt-beem")
+    with pytest.raises(ValueError, match="emissions.model must be an acoustic model with a transducer head"):
+        choose_methods("rnnt-beam", {"llm"})
+
+
+def test_the_comparison_of_transducers_decodes_and_tunes(both, tmp_path) -> None:
+    methods = [*RNNT_METHODS, "llm-delayed-shortest", "rnnt-beam+attention-rescoring"]
+    out = tmp_path / "out"
+    assert main(arguments(both, out, "--methods", ",".join(methods))) == 0
+    for method in methods:
+        spec = parse_method(method)
+        for nbest in lists(out, method).values():
+            assert set(nbest[0].scores) == {spec.acoustic, "words", "total", *spec.sources}
+            assert nbest.weights[spec.acoustic] == 1.0
+    greedy, beam = lists(out, "rnnt-greedy"), lists(out, "rnnt-beam")
+    assert any(nbest[0].text for nbest in beam.values())
+    for name, nbest in greedy.items():
+        assert len(nbest) == 1 and len(beam[name]) == 4
+    rescored = lists(out, "rnnt-llm-nbest-rescoring")
+    for name, nbest in rescored.items():
+        assert {h.text for h in nbest} == {h.text for h in beam[name]}
+    rows = {row["method"]: row for row in json.loads((out / "results.json").read_text())}
+    assert rows["rnnt-llm-delayed-shortest"]["lm_forwards"] > 0
+
+    tuned, files = tmp_path / "weights.yaml", [str(out / f"nbest-noise-{m}.jsonl") for m in methods]
+    wanted = "llm-delayed-shortest,rnnt-llm-delayed-shortest"
+    assert main(["tune", "--nbest", json.dumps(files), "--ref", both["cuts"], "--methods", wanted,
+                 "--out", str(tuned)]) == 0
+    weights = yaml.safe_load(tuned.read_text())["weights"]
+    assert all(set(weights[method]) == {"llm", "words"} for method in wanted.split(","))
+    again = tmp_path / "again"
+    assert main(arguments(both, again, "--weights", str(tuned), "--methods", wanted)) == 0
+
+
+def test_a_method_is_the_search_of_the_encoders_frames(both) -> None:
+    options = RecognizerOptions(EmissionOptions(both["model"]), search=PrefixSearchOptions(beam=3, symbols=2))
+    recognizer = Recognizer(options, "rnnt-beam")
+    utterances = read_cuts(both["cuts"], recognizer.source.wants)
+    found = {nbest.utterance: nbest for nbest in recognizer.transcribe(utterances)}
+    source = open_source(EmissionOptions(both["model"]))
+    for utterance in utterances[:3]:
+        features, lens = pad_features([utterance.load()])
+        frames, lens = source.transducer.encode(features, lens)
+        [alone] = transducer_search(frames, lens, source.transducer, options.search, source.tokens,
+                                    ids=[utterance.id])
+        assert_same({utterance.id: alone}, {utterance.id: found[utterance.id]})
+
+
+def test_a_model_without_the_head_is_named(made, both, tmp_path, capsys) -> None:
+    assert main(arguments(made, tmp_path / "a", "--methods", "rnnt-beam")) != 0
+    assert "emissions.model must be an acoustic model with a transducer head" in capsys.readouterr().err
+    alone = {**made, "model": write_model(tmp_path, ("transducer",))}
+    assert main(arguments(alone, tmp_path / "b", "--methods", "ctc-prefix")) != 0
+    assert "method 'ctc-prefix' must have an acoustic model with a CTC head" in capsys.readouterr().err
+    assert main(arguments(alone, tmp_path / "c", "--methods", "rnnt-greedy,rnnt-llm-delayed-shortest")) == 0
+    recover = ["--methods", "rnnt-beam", "--search.recover_mass", "true"]
+    assert main(arguments(both, tmp_path / "d", *recover)) != 0
+    assert "recover_mass must be False for transducers" in capsys.readouterr().err
