@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import tempfile
 import warnings
@@ -122,8 +123,7 @@ def merge(model: Any, folder: PathLike, name: str) -> Any:
     if find_spec("peft") is None:
         raise ImportError(f"adapter {folder} needs the package peft: pip install peft")
     check_base(folder, model, name)
-    import peft
-
+    peft = _peft()
     if has_pieces(folder):
         load_embeddings(model, folder)
     try:
@@ -165,8 +165,7 @@ def add_adapter(
     """
     if find_spec("peft") is None:
         raise ImportError("training an adapter needs the package peft: pip install peft")
-    import peft
-
+    peft = _peft()
     wanted = targets if isinstance(targets, str) else list(targets)
     config = peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=wanted,
                              task_type="CAUSAL_LM", base_model_name_or_path=name)
@@ -184,8 +183,7 @@ def start_from(adapted: Any, folder: PathLike) -> None:
     Raises:
         ValueError: it does not fit.
     """
-    import peft
-
+    peft = _peft()
     try:
         result = peft.set_peft_model_state_dict(adapted, peft.load_peft_weights(str(folder), device="cpu"))
     except RuntimeError as error:
@@ -212,8 +210,7 @@ def save_adapter(
     Raises:
         ValueError: the weights do not fit ``dtype``; nothing is written.
     """
-    import peft
-
+    peft = _peft()
     folder = Path(folder)
     state = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
     state = {key: value.detach().to("cpu", dtype) for key, value in state.items()}
@@ -237,13 +234,21 @@ def save_adapter(
             os.replace(path, folder / path.name)
 
 
-def _with_adapter(model: Any, config: Any) -> Any:
-    """Return the PEFT model of a config, which keeps its base's name."""
+def _peft() -> Any:
+    """Return the package peft. It imports bitsandbytes, which warns on CPUs of kernels nobody asked for."""
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     import peft
 
+    return peft
+
+
+def _with_adapter(model: Any, config: Any) -> Any:
+    """Return the PEFT model of a config, which keeps its base's name."""
+    peft = _peft()
     name = config.base_model_name_or_path
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*base_model_name_or_path. was renamed")
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # peft asks by the old name
         adapted = peft.get_peft_model(model, config)
     config.base_model_name_or_path = name
     return adapted

