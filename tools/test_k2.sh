@@ -13,4 +13,4 @@ if [ "$code" -eq 77 ]; then exit 0; fi
 if [ "$code" -ne 0 ]; then exit "$code"; fi
 venv=${VENV_K2:-.venv-k2}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} PYTHONPATH=$PWD
-"$venv/bin/python" -m pytest -m k2 tests/lattice/test_k2.py tests/lattice/test_lattices.py tests/lattice/test_lattice_beam.py
+"$venv/bin/python" -m pytest -m k2 tests/lattice/test_k2.py tests/lattice/test_k2_transducer.py tests/lattice/test_lattices.py tests/lattice/test_lattice_beam.py

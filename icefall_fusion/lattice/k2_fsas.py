@@ -1,4 +1,4 @@
-"""k2: its one importer. Small steps with its FSAs that several files need, and its CTC loss.
+"""k2: its one importer. Small steps with its FSAs that several files need, its losses of CTC and transducers.
 Knows: k2, graphs, log-probs. Must not know: language models, tokenizers, files.
 
 Both k2 1.23.4 and 1.24.4 have all functions that this folder calls.
@@ -9,6 +9,7 @@ from typing import Any, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from icefall_fusion.common.unavailable import Unavailable, asked_once
 from icefall_fusion.lattice.graph import DecodingGraph
@@ -96,3 +97,22 @@ def ctc_loss_rows(log_probs: Tensor, lens: Tensor, targets: Sequence[Sequence[in
     totals = lattice.get_tot_scores(log_semiring=True, use_double_scores=True)
     back = torch.argsort(torch.tensor(order)).to(totals.device)
     return -totals[back].float()
+
+
+def rnnt_loss_rows(cells: Tensor, lens: Tensor, sizes: Tensor) -> Tensor:
+    """Return the transducer loss of each utterance [B] by k2's recursion over its cells, differentiable.
+
+    Args:
+        cells: [B,T,U+1,2] log-probs of the blank and of the next token.
+        lens: [B] frames, each at least 1; sizes: [B] tokens.
+    """
+    k2 = load_k2()
+    frames, tokens = cells.shape[1], cells.shape[2] - 1
+    beyond = torch.arange(frames + 1, device=cells.device) >= lens[:, None]  # a token needs a frame
+    blanks = cells[..., 0].transpose(1, 2)  # [B,U+1,T]
+    if tokens == 0:
+        return -blanks[:, 0].masked_fill(beyond[:, :-1], 0.0).sum(1)
+    labels = F.pad(cells[:, :, :-1, 1].transpose(1, 2), (0, 1)).masked_fill(beyond[:, None], -torch.inf)
+    bounds = torch.zeros(len(cells), 4, dtype=torch.long, device=cells.device)
+    bounds[:, 2], bounds[:, 3] = sizes, lens
+    return -k2.mutual_information_recursion(labels.contiguous(), blanks.contiguous(), bounds)

@@ -1,4 +1,4 @@
-"""Losses and figures of the acoustic model's training and validation, by torch's CTC or k2's.
+"""Losses and figures of the acoustic model's training and validation; those of CTC and transducer also by k2.
 Knows: the acoustic model, batches. Must not know: the training loop, files.
 """
 from __future__ import annotations
@@ -13,7 +13,7 @@ from icefall_fusion.acoustic.models.ctc_aed import join_losses
 from icefall_fusion.acoustic.models.model_folder import model_language
 from icefall_fusion.common.checks import check
 from icefall_fusion.data.datamodule import Batch
-from icefall_fusion.lattice.k2_fsas import ctc_loss_rows, load_k2
+from icefall_fusion.lattice.k2_fsas import ctc_loss_rows, load_k2, rnnt_loss_rows
 from icefall_fusion.scoring.wer import count_errors
 
 TERMS = ("ctc", "ctc_middle", "attention", "transducer", "transducer_simple")
@@ -75,16 +75,22 @@ def describe(means: dict[str, float]) -> dict[str, float]:
             for errors, name in names.items() if errors in means}
 
 
-def use_k2_loss(model: CtcAed) -> None:
-    """Let k2 compute the CTC losses of a model.
+def use_k2_losses(model: CtcAed, ctc: bool, transducer: bool) -> None:
+    """Let k2 compute the losses of CTC or of the transducer head of a model.
 
     Raises:
         Unavailable: k2 is missing or does not work; with the remedy.
-        ValueError: the blank is not piece 0, as k2 has it, or there is no CTC head.
+        ValueError: the blank is not piece 0, as k2's CTC has it, or there is no such head.
     """
-    rule = "be torch for a model without a CTC head"
-    check(model.ctc is not None, "TrainOptions.ctc_loss", rule, "k2")
-    load_k2()
-    blank = model.options.blank_id
-    check(blank == 0, "ModelOptions.blank_id", "be 0 for TrainOptions.ctc_loss k2", blank)
-    model.ctc.row_losses = model.middle_ctc.row_losses = ctc_loss_rows
+    if ctc or transducer:
+        load_k2()
+    if ctc:
+        rule = "be torch for a model without a CTC head"
+        check(model.ctc is not None, "TrainOptions.ctc_loss", rule, "k2")
+        blank = model.options.blank_id
+        check(blank == 0, "ModelOptions.blank_id", "be 0 for TrainOptions.ctc_loss k2", blank)
+        model.ctc.row_losses = model.middle_ctc.row_losses = ctc_loss_rows
+    if transducer:
+        rule = "be torchaudio for a model without a transducer head"
+        check(model.transducer is not None, "TrainOptions.transducer_loss", rule, "k2")
+        model.transducer.lattice_loss = rnnt_loss_rows

@@ -21,7 +21,7 @@ from icefall_fusion.data.datamodule import DataOptions, EvalBatches, TrainBatche
 from icefall_fusion.data.manifests import cuts_path
 from icefall_fusion.data.resident import FeatureStore
 from icefall_fusion.text.language import language_of
-from icefall_fusion.train.acoustic_loss import compute_loss, describe, use_k2_loss
+from icefall_fusion.train.acoustic_loss import compute_loss, describe, use_k2_losses
 from icefall_fusion.train.checkpoints import average_checkpoints, list_checkpoints, load_checkpoint
 from icefall_fusion.train.curriculum import Curriculum, feature_statistics
 from icefall_fusion.train.init_weights import freeze_parts, start_from
@@ -60,6 +60,7 @@ class TrainOptions(TrainingOptions):
         valid_utterances: number of utterances in a validation; 0 = all.
         stats_seconds: seconds of training data from which feature mean and deviation are computed.
         ctc_loss: "torch", or "k2" (equal within rounding; needs k2, see tools/install_k2.sh).
+        transducer_loss: "torchaudio", or "k2" (equal within rounding).
         compile: fuse each layer with torch.compile (needs a C++ compiler on a CPU; a minute to start, then
             a seventh faster).
         export_to: write the averaged model to this folder and do not train.
@@ -85,6 +86,7 @@ class TrainOptions(TrainingOptions):
     valid_utterances: int = 200
     stats_seconds: float = 3600.0
     ctc_loss: str = "torch"
+    transducer_loss: str = "torchaudio"
     export_to: str = ""
     language: str = "en"
     normalizer: str = ""
@@ -103,6 +105,7 @@ class TrainOptions(TrainingOptions):
         check(self.stats_seconds > 0, "TrainOptions.stats_seconds", "be above 0", self.stats_seconds)
         language_of(self.language, self.normalizer)
         check_choice(self.ctc_loss, ("torch", "k2"), "TrainOptions.ctc_loss")
+        check_choice(self.transducer_loss, ("torchaudio", "k2"), "TrainOptions.transducer_loss")
         check_choice(self.export_weights, ("average", "ema"), "TrainOptions.export_weights")
         averaged = self.export_weights == "average" or self.trainer.ema_decay > 0
         rule = "be above 0 for export_weights ema"
@@ -222,8 +225,7 @@ def make_model(options: TrainOptions, device: torch.device, source: TrainBatches
         untrained += [model.middle_norm, model.middle_ctc]
     for module in untrained:  # data parallel waits for the gradient of every parameter that requires one
         module.requires_grad_(False)
-    if options.ctc_loss == "k2":
-        use_k2_loss(model)
+    use_k2_losses(model, options.ctc_loss == "k2", options.transducer_loss == "k2")
     if options.compile:
         check_compiler(device, "TrainOptions.compile")
         compile_layers(model)

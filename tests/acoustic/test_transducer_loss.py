@@ -55,6 +55,24 @@ def test_loss_and_gradients_equal_those_of_all_logits_at_once(monkeypatch, block
         torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize("prune_range", [0, 3])
+def test_no_more_log_probs_than_a_block_are_made_at_once(monkeypatch, prune_range) -> None:
+    """Neither forward nor backward, which makes them again."""
+    monkeypatch.setattr("icefall_fusion.acoustic.models.transducer_loss.BLOCK", 700)
+    model, x, sizes = head(), torch.randn(4, 13, 16, requires_grad=True), []
+    join = model.join
+
+    def counted(encoder, predictor):
+        made = join(encoder, predictor)
+        sizes.append(made.numel())
+        return made
+
+    monkeypatch.setattr(model, "join", counted)
+    rnnt_loss_sum(model, x, LENS, TARGETS, prune_range).loss.backward()
+    whole = 3 * 13 * (3 if prune_range else 7) * PIECES
+    assert max(sizes) <= 700 < whole and sum(sizes) == 2 * whole
+
+
 @pytest.mark.parametrize("block", [1, 300, 1 << 24])
 def test_a_band_that_holds_everything_prunes_nothing(monkeypatch, block) -> None:
     monkeypatch.setattr("icefall_fusion.acoustic.models.transducer_loss.BLOCK", block)

@@ -6,6 +6,7 @@ Legend: B utterances, T frames, U tokens, N contexts, D model size, P predictor 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Callable, Optional
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,8 @@ from torch.nn import functional as F
 
 from icefall_fusion.common.checks import check, check_at_least
 
+#: Another sum over alignments: (cells [B,T,U+1,2], lens [B], sizes [B]) -> losses [B].
+LatticeLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 GROUP = 4  # channels that the predictor's convolution mixes, as in icefall
 
 
@@ -89,11 +92,13 @@ class TransducerHead(nn.Module):
 
     Attributes:
         start: the context before the first piece: no piece, and the blank as start of text.
+        lattice_loss: another implementation of the loss's sum over alignments; None: torchaudio's.
     """
 
     def __init__(self, size: int, vocab_size: int, blank_id: int, options: TransducerOptions) -> None:
         super().__init__()
         self.options = options
+        self.lattice_loss: Optional[LatticeLoss] = None
         self.vocab_size, self.blank_id, self.context_size = vocab_size, blank_id, options.context_size
         self.start = (-1,) * (options.context_size - 1) + (blank_id,)
         self.predictor = Predictor(vocab_size, options.predictor_size, options.context_size)

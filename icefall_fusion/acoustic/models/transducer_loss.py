@@ -5,7 +5,7 @@ Legend: B utterances, T frames, U tokens, S tokens of a band, J joiner size, V p
 
 A cell is a frame and a number of tokens said. Its log-probs of V pieces are made a block of frames at a time,
 and again in the backward pass. Of each cell two numbers stay: log-probs of the blank and of the next token.
-torchaudio's loss sums over all alignments of them: it takes them as a vocabulary of two.
+torchaudio's loss sums over all alignments of them: it takes them as a vocabulary of two. k2 can do it too.
 """
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def rnnt_loss_sum(
         else:
             band = most + 1
         cells = joined_cells(head, frames, states, texts.padded, starts, band)
-        loss = _lattice_loss(cells, texts).sum()
+        loss = _lattice_loss(head, cells, texts).sum()
     return RnntLoss(loss, simple, len(lens) - len(rows))
 
 
@@ -130,8 +130,10 @@ def _two(log_probs: Tensor, tokens: Tensor, blank_id: int) -> Tensor:
     return torch.stack((log_probs[..., blank_id], log_probs.gather(-1, tokens[..., None])[..., 0]), dim=-1)
 
 
-def _lattice_loss(cells: Tensor, texts: _Texts) -> Tensor:
+def _lattice_loss(head: TransducerHead, cells: Tensor, texts: _Texts) -> Tensor:
     """Return -log of the sum over all alignments [B] for cells [B,T,U+1,2]."""
+    if head.lattice_loss is not None:
+        return head.lattice_loss(cells, texts.lens, texts.sizes)
     from torchaudio.functional import rnnt_loss
 
     ones = torch.ones_like(texts.padded, dtype=torch.int32)
@@ -165,8 +167,10 @@ def simple_loss(
     cells = torch.stack((blank, heard_token + said_token), dim=-1) - total[..., None]
     with torch.enable_grad():
         known = cells.detach().requires_grad_()
-        occupied = -torch.autograd.grad(_lattice_loss(known, texts).sum(), known)[0].sum(-1)  # [B,T,U+1]
-    return _lattice_loss(cells, texts).sum(), band_starts(occupied, texts.lens, texts.sizes, band)
+        (gradient,) = torch.autograd.grad(_lattice_loss(head, known, texts).sum(), known)
+    occupied = -gradient.sum(-1)  # [B,T,U+1]
+    starts = band_starts(occupied, texts.lens, texts.sizes, band)
+    return _lattice_loss(head, cells, texts).sum(), starts
 
 
 def band_starts(occupied: Tensor, lens: Tensor, sizes: Tensor, band: int) -> Tensor:
