@@ -106,6 +106,8 @@ class DecodeRun:
         self.options, self._bar_line, self._out = options, bar_line, Path(options.out)
         self.processes = Processes.join("gloo", timeout=_SLOWEST)
         self.recognizer = Recognizer(options, options.methods, self.processes)
+        kept, rule = options.save_emissions, "be left out for a model without a CTC head"
+        check(not kept or self.recognizer.source.has_ctc, "DecodeOptions.save_emissions", rule, kept)
         self.skipped: list[dict[str, str]] = []
         self.rows: list[dict[str, Any]] = []
         self._report: dict[str, Any] = {}
