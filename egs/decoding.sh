@@ -59,7 +59,7 @@ decode_recipe() {
   marks=$exp_dir
   given=$pretrained_dir
   pretrained_dir=${pretrained_dir:-$exp_dir/pretrained}
-  if [ -z "$given" ] && [ "$config" = full ] && [ ! -d "$pretrained_dir" ]; then
+  if [ -z "$given" ] && [ "$config$language" = fullen ] && [ ! -d "$pretrained_dir" ]; then
     pretrained_dir=${published:-$pretrained_dir}
   fi
   log "models of $pretrained_dir"

@@ -85,29 +85,34 @@ train_in() { # folder, job, options
 }
 
 train_acoustic() {
-  train_in "$exp_dir/ctc_aed" train --config "$conf/ctc_aed.yaml" --corpus "$corpus" --data_dir "$data_dir" \
+  configs_of ctc_aed
+  train_in "$exp_dir/ctc_aed" train "${configs[@]}" --corpus "$corpus" --data_dir "$data_dir" \
     ${acoustic[@]+"${acoustic[@]}"}
 }
 
 train_lm() { # name, tokenizer folder
-  train_in "$exp_dir/$1" train-lm --config "$conf/$1.yaml" --data "$data_dir/lm/$1" --tokenizer "$2"
+  configs_of "$1"
+  train_in "$exp_dir/$1" train-lm "${configs[@]}" --data "$data_dir/lm/$1" --tokenizer "$2"
 }
 
 train_adapter() { # name, options: a LoRA adapter of $base (empty: that of the configuration) on the text
   local name=$1
   shift
   if [ -n "$base" ]; then set -- --base "$base" "$@"; fi
-  train_in "$exp_dir/$name" train-lm --config "$conf/$name.yaml" --data "$data_dir/text" "$@"
+  configs_of "$name"
+  train_in "$exp_dir/$name" train-lm "${configs[@]}" --data "$data_dir/text" "$@"
 }
 
 train_ngram() { # name of a stream of pieces, folder of the pieces: the n-gram goes to $pretrained_dir
-  job train-ngram --config "$conf/ngram.yaml" --data "$data_dir/lm/$1" --tokens "$2" \
+  configs_of ngram
+  job train-ngram "${configs[@]}" --data "$data_dir/lm/$1" --tokens "$2" \
     --out "$pretrained_dir/ngram.arpa.gz"
 }
 
 export_models() { # names of language models: they and the averaged acoustic model go to $pretrained_dir
   local name file
-  "$python" -m icefall_fusion train --config "$conf/ctc_aed.yaml" --corpus "$corpus" --data_dir "$data_dir" \
+  configs_of ctc_aed
+  "$python" -m icefall_fusion train "${configs[@]}" --corpus "$corpus" --data_dir "$data_dir" \
     --exp "$exp_dir/ctc_aed" ${acoustic[@]+"${acoustic[@]}"} --export_to "$pretrained_dir/ctc_aed"
   for name in "$@"; do
     mkdir -p "$pretrained_dir/$name"

@@ -4,6 +4,9 @@
 
 stage=0
 config=full
+language=en
+overlay=   # folder of what another language than English has of its own in the configuration
+spoken=()  # options of jobs that must know such a language
 data_dir=
 exp_dir=
 started_in=$PWD
@@ -42,6 +45,7 @@ common_option() {
     --stage) stage=$(number "$1" "$2") ;;
     --stop-stage) stop_stage=$(number "$1" "$2") ;;
     --config) config=$2 ;;
+    --language) language=$2 ;;
     --data-dir) data_dir=$(absolute "$2") ;;
     --exp-dir) exp_dir=$(absolute "$2") ;;
     *) taken=0 ;;
@@ -50,8 +54,8 @@ common_option() {
 
 unknown_option() { echo "$script: unknown option $1 (see --help)" >&2; exit 2; }
 
-# Sets `conf` (folder of YAML files), and data_dir and exp_dir where they were not given: each configuration
-# keeps its own data and models.
+# Sets `conf` (folder of YAML files), `overlay`, and data_dir and exp_dir where they were not given: each
+# configuration and language keeps its own data and models.
 set_folders() {
   local suffix=
   conf=conf
@@ -60,9 +64,24 @@ set_folders() {
     echo "$script: --config must be 'full' or a folder of conf/, but is '$config'" >&2
     exit 2
   fi
+  if [ "$language" != en ]; then
+    suffix+=-$language spoken=(--language "$language")
+    overlay=conf/$language
+    if [ "$config" != full ]; then overlay=$conf-$language; fi
+    if [ ! -d "$here/$overlay" ]; then
+      echo "$script: --language must be 'en' or have a folder $overlay, but is '$language'" >&2
+      exit 2
+    fi
+  fi
   data_dir=${data_dir:-$here/data$suffix}
   exp_dir=${exp_dir:-$here/exp$suffix}
-  depends config "$config"
+  depends config "$config${overlay:+ $language}"
+}
+
+configs_of() { # name: sets `configs`, the options --config of a job: of the configuration, then of the language
+  configs=()
+  if [ -f "$conf/$1.yaml" ]; then configs+=(--config "$conf/$1.yaml"); fi
+  if [ -n "$overlay" ] && [ -f "$overlay/$1.yaml" ]; then configs+=(--config "$overlay/$1.yaml"); fi
 }
 
 # --- marks -----------------------------------------------------------------------------------------------
@@ -132,10 +151,12 @@ pieces_folder() { # prints that of the acoustic pieces, as prepare.sh made it; n
   find "$data_dir" -maxdepth 1 -name "lang_bpe_*" ! -name "*.*" 2>/dev/null | head -n 1 || true # a dot: set aside
 }
 
-demo_books() { # folder: the demo's stories go there, one book each
+demo_books() { # folder: the demo's stories go there, one book each; of other languages those of local/
+  local stories=$here/../../../tools/demo/stories.txt
+  if [ "$language" != en ]; then stories=$here/local/stories-$language.txt; fi
   mkdir -p "$1"
   awk -v folder="$1" '/^# /{close(file); file=sprintf("%s/story-%d.txt", folder, ++n); next} file{print > file}' \
-    "$here/../../../tools/demo/stories.txt"
+    "$stories"
 }
 
 set_aside() { # folders or files: rename those that are there to NAME.1, or the next number that is free

@@ -16,7 +16,9 @@ from tqdm import tqdm
 from icefall_fusion.common.checks import check, check_at_least
 from icefall_fusion.common.files import PathLike, atomic_path, opener
 from icefall_fusion.data.paragraphs import gutenberg_body, is_hard_wrapped, paragraphs
-from icefall_fusion.text.normalizer import normalize
+from icefall_fusion.data.reading import ENGLISH, Reading, reading_of
+from icefall_fusion.text.language import language_of
+from icefall_fusion.text.scripts import unspaced
 
 SPLITS = ("train", "dev", "test")
 
@@ -36,6 +38,8 @@ class PrepareTextOptions:
         min_characters: shorter sentences are joined with the next of their paragraph, or left out.
         max_characters: longer sentences are split between clauses (14.5 characters take about a second).
         workers: processes; the result does not depend on it.
+        language: ISO 639 code of the books, e.g. en, es, zh.
+        normalizer: module:function from a text to its spoken words; empty: that of the language.
     """
 
     text: str
@@ -45,8 +49,11 @@ class PrepareTextOptions:
     min_characters: int = 25
     max_characters: int = 230
     workers: int = 2
+    language: str = "en"
+    normalizer: str = ""
 
     def __post_init__(self) -> None:
+        language_of(self.language, self.normalizer)
         check_at_least(1, self, "test_books", "dev_books", "min_characters", "workers")
         rule = "be at least 4 times min_characters"
         long_enough = self.max_characters >= 4 * self.min_characters
@@ -64,6 +71,7 @@ def run(options: PrepareTextOptions) -> int:
     jobs = [(split, path, options) for split in SPLITS for path in splits[split]]
     counts = {split: [0, 0] for split in SPLITS}  # utterances, words
     wrapped = 0
+    lost: list[str] = []  # utterances with letters of another script
     target = Path(options.data_dir) / "text"
     with multiprocessing.Pool(options.workers) as pool:
         done = pool.imap(_book_job, jobs)  # in order of jobs: the files do not depend on the workers
@@ -71,15 +79,21 @@ def run(options: PrepareTextOptions) -> int:
             for split in SPLITS:
                 with atomic_path(target / f"{split}.jsonl") as path, open(path, "wb") as file:
                     for _ in splits[split]:
-                        lines, utterances, words, is_wrapped = next(done)
+                        lines, utterances, words, is_wrapped, partly = next(done)
+                        lost += partly
                         file.write(lines)
                         counts[split][0] += utterances
                         counts[split][1] += words
                         wrapped += is_wrapped
                         progress.update()
+    unit = language_of(options.language, options.normalizer).unit
     for split in SPLITS:
         utterances, words = counts[split]
-        print(f"{split}: {len(splits[split])} books, {utterances} utterances, {words} words")
+        print(f"{split}: {len(splits[split])} books, {utterances} utterances, {words} {unit}")
+        rule = f"have text of the language {options.language!r} in the books of {split}"
+        check(utterances > 0, f"folder {options.text!r}", rule, [path.name for path in splits[split]][:3])
+    if lost:
+        print(f"{len(lost)} utterances have letters that {options.language} does not keep, e.g. {lost[0]!r}")
     if wrapped:
         print(f"{wrapped} of {len(jobs)} books are hard-wrapped: the lines of a paragraph were joined")
     return 0
@@ -131,10 +145,12 @@ def write_jsonl(path: PathLike, items: Sequence[dict]) -> None:
 def book_utterances(text: str, book: str, options: PrepareTextOptions) -> list[dict]:
     """Return the utterances of one book in order: ``id, book, index, cased, text`` (normalized)."""
     utterances = []
+    language = language_of(options.language, options.normalizer)
+    reading, bounds = reading_of(language), (options.min_characters, options.max_characters)
     for paragraph in paragraphs(text):
-        for cased in paragraph_utterances(paragraph, options.min_characters, options.max_characters):
-            words = normalize(cased)
-            if len(words) < options.min_characters * 0.8 or _is_foreign(words):
+        for cased in paragraph_utterances(paragraph, *bounds, reading):
+            words = language.normalize(cased)
+            if len(words) < options.min_characters * 0.8 or reading.is_foreign(words):
                 continue
             index = len(utterances)
             name = f"{book}-{index:06d}"
@@ -142,31 +158,34 @@ def book_utterances(text: str, book: str, options: PrepareTextOptions) -> list[d
     return utterances
 
 
-def paragraph_utterances(paragraph: str, min_characters: int, max_characters: int) -> list[str]:
+def paragraph_utterances(
+    paragraph: str, min_characters: int, max_characters: int, reading: Reading = ENGLISH
+) -> list[str]:
     """Return the sentences and clauses of a paragraph, each within the two bounds; none for a heading."""
     paragraph = " ".join(_DASHES.sub(" ", paragraph).split())
-    if _is_heading(paragraph):
+    if _is_heading(paragraph, reading):
         return []
     utterances = []
     waiting = ""  # a sentence too short to stand alone
-    for sentence in sentences(paragraph):
-        sentence = f"{waiting} {sentence}" if waiting else sentence
+    for sentence in sentences(paragraph, reading):
+        sentence = unspaced(f"{waiting} {sentence}") if waiting else sentence
         waiting = ""
         if len(sentence) < min_characters:
             waiting = sentence
         else:
-            utterances.extend(split_sentence(sentence, min_characters, max_characters))
+            utterances.extend(split_sentence(sentence, min_characters, max_characters, reading))
     if waiting and utterances and len(utterances[-1]) + 1 + len(waiting) <= max_characters:
-        utterances[-1] += " " + waiting
+        utterances[-1] = unspaced(f"{utterances[-1]} {waiting}")
     return utterances
 
 
-def sentences(paragraph: str) -> list[str]:
+def sentences(paragraph: str, reading: Reading = ENGLISH) -> list[str]:
     """Split a paragraph after sentence marks that a capital follows; titles and initials do not end one."""
     parts = []
     start = 0
-    for match in _SENTENCE_END.finditer(paragraph):
-        if match.group(1) == "." and _NOT_AN_END.search(paragraph[max(0, match.start() - 8) : match.start()]):
+    for match in reading.sentence_end.finditer(paragraph):
+        before = paragraph[max(0, match.start() - 8) : match.start()]
+        if match.group(1) == "." and reading.not_an_end is not None and reading.not_an_end.search(before):
             continue
         parts.append(paragraph[start : match.end()].strip())
         start = match.end()
@@ -174,57 +193,39 @@ def sentences(paragraph: str) -> list[str]:
     return [sentence for sentence in parts if sentence]
 
 
-def split_sentence(sentence: str, min_characters: int, max_characters: int) -> list[str]:
+def split_sentence(
+    sentence: str, min_characters: int, max_characters: int, reading: Reading = ENGLISH
+) -> list[str]:
     """Split a sentence between clauses, nearest its middle, until all parts fit; [] if it cannot be."""
     if len(sentence) <= max_characters:
         return [sentence]
     middle = len(sentence) / 2
-    for ends in _CLAUSE_ENDS:
+    for ends in reading.clause_ends:
         cuts = [match.end() for match in ends.finditer(sentence)]
         cuts = [cut for cut in cuts if min_characters <= cut <= len(sentence) - min_characters]
         if cuts:
             cut = min(cuts, key=lambda cut: abs(cut - middle))
             parts = (sentence[:cut].strip(), sentence[cut:].strip())
-            return [piece for part in parts for piece in split_sentence(part, min_characters, max_characters)]
+            bounds = min_characters, max_characters, reading
+            return [piece for part in parts for piece in split_sentence(part, *bounds)]
     return []
 
 
 _DASHES = re.compile("[—–]|--+")
-_SENTENCE_END = re.compile(r"""([.!?])["'’”)\]]*\s+(?=["'‘“(\[]*[A-Z])""")
-_NOT_AN_END = re.compile(
-    r"(?:^|[^A-Za-z])(?:[A-Za-z]|Mr|Mrs|Dr|St|Messrs|Mme|Mlle|Capt|Col|Gen|Lieut|Lt|Sergt|Prof|Rev|Hon|No|Vol)$"
-)
-#: Where a reader can breathe, the best first; a cut is made at the end of the match.
-_CLAUSE_ENDS = (
-    re.compile(r"""[;:]["'’”)]*\s"""),
-    re.compile(r"""[,.!?]["'’”)]*\s"""),
-    re.compile(r"\s(?=(?:and|but|or|for|nor|yet|so|which|who|that|when|where|while|as|if|because|than)\s)"),
-)
-_CHAPTER = re.compile(r"^(?:chapter|book|part|volume|scene|act|letter|the end|footnote|illustration)\b", re.I)
-_COMMON = frozenset(
-    "the a an of to and in he she it i was were is are be that you they we his her my your for with had"
-    " have has not as at but on this him me no so all there what from or by if one would do did".split()
-)
 
 
-def _is_heading(paragraph: str) -> bool:
+def _is_heading(paragraph: str, reading: Reading) -> bool:
     letters = [letter for letter in paragraph if letter.isalpha()]
     if not letters or len(letters) < 0.6 * len(paragraph):  # empty lines, rows of stars, tables
         return True
     if sum(letter.isupper() for letter in letters) > 0.5 * len(letters):
         return True
-    if len(paragraph) < 60 and (_CHAPTER.match(paragraph) or paragraph[-1] not in ".!?\"'’”):;,"):
+    if len(paragraph) < 60 and (reading.chapter.match(paragraph) or paragraph[-1] not in reading.closing):
         return True
     return False
 
 
-def _is_foreign(words: str) -> bool:
-    spoken = words.split()
-    common = sum(word in _COMMON for word in spoken)
-    return len(spoken) >= 7 and common == 0 or len(spoken) >= 16 and common < 2
-
-
-def _book_job(job: tuple[str, Path, PrepareTextOptions]) -> tuple[bytes, int, int, bool]:
+def _book_job(job: tuple[str, Path, PrepareTextOptions]) -> tuple[bytes, int, int, bool, list[str]]:
     _, path, options = job
     try:
         text = path.read_text(encoding="utf-8")
@@ -232,5 +233,8 @@ def _book_job(job: tuple[str, Path, PrepareTextOptions]) -> tuple[bytes, int, in
         raise ValueError(f"book {str(path)!r} must be UTF-8 text, but is not: {error}") from None
     utterances = book_utterances(text, path.stem, options)
     lines = "".join([json.dumps(utterance, ensure_ascii=False) + "\n" for utterance in utterances])
-    words = sum(utterance["text"].count(" ") + 1 for utterance in utterances)
-    return lines.encode("utf-8"), len(utterances), words, is_hard_wrapped(gutenberg_body(text).splitlines())
+    language = language_of(options.language, options.normalizer)
+    words = sum(len(language.split(utterance["text"])) for utterance in utterances)
+    lost = [utterance["cased"] for utterance in utterances if language.lost(utterance["cased"])]
+    wrapped = is_hard_wrapped(gutenberg_body(text).splitlines())
+    return lines.encode("utf-8"), len(utterances), words, wrapped, lost

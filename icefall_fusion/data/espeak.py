@@ -33,6 +33,8 @@ ACCENTS: dict[str, str] = {
     "en-gb-x-gbcwmd": "gmw/en-GB-x-gbcwmd",
     "en-029": "gmw/en-029",
 }
+#: Of other languages; a voice that is drawn by lot is English unless its speakers say otherwise.
+OTHER_ACCENTS: dict[str, str] = {"es": "roa/es", "es-419": "roa/es-419", "cmn": "sit/cmn"}
 # speak_lib.h: enumerations by value.
 _SYNCHRONOUS, _DONT_EXIT = 2, 0x8000
 _RATE, _VOLUME, _PITCH, _RANGE = 1, 2, 3, 4
@@ -74,7 +76,7 @@ class Voice:
     """A synthetic speaker.
 
     Args:
-        accent: a key of ``ACCENTS``.
+        accent: a key of ``ACCENTS`` or ``OTHER_ACCENTS``.
         variant: a name of ``variants()``, or an empty string for the accent's plain voice.
         speed: words a minute, 80..450.
         pitch: base pitch, 0..100 (50 is the voice's own).
@@ -90,7 +92,7 @@ class Voice:
     volume: int = 60
 
     def __post_init__(self) -> None:
-        check_choice(self.accent, ACCENTS, "Voice.accent")
+        check_choice(self.accent, [*ACCENTS, *OTHER_ACCENTS], "Voice.accent")
         check(80 <= self.speed <= 450, "Voice.speed", "lie in 80..450 words a minute", self.speed)
         for name in ("pitch", "pitch_range"):
             check(0 <= getattr(self, name) <= 100, f"Voice.{name}", "lie in 0..100", getattr(self, name))
@@ -192,7 +194,7 @@ class Engine:
     @staticmethod
     def _select(library: ctypes.CDLL, voice: Voice) -> None:
         check_choice(voice.variant, ["", *variants()], "Voice.variant")
-        name = ACCENTS[voice.accent] + (f"+{voice.variant}" if voice.variant else "")
+        name = {**ACCENTS, **OTHER_ACCENTS}[voice.accent] + (f"+{voice.variant}" if voice.variant else "")
         if library.espeak_SetVoiceByName(name.encode()) != 0:
             raise ValueError(f"Voice {voice.name!r} cannot be loaded by eSpeak NG as {name!r}")
         for parameter, value in (

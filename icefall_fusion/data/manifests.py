@@ -19,6 +19,7 @@ from lhotse.supervision import AlignmentItem
 from icefall_fusion.common.checks import check
 from icefall_fusion.common.files import PathLike, atomic_path
 from icefall_fusion.data.books import read_jsonl
+from icefall_fusion.text.scripts import split_units
 
 SAMPLE_RATE = 16_000  # Hz
 Item = TypeVar("Item")
@@ -90,14 +91,14 @@ def cut_of(utterance: Mapping[str, Any], audio: Path, num_samples: int, made: Ma
         audio: the file.
         num_samples: its length at 16 kHz.
         made: how it was made; ``voice`` becomes the speaker, ``words`` (word, start, end in seconds) the
-            alignment ``word``, the rest custom fields.
+            alignment ``word``, ``language`` that of the text (English), the rest custom fields.
     """
     seconds = num_samples / SAMPLE_RATE
     id = utterance["id"]
     source = AudioSource(type="file", channels=[0], source=str(audio))
     recording = Recording(id, [source], SAMPLE_RATE, num_samples, seconds)
     custom = {key: utterance[key] for key in ("cased", "book", "index") if key in utterance}
-    custom.update({key: value for key, value in made.items() if key not in ("voice", "words")})
+    custom.update({key: value for key, value in made.items() if key not in ("voice", "words", "language")})
     items = [AlignmentItem(word, start, round(end - start, 6)) for word, start, end in made.get("words", ())]
     supervision = SupervisionSegment(
         id,
@@ -106,7 +107,7 @@ def cut_of(utterance: Mapping[str, Any], audio: Path, num_samples: int, made: Ma
         seconds,
         0,
         text=utterance["text"],
-        language="English",
+        language=made.get("language", "English"),
         speaker=made["voice"],
         custom=custom,
         alignment={"word": items} if "words" in made else None,
@@ -157,7 +158,7 @@ def join_lines(lines: Iterable[str], target: PathLike) -> dict[str, Any]:
             supervision = cut["supervisions"][0]
             seconds += cut["duration"]
             utterances += 1
-            words += len(supervision["text"].split())
+            words += len(split_units(supervision["text"]))
             speakers.add(supervision.get("speaker"))
             out.write(line)
     return {"hours": seconds / 3600, "utterances": utterances, "words": words, "speakers": len(speakers)}

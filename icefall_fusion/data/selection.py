@@ -4,13 +4,14 @@ Knows: utterance files, lengths in characters. Must not know: audio, voices, mod
 from __future__ import annotations
 
 import random
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Sequence
 
 from icefall_fusion.common.checks import check, check_at_least
 from icefall_fusion.data.books import read_jsonl, write_jsonl
+from icefall_fusion.data.reading import ENGLISH, reading_of
+from icefall_fusion.text.language import Language
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,9 @@ class SelectOptions:
         dev_hours: speech for development.
         test_hours: speech for test-clean, and as much again for test-other.
         characters_per_second: how fast the voices read.
-        min_words: utterances with fewer words are not spoken.
+        min_words: utterances with fewer words are not spoken (characters, where words have no spaces).
         seed: of the choice.
+        language: ISO 639 code of the text, e.g. en, es, zh.
     """
 
     data_dir: str = "data"
@@ -37,11 +39,13 @@ class SelectOptions:
     characters_per_second: float = 14.5
     min_words: int = 4
     seed: int = 17
+    language: str = "en"
 
     def __post_init__(self) -> None:
         for name in ("train_hours", "dev_hours", "test_hours", "characters_per_second"):
             check(getattr(self, name) > 0, f"SelectOptions.{name}", "be greater than 0", getattr(self, name))
         check_at_least(1, self, "min_words")
+        Language(self.language)
 
 
 def run(options: SelectOptions) -> int:
@@ -51,7 +55,7 @@ def run(options: SelectOptions) -> int:
         FileNotFoundError: the utterance files are not there.
         ValueError: a split has less text than the hours asked for.
     """
-    folder = Path(options.data_dir) / "text"
+    folder, language = Path(options.data_dir) / "text", Language(options.language)
     used: set[str] = set()  # no sentence is in two sets, nor twice in one
     plans = (
         ("test", (("test-clean", options.test_hours), ("test-other", options.test_hours))),
@@ -60,12 +64,12 @@ def run(options: SelectOptions) -> int:
     )
     for split, sets in plans:
         exact = not (options.at_most and split == "train")
-        books = _speakable_by_book(folder / f"{split}.jsonl", options.min_words)
+        books = _speakable_by_book(folder / f"{split}.jsonl", options.min_words, language)
         chosen = select_utterances(books, [hours for _, hours in sets], used, options, exact)
         for (name, hours), utterances in zip(sets, chosen):
             write_jsonl(folder / f"selected_{name}.jsonl", utterances)
-            words = sum(utterance["text"].count(" ") + 1 for utterance in utterances)
-            print(f"{name}: {len(utterances)} utterances, {words} words, about {hours:.2f} h")
+            words = sum(len(language.split(utterance["text"])) for utterance in utterances)
+            print(f"{name}: {len(utterances)} utterances, {words} {language.unit}, about {hours:.2f} h")
     return 0
 
 
@@ -109,22 +113,17 @@ def select_utterances(
     return chosen
 
 
-#: What a reader and the normalizer could say in two ways: digits, signs, numerals, initials, rarer titles.
-_AMBIGUOUS = re.compile(
-    r"[^A-Za-z ,.;:!?\"'()-]|\b[A-Z]{2,}\b|\b[A-HJ-Z]\."
-    r"|\b(?:St|Messrs|Mme|Mlle|Capt|Col|Gen|Lieut|Lt|Sergt|Sgt|Prof|Rev|Hon|Esq|Jr|Sr|Co|Vol|No|viz|etc)\."
-)
-
-
 def is_speakable(cased: str) -> bool:
-    """Return whether a reader says the text just as `icefall_fusion.text.normalizer.normalize` spells it."""
-    return _AMBIGUOUS.search(cased) is None
+    """Return whether a reader says English text just as its normalizer spells it."""
+    return ENGLISH.is_speakable(cased)
 
 
-def _speakable_by_book(path: Path, min_words: int) -> dict[str, list[dict]]:
+def _speakable_by_book(path: Path, min_words: int, language: Language) -> dict[str, list[dict]]:
     books: dict[str, list[dict]] = {}
+    reading = reading_of(language)
     for utterance in read_jsonl(path, ("book", "index", "cased", "text")):
-        if utterance["text"].count(" ") + 1 >= min_words and is_speakable(utterance["cased"]):
+        enough = len(language.split(utterance["text"])) >= min_words
+        if enough and reading.is_speakable(utterance["cased"]):
             books.setdefault(utterance["book"], []).append(utterance)
     return books
 

@@ -11,7 +11,7 @@ import json
 import multiprocessing
 import random
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Callable, Iterator, Mapping, Optional, Sequence
 
@@ -34,9 +34,11 @@ from icefall_fusion.data.manifests import (
     write_cuts,
 )
 from icefall_fusion.data.noise import CLEAN, OTHER, TRAIN, Conditions
+from icefall_fusion.data.reading import ENGLISH, MANDARIN, SPANISH, Reading, reading_of
 from icefall_fusion.data.spoken_words import SpokenWord
 from icefall_fusion.data.synthesizer import BABBLE_VOICES, Synthesizer
 from icefall_fusion.data.voices import SPEAKERS, Speakers
+from icefall_fusion.text.language import Language
 
 SPLITS = ("train", "dev", "test-clean", "test-other")
 #: Conditions of each split; where there are several, utterances take one of them by lot.
@@ -74,6 +76,7 @@ class SynthesizeOptions:
         max_minutes: begin no shard after that many minutes, and list the utterances that were spoken until
             then; shards begin in a random order, so that all books have their share. 0: no limit. A run
             without it goes on.
+        language: ISO 639 code of the text: en, es or zh; it chooses the accents of the split's speakers.
     """
 
     split: str
@@ -91,10 +94,14 @@ class SynthesizeOptions:
     word_times: bool = False
     joined: bool = False
     max_minutes: float = 0.0
+    language: str = "en"
 
     def __post_init__(self) -> None:
         check_choice(self.split, SPLITS, "SynthesizeOptions.split")
         check_at_least(0, self, "max_minutes")
+        known = bool(self.speakers) or self.reading in (ENGLISH, SPANISH, MANDARIN)
+        rule = "be en, es or zh, or speakers must be given"
+        check(known, "SynthesizeOptions.language", rule, self.language)
         check_corpus(self.corpus, "SynthesizeOptions.corpus")
         check_at_least(1, self, "workers", "shard_size")
         check(
@@ -103,6 +110,12 @@ class SynthesizeOptions:
             "be positive and below max_seconds",
             self.min_seconds,
         )
+
+
+    @property
+    def reading(self) -> Reading:
+        """How the language is read aloud."""
+        return reading_of(Language(self.language))
 
 
 def run(options: SynthesizeOptions) -> int:
@@ -169,7 +182,8 @@ def _plan(options: SynthesizeOptions, utterances: list[dict[str, Any]], parts: P
 
 def _population(options: SynthesizeOptions) -> tuple[Speakers, tuple[Conditions, ...]]:
     conditions = (options.conditions,) if options.conditions else CONDITIONS[options.split]
-    return options.speakers or SPEAKERS[options.split], conditions
+    speakers, accents = SPEAKERS[options.split], options.reading.accents
+    return options.speakers or (replace(speakers, accents=accents) if accents else speakers), conditions
 
 
 def _hash(content: Any) -> str:
@@ -219,6 +233,7 @@ def _make_shard(maker: Synthesizer, options: SynthesizeOptions, deadline: float,
         words: Optional[list[SpokenWord]] = [] if options.word_times else None
         samples, record = maker.say(utterance["id"], utterance["text"], utterance.get("cased"), words)
         record.update({} if words is None else {"words": words})
+        record.update({} if options.reading == ENGLISH else {"language": options.reading.name})
         seconds = len(samples) / SAMPLE_RATE
         if options.min_seconds <= seconds <= options.max_seconds:
             spoken.append((utterance, samples, record))

@@ -15,6 +15,7 @@ from icefall_fusion.data.espeak import SAMPLE_RATE, SpeechEvent, speak
 from icefall_fusion.data.noise import Conditions, distort
 from icefall_fusion.data.spoken_words import SpokenWord, spoken_words
 from icefall_fusion.data.voices import Speakers
+from icefall_fusion.text.scripts import has_unspaced
 
 BABBLE_VOICES = 48  # utterances that talk in the background
 
@@ -76,8 +77,10 @@ def punctuated(text: str, cased: str) -> str:
     """Return ``text`` with the punctuation of ``cased`` if their words have the same letters, else ``text``.
 
     Nothing but , ; : ! ? after a word and the last full stop is taken over: the words spoken stay those of
-    ``text``.
+    ``text``. In scripts without spaces all of it is.
     """
+    if has_unspaced(text):
+        return cased if "".join(filter(str.isalnum, cased)) == "".join(filter(str.isalnum, text)) else text
     words = text.split()
     tokens = [token for token in re.split(r"[\s\-–—]+", cased) if re.search(r"\w", token)]
     if len(words) != len(tokens):

@@ -106,7 +106,8 @@ def run(options: TuneOptions) -> int:
         if HOT_WORDS in parse_method(method).sources and HOT_WORDS not in sources:
             weights[method] = {acoustic: 1.0, HOT_WORDS: 0.0, **weights[method]}  # found by decoding
         wer[method] = 100.0 * errors / scores.words
-        logging.info("%s: dev WER %.2f %% from N-best lists with %s", method, wer[method], weights[method])
+        logging.info("%s: dev %s %.2f %% from N-best lists with %s", method, language.rate, wer[method],
+                     weights[method])
     fused = [method for method in weights if parse_method(method).fusions]
     if options.confirm is not None and fused:
         tuned = {method: weights[method] for method in fused}
@@ -214,7 +215,8 @@ class _Confirmation:
             key = tuple(tried.values())
             if key not in seen:
                 seen[key] = self._wer(method, tried)
-                logging.info("%s: dev WER %.2f %% by decoding with %s", method, seen[key], dict(tried))
+                logging.info("%s: dev %s %.2f %% by decoding with %s", method, self._language.rate, seen[key],
+                             dict(tried))
             return seen[key]
 
         names = tuple(weights)

@@ -5,6 +5,7 @@
 #   bash prepare.sh                           # download the books of local/books.tsv (public domain)
 #   bash prepare.sh --config tiny             # smoke test: a few minutes of speech, two minutes of work
 #   bash prepare.sh --stage 3 --stop-stage 4  # some stages only
+#   bash prepare.sh --language es --text DIR  # Spanish books (zh: Mandarin); conf/es has what is its own
 #
 # A book has one paragraph a line, or lines of up to about 80 characters with blank lines between paragraphs
 # (as at Project Gutenberg). That is recognized; Project Gutenberg's header and footer are left out.
@@ -50,9 +51,8 @@ mkdir -p "$data_dir"
 run_job() { # job, options: with the job's file of options where the configuration has one
   local name=$1
   shift
-  local options=()
-  if [ -f "$conf/$name.yaml" ]; then options=(--config "$conf/$name.yaml"); fi
-  job "$name" ${options[@]+"${options[@]}"} --data_dir "$data_dir" "$@"
+  configs_of "$name"
+  job "$name" ${configs[@]+"${configs[@]}"} --data_dir "$data_dir" "$@"
 }
 
 find_books() { # sets $text where --text was not given
@@ -60,6 +60,9 @@ find_books() { # sets $text where --text was not given
   if [ "$config" = tiny ]; then # the stories of the demo, one file each
     text=$data_dir/stories
     demo_books "$text"
+  elif [ "$language" != en ]; then
+    echo "prepare.sh: --language $language needs --text, a folder of its books" >&2
+    exit 2
   else
     text=download/books
     local code=0
@@ -76,11 +79,11 @@ find_books() { # sets $text where --text was not given
 depends text "${text:-the default books}"
 if wanted 0 text; then
   find_books
-  run_job prepare-text --text "$text" --workers "$workers"
+  run_job prepare-text --text "$text" --workers "$workers" ${spoken[@]+"${spoken[@]}"}
   finish text
 fi
 if wanted 1 select; then
-  run_job select-utterances
+  run_job select-utterances ${spoken[@]+"${spoken[@]}"}
   finish select
 fi
 if wanted 2 vocabularies; then
@@ -89,7 +92,7 @@ if wanted 2 vocabularies; then
 fi
 if wanted 3 speech; then
   for split in $splits; do
-    run_job synthesize --split "$split" --workers "$workers"
+    run_job synthesize --split "$split" --workers "$workers" ${spoken[@]+"${spoken[@]}"}
   done
   finish speech
 fi

@@ -3,8 +3,9 @@
 #
 #   bash run.sh --text DIR             # hours on a CPU; every stage can be killed and run again
 #   bash run.sh --config tiny          # smoke test: 6 minutes on 2 cores
+#   bash run.sh --config tiny --language zh  # the same in Mandarin (es: Spanish)
 #
-# --text, --config, --data-dir, --exp-dir and --device go to the scripts that know them.
+# --text, --config, --language, --data-dir, --exp-dir and --device go to the scripts that know them.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 . "$here/../../stages.sh"
@@ -24,8 +25,8 @@ done
 set_folders
 
 code=0
-bash "$here/prepare.sh" --config "$config" --data-dir "$data_dir" ${text[@]+"${text[@]}"} || code=$?
+bash "$here/prepare.sh" --config "$config" --language "$language" --data-dir "$data_dir" ${text[@]+"${text[@]}"} || code=$?
 if [ "$code" -ne 0 ] && [ "$code" -ne 3 ]; then exit "$code"; fi
-bash "$here/train.sh" --config "$config" --data-dir "$data_dir" --exp-dir "$exp_dir"
-bash "$here/decode.sh" --config "$config" --data-dir "$data_dir" --exp-dir "$exp_dir" --device "$device"
+bash "$here/train.sh" --config "$config" --language "$language" --data-dir "$data_dir" --exp-dir "$exp_dir"
+bash "$here/decode.sh" --config "$config" --language "$language" --data-dir "$data_dir" --exp-dir "$exp_dir" --device "$device"
 exit "$code"

@@ -5,6 +5,7 @@
 #   bash train.sh --config tiny                     # smoke test: minutes
 #   bash train.sh --stage 0 --stop-stage 0 --world-size 4   # acoustic model on 4 GPUs
 #   bash train.sh --base Qwen/Qwen2.5-0.5B          # adapt another LLM: folder, GGUF file or hub name
+#   bash train.sh --language es                     # Spanish (zh: Mandarin), after prepare.sh with the same
 #
 # Stages: 0 acoustic model (CTC-AED), 1 NLM, 2 LLM (a LoRA adapter of SmolLM2, from the package that setup_env.sh
 # installs), 3 matched LLM (the same base on the acoustic pieces), 4 n-gram, 5 export all to --pretrained-dir
@@ -30,13 +31,17 @@ while [ $# -gt 0 ] && [ "$1" != -- ]; do
   esac
 done
 prepare_training ${options[@]+"${options[@]}"} "$@"
+lang=$(pieces_folder)
+lang=${lang:-$data_dir/lang_bpe_500}
+if [ "${lang##*_}" != 500 ]; then acoustic+=(--bpe "$lang" --model.vocab_size "${lang##*_}"); fi
+acoustic+=(${spoken[@]+"${spoken[@]}"})
 
 if wanted 0 ctc_aed; then
   train_acoustic
   finish ctc_aed
 fi
 if wanted 1 nlm; then
-  train_lm nlm "$data_dir/lang_bpe_500"
+  train_lm nlm "$lang"
   finish nlm
 fi
 depends base "${base:-that of the configuration}"
@@ -45,11 +50,11 @@ if wanted 2 llm; then
   finish llm
 fi
 if wanted 3 matched_llm; then
-  train_adapter matched_llm --tokenizer "$data_dir/lang_bpe_500"
+  train_adapter matched_llm --tokenizer "$lang"
   finish matched_llm
 fi
 if wanted 4 ngram; then
-  train_ngram matched_llm "$data_dir/lang_bpe_500"
+  train_ngram matched_llm "$lang"
   finish ngram
 fi
 if wanted 5 export; then
