@@ -12,7 +12,7 @@ from torch import Tensor
 
 from icefall_fusion.common.checks import check
 from icefall_fusion.search.beam import Beam
-from icefall_fusion.search.engines.transducer import TransducerEngine
+from icefall_fusion.search.engines.transducer import open_transducer
 from icefall_fusion.search.export import export_nbests
 from icefall_fusion.search.fusion import FusionSet
 from icefall_fusion.search.search_input import (
@@ -57,7 +57,7 @@ def transducer_search(
         encoder: [B, T, J] encoder outputs as the joiner takes them, any float type.
         lens: [B] frames of each utterance, 0..T.
         model: a transducer with a stateless predictor.
-        options: engine, groups, recover_mass and blank_skip left alone; none: the defaults.
+        options: groups, recover_mass and blank_skip left alone; none: the defaults.
         tokens: the vocabulary; none: hypotheses have no text, word times and word bonus.
         fusions: language models, see Fusion.
         ids: utterance names; none: "0", "1", ...
@@ -82,8 +82,9 @@ def transducer_search(
             starts_word = torch.tensor(tokens.starts_word).to(encoder.device)
         beam = Beam.at_root(inputs, options.beam, starts_word, len(together.members))
         together.begin(beam, inputs.ids)
-        engine = TransducerEngine(inputs, model, beam, options, together)
-        engine.run()
+        engine = open_transducer(inputs, model, beam, options, together)
+        for _ in engine.steps():
+            pass
         if bool(engine.lost.any()):
             name = inputs.ids[int(engine.lost.int().argmax())]
             rule = "be numbers, and some above -inf"
@@ -102,7 +103,8 @@ def check_options(options: Any) -> None:
     """
     good = isinstance(options, PrefixSearchOptions)
     check(good, "options", "be PrefixSearchOptions", type(options).__name__)
-    check(options.engine in ("auto", "torch"), "engine", "be auto or torch for transducers", options.engine)
+    good = options.engine in ("auto", "native", "torch")
+    check(good, "engine", "be auto, native or torch for transducers", options.engine)
     for name, usual in (("recover_mass", False), ("blank_skip", None), ("groups", None)):
         value = getattr(options, name)
         check(value == usual, name, f"be {usual} for transducers", value)

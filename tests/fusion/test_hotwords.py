@@ -240,7 +240,7 @@ def test_an_engine_without_phrases_gives_way_with_one_warning(caplog, monkeypatc
     expected = search(emitted, [HotWordFusion(["ab"])], "torch")
     fewer = engines.ENGINES["native"]._replace(shallow="ngram")  # as the GPU kernel serves
     monkeypatch.setitem(engines.ENGINES, "native", fewer)
-    engines._tell.cache_clear()
+    engines.tell.cache_clear()
     with caplog.at_level(logging.WARNING):
         found = [search(emitted, [HotWordFusion(["ab"])]) for _ in range(2)]
     assert results(found[0]) == results(found[1]) == results(expected)

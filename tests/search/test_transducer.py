@@ -11,7 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference.transducer import all_alignments, dictionary_search, modified_beam_search
 from search_tools import TOKENS, assert_near, assert_same
-from transducer_tools import TinyTransducer, encodings, listing, search
+from transducer_tools import (
+    TinyTransducer,
+    each_engine,  # noqa: F401 (a fixture of all tests here)
+    encodings,
+    listing,
+    search,
+)
 
 from icefall_fusion.search import PrefixSearchOptions
 

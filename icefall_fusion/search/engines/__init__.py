@@ -69,7 +69,7 @@ def open_search(inputs: SearchInput, beam: Beam, options: PrefixSearchOptions,
         good, rule = options.engine == "auto", f"be auto or torch: {reason}"
         check(good, "PrefixSearchOptions.engine", rule, options.engine)
         if reason.unusual:
-            _tell(str(reason))
+            tell(str(reason))
     return _open("torch", inputs, beam, options, fusions)
 
 
@@ -132,7 +132,8 @@ def _open(engine: str, inputs: SearchInput, beam: Beam, options: PrefixSearchOpt
 
 
 @functools.lru_cache(maxsize=1)
-def _tell(why: str) -> None:
+def tell(why: str) -> None:
+    """Warn once of a reason why tensors search."""
     reason = sys.exc_info()[1]  # with what a compiler or a driver has raised
     shown = reason if reason is not None and reason.__cause__ is not None else None
     logging.warning("the prefix search runs on tensors, several times slower: %s", why, exc_info=shown)

@@ -106,19 +106,21 @@ class NativeSearch(CompiledSearch):
         beam: at the root.
         options: of the search.
         fusions: begun; see CompiledSearch.
+        pieces: V; None: as the log-probs have.
 
     Raises:
         Unavailable: there is no compiled code.
     """
 
     def __init__(self, inputs: SearchInput, plan: FramePlan, beam: Beam, options: PrefixSearchOptions,
-                 fusions: FusionSet) -> None:
+                 fusions: FusionSet, pieces: Optional[int] = None) -> None:
         super().__init__(beam, inputs.live, fusions)
         self.library = library = load_native()
         log_probs = plan.log_probs
         self.log_probs = log_probs if log_probs.stride(2) == 1 else log_probs.contiguous()
         self.best, self.searched = plan.best.contiguous(), plan.searched.contiguous()
-        self.keys = hash_keys(log_probs.shape[2], log_probs.device)
+        pieces = pieces or log_probs.shape[2]
+        self.keys = hash_keys(pieces, log_probs.device)
         self._kept: list[Any] = []
         self._arrays: tuple[Any, ...] = ()  # where they are, and as the compiled code wants them
         self.scorers = (_Scorer * len(fusions.shallow))(*map(self._scorer, fusions.shallow))
@@ -129,8 +131,8 @@ class NativeSearch(CompiledSearch):
         self.settings = _Settings(
             hash_factor=HASH_FACTOR, root_hash=ROOT_HASH, no_parent_hash=NO_PARENT_HASH,
             rounding=ROUNDING, tiny_mass=TINY_MASS, keys=self.keys.data_ptr(),
-            batch=batch, beam=slots, pieces=log_probs.shape[2], blank=beam.blank,
-            columns=self._columns(options, log_probs.shape[2], weighs),
+            batch=batch, beam=slots, pieces=pieces, blank=beam.blank,
+            columns=self._columns(options, pieces, weighs),
             recover=options.recover_mass, ranks=fusions.ranks,
             score_beam=-1.0 if options.score_beam is None else options.score_beam,
             scorers=ctypes.addressof(self.scorers), scorer_count=len(self.scorers), weighs=weighs,

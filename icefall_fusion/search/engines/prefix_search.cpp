@@ -21,30 +21,6 @@ struct Search {
   std::unique_ptr<Scratch> scratch;  // of the one thread that searches all utterances
 };
 
-// Write the state of utterance `b` to the arrays, for dead slots too.
-void show(const Settings &set, const Utterance &utterance, int64_t b, const Batch &batch) {
-  batch.at[b] = utterance.at, batch.fired[b] = utterance.fired, batch.offset[b] = utterance.offset;
-  for (int64_t k = 0; k < set.beam; ++k) {
-    const int64_t i = b * set.beam + k;
-    batch.moved_from[i] = k, batch.grew[i] = false, batch.opened[i] = 0, batch.estimate[i] = 0.0f;
-    for (int64_t s = 0; s < set.scorer_count; ++s) {
-      const int64_t of = s * set.batch * set.beam + i;
-      const bool live = k < int64_t(utterance.slots.size());
-      const Joined one = live ? utterance.joined[k * set.scorer_count + s] : Joined{0.0, 0};
-      batch.gain[of] = float(one.gain), batch.states[of] = set.scorers[s].shown(b, one.state);
-    }
-    float &total = batch.log_total[b * batch.mass_stride + k], &blank = batch.log_blank[b * batch.mass_stride + k];
-    total = blank = -INFINITY;
-    if (k >= int64_t(utterance.slots.size())) continue;
-    const Slot &slot = utterance.slots[k];
-    batch.moved_from[i] = slot.origin, batch.grew[i] = slot.grew, batch.opened[i] = slot.opened;
-    batch.estimate[i] = slot.ahead_estimate;
-    if (set.ranks) batch.fused[i] = slot.fused;
-    batch.node[b * batch.node_stride + k] = slot.node, batch.last[b * batch.last_stride + k] = slot.last;
-    total = float(std::log(slot.total)), blank = float(std::log(slot.blank));
-  }
-}
-
 }  // namespace
 
 extern "C" {

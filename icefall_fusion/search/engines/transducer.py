@@ -9,13 +9,16 @@ search; frame_step.py finds it, prunes and moves the beam.
 """
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Optional
+from typing import TYPE_CHECKING, Any, Iterator, Optional
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from icefall_fusion.common.checks import check
+from icefall_fusion.common.unavailable import Unavailable
 from icefall_fusion.search.beam import ROUNDING, Beam
+from icefall_fusion.search.engines import check_serves, tell
 from icefall_fusion.search.engines.candidates import best_pieces, make_pairs
 from icefall_fusion.search.engines.extension_scores import ExtensionScores
 from icefall_fusion.search.engines.frame_step import Candidates, Frame, FrameStep, ranked
@@ -28,6 +31,34 @@ if TYPE_CHECKING:
 
 _NEVER = -torch.inf
 _RESCALE_EVERY = 16  # frames; a frame's best path is not known beforehand, as in a CTC search it is
+
+
+def open_transducer(inputs: SearchInput, model: Transducer, beam: Beam, options: PrefixSearchOptions,
+                    fusions: FusionSet) -> Any:
+    """Return the engine of a search: compiled code where it serves, else tensors; arguments as of theirs.
+
+    Raises:
+        ValueError: an engine is asked for by name where it does not serve.
+    """
+    if options.engine == "torch" or inputs.log_probs.device.type != "cpu":
+        return TransducerEngine(inputs, model, beam, options, fusions)
+    try:
+        from icefall_fusion.search.engines.transducer_native import NativeTransducer
+
+        check_serves("native", options, fusions, inputs.log_probs.device)
+        return NativeTransducer(inputs, model, beam, options, fusions)
+    except Unavailable as reason:
+        good, rule = options.engine == "auto", f"be auto or torch: {reason}"
+        check(good, "PrefixSearchOptions.engine", rule, options.engine)
+        if reason.unusual:
+            tell(str(reason))
+    return TransducerEngine(inputs, model, beam, options, fusions)
+
+
+def marked_frames(marks: Tensor, path: np.ndarray, most: int) -> np.ndarray:
+    """Return the marks [nodes] along paths [n, longest] (-1 after the end), none after the next piece's."""
+    frames = np.where(path < 0, most, marks.cpu().numpy()[path])
+    return np.minimum.accumulate(frames[:, ::-1], 1)[:, ::-1]
 
 
 class TransducerEngine:
@@ -63,8 +94,12 @@ class TransducerEngine:
     def peaks(self, inputs: SearchInput, utterances: np.ndarray, path: np.ndarray, *rest: np.ndarray
               ) -> np.ndarray:
         """Return the frame [n, longest] in which each piece of paths was emitted (see `piece_peaks`)."""
-        frames = np.where(path < 0, self.most, self.marks.cpu().numpy()[path])
-        return np.minimum.accumulate(frames[:, ::-1], 1)[:, ::-1]  # none after the next piece's
+        return marked_frames(self.marks, path, self.most)
+
+    def steps(self) -> Iterator[None]:
+        """Search all frames in one step (see `CompiledSearch.steps`)."""
+        self.run()
+        yield from ()
 
     def run(self) -> None:
         """Search all frames; the fusions act after each."""
@@ -136,7 +171,8 @@ class TransducerEngine:
             open_mass = torch.logaddexp(ended, incoming)  # the frame is over for both
         else:
             done = torch.logaddexp(done, ended)
-        late = (incoming > torch.logaddexp(ended, beam.log_blank)).long() * frame  # frames only rise
+        own = torch.logaddexp(ended, beam.log_blank) + ROUNDING
+        late = (incoming > own).long() * frame  # frames only rise
         self.marks.scatter_reduce_(0, beam.node.flatten(), late.flatten(), "amax")
         self._stay(out, open_mass, done)
         ranks = mass if not self.fusions.ranks else mass + beam.fused.unsqueeze(2)

@@ -61,28 +61,18 @@ class Utterance {
   // models.
   void run(const Settings &set, Scratch &scratch, const Frames &frames, int64_t until, bool stopping,
            const float *fused, const Batch &batch) {
-    for (size_t k = 0; k < slots.size(); ++k) {
-      Slot &slot = slots[k];
-      slot.origin = int(k), slot.opened = 0, slot.grew = false;
-      if (set.ranks) slot.fused = fused[k];
-      if (fired) slot.ahead_scored = slot.ahead_closed;
-    }
-    for (Joined &one : joined) one.gain = 0.0;
-    if (fired) look_ahead(set);
-    fired = false;
+    resume(set, fused);
     while (at < until && !fired) {
       const int64_t t = at++;
       if (frames.searched[t])
         step(set, scratch, frames.rows + t * frames.stride, frames.best[t], frames.ids + t * frames.ids_a_frame, batch);
       else
         take_blank();
-      if (!stopping) continue;
-      fired = stops(set);
-      if (!fired && set.ahead && at % set.ahead_every == 0) look_ahead(set);
+      if (stopping) stop_or_look(set);
     }
   }
 
- private:
+ protected:
   Children children_;  // where mass is recovered
   bool wide_ = false, rests_ = false;
   int64_t number_ = 0;
@@ -117,6 +107,24 @@ class Utterance {
     joined.swap(scratch.joined);
     for (const int v : scratch.columns) scratch.column_of[v] = -1;
     rescale();
+  }
+
+  // Go on from a stop; `fused` holds the scores of language models.
+  void resume(const Settings &set, const float *fused) {
+    for (size_t k = 0; k < slots.size(); ++k) {
+      Slot &slot = slots[k];
+      slot.origin = int(k), slot.opened = 0, slot.grew = false;
+      if (set.ranks) slot.fused = fused[k];
+      if (fired) slot.ahead_scored = slot.ahead_closed;
+    }
+    for (Joined &one : joined) one.gain = 0.0;
+    if (fired) look_ahead(set);
+    fired = false;
+  }
+
+  void stop_or_look(const Settings &set) {
+    fired = stops(set);
+    if (!fired && set.ahead && at % set.ahead_every == 0) look_ahead(set);
   }
 
   // Whether language models score after the frame before `at`.
@@ -221,11 +229,7 @@ class Utterance {
     const int count = int(slots.size()), columns = int(scratch.columns.size());
     const int32_t *pieces = scratch.columns.data();
     const double *probability = scratch.probability.data();
-    std::fill_n(scratch.struck.begin(), size_t(count) * columns, 0);
-    for (int k = 0; k < count; ++k) {
-      const int cell = scratch.parent[k] < 0 ? -1 : scratch.column_of[slots[k].last];
-      if (cell >= 0) scratch.struck[size_t(scratch.parent[k]) * columns + cell] = 1;
-    }
+    strike_out(scratch, columns);
     double floor = floor_key(set, scratch);
     if (set.recover) children_.match_columns(set, scratch);
     for (int k = 0; k < count; ++k) {
@@ -238,46 +242,67 @@ class Utterance {
         for (int j = 0; j < columns; ++j) total[j] = open[j] = slot.total * probability[j];
         if (same >= 0) total[same] = open[same] = slot.blank * probability[same];
       }
-      const uint8_t *struck = scratch.struck.data() + size_t(k) * columns;
-      const double factor = scratch.factor[k];
-      const int64_t first = set.beam + int64_t(k) * columns;
-      if (set.weighs) {
-        double ceiling = 0.0;
-        for (int64_t s = 0; s < set.scorer_count; ++s) ceiling += set.scorers[s].most(number_, state(set, k, s));
-        const double lift = std::exp(ceiling);
-        double least = wide_ ? floor : std::max(floor, 0.0);
-        for (int j = 0; j < columns; ++j) {  // the most probable piece first
-          if (!(total[j] > 0) || struck[j]) continue;
-          const double bare = key(total[j], factor);
-          if (!((wide_ ? bare + ceiling : bare * lift) > least)) {
-            if (set.recover || j == same) continue;
-            break;
-          }
-          double gain = 0.0;
-          for (int64_t s = 0; s < set.scorer_count; ++s) {
-            const Scorer &scorer = set.scorers[s];
-            gain += scorer.weight * scorer.score(number_, state(set, k, s), pieces[j], marked(batch, pieces[j])) +
-                    (opens(batch, slot, pieces[j], set) ? scorer.bonus : 0.0);
-          }
-          const double full = gain == 0.0 ? bare : with_nats(bare, gain);
-          if (!(full > least)) continue;
-          scratch.ways.push_back({full, first + j});
-          if (int(scratch.ways.size()) < 3 * set.beam) continue;
-          best_ways(set, scratch);  // a way must beat all of these
-          least = scratch.ways.back().key;
-        }
-        floor = least;
-      } else if (wide_) {
-        for (int j = 0; j < columns; ++j)
-          if (total[j] > 0 && !struck[j] && std::log(total[j]) + factor > floor)
-            scratch.ways.push_back({std::log(total[j]) + factor, first + j});
-      } else {
-        const double least = std::max(floor, 0.0);
-        for (int j = 0; j < columns; ++j)
-          if (total[j] * factor > least && !struck[j]) scratch.ways.push_back({total[j] * factor, first + j});
-      }
+      floor = offer(set, scratch, batch, k, columns, floor, same, !set.recover);
     }
     if (set.recover) remember_live(scratch, columns);
+  }
+
+  // Strike out the extensions that are live prefixes themselves.
+  void strike_out(Scratch &scratch, int columns) const {
+    std::fill_n(scratch.struck.begin(), slots.size() * columns, 0);
+    for (size_t k = 0; k < slots.size(); ++k) {
+      const int cell = scratch.parent[k] < 0 ? -1 : scratch.column_of[slots[k].last];
+      if (cell >= 0) scratch.struck[size_t(scratch.parent[k]) * columns + cell] = 1;
+    }
+  }
+
+  // Add the extensions of slot `k` that beat a floor to the ways; return the floor for the next. `falling`: the columns
+  // become less probable, but `same`.
+  double offer(const Settings &set, Scratch &scratch, const Batch &batch, int k, int columns, double floor, int same,
+               bool falling) const {
+    const Slot &slot = slots[k];
+    const int32_t *pieces = scratch.columns.data();
+    const double *total = scratch.total.data() + size_t(k) * columns;
+    const uint8_t *struck = scratch.struck.data() + size_t(k) * columns;
+    const double factor = scratch.factor[k];
+    const int64_t first = set.beam + int64_t(k) * columns;
+    if (set.weighs) {
+      double ceiling = 0.0;
+      for (int64_t s = 0; s < set.scorer_count; ++s) ceiling += set.scorers[s].most(number_, state(set, k, s));
+      const double lift = std::exp(ceiling);
+      double least = wide_ ? floor : std::max(floor, 0.0);
+      for (int j = 0; j < columns; ++j) {
+        if (!(total[j] > 0) || struck[j]) continue;
+        const double bare = key(total[j], factor);
+        if (!((wide_ ? bare + ceiling : bare * lift) > least)) {
+          if (!falling || j == same) continue;
+          break;
+        }
+        double gain = 0.0;
+        for (int64_t s = 0; s < set.scorer_count; ++s) {
+          const Scorer &scorer = set.scorers[s];
+          gain += scorer.weight * scorer.score(number_, state(set, k, s), pieces[j], marked(batch, pieces[j])) +
+                  (opens(batch, slot, pieces[j], set) ? scorer.bonus : 0.0);
+        }
+        const double full = gain == 0.0 ? bare : with_nats(bare, gain);
+        if (!(full > least)) continue;
+        scratch.ways.push_back({full, first + j});
+        if (int(scratch.ways.size()) < 3 * set.beam) continue;
+        best_ways(set, scratch);  // a way must beat all of these
+        least = scratch.ways.back().key;
+      }
+      return least;
+    }
+    if (wide_) {
+      for (int j = 0; j < columns; ++j)
+        if (total[j] > 0 && !struck[j] && std::log(total[j]) + factor > floor)
+          scratch.ways.push_back({std::log(total[j]) + factor, first + j});
+      return floor;
+    }
+    const double least = std::max(floor, 0.0);
+    for (int j = 0; j < columns; ++j)
+      if (total[j] * factor > least && !struck[j]) scratch.ways.push_back({total[j] * factor, first + j});
+    return floor;
   }
 
   // A child that is live itself is remembered as what it is in the beam, for when it dies.
@@ -378,5 +403,29 @@ class Utterance {
     }
   }
 };
+
+// Write the state of utterance `b` to the arrays, for dead slots too.
+inline void show(const Settings &set, const Utterance &utterance, int64_t b, const Batch &batch) {
+  batch.at[b] = utterance.at, batch.fired[b] = utterance.fired, batch.offset[b] = utterance.offset;
+  for (int64_t k = 0; k < set.beam; ++k) {
+    const int64_t i = b * set.beam + k;
+    batch.moved_from[i] = k, batch.grew[i] = false, batch.opened[i] = 0, batch.estimate[i] = 0.0f;
+    for (int64_t s = 0; s < set.scorer_count; ++s) {
+      const int64_t of = s * set.batch * set.beam + i;
+      const bool live = k < int64_t(utterance.slots.size());
+      const Joined one = live ? utterance.joined[k * set.scorer_count + s] : Joined{0.0, 0};
+      batch.gain[of] = float(one.gain), batch.states[of] = set.scorers[s].shown(b, one.state);
+    }
+    float &total = batch.log_total[b * batch.mass_stride + k], &blank = batch.log_blank[b * batch.mass_stride + k];
+    total = blank = -INFINITY;
+    if (k >= int64_t(utterance.slots.size())) continue;
+    const Slot &slot = utterance.slots[k];
+    batch.moved_from[i] = slot.origin, batch.grew[i] = slot.grew, batch.opened[i] = slot.opened;
+    batch.estimate[i] = slot.ahead_estimate;
+    if (set.ranks) batch.fused[i] = slot.fused;
+    batch.node[b * batch.node_stride + k] = slot.node, batch.last[b * batch.last_stride + k] = slot.last;
+    total = float(std::log(slot.total)), blank = float(std::log(slot.blank));
+  }
+}
 
 }  // namespace icefall::search
