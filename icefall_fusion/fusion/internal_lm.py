@@ -63,7 +63,7 @@ class InternalLmFusion(Fusion):
         if tokens is not None:
             check(tokens.size == self.model.vocab_size, "InternalLmFusion.model",
                   f"be over {tokens.size} pieces", self.model.vocab_size)
-        self.index, self._table = index, ContextTable(self._scores)
+        self.index, self._table = index, ContextTable()
 
     def extension_scores(self, beam: Beam, pieces: Tensor, active: Tensor) -> Tensor:
         """Return -log P(piece | pieces before) [B, K, C] (see ``Fusion.extension_scores``)."""
@@ -73,7 +73,7 @@ class InternalLmFusion(Fusion):
         if slots.numel():
             contexts = self._contexts(beam.arena, beam.node.reshape(-1)[slots])
             if scores.device.type == "cpu":
-                rows = self._table.find(contexts)
+                rows = self._table.find(contexts, self._scores)
                 values = self._table.values[rows]
             else:
                 values = self._scores(contexts)

@@ -20,6 +20,9 @@ from transducer_tools import (
 )
 
 from icefall_fusion.search import PrefixSearchOptions
+from icefall_fusion.text.tokens import AcousticTokens
+
+TOKENS_20 = AcousticTokens.from_pieces(["<blk>", *(f"▁{chr(97 + n)}" for n in range(19))], 0)
 
 # -- exactness
 
@@ -138,6 +141,32 @@ def test_the_joiner_is_called_once_a_step_and_the_predictor_once_a_context():
     assert len(model.joined) == 30
     assert model.joined[0] == 3 and model.joined[-1] == 15
     assert len(set(model.asked)) == len(model.asked) > 30
+
+
+def test_the_predictors_outputs_are_kept_until_it_is_trained_on():
+    model, encoder = TinyTransducer(20, blank_bias=2.0), encodings(8, 3, 30)
+    first = search(model, encoder, beam=5)
+    asked = len(model.asked)
+    assert search(model, encoder, beam=5) == first
+    assert len(model.asked) == asked + 1  # the start, to see whether it is still the same model
+    model.predictor.embedding.weight.data.mul_(-1)
+    changed = search(model, encoder, beam=5)
+    fresh = TinyTransducer(20, blank_bias=2.0)
+    fresh.predictor.embedding.weight.data.mul_(-1)
+    assert changed == search(fresh, encoder, beam=5) != first
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("symbols", [1, 3])
+def test_a_gpu_finds_what_a_cpu_finds(symbols):
+    """It has never run on a GPU."""
+    model, encoder = TinyTransducer(20, sharpness=2.0, blank_bias=2.0), encodings(9, 4, 40)
+    lens = torch.tensor([40, 31, 0, 17])
+    expected = search(model, encoder, lens, TOKENS_20, beam=5, symbols=symbols, engine="torch")
+    found = search(model.cuda(), encoder.cuda(), lens, TOKENS_20, beam=5, symbols=symbols)
+    for one, other in zip(found, expected):
+        assert_near(listing(one), listing(other), 1e-2)
 
 
 def test_score_beam_only_drops_hypotheses():

@@ -3,7 +3,9 @@ Knows: a transducer's predictor, beams. Must not know: how a frame is searched, 
 """
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Callable
+import contextlib
+import weakref
+from typing import TYPE_CHECKING, Callable, MutableMapping
 
 import torch
 from torch import Tensor
@@ -13,20 +15,21 @@ if TYPE_CHECKING:
     from icefall_fusion.search.beam import Beam
 
 
+_MOST = 65_536  # contexts that are kept from search to search
+
+
 class ContextTable:
-    """Values by context, on a CPU; a table that grows.
+    """Values by context, on a CPU; a table that grows."""
 
-    Args:
-        function: from contexts int64 [N, c] to values [N, J].
-    """
-
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        self.function = function
+    def __init__(self) -> None:
         self.rows: dict[tuple[int, ...], int] = {}
         self.values = torch.zeros(0, 0)
 
-    def find(self, contexts: Tensor) -> Tensor:
-        """Return the rows [n] of ``values`` for contexts [n, c]; the function is called once for all new."""
+    def find(self, contexts: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return the rows [n] of ``values`` for contexts [n, c].
+
+        ``function`` makes values [N, J] of contexts; it is called once for all new ones.
+        """
         rows, known, new = [], self.rows, []
         for context in map(tuple, contexts.tolist()):
             row = known.get(context)
@@ -35,7 +38,7 @@ class ContextTable:
                 new.append(context)
             rows.append(row)
         if new:
-            self._add(self.function(torch.tensor(new, dtype=torch.int64)).float())
+            self._add(function(torch.tensor(new, dtype=torch.int64)).float())
         return torch.tensor(rows, dtype=torch.int64)
 
     def _add(self, values: Tensor) -> None:
@@ -45,6 +48,26 @@ class ContextTable:
             longer[:first] = self.values[:first] if first else 0.0
             self.values = longer
         self.values[first:count] = values
+
+
+_TABLES: MutableMapping[object, ContextTable] = weakref.WeakKeyDictionary()
+
+
+def predictor_table(model: Transducer) -> ContextTable:
+    """Return the predictor's outputs by context, row 0 those of the start; kept from search to search.
+
+    A table is made anew when the model says something else of the start: it was trained on.
+    """
+    start = torch.tensor([model.start], dtype=torch.int64)
+    output, table = model.predict(start).float(), None
+    with contextlib.suppress(TypeError):  # it can have no weak reference, or no hash
+        table = _TABLES.get(model)
+    if table is None or len(table.rows) > _MOST or not torch.equal(table.values[:1], output):
+        table = ContextTable()
+        table.find(start, lambda contexts: output)
+        with contextlib.suppress(TypeError):
+            _TABLES[model] = table
+    return table
 
 
 class Contexts:
@@ -63,10 +86,8 @@ class Contexts:
         start = torch.tensor(model.start, dtype=torch.int64, device=beam.node.device)
         self.last = start.repeat(*beam.node.shape, 1)  # [B, K, c]
         self.tabled = beam.node.device.type == "cpu"
-        self.table = ContextTable(model.predict)
+        self.table = predictor_table(model) if self.tabled else ContextTable()
         self.row = torch.zeros_like(beam.node)  # [B, K], of the table
-        if self.tabled:
-            self.row += self.table.find(start.unsqueeze(0))
 
     def outputs(self, slots: Tensor) -> Tensor:
         """Return the predictor's outputs [n, J] for flat slots [n]."""
@@ -83,4 +104,5 @@ class Contexts:
             self.row = self.row.gather(1, source)
             slots = grew.reshape(-1).nonzero().squeeze(1)
             if len(slots):
-                self.row.view(-1)[slots] = self.table.find(self.last.flatten(0, 1)[slots])
+                contexts = self.last.flatten(0, 1)[slots]
+                self.row.view(-1)[slots] = self.table.find(contexts, self.model.predict)

@@ -16,6 +16,7 @@ from torch import Tensor
 from icefall_fusion.common.unavailable import Unavailable
 from icefall_fusion.search.engines.base import CompiledSearch, FramePlan
 from icefall_fusion.search.engines.native import NativeSearch
+from icefall_fusion.search.engines.predictor import predictor_table
 from icefall_fusion.search.engines.transducer import marked_frames
 
 if TYPE_CHECKING:
@@ -52,8 +53,8 @@ class NativeTransducer(NativeSearch):
         self.powers = base ** torch.arange(len(model.start) - 1, -1, -1)
         self.base, self.encoder = base, self.log_probs.contiguous().flatten(0, 1)
         self.start = int((self.powers * (torch.tensor(model.start) + 1)).sum())
-        self.table = torch.zeros(0, self.encoder.shape[1])
-        self._known = 0
+        self.outputs = predictor_table(model)  # by context; self.table has them as the compiled code counts
+        self.table, self._known = torch.zeros(0, self.encoder.shape[1]), 0
         self._predict(torch.tensor([self.start]))
         arena, rows = beam.arena, 1 + self.frames * self.symbols
         while arena.fields[0].shape[0] < rows:
@@ -98,7 +99,8 @@ class NativeTransducer(NativeSearch):
     def _predict(self, contexts: Tensor) -> None:
         """Add the predictor's outputs for new contexts [n], as compiled code numbers them, to the table."""
         pieces = contexts.unsqueeze(1) // self.powers % self.base - 1
-        outputs, first = self.model.predict(pieces).float(), self._known
+        found, first = self.outputs.find(pieces, self.model.predict), self._known
+        outputs = self.outputs.values[found]
         self._known += len(outputs)
         if self._known > len(self.table):
             longer = torch.zeros(max(256, 2 * self._known), outputs.shape[1])
