@@ -28,6 +28,7 @@ from icefall_fusion.train.init_weights import freeze_parts, start_from
 from icefall_fusion.train.job import check_export, report_size, run_training
 from icefall_fusion.train.loop import Trainer
 from icefall_fusion.train.options import TrainingOptions
+from icefall_fusion.train.spelling import check_spelling
 
 LISTED = 10_000  # at most so many unreadable utterances are listed
 
@@ -46,6 +47,7 @@ class TrainOptions(TrainingOptions):
         exp: folder of checkpoints, logs and ``export/``.
         init: acoustic model folder whose weights and feature statistics a new training starts from (set
             ``easy_batches`` to 0 then); heads that it lacks start from random weights. Empty: all do.
+        init_encoder: take the encoder of ``init`` alone: its pieces may be others, as for another language.
         model: shape and loss.
         heads: in place of ``model.heads``, with commas: "ctc,aed,transducer"; empty: those.
         freeze: parts that are not trained, of encoder and the heads, with commas: "encoder,ctc,aed" trains a
@@ -85,6 +87,7 @@ class TrainOptions(TrainingOptions):
     export_shards: str = ""
     valid_utterances: int = 200
     stats_seconds: float = 3600.0
+    init_encoder: bool = False
     ctc_loss: str = "torch"
     transducer_loss: str = "torchaudio"
     export_to: str = ""
@@ -102,6 +105,8 @@ class TrainOptions(TrainingOptions):
         rule = f"be in 1..{kept} (trainer.keep_checkpoints)"
         check(1 <= self.avg <= kept, "TrainOptions.avg", rule, self.avg)
         check_at_least(0, self, "valid_utterances", "easy_batches")
+        rule = "be left alone without TrainOptions.init"
+        check(not self.init_encoder or bool(self.init), "TrainOptions.init_encoder", rule, self.init_encoder)
         check(self.stats_seconds > 0, "TrainOptions.stats_seconds", "be above 0", self.stats_seconds)
         language_of(self.language, self.normalizer)
         check_choice(self.ctc_loss, ("torch", "k2"), "TrainOptions.ctc_loss")
@@ -214,7 +219,7 @@ def make_model(options: TrainOptions, device: torch.device, source: TrainBatches
     if list_checkpoints(options.exp):
         pass  # the loop goes on from the newest
     elif options.init:
-        start_from(model, options.init)
+        start_from(model, options.init, options.init_encoder)
     else:
         mean, deviation = feature_statistics(source, options.stats_seconds, device)
         model.encoder.mean.copy_(mean)
@@ -258,6 +263,9 @@ def make_trainer(options: TrainOptions, device: torch.device, rank: int = 0, wor
     plain = dataclasses.replace(options.data, frequency_warp=0.0, spec_augment=False, noise="")
     first = TrainBatches(train, dataclasses.replace(plain, workers=0), store=memory)
     model = make_model(options, device, first)
+    if rank == 0:
+        for path in (train, valid):
+            check_spelling(path, model.tokens, model.language)
     encoder = sum(p.numel() for p in model.encoder.parameters()) / 1e6
     report_size(model, f" ({encoder:.2f}M encoder), {device}", rank)
     encode = model.tokens.encode

@@ -26,11 +26,14 @@ from icefall_fusion.acoustic.models import CtcAed, DecoderOptions, EncoderOption
 from icefall_fusion.common.command_line import UNFINISHED
 from icefall_fusion.data.datamodule import DataOptions, EvalBatches
 from icefall_fusion.data.manifests import cut_of, cuts_path, write_cuts
+from icefall_fusion.text.language import Language
+from icefall_fusion.text.tokens import AcousticTokens
 from icefall_fusion.train.acoustic_model import TrainOptions, make_trainer, run
 from icefall_fusion.train.checkpoints import average_checkpoints, list_checkpoints, newest_checkpoint
 from icefall_fusion.train.curriculum import feature_statistics
 from icefall_fusion.train.job import EXPORT_TOLERANCE
 from icefall_fusion.train.options import TrainerOptions
+from icefall_fusion.train.spelling import check_spelling
 
 TONES = {"low": 300.0, "mid": 900.0, "high": 2500.0}  # a word sounds as its tone
 
@@ -103,6 +106,45 @@ def test_a_training_begins_from_a_model_folder(data_dir: Path, tmp_path: Path) -
         run(dataclasses.replace(second, exp=str(tmp_path / "third"), model=other))
     with pytest.raises(FileNotFoundError, match="config.json is missing"):
         run(dataclasses.replace(second, exp=str(tmp_path / "third"), init=str(tmp_path)))
+
+
+def test_another_language_begins_from_the_encoder_alone(data_dir: Path, tmp_path: Path) -> None:
+    first = options_for(data_dir, tmp_path / "first", max_steps=4)
+    assert run(first) == 0
+    folder = str(tmp_path / "first" / "export")
+    tiny.write_bpe(tmp_path / "other", ["low mid high low", "otra lengua", "high mid"] * 20, 22)
+    size = sentencepiece.SentencePieceProcessor(str(tmp_path / "other" / "bpe.model")).get_piece_size()
+    model = dataclasses.replace(first.model, vocab_size=size)
+    other = dataclasses.replace(first, exp=str(tmp_path / "second"), bpe=str(tmp_path / "other"), model=model,
+                                language="es", init=folder)
+    with pytest.raises(ValueError, match="vocab_size must be"):
+        make_trainer(other, torch.device("cpu"))
+    other = dataclasses.replace(other, init_encoder=True)
+    made, source = make_trainer(other, torch.device("cpu")).model, load(folder)
+    for name, value in source.encoder.state_dict().items():
+        assert torch.equal(value, made.encoder.state_dict()[name])
+    assert run(other) == 0
+    assert load(tmp_path / "second" / "export").language.name == "es"  # and it is kept
+    with pytest.raises(ValueError, match="init_encoder must be left alone without TrainOptions.init"):
+        dataclasses.replace(other, init="")
+
+
+def test_text_that_pieces_or_language_do_not_spell_is_told(data_dir: Path, tmp_path: Path, caplog) -> None:
+    def manifest(*texts: str) -> Path:
+        cuts = [cut_of({"id": f"u{number}", "text": text}, tmp_path / "a.flac", 16000, {"voice": "v"})
+                for number, text in enumerate(texts)]
+        write_cuts(cuts, tmp_path / "cuts.jsonl.gz")
+        return tmp_path / "cuts.jsonl.gz"
+
+    tokens = AcousticTokens.load(data_dir / "lang_bpe_500")
+    check_spelling(manifest("low mid", "high", ""), tokens, Language())
+    assert not caplog.records
+    check_spelling(manifest("low zebra", "mid low", "quiz"), tokens, Language())
+    assert "2 of 3 texts" in caplog.text and "e.g. 'z' in u0: 'low zebra'" in caplog.text
+    with pytest.raises(ValueError, match="texts must be spelled by the acoustic pieces.*'你好'"):
+        check_spelling(manifest("你好", "世界"), tokens, Language("zh"))
+    with pytest.raises(ValueError, match="must have words of the language 'en', but of 1 of 2"):
+        check_spelling(manifest("low", "世界"), tokens, Language())
 
 
 def test_training_resumes_to_the_same_model_and_exports_an_average(data_dir: Path, tmp_path: Path) -> None:
