@@ -124,6 +124,19 @@ except (ValueError, OSError, Unavailable) as error:
   fi
 }
 
+search_kinds() { # which searches the methods $methods begin with: "ctc", "rnnt" or "ctc rnnt"
+  local method
+  for method in ${methods//,/ }; do
+    case "$method" in rnnt-*) echo rnnt ;; *) echo ctc ;; esac
+  done | sort -u | paste -sd " " -
+}
+
+name_lists() { # search kinds: sets $lists, the methods whose lists are tuned on: every source's score, no fusion
+  lists=()
+  case "$1" in *ctc*) lists+=("$scores") ;; esac
+  case "$1" in *rnnt*) lists+=("rnnt-$scores") ;; esac
+}
+
 cuts() { echo "$data_dir/fbank/${corpus}_cuts_$1.jsonl.gz"; }
 
 decode_job() { # output folder, options: by all processes; what was skipped is told by exit code or run.json
@@ -162,7 +175,8 @@ for path in sorted(Path(sys.argv[2]).glob("nbest-*.jsonl")):
 }
 
 decode_stages() {
-  local weights=$exp_dir/weights.yaml tuning=$exp_dir/tune sets=() name
+  local weights=$exp_dir/weights.yaml tuning=$exp_dir/tune sets=() files=() name kinds
+  kinds=$(search_kinds)
   conf_file=$conf/decode.yaml
   [ -f "$conf_file" ] || conf_file=conf/decode.yaml
   mkdir -p "$exp_dir"
@@ -170,12 +184,15 @@ decode_stages() {
   depends training "$(sum_of "$(dirname "$pretrained_dir")/.export.done")"
   depends models "${models[@]}"
   depends limit "$limit"
+  if [ "$kinds" != ctc ]; then depends searches "$kinds"; fi
   models+=(--emissions.device "$device")
-  # One search without LM, a wide beam, and every source's score of every hypothesis.
+  # One search of each kind without LM, a wide beam, and every source's score of every hypothesis.
   if wanted 0 tune-decode; then
     if [ -n "$changed" ]; then set_aside "$tuning"; fi
     find_attention
-    decode_job "$tuning" "--test_sets.$dev_set" "$(cuts "$dev_set")" --methods "$scores" --search.beam 20
+    name_lists "$kinds"
+    decode_job "$tuning" "--test_sets.$dev_set" "$(cuts "$dev_set")" --search.beam 20 \
+      --methods "$(IFS=,; echo "${lists[*]}")"
     finish tune-decode
   fi
   made_from_models=$made_from # what the graphs of k2 depend on
@@ -183,8 +200,10 @@ decode_stages() {
   depends methods "$methods"
   if wanted 1 tune; then
     find_attention
+    name_lists "$kinds"
+    for name in "${lists[@]}"; do files+=("$tuning/nbest-$dev_set-$name.jsonl"); done
     confirm_in "$tuning" "${models[@]}"
-    job tune --nbest "[$tuning/nbest-$dev_set-$scores.jsonl]" --ref "$(cuts "$dev_set")" \
+    job tune --nbest "[$(IFS=,; echo "${files[*]}")]" --ref "$(cuts "$dev_set")" \
       --methods "$methods" --out "$weights" ${confirmation[@]+"${confirmation[@]}"}
     finish tune
   fi

@@ -14,7 +14,10 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import tiny
+import torch
 import yaml
+
+from tests.acoustic.test_transducer_sources import Encoder, Export, write
 
 EGS = Path(__file__).resolve().parents[2] / "egs"
 
@@ -112,6 +115,16 @@ def test_a_new_corpus_is_the_files_of_the_page(tmp_path: Path) -> None:
     left = [row[0] for row in rows("exp-hf")]
     assert {"ctc-prefix", "llm-nbest-rescoring", "llm-delayed-shortest"} <= set(left)
     assert not [name for name in left if "attention" in name or "nlm" in name or "ngram" in name]
+
+    torch.manual_seed(6)
+    folder = tiny.write_bpe(tmp_path / "rnnt").parent
+    transducer = write(Export(tiny.piece_count(), Encoder()).eval(), folder)
+    methods = "rnnt-beam,rnnt-llm-delayed-shortest"
+    run("decode.sh", "--llm", str(llm), "--emissions", transducer, "--methods", methods, "--confirm", "2",
+        "--exp-dir", "exp-rnnt")
+    assert [row[0] for row in rows("exp-rnnt")] == methods.split(",")
+    weights = yaml.safe_load((recipe / "exp-rnnt" / "weights.yaml").read_text())["weights"]
+    assert list(weights) == ["rnnt-llm-delayed-shortest"]
 
     for pieces in ("39", "38"):  # what was set aside stays as it is
         run("prepare.sh", "--source", str(corpus), "--pieces", pieces, "--workers", "1", "--stop-stage", "1")
