@@ -252,7 +252,7 @@ def test_a_kernel_that_cannot_be_made_leaves_the_search_to_tensors(monkeypatch, 
 
     monkeypatch.setattr(gpu.GpuSearch, "_launch", broken)
     monkeypatch.setattr(native, "NativeSearch", NoKernel)  # what auto takes on a CPU
-    engines._tell.cache_clear()
+    engines.tell.cache_clear()
     nbests = decode("auto", log_probs, lens)
     assert [listing(nbest) for nbest in nbests] == [listing(nbest) for nbest in usual]
     assert "out of resource" in caplog.text and "Traceback" in caplog.text
