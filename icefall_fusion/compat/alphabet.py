@@ -80,14 +80,14 @@ class Alphabet:
         return cls(values["labels"], values["is_bpe"])
 
     def tokens(self) -> AcousticTokens:
-        """Return the vocabulary that the search wants."""
+        """Return the vocabulary that a search wants: only spaces and marks part words, as in pyctcdecode."""
         blank = self._labels.index("") if "" in self._labels else -1
         check(blank >= 0, "labels", 'have a blank ("")', self._labels)
         pieces = ["<unk>" if label in (UNK_BPE_TOKEN, UNK_TOKEN) else label for label in self._labels]
         if self._is_bpe:
-            return AcousticTokens.from_pieces(pieces, blank, BPE_TOKEN)
+            return AcousticTokens.from_pieces(pieces, blank, BPE_TOKEN, unspaced=False)
         delimiter = " " if " " in pieces else None
-        return AcousticTokens.from_pieces(pieces, blank, _NO_WORD_START, delimiter)
+        return AcousticTokens.from_pieces(pieces, blank, _NO_WORD_START, delimiter, unspaced=False)
 
 
 def _from_word_pieces(label: str) -> str:

@@ -88,7 +88,8 @@ SPANISH = Reading(
         re.compile(r"\s(?=(?:y|e|o|u|ni|pero|sino|que|quien|cuando|donde|mientras|como|si|porque|pues|para)\s)"),
     ),
     re.compile(
-        r"^(?:cap[íi]tulo|libro|parte|tomo|escena|acto|carta|fin|nota|jornada|[IVXLC]+)\b", re.IGNORECASE
+        r"^(?:cap[íi]tulo|libro|parte|tomo|escena|acto|carta|fin|nota|jornada|(?-i:[IVXLC]+))\b",
+        re.IGNORECASE,
     ),
     ".!?…\"'’”»):;,",
     frozenset(
@@ -106,7 +107,10 @@ MANDARIN = Reading(
     re.compile(r"([。！？…!?]+)[”’」』）】]*"),
     None,
     (re.compile(r"[；：;:][”’」』）]*"), re.compile(r"[，、,。！？][”’」』）]*")),
-    re.compile(r"^(?:第[零〇一二三四五六七八九十百千0-9]+[回章卷节篇部]|[一二三四五六七八九十]+$|完$|附)"),
+    re.compile(
+        r"^(?:第[零〇一二三四五六七八九十百千0-9]+[回章卷节篇部](?:[\s：:]|$)"
+        r"|[一二三四五六七八九十]+$|完$|附[录錄注註])"
+    ),
     "。！？…”’」』）：；，",
     frozenset(),
     re.compile(r"[^\u4e00-\u9fff，。！？；：、“”‘’「」『』（）…— ]"),

@@ -27,6 +27,11 @@ _NORMALIZERS = {
 _ANY = "icefall_fusion.text.any_script:normalize"
 #: Languages that are written without spaces between words, by their ISO 639 codes.
 _UNSPACED = frozenset("zh yue wuu ja th lo my km".split())
+#: Codes of ISO 639-2 and 639-3 for languages that a rule above names by two letters.
+_TWO_LETTERS = {
+    "eng": "en", "spa": "es", "zho": "zh", "chi": "zh", "cmn": "zh", "jpn": "ja", "tha": "th", "lao": "lo",
+    "mya": "my", "bur": "my", "khm": "km",
+}
 _CODE = re.compile(r"[a-z]{2,3}(?:-[A-Za-z0-9]{2,8})*")
 _ADDRESS = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 _SHOWN = 60  # characters of a text in a message
@@ -58,8 +63,9 @@ class Language:
 
     @property
     def base(self) -> str:
-        """The name without a region: ``pt`` of ``pt-BR``."""
-        return self.name.partition("-")[0]
+        """The name without a region, by two letters if it can be: ``pt`` of ``pt-BR``, ``zh`` of ``cmn``."""
+        code = self.name.partition("-")[0]
+        return _TWO_LETTERS.get(code, code)
 
     @property
     def unit(self) -> str:
@@ -126,7 +132,7 @@ def language_of(name: str = "", normalizer: str = "", kept: Optional[Mapping[str
 
 
 def check_texts(texts: Mapping[str, Optional[str]], language: Language, name: str = "references") -> None:
-    """Refuse texts whose words the language has none of, and warn of texts that it keeps in part.
+    """Refuse texts that are in another language, and warn of those that the language keeps in part or not.
 
     Args:
         texts: by utterance id; None and empty ones count as no text.
@@ -134,12 +140,15 @@ def check_texts(texts: Mapping[str, Optional[str]], language: Language, name: st
         name: of the texts, for messages.
 
     Raises:
-        ValueError: the letters of a text all vanish, or its digits; the message has their number and an
+        ValueError: of most texts all letters vanish, or all digits; the message has their number and an
             example.
     """
-    vanished, empty, partly = [], [], []
+    vanished, empty, partly, silent = [], [], [], 0
     for utterance, text in texts.items():
-        if not text or (text.isascii() and not language.normalizer and any(map(str.isalnum, text))):
+        if not text:
+            silent += 1
+            continue
+        if (text.isascii() and not language.normalizer and any(map(str.isalnum, text))):
             continue
         lost, letters = language.lost(text), set(filter(str.isalpha, text))
         if letters and letters.issubset(lost):
@@ -155,11 +164,14 @@ def check_texts(texts: Mapping[str, Optional[str]], language: Language, name: st
     def example(ids: list[str]) -> str:
         return f"{ids[0]}: {texts[ids[0]][:_SHOWN]!r}"
 
-    if vanished:
+    if 2 * len(vanished) > len(texts) - silent - len(empty):
         raise ValueError(
             f"{name} must have words of the language {language.name!r}, but of {len(vanished)} of "
             f"{len(texts)} no word is left, e.g. {example(vanished)}; name their language by --language"
         )
+    if vanished:
+        logging.warning("%s: the language %r has no word of %d of %d, e.g. %s", name, language.name,
+                        len(vanished), len(texts), example(vanished))
     if empty:
         logging.warning("%s: %d of %d have signs alone and no words, e.g. %s", name, len(empty), len(texts),
                         example(empty))

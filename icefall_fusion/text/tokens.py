@@ -40,6 +40,7 @@ class AcousticTokens:
         word_start: str,
         delimiter: Optional[str],
         processor: Any = None,
+        unspaced: bool = True,
     ) -> None:
         check(isinstance(pieces, Sequence), "pieces", "be a sequence of text", type(pieces).__name__)
         check(len(pieces) >= 2, "pieces", "hold a blank and at least one more piece", len(pieces))
@@ -62,13 +63,15 @@ class AcousticTokens:
         self._delimiter_id = None if delimiter is None else self._ids[delimiter]
         self.word_start = word_start
         self.processor = processor
+        self._unspaced = unspaced
         silent = {blank_id, self._delimiter_id} | {self._ids.get(mark) for mark in _SENTENCE_MARKS}
         self._texts: list[str] = []  # text that each id adds to its word
         self.starts_word: list[bool] = []
         for index, piece in enumerate(self.pieces):
             starts = delimiter is None and index not in silent and piece.startswith(word_start)
             text = piece[len(word_start) :] if starts else piece
-            starts = starts or index not in silent and not text.isascii() and _scripts().begins_unit(text)
+            if unspaced and index not in silent and not text.isascii():
+                starts = starts or _scripts().begins_unit(text)
             text = "" if index in silent else UNKNOWN_TEXT if index == self.unk_id else text
             check(" " not in text, f"pieces[{index}]", "hold no space inside a word (see delimiter)", piece)
             self._texts.append(text)
@@ -119,6 +122,7 @@ class AcousticTokens:
         blank_id: int,
         word_start: str = WORD_START,
         delimiter: Optional[str] = None,
+        unspaced: bool = True,
     ) -> "AcousticTokens":
         """Make the vocabulary of any CTC model from its pieces in id order.
 
@@ -127,11 +131,12 @@ class AcousticTokens:
             blank_id: id of the CTC blank.
             word_start: prefix of the pieces that begin a word; empty: every piece is a word.
             delimiter: the piece between words ("|" in letter vocabularies); None: pieces say it themselves.
+            unspaced: pieces of scripts without spaces begin words; False: only a mark or the delimiter does.
 
         Raises:
             ValueError: blank or delimiter is not in the vocabulary, or a piece is no text or repeats another.
         """
-        return cls(pieces, blank_id, word_start, delimiter)
+        return cls(pieces, blank_id, word_start, delimiter, unspaced=unspaced)
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text of words with single spaces (none for an empty text).
@@ -141,12 +146,12 @@ class AcousticTokens:
         Raises:
             ValueError: a character is in no piece and there is no unknown piece.
         """
-        runs = [text] if text.isascii() else _scripts().runs(text)
+        runs = [text] if text.isascii() or not self._unspaced else _scripts().runs(text)
         if self.processor is not None:
             return self.processor.encode("".join(runs))
         ids: list[int] = []
         for run in runs:
-            if not run.isascii() and _scripts().begins_unit(run):
+            if self._unspaced and not run.isascii() and _scripts().begins_unit(run):
                 ids.extend(self._encode_word(run))
                 continue
             for number, word in enumerate(word for word in run.split(" ") if word):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from icefall_fusion.common.checks import check, check_at_least
 from icefall_fusion.lm import adapters, loading, transplant
 from icefall_fusion.lm.starts import BetterStart, better_start
+from icefall_fusion.text.scripts import split_units
 from icefall_fusion.text.tokens import AcousticTokens
 from icefall_fusion.train.token_stream import TokenBatch, attention_mask
 
@@ -99,9 +100,9 @@ class Base:
         return self.vocabulary.tokenizer(texts, add_special_tokens=False)["input_ids"]
 
     def count_words(self, ids: list[int]) -> int:
-        """Return the number of words of a document."""
+        """Return the number of words of a document; of scripts without spaces that of characters."""
         decoder = self.vocabulary.pieces or self.vocabulary.tokenizer
-        return len(decoder.decode(ids).split())
+        return len(split_units(decoder.decode(ids)))
 
     def check_length(self, length: int) -> None:
         """Raise ValueError when rows are longer than the model's positions or its attention window."""

@@ -26,7 +26,7 @@ def check_spelling(path: Path, tokens: AcousticTokens, language: Language) -> No
         language: of the text.
 
     Raises:
-        ValueError: all words of a text vanish in the language, or the pieces spell no character of any text.
+        ValueError: most texts have no word of the language, or the pieces spell no character of any text.
     """
     texts: dict[str, str] = {}
     for _, line in itertools.islice(read_lines(path), LOOKED_AT):

@@ -106,6 +106,15 @@ def test_labels_of_all_styles(labels, text) -> None:
     assert build_ctcdecoder(labels).decode(spoken(labels, spell)) == text
 
 
+@pytest.mark.parametrize("path,text", [
+    ([0, 1, 2, 3], "你好 a"), ([0, 2, 1, 2, 3], "你 好 a"), ([3, 0, 1], "a你好"),
+])
+def test_spaces_alone_part_words_of_any_script(path, text) -> None:
+    labels = ["你", "好", " ", "a", ""]
+    beam = build_ctcdecoder(labels).decode_beams(spoken(labels, path))[0]
+    assert beam.text == text and [word for word, _ in beam.text_frames] == text.split()
+
+
 def test_a_missing_blank_is_one_more_label() -> None:
     decoder = build_ctcdecoder([" ", "a"])
     assert decoder.decode(spoken([" ", "a", ""], [1, 2, 1, 0, 1])) == "aa a"

@@ -63,6 +63,24 @@ def test_sentences_of_mandarin() -> None:
     assert books.paragraph_utterances("第三回 风雪", 2, 20, MANDARIN) == []
 
 
+@pytest.mark.parametrize("reading,sentence", [
+    (SPANISH, "Vi a un hombre en la puerta."), (SPANISH, "Civil era su trato."),
+    (MANDARIN, "附近有很多人在看书。"), (MANDARIN, "第一回见到他的时候，天下着雪。"),
+    (MANDARIN, "第二部分的人走了。"),
+])
+def test_sentences_that_begin_like_headings_are_kept(reading, sentence) -> None:
+    assert books.paragraph_utterances(sentence, 2, 80, reading) == [sentence]
+
+
+@pytest.mark.parametrize("reading,heading", [
+    (SPANISH, "XIV."), (SPANISH, "II. De lo que pasó."), (SPANISH, "capítulo ii."),
+    (MANDARIN, "第一回：见面。"), (MANDARIN, "第十二章"), (MANDARIN, "附录一。"),
+    (MANDARIN, "完"), (MANDARIN, "十二"),
+])
+def test_headings_are_left_out(reading, heading) -> None:
+    assert books.paragraph_utterances(heading, 1, 80, reading) == []
+
+
 def test_sentences_of_other_languages() -> None:
     assert reading_of(Language("ru")) is GENERIC
     assert books.sentences("Он пришёл. Она ушла! Почему? Да.", GENERIC) == [

@@ -167,6 +167,20 @@ def test_references_of_another_language_are_an_error_and_not_a_rate_of_nothing(t
     assert main([*options, "--normalizer", "nowhere:f"]) == 2
 
 
+@pytest.mark.parametrize("measure", ["printed", "libriheavy"])
+def test_measures_that_do_not_normalize_do_not_ask_the_language(measure, tmp_path) -> None:
+    texts = {"u1": "你好 世界", "u2": "Привет"}
+    counts = word_errors(texts, texts, measure)
+    assert (counts.words, counts.errors) == ({"printed": 3, "libriheavy": 0}[measure], 0)
+    assert write_wer_files(tmp_path, "test", "key", texts, texts, measure) == counts
+
+
+def test_one_reference_of_another_script_stops_no_score() -> None:
+    texts = {"u1": "hello there", "u2": "Ἀχιλλεύς", "u3": "a cat"}
+    counts = word_errors(texts, texts)
+    assert (counts.words, counts.errors) == (4, 0)
+
+
 def test_a_run_file_says_its_language(tmp_path, capsys) -> None:
     (tmp_path / "ref.txt").write_text("u1 你好\n", encoding="utf-8")
     write_nbests(tmp_path / "lists.jsonl", [nbest("u1", "你 坏", "你 好")])

@@ -165,14 +165,32 @@ def test_bad_languages(name, normalize, message) -> None:
 
 
 def test_text_that_vanishes_is_an_error_with_the_text() -> None:
-    texts = {"u1": "hello", "u2": "你好", "u3": "Привет", "u4": "", "u5": None}
-    with pytest.raises(ValueError, match="'en', but of 2 of 5 no word is left, e.g. u2: '你好'; .*--lang"):
+    texts = {"u1": "hello", "u2": "你好", "u3": "Привет", "u4": "", "u5": None, "u6": "..."}
+    with pytest.raises(ValueError, match="'en', but of 2 of 6 no word is left, e.g. u2: '你好'; .*--lang"):
         check_texts(texts, ENGLISH)
-    with pytest.raises(ValueError, match="of 2 of 5 no word is left"):
+    with pytest.raises(ValueError, match="of 2 of 6 no word is left"):
         check_texts(texts, Language("es"))
     with pytest.raises(ValueError, match="of 1 of 1 no word is left"):
         check_texts({"u1": "你好３"}, ENGLISH)  # "three" would be left
     check_texts(texts, Language("zh"))
+
+
+def test_a_few_texts_that_vanish_are_told_and_stop_nothing(caplog) -> None:
+    with caplog.at_level(logging.WARNING):
+        check_texts({"u1": "hello", "u2": "Ἀχιλλεύς", "u3": "a cat", "u4": "你好"}, ENGLISH)
+    (record,) = caplog.records
+    assert "the language 'en' has no word of 2 of 4, e.g. u2: 'Ἀχιλλεύς'" in record.getMessage()
+
+
+@pytest.mark.parametrize("name,base,rate", [
+    ("cmn", "zh", "CER"), ("zho", "zh", "CER"), ("chi", "zh", "CER"), ("cmn-Hans", "zh", "CER"),
+    ("jpn", "ja", "CER"), ("tha", "th", "CER"), ("khm", "km", "CER"), ("eng", "en", "WER"),
+    ("spa", "es", "WER"), ("rus", "rus", "WER"),
+])
+def test_codes_of_three_letters_are_the_same_languages(name, base, rate) -> None:
+    language, same = Language(name), Language(base)
+    assert (language.base, language.rate) == (base, rate)
+    assert language.normalize("Mr. 3 n.º 2个") == same.normalize("Mr. 3 n.º 2个")
 
 
 def test_text_that_is_kept_in_part_gets_one_warning_with_an_example(caplog) -> None:

@@ -65,6 +65,12 @@ def test_every_piece_is_a_word_without_a_mark() -> None:
     assert tokens.words([1, 0, 2, 1]) == ["x", "y", "x"]
 
 
+def test_only_marks_begin_words_where_that_is_asked_for() -> None:
+    tokens = AcousticTokens.from_pieces(["", "|", "你", "好", "a"], 0, delimiter="|", unspaced=False)
+    assert tokens.words([2, 3, 1, 4, 2]) == ["你好", "a你"]
+    assert tokens.encode("你好 a你") == [2, 3, 1, 4, 2]
+
+
 @given(st.lists(st.integers(0, MARKED.size - 1), max_size=12), st.sampled_from([MARKED, LETTERS]))
 def test_spans_are_ordered_disjoint_and_spell_the_words(ids: list[int], tokens: AcousticTokens) -> None:
     ids = [index % tokens.size for index in ids]

@@ -143,8 +143,11 @@ def test_text_that_pieces_or_language_do_not_spell_is_told(data_dir: Path, tmp_p
     assert "2 of 3 texts" in caplog.text and "e.g. 'z' in u0: 'low zebra'" in caplog.text
     with pytest.raises(ValueError, match="texts must be spelled by the acoustic pieces.*'你好'"):
         check_spelling(manifest("你好", "世界"), tokens, Language("zh"))
-    with pytest.raises(ValueError, match="must have words of the language 'en', but of 1 of 2"):
-        check_spelling(manifest("low", "世界"), tokens, Language())
+    with pytest.raises(ValueError, match="must have words of the language 'en', but of 2 of 3"):
+        check_spelling(manifest("low", "世界", "你好"), tokens, Language())
+    caplog.clear()
+    check_spelling(manifest("low", "世界", "mid"), tokens, Language())
+    assert "the language 'en' has no word of 1 of 3, e.g. u1: '世界'" in caplog.text
 
 
 def test_training_resumes_to_the_same_model_and_exports_an_average(data_dir: Path, tmp_path: Path) -> None:

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from icefall_fusion.lm import CausalLm, adapters, starts
+from icefall_fusion.lm import CausalLm, adapters, loading, starts
 from icefall_fusion.train import lora
 from icefall_fusion.train.checkpoints import load_checkpoint, newest_checkpoint
 from icefall_fusion.train.language_model import TrainLmOptions, run
@@ -244,3 +245,14 @@ def test_bad_input_is_named(base: Path, text: Path, tmp_path: Path) -> None:
     for wrong in ({"max_group": 0}, {"cased_share": 2.0}, {"share": 0.0}, {"text": "upper"}):
         with pytest.raises(ValueError, match=f"DocumentOptions.{next(iter(wrong))} must"):
             DocumentOptions(**wrong)
+
+
+def test_each_character_is_a_word_where_words_have_no_spaces() -> None:
+    letters = sorted(set("你好，世界 ok the cat sat a café"))
+    spelled = tokenizers.Tokenizer(tokenizers.models.BPE({letter: n for n, letter in enumerate(letters)}, []))
+    spelled.decoder = tokenizers.decoders.Fuse()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=spelled)
+    base = Base("letters", "letters", None, loading.Vocabulary(tokenizer, None, 0, 1))
+    for text, words in (("你好，世界 ok", 6), ("the cat sat", 3), ("a café", 2)):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert len(ids) == len(text) and base.count_words(ids) == words
