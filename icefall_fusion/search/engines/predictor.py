@@ -30,44 +30,48 @@ class ContextTable:
 
         ``function`` makes values [N, J] of contexts; it is called once for all new ones.
         """
-        rows, known, new = [], self.rows, []
-        for context in map(tuple, contexts.tolist()):
-            row = known.get(context)
-            if row is None:
-                row = known[context] = len(known)
-                new.append(context)
-            rows.append(row)
+        asked = [tuple(context) for context in contexts.tolist()]
+        new = [context for context in dict.fromkeys(asked) if context not in self.rows]
         if new:
-            self._add(function(torch.tensor(new, dtype=torch.int64)).float())
-        return torch.tensor(rows, dtype=torch.int64)
+            self._add(new, function(torch.tensor(new, dtype=torch.int64)).float())
+        return torch.tensor([self.rows[context] for context in asked], dtype=torch.int64)
 
-    def _add(self, values: Tensor) -> None:
-        count, first = len(self.rows), len(self.rows) - len(values)
+    def _add(self, contexts: list[tuple[int, ...]], values: Tensor) -> None:
+        first = len(self.rows)
+        count = first + len(contexts)
         if count > len(self.values):
-            longer = values.new_zeros(max(64, 2 * count), values.shape[1])
+            with torch.inference_mode(False):  # a table outlives the mode in which it grows
+                longer = values.new_zeros(max(64, 2 * count), values.shape[1])
             longer[:first] = self.values[:first] if first else 0.0
             self.values = longer
         self.values[first:count] = values
+        self.rows.update(zip(contexts, range(first, count)))  # last: no context without its values
 
 
 _TABLES: MutableMapping[object, ContextTable] = weakref.WeakKeyDictionary()
 
 
-def predictor_table(model: Transducer) -> ContextTable:
+def take_table(model: Transducer) -> ContextTable:
     """Return the predictor's outputs by context, row 0 those of the start; kept from search to search.
 
-    A table is made anew when the model says something else of the start: it was trained on.
+    The table is the caller's alone until `keep_table`: a search beside it, in another thread too, makes its
+    own. It is made anew when the model says something else of the start: it was trained on.
     """
     start = torch.tensor([model.start], dtype=torch.int64)
     output, table = model.predict(start).float(), None
     with contextlib.suppress(TypeError):  # it can have no weak reference, or no hash
-        table = _TABLES.get(model)
-    if table is None or len(table.rows) > _MOST or not torch.equal(table.values[:1], output):
+        table = _TABLES.pop(model, None)
+    if table is None or not torch.equal(table.values[:1], output):
         table = ContextTable()
         table.find(start, lambda contexts: output)
+    return table
+
+
+def keep_table(model: Transducer, table: ContextTable) -> None:
+    """Keep a table that `take_table` gave for the next search, unless it has grown too large."""
+    if len(table.rows) <= _MOST:
         with contextlib.suppress(TypeError):
             _TABLES[model] = table
-    return table
 
 
 class Contexts:
@@ -86,7 +90,7 @@ class Contexts:
         start = torch.tensor(model.start, dtype=torch.int64, device=beam.node.device)
         self.last = start.repeat(*beam.node.shape, 1)  # [B, K, c]
         self.tabled = beam.node.device.type == "cpu"
-        self.table = predictor_table(model) if self.tabled else ContextTable()
+        self.table = take_table(model) if self.tabled else ContextTable()
         self.row = torch.zeros_like(beam.node)  # [B, K], of the table
 
     def outputs(self, slots: Tensor) -> Tensor:
@@ -94,6 +98,11 @@ class Contexts:
         if self.tabled:
             return self.table.values[self.row.reshape(-1)[slots]]
         return self.model.predict(self.last.flatten(0, 1)[slots]).float()
+
+    def keep(self) -> None:
+        """Keep the outputs for the next search; this one asks no more."""
+        if self.tabled:
+            keep_table(self.model, self.table)
 
     def follow(self, source: Tensor, grew: Tensor) -> None:
         """Let each slot [B, K] have the context of slot ``source``, and its last piece where it ``grew``."""

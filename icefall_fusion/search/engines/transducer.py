@@ -109,6 +109,7 @@ class TransducerEngine:
             self.lost |= ~(self.beam.log_total.amax(1) > _NEVER)
             if self.fusions.members:
                 self.fusions.fuse(self.beam, frame, self.live[:, frame])
+        self.contexts.keep()
 
     def _search_frame(self, frame: int, active: Tensor) -> None:
         beam, running = self.beam, active.unsqueeze(1)

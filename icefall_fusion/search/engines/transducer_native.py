@@ -16,7 +16,7 @@ from torch import Tensor
 from icefall_fusion.common.unavailable import Unavailable
 from icefall_fusion.search.engines.base import CompiledSearch, FramePlan
 from icefall_fusion.search.engines.native import NativeSearch
-from icefall_fusion.search.engines.predictor import predictor_table
+from icefall_fusion.search.engines.predictor import keep_table, take_table
 from icefall_fusion.search.engines.transducer import marked_frames
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class NativeTransducer(NativeSearch):
         self.powers = base ** torch.arange(len(model.start) - 1, -1, -1)
         self.base, self.encoder = base, self.log_probs.contiguous().flatten(0, 1)
         self.start = int((self.powers * (torch.tensor(model.start) + 1)).sum())
-        self.outputs = predictor_table(model)  # by context; self.table has them as the compiled code counts
+        self.outputs = take_table(model)  # by context; self.table has them as the compiled code counts
         self.table, self._known = torch.zeros(0, self.encoder.shape[1]), 0
         self._predict(torch.tensor([self.start]))
         arena, rows = beam.arena, 1 + self.frames * self.symbols
@@ -78,6 +78,7 @@ class NativeTransducer(NativeSearch):
         self.state = self.library.transducer_open(settings, self.symbols, self.base, power, self.start)
         try:
             yield from CompiledSearch.steps(self)
+            keep_table(self.model, self.outputs)
         finally:
             self.library.transducer_close(self.state)
 
