@@ -12,10 +12,22 @@ _QUOTES = str.maketrans(dict.fromkeys("’‘ʼ‛´ʹ＇", "'"))
 _INNER = re.compile(r"(?<=\w)'(?=\w)")
 _KEPT = ("L", "M", "N")
 _PLAIN = re.compile(r"[a-z0-9 ]*")
+_FRACTIONS, _RAISED = "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅐⅛⅜⅝⅞⅑⅒⅟↉", "⁰¹²³⁴⁵⁶⁷⁸⁹₀₁₂₃₄₅₆₇₈₉"
+#: Where NFKC would join two numbers to one: 3½ would be 31/2, and 10² be 102.
+_JOINT = re.compile(
+    rf"(?<=\d)(?=[{_FRACTIONS}{_RAISED}])|(?<=[{_FRACTIONS}{_RAISED}])(?=\d)"
+    rf"|(?<=[{_FRACTIONS}])(?=[{_FRACTIONS}{_RAISED}])|(?<=[{_RAISED}])(?=[{_FRACTIONS}])"
+)
+_DIGIT = re.compile(r"(?![0-9])\d")
 
 
 def fold(text: str) -> str:
-    """Return a text in lower case and in NFKC: full-width forms are plain, accents are joined to letters."""
+    """Return a text in lower case and in NFKC: full-width forms are plain, accents are joined to letters.
+
+    Digits of all scripts are 0-9. There is a space between a number and a fraction sign or raised digits.
+    """
+    if not text.isascii():
+        text = _DIGIT.sub(lambda match: str(unicodedata.decimal(match.group())), _JOINT.sub(" ", text))
     while True:  # a lower-case letter may have another compatible form
         folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).lower())
         if folded == text:

@@ -35,6 +35,7 @@ _TWO_LETTERS = {
 _CODE = re.compile(r"[a-z]{2,3}(?:-[A-Za-z0-9]{2,8})*")
 _ADDRESS = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 _SHOWN = 60  # characters of a text in a message
+_WORD_CATEGORIES = ("Lu", "Ll", "Lo", "Lt", "Nd", "Nl", "No")
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ class Language:
         return join_words(words)
 
     def lost(self, text: str) -> list[str]:
-        """Return the letters of a text that the normalizer does not keep: those of another script."""
+        """Return the letters and digits that the normalizer does not keep: those of another script."""
         if text.isascii() and not self.normalizer:
             return []
         return sorted({letter for letter in text if not letter.isascii() and _is_lost(self, letter)})
@@ -183,7 +184,7 @@ def check_texts(texts: Mapping[str, Optional[str]], language: Language, name: st
 
 @functools.lru_cache(maxsize=65536)
 def _is_lost(language: Language, letter: str) -> bool:
-    return unicodedata.category(letter) in ("Lu", "Ll", "Lo", "Lt") and not language.normalize(letter)
+    return unicodedata.category(letter) in _WORD_CATEGORIES and not language.normalize(letter)
 
 
 @functools.lru_cache(maxsize=None)

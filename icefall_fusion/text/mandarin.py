@@ -4,6 +4,7 @@ Knows: Han characters, how numbers are read. Must not know: pieces, models, file
 from __future__ import annotations
 
 import re
+import unicodedata
 
 from icefall_fusion.text import any_script
 
@@ -13,29 +14,50 @@ _MYRIADS = ((10**8, "亿"), (10**4, "万"))
 _MOST_DIGITS = 16
 _HAS_DIGIT = re.compile("[0-9]")
 _GROUPED = re.compile(r"(?<![0-9])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])")
-_YEAR = re.compile(r"(?<![0-9.])([0-9]{2,4})(?=年)")
-_CLOCK = re.compile(r"(?<![0-9])([01]?[0-9]|2[0-4]):([0-5][0-9])(?![0-9])")
-_FRACTION = re.compile(r"(?<![0-9])([0-9]+)[/⁄]([0-9]+)(?![0-9])")
-_COUNTERS = "个位只条张本件次种天年岁点块家座杯瓶辆"
-_NUMBER = re.compile(rf"((?<![0-9a-z])-)?([0-9]+)(\.[0-9]+)?(\s?%)?([{_COUNTERS}])?")
-_MONEY = re.compile(r"([¥￥$€£])\s?([0-9]+(?:\.[0-9]+)?)([万亿]*)")
-_CURRENCIES = {"¥": "元", "￥": "元", "$": "美元", "€": "欧元", "£": "英镑"}
+_ZEROS = re.compile("(?<=[零〇一二三四五六七八九])○+|○+(?=[零〇一二三四五六七八九])")
+_POWER = re.compile(r"(?<=\d)([⁰¹²³⁴⁵⁶⁷⁸⁹]+)")
+_POWERS = {2: "平方", 3: "立方"}
+_DATE = re.compile(r"(?<![0-9./-])([0-9]{4})([-/])(0?[1-9]|1[0-2])\2(0?[1-9]|[12][0-9]|3[01])(?![0-9/-])")
+_TO = re.compile(
+    r"(?<=(?<![0-9.])[0-9]{4})[-~–—](?=[0-9]{4}\s?年)|(?<=:[0-5][0-9])[-~–—](?=[0-9]{1,2}:[0-5][0-9])"
+)
+_YEAR = re.compile(r"(?<![0-9.])([0-9]{4})(?=(?:[至到][0-9]{4})?\s?年(.{0,3}))")
+_LONG_AGO = re.compile("前(?![后後0-9一二三四五六七八九十两半])|的?[历歷]史|之久")
+_RANGE = re.compile(
+    r"(?<![0-9a-z./:~–—])(?<![0-9a-z%‰]-)((?:0|[1-9][0-9]*)(?:\.[0-9]+)?)(\s?[%‰])?[-~–—](-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?)"
+    r"(?![0-9]|[.:/~–—-]+[0-9])"
+)
+_CLOCK = re.compile(r"(?<![0-9:])([01]?[0-9]|2[0-4]):([0-5][0-9])(?::([0-5][0-9]))?(?![0-9:])")
+_RATIO = re.compile(r"(?<=[0-9]):(?=[0-9])")
+_FRACTION = re.compile(r"(?:(?<![0-9./])([0-9]+)\s)?(?<![0-9/⁄])([0-9]+)[/⁄]([0-9]+)(?![0-9/⁄])")
+_COUNTERS = "(?!年[级級]|次方)[个個位只条张本件次种天年岁点块家座杯瓶辆]"
+_COUNTER = re.compile(rf"\s?{_COUNTERS}")
+_NUMBER = re.compile(rf"((?<![0-9a-z])-)?([0-9]+)(\.[0-9]+)?(\s?[%‰])?(?:\s?({_COUNTERS}))?")
+_PARTS = {"%": "百分之", "‰": "千分之"}
+_MONEY_BEFORE = re.compile(r"(?<![0-9万亿])([¥$€£])\s?([0-9]+(?:\.[0-9]+)?)([万亿]*)")
+_MONEY_AFTER = re.compile(r"(?<=[0-9万亿])\s?([¥$€£])")
+_CURRENCIES = {"¥": "元", "$": "美元", "€": "欧元", "£": "英镑"}
 
 
 def normalize(text: str) -> str:
     """Return the spoken characters of Mandarin text, without spaces but between words of Latin letters.
 
-    Arabic digits are read out: 2024年 by digits, 1,205 as a number, 30% as 百分之三十, 8:30 as 八点三十分.
-    〇 is 零. Simplified and traditional characters stay what they are. Idempotent.
+    Arabic digits are read out: 2024年 by digits, 1,205 as a number, 30% as 百分之三十, 8:30 as 八点三十分,
+    3:2 as 三比二, 5-10 as 五到十, 2024-01-05 as a date. 〇 is 零.
+    Simplified and traditional characters stay what they are. Idempotent.
     """
-    text = any_script.fold(text).replace("−", "-")
+    text = any_script.fold(_POWER.sub(_read_power, text)).replace("−", "-")
+    if "○" in text:
+        text = _ZEROS.sub(lambda match: "零" * len(match.group()), text)
     if _HAS_DIGIT.search(text):
         text = _GROUPED.sub(lambda match: match.group().replace(",", ""), text)
         text = text.replace("°c", "摄氏度").replace("°", "度")
-        text = _MONEY.sub(lambda match: f"{match[2]}{match[3]}{_CURRENCIES[match[1]]}", text)
-        text = _YEAR.sub(lambda match: digit_by_digit(match[1]) if len(match[1]) > 3 else match[1], text)
-        text = _CLOCK.sub(_read_clock, text)
-        text = _FRACTION.sub(lambda match: f"{_whole(match[2])}分之{_whole(match[1])}", text)
+        text = _MONEY_BEFORE.sub(lambda match: f"{match[2]}{match[3]}{_CURRENCIES[match[1]]}", text)
+        text = _MONEY_AFTER.sub(lambda match: _CURRENCIES[match[1]], text)
+        text = _DATE.sub(lambda date: f"{digit_by_digit(date[1])}年{int(date[3])}月{int(date[4])}日", text)
+        text = _RANGE.sub(_read_range, _YEAR.sub(_read_year, _TO.sub("到", text)))
+        text = _RATIO.sub("比", _CLOCK.sub(_read_clock, text))
+        text = _FRACTION.sub(_read_fraction, text)
         text = _NUMBER.sub(_read_number, text)
     return any_script.normalize(text.replace("〇", "零"))
 
@@ -85,19 +107,42 @@ def _whole(digits: str) -> str:
     return number_words(int(digits))
 
 
+def _read_power(match: "re.Match[str]") -> str:
+    power = int(unicodedata.normalize("NFKC", match[1]))
+    return f"的{_POWERS.get(power) or number_words(power) + '次方'}"
+
+
+def _read_year(match: "re.Match[str]") -> str:
+    """Return a year by digits; a number of years stays."""
+    year, ago = int(match[1]), _LONG_AGO.match(match[2]) is not None
+    if not 1000 < year <= 2100 or ago and (year % 100 == 0 or year < 1900):
+        return match[1]
+    return digit_by_digit(match[1])
+
+
+def _read_range(match: "re.Match[str]") -> str:
+    two = match[1] == "2" and not match[2] and _COUNTER.match(match.string, match.end())
+    return f"{'两' if two else match[1]}{match[2] or ''}到{match[3]}"
+
+
+def _read_fraction(match: "re.Match[str]") -> str:
+    whole = f"{_whole(match[1])}又" if match[1] else ""
+    return f"{whole}{_whole(match[3])}分之{_whole(match[2])}"
+
+
 def _read_clock(match: "re.Match[str]") -> str:
-    hour, minute = int(match[1]), int(match[2])
+    hour, minute, second = int(match[1]), int(match[2]), int(match[3] or 0)
     words = "两点" if hour == 2 else number_words(hour) + "点"
-    if minute == 0:
-        return words
-    return f"{words}{'零' if minute < 10 else ''}{number_words(minute)}分"
+    if minute or second:
+        words += f"{'零' if minute < 10 else ''}{number_words(minute)}分" if minute else "零分"
+    return words + (f"{'零' if second < 10 else ''}{number_words(second)}秒" if second else "")
 
 
 def _read_number(match: "re.Match[str]") -> str:
-    minus, digits, decimals, percent, counter = match.groups()
+    minus, digits, decimals, part, counter = match.groups()
     words = _whole(digits)
     if decimals:
         words += "点" + digit_by_digit(decimals[1:])
-    elif counter and words == "二" and not percent:
+    elif counter and words == "二" and not part and not match.string[: match.start()].rstrip().endswith("第"):
         words = "两"
-    return f"{'负' if minus else ''}{'百分之' if percent else ''}{words}{counter or ''}"
+    return f"{'负' if minus else ''}{_PARTS[part.strip()] if part else ''}{words}{counter or ''}"

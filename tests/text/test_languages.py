@@ -36,6 +36,29 @@ MANDARIN = {
     "二〇二四😀": "二零二四",
     "007": "零零七",
 }
+#: What a review found to be read in another way.
+MANDARIN_FORMS = [
+    ("第2个", "第二个"), ("第 2 天", "第二天"), ("第2次", "第二次"), ("2年级", "二年级"), ("2次方", "二次方"),
+    ("2 个", "两个"), ("2天", "两天"), ("12个", "十二个"),
+    ("2024 年", "二零二四年"), ("1000年前", "一千年前"), ("3000年历史", "三千年历史"),
+    ("2000年前", "二千年前"), ("1500年的历史", "一千五百年的历史"), ("1066年", "一零六六年"),
+    ("2023年前三季度", "二零二三年前三季度"), ("2000年前后", "二零零零年前后"),
+    ("2024年历史新高", "二零二四年历史新高"),
+    ("1½", "一又二分之一"), ("3 1/2", "三又二分之一"), ("½3", "二分之一三"), ("10²", "十的平方"),
+    ("10²³", "十的二十三次方"), ("１０²", "十的平方"),
+    ("5-10天", "五到十天"), ("5~10", "五到十"), ("5～10", "五到十"), ("10-20", "十到二十"),
+    ("5-10km", "五到十km"), ("2-3个", "两到三个"), ("5%-10%", "百分之五到百分之十"),
+    ("-10~-5度", "负十到负五度"), ("1.5-2", "一点五到二"), ("5-10-15", "五十十五"), ("b2-3", "b二三"),
+    ("2023-2024年", "二零二三到二零二四年"), ("1990—2000年", "一九九零到二零零零年"),
+    ("12:30-13:45", "十二点三十分到十三点四十五分"),
+    ("2024-01-05", "二零二四年一月五日"), ("2024/1/5", "二零二四年一月五日"), ("1/2/3", "一二三"),
+    ("3:2", "三比二"), ("8:30:15", "八点三十分十五秒"), ("8:00:05", "八点零分零五秒"), ("8:00", "八点"),
+    ("二○○八年", "二零零八年"), ("○○公司", "公司"),
+    ("5‰", "千分之五"), ("100€", "一百欧元"), ("5$", "五美元"), ("5€ 10€", "五欧元十欧元"),
+    ("2万€", "二万欧元"), ("٣个", "三个"),
+]
+ANY_FORMS = [("3½", "3 1 2"), ("½½", "1 2 1 2"), ("10²³", "10 23"), ("²3", "2 3"), ("x²", "x2"),
+             ("٣ ３", "3 3")]
 ANY = {
     "Привет, МИР! Ёлка": "привет мир ёлка",
     "שלום \u200fעולם": "שלום עולם",
@@ -63,6 +86,20 @@ NORMALIZERS = {"es": spanish.normalize, "zh": mandarin.normalize, "any": any_scr
 @pytest.mark.parametrize("name,examples", [("es", SPANISH), ("zh", MANDARIN), ("any", ANY)])
 def test_examples(name, examples) -> None:
     assert {written: NORMALIZERS[name](written) for written in examples} == examples
+
+
+@pytest.mark.parametrize("normalize,written,spoken", [
+    *((mandarin.normalize, *pair) for pair in MANDARIN_FORMS),
+    *((any_script.normalize, *pair) for pair in ANY_FORMS),
+])
+def test_forms_of_numbers(normalize, written, spoken) -> None:
+    assert normalize(written) == spoken and normalize(spoken) == spoken
+
+
+def test_digits_that_vanish_are_told(caplog) -> None:
+    with caplog.at_level(logging.WARNING):
+        check_texts({"u1": "I have ٣ cats", "u2": "ok"}, ENGLISH)
+    assert "'en' does not keep some letters of 1 of 2, e.g. '٣' in u1" in caplog.text
 
 
 def test_numbers_as_mandarin_reads_them() -> None:
