@@ -86,13 +86,18 @@ def transducer_search(
         for _ in engine.steps():
             pass
         if bool(engine.lost.any()):
-            name = inputs.ids[int(engine.lost.int().argmax())]
-            rule = "be numbers, and some above -inf"
-            check(False, f"the joiner's log-probs of utterance {name}", rule, "not so")
+            raise ValueError(_tell_lost(inputs.ids[int(engine.lost.int().argmax())], fusions))
         together.finish(beam)
         shift = options.frame_shift if options.word_times else None
         return export_nbests(beam, inputs, None, options.nbest or options.beam, shift, tokens,
                              together.members, RNNT, engine.peaks)
+
+
+def _tell_lost(name: str, fusions: Sequence[Fusion]) -> str:
+    sources = ", ".join(fusion.source for fusion in fusions)
+    scores = f" and the scores of {sources}" if sources else ""
+    return (f"the joiner's log-probs{scores} of utterance {name} must be numbers and leave a hypothesis above "
+            "-inf, but some are NaN or +inf, or none is left")
 
 
 def check_options(options: Any) -> None:
@@ -136,4 +141,5 @@ def check_encoder(encoder: Tensor, lens: Tensor, model: Transducer, tokens: Opti
     if bool(bad.any()):
         name = names[int(bad.int().argmax())]
         check(False, f"encoder outputs of utterance {name}", "be finite", "NaN or infinite")
+    encoder = encoder.masked_fill(~live.unsqueeze(2), 0.0)  # a GPU asks the joiner of padding too
     return SearchInput(encoder, live.float(), live, lens, names, int(model.blank_id))

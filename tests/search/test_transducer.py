@@ -19,7 +19,9 @@ from transducer_tools import (
     search,
 )
 
+from icefall_fusion.fusion.internal_lm import InternalLmFusion
 from icefall_fusion.search import PrefixSearchOptions
+from icefall_fusion.search.engines.transducer import TransducerEngine
 from icefall_fusion.text.tokens import AcousticTokens
 
 TOKENS_20 = AcousticTokens.from_pieces(["<blk>", *(f"▁{chr(97 + n)}" for n in range(19))], 0)
@@ -237,5 +239,34 @@ def test_scores_that_are_no_numbers_name_the_utterance():
     model.joiner.output_linear.bias.data[2] = math.nan
     for value in (math.nan, math.inf):
         model.joiner.output_linear.bias.data[2] = value
-        with pytest.raises(ValueError, match="log-probs of utterance b must be numbers"):
+        with pytest.raises(ValueError, match="log-probs of utterance b must be numbers .*, or none is left"):
             search(model, encoder, torch.tensor([0, 4]), ids=["a", "b"])
+    with pytest.raises(ValueError, match="log-probs and the scores of ilm of utterance b must be numbers"):
+        search(model, encoder, torch.tensor([0, 4]), None, [InternalLmFusion(model, 0.0)], ids=["a", "b"])
+
+
+def test_sizes_of_a_models_parts_are_compared():
+    encoder = encodings(1, 2, 4)
+    with pytest.raises(ValueError, match=r"encoder must have as many .* a context \(8\), but is 12"):
+        search(TinyTransducer(6), encodings(1, 2, 4, width=12))
+    for wrong in (lambda rows: rows[:, :5], lambda rows: rows[:1], lambda rows: rows[None]):
+        model = TinyTransducer(6)
+        model.join = lambda *both, wrong=wrong: wrong(TinyTransducer.join(model, *both))
+        with pytest.raises(ValueError, match=r"model.join must return log-probs of shape \(2, 6\), but is \("):
+            search(model, encoder)
+
+
+def test_padding_does_no_harm_where_all_slots_are_asked(monkeypatch):
+    """As on a GPU, where the host does not know which slots are open."""
+    def ask_all(self):
+        self.on_host = False
+        return run(self)
+
+    run = TransducerEngine.run
+    model, encoder, lens = TinyTransducer(6), encodings(1, 2, 8), torch.tensor([8, 3])
+    expected = search(model, encoder, lens, engine="torch")
+    monkeypatch.setattr(TransducerEngine, "run", ask_all)
+    for junk in (0.0, math.nan, math.inf):
+        encoder[1, 3:] = junk
+        for one, other in zip(search(model, encoder, lens, engine="torch"), expected):
+            assert_near(listing(one), listing(other))

@@ -61,6 +61,22 @@ def marked_frames(marks: Tensor, path: np.ndarray, most: int) -> np.ndarray:
     return np.minimum.accumulate(frames[:, ::-1], 1)[:, ::-1]
 
 
+def join_states(model: Transducer, encoder: Tensor, states: Tensor) -> Tensor:
+    """Return the joiner's log-probs [n, V] in float32 of encoder outputs and predictor states, both [n, J].
+
+    Raises:
+        ValueError: one of the three has another size than the model's other parts say.
+    """
+    if states.shape != encoder.shape:
+        rule = f"have as many values a frame as the model's predictor a context ({states.shape[-1]})"
+        check(False, "encoder", rule, encoder.shape[-1])
+    log_probs = model.join(encoder, states)
+    if log_probs.shape != (len(encoder), model.vocab_size):
+        rule = f"return log-probs of shape {(len(encoder), model.vocab_size)}"
+        check(False, "model.join", rule, tuple(log_probs.shape))
+    return log_probs.float()
+
+
 class TransducerEngine:
     """One search over one batch: steps of a frame, and after each frame the fusions.
 
@@ -147,7 +163,7 @@ class TransducerEngine:
             if not len(slots):
                 return None
         rows = torch.div(slots, beam.arena.beam, rounding_mode="floor")
-        log_probs = self.model.join(encoder[rows], self.contexts.outputs(slots)).float()
+        log_probs = join_states(self.model, encoder[rows], self.contexts.outputs(slots))
         if ends_alone:
             log_probs = log_probs[:, beam.blank : beam.blank + 1]
         log_probs = log_probs + opened[slots].unsqueeze(1)

@@ -17,7 +17,7 @@ from icefall_fusion.common.unavailable import Unavailable
 from icefall_fusion.search.engines.base import CompiledSearch, FramePlan
 from icefall_fusion.search.engines.native import NativeSearch
 from icefall_fusion.search.engines.predictor import keep_table, take_table
-from icefall_fusion.search.engines.transducer import marked_frames
+from icefall_fusion.search.engines.transducer import join_states, marked_frames
 
 if TYPE_CHECKING:
     from icefall_fusion.acoustic.transducer import Transducer
@@ -54,7 +54,7 @@ class NativeTransducer(NativeSearch):
         self.base, self.encoder = base, self.log_probs.contiguous().flatten(0, 1)
         self.start = int((self.powers * (torch.tensor(model.start) + 1)).sum())
         self.outputs = take_table(model)  # by context; self.table has them as the compiled code counts
-        self.table, self._known = torch.zeros(0, self.encoder.shape[1]), 0
+        self.table, self._known = torch.zeros(0, self.outputs.values.shape[1]), 0
         self._predict(torch.tensor([self.start]))
         arena, rows = beam.arena, 1 + self.frames * self.symbols
         while arena.fields[0].shape[0] < rows:
@@ -90,8 +90,7 @@ class NativeTransducer(NativeSearch):
         while counts[0]:
             encoder, predictor = (values[: counts[0]] for values in self.asked[:2])
             states = self.table.index_select(0, predictor)
-            log_probs = self.model.join(self.encoder.index_select(0, encoder), states)
-            log_probs = log_probs.float().contiguous()
+            log_probs = join_states(self.model, self.encoder.index_select(0, encoder), states).contiguous()
             step(self.state, arrays, rows, log_probs.data_ptr(), log_probs.shape[1], until, stops)
             if counts[1]:
                 self._predict(self.asked[2][: counts[1]])
