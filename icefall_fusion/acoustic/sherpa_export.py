@@ -76,11 +76,12 @@ def export_sherpa(model: CtcAed, folder: str) -> None:
     """Write the three files and the vocabulary of a transducer.
 
     Raises:
-        ValueError: the model has no transducer head or no vocabulary.
+        ValueError: the model has no transducer head, no vocabulary, or another blank than 0.
         Unavailable: the package onnx is not installed.
     """
     head = model.transducer
     check(head is not None, "ExportOptions.model", "have a transducer head", list(model.options.heads))
+    check(head.blank_id == 0, "ExportOptions.model", "have blank 0, as sherpa-onnx takes it", head.blank_id)
     check(model.tokens is not None, "ExportOptions.model", "have a bpe.model", None)
     model = model.cpu().eval()
     bins, size = model.options.encoder.bins, model.options.transducer.joiner_size

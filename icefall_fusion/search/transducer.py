@@ -96,8 +96,8 @@ def transducer_search(
 def _tell_lost(name: str, fusions: Sequence[Fusion]) -> str:
     sources = ", ".join(fusion.source for fusion in fusions)
     scores = f" and the scores of {sources}" if sources else ""
-    return (f"the joiner's log-probs{scores} of utterance {name} must be numbers and leave a hypothesis above "
-            "-inf, but some are NaN or +inf, or none is left")
+    return (f"the joiner's log-probs{scores} of utterance {name} must be numbers and leave a hypothesis "
+            "above -inf, but some are NaN or +inf, or none is left")
 
 
 def check_options(options: Any) -> None:

@@ -433,6 +433,10 @@ def test_only_transducers_are_exported(tmp_path, capsys) -> None:
     folder = tiny.acoustic_model(tmp_path)
     assert main(["export", "--model", str(folder), "--out", str(tmp_path / "onnx")]) == 2
     assert "ExportOptions.model must have a transducer head, but is ['ctc', 'aed']" in capsys.readouterr().err
+    model = load(ours(tmp_path / "other"))
+    model.transducer.blank_id = 3
+    with pytest.raises(ValueError, match="ExportOptions.model must have blank 0, .*but is 3"):
+        export_sherpa(model, str(tmp_path / "onnx"))
     assert not (tmp_path / "onnx").exists()
 
 

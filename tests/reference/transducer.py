@@ -65,14 +65,21 @@ def modified_beam_search(log_probs: LogProbs, frames: int, blank: int,
 
 
 def dictionary_search(log_probs: LogProbs, frames: int, blank: int, beam: int, symbols: int,
-                      extra: Callable[[Prefix], float] = lambda prefix: 0.0) -> list[tuple[Prefix, float]]:
+                      extra: Callable[[Prefix], float] = lambda prefix: 0.0,
+                      score_beam: float = math.inf) -> list[tuple[Prefix, float]]:
     """Return (pieces, log-mass) of the final beam, best first, of the search as we define it.
 
     Equal prefixes are one before pruning. With more than one symbol a frame has steps; a prefix is what has
     ended the frame (done) and what may emit more (open), and both count when it is pruned.
 
     extra: what language models add to a prefix's rank, of its pieces alone.
+    score_beam: a prefix whose rank is further below the best dies, after each step and at a frame's end.
     """
+    def near(masses: dict[Prefix, float]) -> list[Prefix]:
+        ranks = {prefix: mass + extra(prefix) for prefix, mass in masses.items() if mass > NEVER}
+        least = max(ranks.values(), default=NEVER) - score_beam
+        return sorted((p for p in ranks if ranks[p] >= least), key=lambda p: -ranks[p])
+
     beams: dict[Prefix, float] = {(): 0.0}
     for frame in range(frames):
         opened, done = beams, dict.fromkeys(beams, NEVER)
@@ -80,14 +87,14 @@ def dictionary_search(log_probs: LogProbs, frames: int, blank: int, beam: int, s
             opened, done = _step(log_probs, frame, blank, symbols, opened, done)
             total = {prefix: log_add(opened.get(prefix, NEVER), done.get(prefix, NEVER))
                      for prefix in {**done, **opened}}
-            kept = sorted((p for p in total if total[p] > NEVER), key=lambda p: -(total[p] + extra(p)))[:beam]
+            kept = near(total)[:beam]
             opened = {prefix: opened.get(prefix, NEVER) for prefix in kept}
             done = {prefix: done.get(prefix, NEVER) for prefix in kept}
         if symbols == 1:
             beams = opened
         else:
             ends = {p: log_add(done[p], opened[p] + log_probs(frame, p)[blank]) for p in opened}
-            beams = {prefix: mass for prefix, mass in ends.items() if mass > NEVER}
+            beams = {prefix: ends[prefix] for prefix in near(ends)}
     return sorted(beams.items(), key=lambda found: -(found[1] + extra(found[0])))
 
 

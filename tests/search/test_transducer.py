@@ -4,6 +4,7 @@ Knows: the transducer search, tokens. Must not know: large language models.
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +22,8 @@ from transducer_tools import (
 
 from icefall_fusion.fusion.internal_lm import InternalLmFusion
 from icefall_fusion.search import PrefixSearchOptions
-from icefall_fusion.search.engines.transducer import TransducerEngine
+from icefall_fusion.search.engines.transducer import TransducerEngine, open_transducer
+from icefall_fusion.search.fusion import FusionSet
 from icefall_fusion.text.tokens import AcousticTokens
 
 TOKENS_20 = AcousticTokens.from_pieces(["<blk>", *(f"▁{chr(97 + n)}" for n in range(19))], 0)
@@ -178,6 +180,17 @@ def test_score_beam_only_drops_hypotheses():
         assert all(h.total > narrow[0].total - 3.5 for h in narrow) and len(narrow) <= len(wide)
 
 
+@pytest.mark.parametrize("symbols", [1, 2, 3])
+def test_score_beam_prunes_where_the_slow_twin_does(symbols):
+    """After each step, and once more when all have ended the frame."""
+    for seed in range(10):
+        model, encoder = TinyTransducer(8, seed=seed, sharpness=2.0), encodings(seed, 1, 12)
+        expected = dictionary_search(model.rows(encoder[0]), 12, 0, 8, symbols, score_beam=1.5)
+        nbest = search(model, encoder, beam=8, symbols=symbols, score_beam=1.5)[0]
+        found = [score for _, score in listing(nbest)]
+        assert found == pytest.approx([score for _, score in expected], abs=1e-3)
+
+
 def test_text_and_word_times_tell_the_frame_of_emission():
     """The joiner's own output decides: a frame of the encoder asks for one piece strongly."""
     model = TinyTransducer(6, width=8, sharpness=0.0)
@@ -233,6 +246,12 @@ def test_options_that_do_not_serve_are_refused(options):
         PrefixSearchOptions(symbols=0)
 
 
+def test_an_engine_is_refused_where_it_does_not_serve():
+    inputs = SimpleNamespace(log_probs=torch.zeros(1, 1, 1, device="meta"))
+    with pytest.raises(ValueError, match="engine must be auto or torch: it is for cpu, .* are on meta"):
+        open_transducer(inputs, None, None, PrefixSearchOptions(engine="native"), FusionSet([], None))
+
+
 def test_scores_that_are_no_numbers_name_the_utterance():
     model = TinyTransducer(6)
     encoder = encodings(1, 2, 4)
@@ -251,8 +270,8 @@ def test_sizes_of_a_models_parts_are_compared():
         search(TinyTransducer(6), encodings(1, 2, 4, width=12))
     for wrong in (lambda rows: rows[:, :5], lambda rows: rows[:1], lambda rows: rows[None]):
         model = TinyTransducer(6)
-        model.join = lambda *both, wrong=wrong: wrong(TinyTransducer.join(model, *both))
-        with pytest.raises(ValueError, match=r"model.join must return log-probs of shape \(2, 6\), but is \("):
+        model.join = lambda *both, wrong=wrong, join=model.join: wrong(join(*both))
+        with pytest.raises(ValueError, match=r"model.join must return .* \(2, 6\), but is \("):
             search(model, encoder)
 
 

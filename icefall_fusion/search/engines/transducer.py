@@ -17,7 +17,7 @@ from torch import Tensor
 
 from icefall_fusion.common.checks import check
 from icefall_fusion.common.unavailable import Unavailable
-from icefall_fusion.search.beam import ROUNDING, Beam
+from icefall_fusion.search.beam import DEAD_HASH, NO_PARENT_HASH, ROUNDING, Beam
 from icefall_fusion.search.engines import check_serves, tell
 from icefall_fusion.search.engines.candidates import best_pieces, make_pairs
 from icefall_fusion.search.engines.extension_scores import ExtensionScores
@@ -40,7 +40,8 @@ def open_transducer(inputs: SearchInput, model: Transducer, beam: Beam, options:
     Raises:
         ValueError: an engine is asked for by name where it does not serve.
     """
-    if options.engine == "torch" or inputs.log_probs.device.type != "cpu":
+    on_cpu = inputs.log_probs.device.type == "cpu"
+    if options.engine == "torch" or (options.engine == "auto" and not on_cpu):
         return TransducerEngine(inputs, model, beam, options, fusions)
     try:
         from icefall_fusion.search.engines.transducer_native import NativeTransducer
@@ -144,6 +145,18 @@ class TransducerEngine:
             if mass is not None:
                 torch.logaddexp(beam.log_blank, mass[..., 0], out=beam.log_blank)
             beam.log_total.copy_(beam.log_blank)
+            self._drop_ends(active)
+
+    def _drop_ends(self, active: Tensor) -> None:
+        """Let prefixes die that are too far below the best now that all have ended the frame."""
+        beam = self.beam
+        if self.step.score_beam is None:
+            return
+        scores = ranked(beam.log_total, beam.fused)
+        dead = (scores < scores.amax(1, keepdim=True) - self.step.score_beam) & active.unsqueeze(1)
+        for values, never in ((beam.log_total, _NEVER), (beam.log_blank, _NEVER), (beam.hash, DEAD_HASH),
+                              (beam.parent_hash, NO_PARENT_HASH)):
+            values.masked_fill_(dead, never)
 
     def _join(self, encoder: Tensor, ends_alone: bool = False) -> Optional[Tensor]:
         """Return the masses [B, K, V] that open prefixes carry over by each piece and by blank.
