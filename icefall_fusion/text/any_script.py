@@ -8,7 +8,7 @@ import unicodedata
 
 from icefall_fusion.text.scripts import unspaced
 
-_QUOTES = str.maketrans(dict.fromkeys("’‘ʼ‛´ʹ＇", "'"))
+QUOTES = str.maketrans(dict.fromkeys("’‘ʼ‛´ʹ＇", "'"))
 _INNER = re.compile(r"(?<=\w)'(?=\w)")
 _KEPT = ("L", "M", "N")
 _PLAIN = re.compile(r"[a-z0-9 ]*")
@@ -44,7 +44,7 @@ def normalize(text: str) -> str:
     if _PLAIN.fullmatch(text):
         return " ".join(text.split())
     letters = []
-    text = fold(text.translate(_QUOTES)).translate(_QUOTES)
+    text = fold(text.translate(QUOTES)).translate(QUOTES)
     for place, letter in enumerate(text):
         category = unicodedata.category(letter)
         if letter == "'":
@@ -55,4 +55,4 @@ def normalize(text: str) -> str:
         elif category != "Cf" and not "\ufe00" <= letter <= "\ufe0f":
             letters.append(" ")
     words = [word for word in "".join(letters).split() if any(letter.isalnum() for letter in word)]
-    return unspaced(" ".join(words))
+    return unicodedata.normalize("NFKC", unspaced(" ".join(words)))  # marks may stand together only now

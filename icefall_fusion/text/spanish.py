@@ -18,18 +18,34 @@ _DOTTED = {
 #: No Spanish word is spelled so; they are expanded with or without the dot.
 _BARE = {name: _DOTTED[name] for name in "sr sra srta sres dr dra dña uds vds etc".split()}
 _DOTTED_PATTERN = re.compile(r"\b(%s)\." % "|".join(_DOTTED))
-_DON = re.compile(r"\bD\.(?=\s+[A-ZÁÉÍÓÚÑ])")
-_ORDINAL = re.compile(r"\b([0-9]{1,4})\.?\s?([ºª])(?!\s?[CF]\b)")
+_RAISED = (
+    (re.compile(r"(?<=[0-9])\s?º(?=\s?[CF]\b)"), "°"),
+    (re.compile(r"\b[Nn]\.?[º°]"), "número "),
+    (re.compile(r"\bD\.?ª"), "doña "),
+    (re.compile(r"\bD\.(?=\s+[A-ZÁÉÍÓÚÑ])"), "don"),
+)
+_ORDINAL = re.compile(r"\b([0-9]{1,4}|[0-9]\.[0-9]{3})\.?\s?([ºª])")
+_SHORT_ORDINAL = re.compile(r"\b([0-9]{1,4})(\.?er|[re]?ro|[re]?ra|do|da|to|ta|mo|ma|vo|va|no|na)\b")
+#: What an ordinal number ends in, by its last digit: 2do, 7ma.
+_ORDINAL_ENDS = ("m", "r", "d", "r", "t", "t", "t", "m", "v", "n")
 _HAS_DIGIT = re.compile("[0-9]")
 _AMOUNT = r"([0-9]{1,3}(?:\.[0-9]{3})+(?![0-9])|[0-9]+)([,.][0-9]+)?"
 _MONEY_BEFORE = re.compile(r"([$€£])\s?" + _AMOUNT + r"(\s(?:mil|millón|millones)\b)?")
 _MONEY_AFTER = re.compile(_AMOUNT + r"(\s(?:mil|millón|millones))?\s?([$€£])")
 _MONEY_NAMES = {"$": ("dólar", "dólares"), "€": ("euro", "euros"), "£": ("libra", "libras")}
-_CLOCK = re.compile(r"\b([0-9]{1,2}):([0-5][0-9])\b")
-_FRACTION = re.compile(r"(?:\b([0-9]+)\s)?\b([0-9]{1,2})[/⁄]([0-9]{1,2})\b")
+_CLOCK = re.compile(r"\b([0-9]{1,2}):([0-5][0-9])(?::([0-5][0-9]))?\b")
+_DATE = re.compile(r"(?<![\w/.-])(0?[1-9]|[12][0-9]|3[01])([/-])(0?[1-9]|1[0-2])\2([12][0-9]{3})(?![\w/-])")
+_MONTHS = "enero febrero marzo abril mayo junio julio agosto septiembre octubre noviembre diciembre".split()
+_FRACTION = re.compile(r"(?:\b([0-9]+)\s+)?(?<![\w/⁄.,])([0-9]{1,2})[/⁄]([0-9]{1,3})(?![\w/⁄])")
 _FRACTION_NAMES = {2: "medio", 3: "tercio", 4: "cuarto", 5: "quinto", 6: "sexto", 7: "séptimo", 8: "octavo",
                    9: "noveno", 10: "décimo"}
-_NUMBER = re.compile(_AMOUNT + r"(\s?%)?")
+_NUMBER = re.compile(_AMOUNT + r"(\s?[%‰])?(?=(\s(?:mil|millón|millones)\b)?)")
+_MINUS = re.compile(r"(?<![\w.,)%‰°])-(?=[$€£]?[0-9])")
+_DEGREES = re.compile(r"°\s?([cf])?\b|°")
+_SCALES = {"c": "centígrados ", "f": "fahrenheit ", None: ""}
+#: Ordinals as they are said, for what num2words has.
+_ORDINAL_WORDS = (("décimoprimero", "undécimo"), ("décimosegundo", "duodécimo"), ("quadr", "cuadr"))
+_BEFORE_THOUSANDS = re.compile(r"uno (?=mil\b|millones\b|billones\b)")
 _FRACTION_SIGNS = re.compile("[½¼¾⅓⅔⅛]")
 _ACCENTS = frozenset("áéíóúüñ")
 _LETTERS = str.maketrans({"æ": "ae", "œ": "oe", "ß": "ss", "ł": "l", "ø": "o", "ð": "d", "þ": "th", "ı": "i"})
@@ -42,11 +58,15 @@ def normalize(text: str) -> str:
     Numbers, ordinals, money and common titles are spelled out. Accents of other languages are stripped.
     Idempotent.
     """
-    text = _DON.sub("don", unicodedata.normalize("NFC", text))
+    text = unicodedata.normalize("NFC", text.translate(any_script.QUOTES))
+    for pattern, words in _RAISED:
+        text = pattern.sub(words, text)
     text = _ORDINAL.sub(_spell_ordinal, text)
     text = any_script.fold(_FRACTION_SIGNS.sub(lambda match: f" {match.group()}", text))
     if _HAS_DIGIT.search(text):
-        text = text.replace("°c", " grados centígrados ").replace("°", " grados ")
+        text = _MINUS.sub(" menos ", text.replace("−", "-"))
+        text = _DEGREES.sub(lambda match: f" grados {_SCALES[match[1]]}", text)
+        text = _SHORT_ORDINAL.sub(_spell_short_ordinal, _DATE.sub(_spell_date, text))
         text = _CLOCK.sub(_spell_clock, text)
         text = _FRACTION.sub(_spell_fraction, text)
         text = _MONEY_BEFORE.sub(lambda m: _spell_money(m[1], m[2], m[3], m[4]), text)
@@ -74,7 +94,17 @@ def _plain(letter: str) -> str:
 def _words_of(number: int, form: str = "cardinal") -> str:
     from num2words import num2words  # only text with digits pays for it
 
-    return str(num2words(number, lang="es", to=form)).lower()
+    words = str(num2words(number, lang="es", to=form)).lower()
+    for written, said in _ORDINAL_WORDS if form == "ordinal" else ():
+        words = words.replace(written, said)
+    return _BEFORE_THOUSANDS.sub("un ", words).replace("veintiun ", "veintiún ")
+
+
+def _before_noun(words: str, feminine: bool = False) -> str:
+    """Return a cardinal as it stands before a noun: ``veintiún``, ``treinta y una``, ``doscientas``."""
+    if feminine:
+        return re.sub(r"(cient|quinient)os\b", r"\1as", re.sub(r"uno$", "una", words))
+    return re.sub(r"uno$", "un", words).replace("veintiun", "veintiún") if words.endswith("uno") else words
 
 
 def _cardinal(digits: str) -> str:
@@ -89,15 +119,37 @@ def _digit_by_digit(digits: str) -> str:
 
 
 def _spell_ordinal(match: "re.Match[str]") -> str:
-    words = _words_of(int(match[1]), "ordinal")
-    if match[2] == "ª":
+    return f" {_ordinal(int(match[1].replace('.', '')), match[2] == 'ª')} "
+
+
+def _ordinal(number: int, feminine: bool) -> str:
+    words = _words_of(number, "ordinal")
+    if feminine:
         words = " ".join([word[:-1] + "a" if word.endswith("o") else word for word in words.split()])
-    return f" {words} "
+    return words
+
+
+def _spell_short_ordinal(match: "re.Match[str]") -> str:
+    number, end = int(match[1]), match[2].lower().lstrip(".")
+    if end == "er":
+        words = _ordinal(number, False)
+        return f" {words[:-1]} " if words.endswith(("primero", "tercero")) else match[0]
+    if number == 0 or end[-2] != _ORDINAL_ENDS[number % 10]:
+        return match[0]
+    return f" {_ordinal(number, end[-1] == 'a')} "
+
+
+def _spell_date(match: "re.Match[str]") -> str:
+    day, month, year = int(match[1]), int(match[3]), int(match[4])
+    return f" {_words_of(day)} de {_MONTHS[month - 1]} de {_words_of(year)} "
 
 
 def _spell_clock(match: "re.Match[str]") -> str:
-    hour, minute = int(match[1]), int(match[2])
-    return f" {_words_of(hour)} " if minute == 0 else f" {_words_of(hour)} y {_words_of(minute)} "
+    hour, minute, second = int(match[1]), int(match[2]), int(match[3] or 0)
+    words = re.sub(r"uno$", "una", _words_of(hour)) + (f" y {_words_of(minute)}" if minute else "")
+    if second:
+        words += f" y {_before_noun(_words_of(second))} segundo{'s' if second > 1 else ''}"
+    return f" {words} "
 
 
 def _spell_fraction(match: "re.Match[str]") -> str:
@@ -113,12 +165,17 @@ def _spell_money(sign: str, digits: str, decimals: str, scale: str) -> str:
     one, many = _MONEY_NAMES[sign]
     words = _amount(digits, decimals)
     unit = one if words == "uno" and not scale else many
-    words = {"uno": "una" if sign == "£" else "un"}.get(words, words)
-    return f" {words}{scale or ''} {'de ' if scale and scale.strip() != 'mil' else ''}{unit} "
+    if not decimals:
+        words = _before_noun(words, sign == "£" and not scale and "mill" not in words)
+    words += scale or ""
+    return f" {words} {'de ' if words.endswith(('millón', 'millones')) else ''}{unit} "
 
 
 def _spell_number(match: "re.Match[str]") -> str:
-    return f" {_amount(match[1], match[2])}{' por ciento' if match[3] else ''} "
+    words = _amount(match[1], match[2])
+    if match[3]:
+        return f" {words} por {'mil' if match[3].strip() == '‰' else 'ciento'} "
+    return f" {_before_noun(words) if match[4] and not match[2] else words} "
 
 
 def _amount(digits: str, decimals: str) -> str:

@@ -7,7 +7,7 @@ import logging
 import unicodedata
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from icefall_fusion.text import any_script, mandarin, normalizer, spanish
@@ -57,6 +57,30 @@ MANDARIN_FORMS = [
     ("5‰", "千分之五"), ("100€", "一百欧元"), ("5$", "五美元"), ("5€ 10€", "五欧元十欧元"),
     ("2万€", "二万欧元"), ("٣个", "三个"),
 ]
+SPANISH_FORMS = [
+    ("37ºC", "treinta y siete grados centígrados"), ("37 º C", "treinta y siete grados centígrados"),
+    ("37ºF", "treinta y siete grados fahrenheit"), ("37° en casa", "treinta y siete grados en casa"),
+    ("37° celsius", "treinta y siete grados celsius"),
+    ("nº 3", "número tres"), ("n.º 5", "número cinco"), ("N° 5", "número cinco"), ("Dª Ana", "doña ana"),
+    ("D.ª Ana", "doña ana"), ("D. Ana", "don ana"),
+    ("1er piso", "primer piso"), ("3.er", "tercer"), ("2do", "segundo"), ("4ta", "cuarta"),
+    ("10mo", "décimo"), ("1ero", "primero"), ("5no", "cinco no"),
+    ("1.234º", "milésimo ducentésimo trigésimo cuarto"),
+    ("O’Donnell", "odonnell"), ("O'Donnell", "odonnell"),
+    ("12/10/1998", "doce de octubre de mil novecientos noventa y ocho"), ("1/3/5", "uno tres cinco"),
+    ("1-2-2003", "uno de febrero de dos mil tres"), ("1/100", "uno partido por cien"),
+    ("a la 1:15", "a la una y quince"), ("13:05:30", "trece y cinco y treinta segundos"),
+    ("21:00", "veintiuna"),
+    ("3 ½", "tres y un medio"), ("3½", "tres y un medio"), ("3 1/2", "tres y un medio"), ("10²", "diez dos"),
+    ("11º", "undécimo"), ("12ª", "duodécima"), ("111º", "centésimo undécimo"), ("40º", "cuadragésimo"),
+    ("21 mil", "veintiún mil"), ("21.000", "veintiún mil"), ("101.000.000", "ciento un millones"),
+    ("1 millón", "un millón"), ("€21", "veintiún euros"), ("£31", "treinta y una libras"),
+    ("£200", "doscientas libras"), ("£1 millón", "un millón de libras"), ("$21 mil", "veintiún mil dólares"),
+    ("$1.000.000", "un millón de dólares"),
+    ("-5 grados", "menos cinco grados"), ("−5", "menos cinco"), ("-$5", "menos cinco dólares"),
+    ("10-5", "diez cinco"), ("- 5 huevos", "cinco huevos"), ("5‰", "cinco por mil"),
+    ("tengo ٣", "tengo tres"),
+]
 ANY_FORMS = [("3½", "3 1 2"), ("½½", "1 2 1 2"), ("10²³", "10 23"), ("²3", "2 3"), ("x²", "x2"),
              ("٣ ３", "3 3")]
 ANY = {
@@ -90,6 +114,7 @@ def test_examples(name, examples) -> None:
 
 @pytest.mark.parametrize("normalize,written,spoken", [
     *((mandarin.normalize, *pair) for pair in MANDARIN_FORMS),
+    *((spanish.normalize, *pair) for pair in SPANISH_FORMS),
     *((any_script.normalize, *pair) for pair in ANY_FORMS),
 ])
 def test_forms_of_numbers(normalize, written, spoken) -> None:
@@ -131,6 +156,7 @@ def test_every_number_is_read_in_another_way_and_as_it_is_counted() -> None:
 
 
 @given(st.one_of(st.text(max_size=30), WRITTEN))
+@example("İ\u200b\u3099")
 def test_normalizers_are_idempotent(written) -> None:
     for normalize in NORMALIZERS.values():
         spoken = normalize(written)
