@@ -210,7 +210,7 @@ decode_stages() {
   depends test_sets "$test_sets"
   depends scoring ${scoring[@]+"${scoring[@]}"}
   if wanted 2 decode; then
-    if grep -qvE '^((methods|test_sets|scoring|tune): .*)?$' <<<"$changed"; then # not just other rows
+    if grep -qvE '^((methods|searches|test_sets|scoring|tune): .*)?$' <<<"$changed"; then # not just other rows
       set_aside "$exp_dir/decode"
     fi
     set_aside_reweighted "$weights"

@@ -18,7 +18,13 @@ from icefall_fusion.common.command_line import SKIPPED_SOME
 from icefall_fusion.common.files import write_text
 from icefall_fusion.data.manifests import spread
 from icefall_fusion.decode.job import DecodeOptions
-from icefall_fusion.decode.method_names import choose_methods, parse_method, parse_methods, weights_of
+from icefall_fusion.decode.method_names import (
+    DEFAULT_WEIGHTS,
+    choose_methods,
+    parse_method,
+    parse_methods,
+    weights_of,
+)
 from icefall_fusion.decode.recognizer import Batch, Recognizer
 from icefall_fusion.decode.score_table import ScoreTable, coordinate_search
 from icefall_fusion.decode.segments import Recognized
@@ -34,6 +40,9 @@ from icefall_fusion.text.language import Language, language_of
 #: Where a climb by decoding starts too, and its first step of the bonus (nats).
 FIRST_PASS_WEIGHT, FIRST_PASS_BONUS, BONUS_STEP = 0.4, 2.0, 1.0
 _ACOUSTIC = ("ctc", "rnnt")  # sources of weight 1
+_ILM = "ilm"
+#: Where sources start whose weight is found by decoding: no list need have their scores.
+_BY_DECODING = {HOT_WORDS: 0.0, _ILM: DEFAULT_WEIGHTS[_ILM]}
 
 
 @dataclass(frozen=True)
@@ -96,15 +105,20 @@ def run(options: TuneOptions) -> int:
     hot: dict[str, dict[str, float]] = {}
     code = 0
     for method in choose_methods(options.methods, _available(options, lists)):
-        sources = [one for one in parse_method(method).sources if one != HOT_WORDS or options.confirm is None]
-        if not parse_method(method).sources:
+        spec = parse_method(method)
+        if not spec.sources:
             continue
-        acoustic = parse_method(method).acoustic
+        if _ILM in spec.sources and options.confirm is None and _ILM not in _scored(lists):
+            logging.warning("%s is skipped: no list has scores of %s, and nothing is decoded to confirm",
+                            method, _ILM)
+            continue
+        decoded = {} if options.confirm is None else _BY_DECODING
+        sources, acoustic = [one for one in spec.sources if one not in decoded], spec.acoustic
         scores = ScoreTable.make(lists, references, sources, language, acoustic)
         weights[method], errors = coordinate_search(scores, options.highest, options.bonus, options.rounds,
                                                     acoustic)
-        if HOT_WORDS in parse_method(method).sources and HOT_WORDS not in sources:
-            weights[method] = {acoustic: 1.0, HOT_WORDS: 0.0, **weights[method]}  # found by decoding
+        starts = {one: decoded[one] for one in spec.sources if one in decoded}
+        weights[method] = {acoustic: 1.0, **starts, **weights[method]}
         wer[method] = 100.0 * errors / scores.words
         logging.info("%s: dev %s %.2f %% from N-best lists with %s", method, language.rate, wer[method],
                      weights[method])
@@ -132,9 +146,13 @@ def _kept(options: TuneOptions) -> dict[str, str]:
     return kept_language(*options.nbest)
 
 
+def _scored(lists: Sequence[NBest]) -> set[str]:
+    return {source for nbest in lists for hypothesis in nbest for source in hypothesis.scores}
+
+
 def _available(options: TuneOptions, lists: Sequence[NBest]) -> set[str]:
     """Return the sources that N-best lists have scores of, and models if dev is decoded to confirm."""
-    scored = {source for nbest in lists for hypothesis in nbest for source in hypothesis.scores}
+    scored = _scored(lists)
     transducer = {"transducer"} if "rnnt" in scored else set()
     if options.confirm is None:
         lattices = {"graph", "word_ngram"} if "hlg" in scored else set()
@@ -222,7 +240,7 @@ class _Confirmation:
         names = tuple(weights)
         usual = {**weights, "words": FIRST_PASS_BONUS}
         for fusion in parse_method(method).fusions:
-            usual[fusion.source] = 0.0 if fusion.source == HOT_WORDS else FIRST_PASS_WEIGHT
+            usual[fusion.source] = _BY_DECODING.get(fusion.source, FIRST_PASS_WEIGHT)
         fewer = [{**usual, **other} for other in simpler if HOT_WORDS not in other]
         best = min([dict(weights), usual, *fewer, *self._best.get(names, [])], key=wer)
         for fineness in range(self.options.confirm_rounds):

@@ -2,9 +2,10 @@
 Knows: beams, prefixes, a transducer's predictor and joiner. Must not know: encoders, LLMs, searches.
 
 A transducer has learnt which pieces follow which; beside a language model these are counted twice. What its
-predictor alone says, with zeros in place of the encoder's output and without blank, estimates that (Variani
-et al. 2020, arXiv 2003.07705; Meng et al. 2021, arXiv 2011.01991): ``total = rnnt + weight_llm * log P_llm -
-weight * log P_internal``. `lodr.py` does the same by an n-gram.
+predictor alone says, without blank and with zeros in place of the encoder's output as the joiner adds it up
+(after its projection, whose bias is gone too), estimates that (Variani et al. 2020, arXiv 2003.07705; Meng
+et al. 2021, arXiv 2011.01991): ``total = rnnt + weight_llm * log P_llm - weight * log P_internal``. `lodr.py`
+does the same by an n-gram.
 """
 from __future__ import annotations
 

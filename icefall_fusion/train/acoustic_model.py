@@ -144,7 +144,10 @@ def exported_weights(options: TrainOptions, paths: list[Path]) -> dict[str, Tens
 
 
 def log_probs_of_noise(model: CtcAed) -> Tensor:
-    """Return log-probs [B,T,...] of all heads for noise with the statistics of the model's features."""
+    """Return log-probs [B,T,...] of the CTC and transducer heads for noise with the features' statistics.
+
+    Those of the attention decoder stand for a model that has neither.
+    """
     noise = torch.randn(2, 400, model.options.encoder.bins, generator=torch.Generator().manual_seed(0))
     features = noise * model.encoder.deviation + model.encoder.mean
     frames, lens = model.encoder(features, torch.tensor([400, 400]))

@@ -100,6 +100,26 @@ def test_the_comparison_of_transducers_decodes_and_tunes(both, tmp_path) -> None
     assert main(arguments(both, again, "--weights", str(tuned), "--methods", wanted)) == 0
 
 
+def test_tuning_the_comparison_finds_the_internal_models_weight_by_decoding(both, tmp_path, caplog) -> None:
+    """No list has its scores: the searches that are tuned on have no fusion."""
+    scores = "rnnt-nlm-nbest-rescoring+ngram-nbest-rescoring+llm-nbest-rescoring"
+    assert main(arguments(both, tmp_path / "dev", "--methods", scores)) == 0
+    listed = json.dumps([str(tmp_path / "dev" / f"nbest-noise-{scores}.jsonl")])
+    job = ["tune", "--nbest", listed, "--ref", both["cuts"], "--methods", "rnnt-all", "--out"]
+    without, tuned = tmp_path / "without.yaml", tmp_path / "weights.yaml"
+    assert main([*job, str(without)]) == 0
+    method = "rnnt-ilm-shallow+llm-delayed-shortest"
+    assert f"{method} is skipped: no list has scores of ilm" in caplog.text
+    found = yaml.safe_load(without.read_text())["weights"]
+    assert "rnnt-llm-delayed-shortest" in found and method not in found
+    options = arguments(both, tmp_path / "confirm")[1:]
+    confirm = [word.replace("--", "--confirm.", 1) for word in options]
+    assert main([*job, str(tuned), *confirm, "--confirm_rounds", "1"]) == 0
+    weights = yaml.safe_load(tuned.read_text())["weights"]
+    assert set(weights[method]) == {"ilm", "llm", "words"} and weights[method]["ilm"] > 0
+    assert set(weights) == {name for name in RNNT_METHODS if parse_method(name).sources}
+
+
 def test_a_method_is_the_search_of_the_encoders_frames(both) -> None:
     options = RecognizerOptions(EmissionOptions(both["model"]), search=PrefixSearchOptions(beam=3, symbols=2))
     recognizer = Recognizer(options, "rnnt-beam")

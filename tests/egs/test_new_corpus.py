@@ -16,6 +16,7 @@ import soundfile
 import tiny
 import torch
 import yaml
+from torch import nn
 
 from tests.acoustic.test_transducer_sources import Encoder, Export, write
 
@@ -118,13 +119,18 @@ def test_a_new_corpus_is_the_files_of_the_page(tmp_path: Path) -> None:
 
     torch.manual_seed(6)
     folder = tiny.write_bpe(tmp_path / "rnnt").parent
-    transducer = write(Export(tiny.piece_count(), Encoder()).eval(), folder)
+    export = Export(tiny.piece_count(), Encoder()).eval()
+    export.ctc_output = nn.Sequential(nn.Linear(24, tiny.piece_count()), nn.LogSoftmax(dim=-1))
+    transducer = write(export, folder)
     methods = "rnnt-beam,rnnt-llm-delayed-shortest"
     run("decode.sh", "--llm", str(llm), "--emissions", transducer, "--methods", methods, "--confirm", "2",
         "--exp-dir", "exp-rnnt")
     assert [row[0] for row in rows("exp-rnnt")] == methods.split(",")
     weights = yaml.safe_load((recipe / "exp-rnnt" / "weights.yaml").read_text())["weights"]
     assert list(weights) == ["rnnt-llm-delayed-shortest"]
+    run("decode.sh", "--llm", str(llm), "--emissions", transducer, "--methods", "ctc-prefix",
+        "--confirm", "2", "--exp-dir", "exp-rnnt")  # another search: beside the rows that are there
+    assert {row[0] for row in rows("exp-rnnt")} == {"ctc-prefix", *methods.split(",")}
 
     for pieces in ("39", "38"):  # what was set aside stays as it is
         run("prepare.sh", "--source", str(corpus), "--pieces", pieces, "--workers", "1", "--stop-stage", "1")
