@@ -91,7 +91,8 @@ class Crossing:
 
     def __init__(self, entries: Iterable[str]) -> None:
         entries = list(entries)
-        self._byte_level = not any("▁" in entry for entry in entries)
+        # Byte-level BPE has no "▁" but inside of marks, as DeepSeek's <｜begin▁of▁sentence｜>.
+        self._byte_level = not any(entry.startswith("▁") for entry in entries)
         self._entries = {spelled for spelled in map(self.spelling, entries) if len(spelled) > 1}
         self._begun = {entry[:length] for entry in self._entries for length in range(1, len(entry))}
 

@@ -246,3 +246,10 @@ def test_words_of_scripts_without_spaces_are_told_once(tokenizer) -> None:
         own.encode(["世", "界"])
         own.encode(["你", "好"])
     assert sum("no spaces around" in str(warning.message) for warning in told) == 1
+
+
+def test_marks_with_an_underline_leave_a_vocabulary_byte_level() -> None:
+    entries = ["Ġthe", "ä", "½", "ł", "<｜begin▁of▁sentence｜>"]
+    crossing = Crossing(entries)
+    assert crossing.spelling("Ġthe") == b" the" and crossing.spelling("ä½ł") == bytes([0xE4, 0xBD, 0xA0])
+    assert Crossing(["▁the", "<0x0A>"]).spelling("▁the") == b" the"
