@@ -91,7 +91,7 @@ class LanguageModel:
         self.score_boundary = score_boundary
         self._check()
         path = getattr(kenlm_model, "path", kenlm_model)  # kenlm's own model has it as bytes
-        self.ngram = None if path is None else WordNgram(os.fsdecode(path), unigrams)
+        self.ngram = None if path is None else WordNgram(os.fsdecode(path), unigrams, units=False)
         self.llm_path = str(llm) if isinstance(llm, (str, os.PathLike)) else None
         self.llm, self.llm_weight, self.llm_text = llm, llm_weight, llm_text
         if self.llm_path is not None:

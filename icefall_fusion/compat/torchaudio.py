@@ -233,7 +233,7 @@ def _fusions(tokens: AcousticTokens, lm: Any, weight: float, bonus: float, unk_s
     if isinstance(lm, (str, os.PathLike)) and not words:
         found.append(NgramFusion(PieceNgram.load(lm, tokens.pieces), weight / LN10))
     elif isinstance(lm, (str, os.PathLike)):
-        found.append(WordNgramFusion(WordNgram(lm), weight / LN10, trigger=ShortestHypothesis()))
+        found.append(WordNgramFusion(WordNgram(lm, units=False), weight / LN10, trigger=ShortestHypothesis()))
     elif hasattr(lm, "open_tree"):
         found.append(DelayedFusion(lm, weight, eos=lm.eos_id is not None))
     elif lm is not None:

@@ -57,6 +57,7 @@ class WordTokenizer:
         self.style, self.strict = style, strict
         self.word_by_word = True
         self._tokenizer = tokenizer
+        self._spaced: bool = getattr(tokenizer, "spaced", False)  # its tokens are words, in any script
         self._acoustic = not hasattr(tokenizer, "convert_ids_to_tokens")
         # Acoustic pieces: <unk> is a piece like any other there, and the model was trained with it.
         self._unk_id: Optional[int] = None if self._acoustic else getattr(tokenizer, "unk_token_id", None)
@@ -118,10 +119,8 @@ class WordTokenizer:
         """
         if not words:
             return []
-        text = adapt(words, self.style)
-        ids = self._tokenize(text)
-        if prompted:
-            ids = self._after_a_word(text)
+        text = adapt(words, self.style, self._spaced)
+        ids = self._after_a_word(text) if prompted else self._tokenize(text)
         for index, word in enumerate(words):
             if word not in self._spelled:
                 self._refuse_unknown(word, self._tokenize(adapt_word(word, index, self.style)))
@@ -133,7 +132,7 @@ class WordTokenizer:
     def _after_a_word(self, text: str) -> list[int]:
         """Return the ids of a text that follows another one, with its space: as after some common word."""
         for word in (self._context, *COMMON_WORDS[:_CONTEXTS]):
-            before, joined = self._tokenize(word), self._tokenize(adapt((word, text), "as-is"))
+            before, joined = self._tokenize(word), self._tokenize(adapt((word, text), "as-is", self._spaced))
             if before and joined[: len(before)] == before:
                 return joined[len(before) :]
         return self._tokenize(adapt(("", text), "as-is"))
@@ -185,14 +184,14 @@ class WordTokenizer:
             if more is None:
                 return
             joined.extend(more)
-        text = adapt(words, self.style)
+        text = adapt(words, self.style, self._spaced)
         whole = self._tokenize(text)
         if joined != whole:
             self._fall_back(f"{text!r} has the ids {whole}, but word by word {joined}")
 
     def _spell(self, text: str, begins: bool) -> Optional[list[int]]:
         """Return the ids of one adapted word, at the beginning of a text or inside."""
-        if not text.isascii():
+        if not text.isascii() and not self._spaced:
             from icefall_fusion.text.scripts import has_unspaced
 
             if has_unspaced(text):

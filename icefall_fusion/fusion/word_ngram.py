@@ -20,6 +20,7 @@ from icefall_fusion.lm.token_tree import make_tree
 from icefall_fusion.nbest import NBest
 from icefall_fusion.ngram.vocabulary import WordAutomaton
 from icefall_fusion.ngram.word_ngram import EMPTY_ID, END_ID, ID_COUNT, START_ID, WordNgram, WordScores
+from icefall_fusion.text.scripts import has_unspaced, split_units
 
 if TYPE_CHECKING:
     from icefall_fusion.search.beam import Beam
@@ -179,15 +180,24 @@ class _WordLm:
 
 
 class _Words:
-    """The words of an n-gram as a tokenizer: one token a word."""
+    """The words of an n-gram as a tokenizer: one token a word.
 
-    unk_token_id = None
+    Of scripts without spaces, a word that the n-gram lacks is one token for each of its units.
+    """
+
+    unk_token_id, spaced = None, True
 
     def __init__(self, ngram: WordNgram) -> None:
         self._ngram = ngram
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
-        return [self._ngram.word_id(word) for word in text.split(" ") if word]
+        words = [word for word in text.split(" ") if word]
+        if self._ngram.units and not text.isascii():
+            words = [unit for word in words for unit in self._units(word)]
+        return [self._ngram.word_id(word) for word in words]
+
+    def _units(self, word: str) -> list[str]:
+        return split_units(word) if has_unspaced(word) and not self._ngram.has(word) else [word]
 
     def decode(self, ids: Sequence[int]) -> str:
         return " ".join(self.convert_ids_to_tokens(ids))

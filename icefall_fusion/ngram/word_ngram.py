@@ -60,6 +60,7 @@ class WordNgram:
         unigrams: words that count as known; None: all of the n-gram.
         oov_score: natural log that is added for a word that is not known, e.g. below 0.
         reader: kenlm, own, or auto: kenlm where it is installed, else own.
+        units: words of scripts without spaces that the n-gram lacks are read as characters, each a word.
 
     Attributes:
         order: the longest n; name, path: of the file; binary: whether it is a KenLM binary.
@@ -71,11 +72,12 @@ class WordNgram:
     """
 
     def __init__(self, path: PathLike, unigrams: Optional[Collection[str]] = None, oov_score: float = 0.0,
-                 reader: str = "auto") -> None:
+                 reader: str = "auto", units: bool = True) -> None:
         check_choice(reader, ("auto", "kenlm", "own"), "WordNgram.reader")
         check(is_number(oov_score), "WordNgram.oov_score", "be finite", oov_score)
         good = unigrams is None or not isinstance(unigrams, str) and all(isinstance(w, str) for w in unigrams)
         check(good, "WordNgram.unigrams", "be None or words", unigrams)
+        self.units = units
         self.path, self.name, self.oov_score = Path(path), str(path), float(oov_score)
         if not self.path.is_file():
             raise FileNotFoundError(f"there is no n-gram at {path}")
@@ -100,6 +102,10 @@ class WordNgram:
         if reader == "auto":
             logging.warning("kenlm is not installed: the ARPA file %s is read by our own reader", self.path)
         return False
+
+    def has(self, word: str) -> bool:
+        """Return whether the n-gram has a word."""
+        return word in self._ids or self._tables.has(word)
 
     def word_id(self, word: str) -> int:
         """Return the id of a word; words that the n-gram lacks share `_STRANGERS` ids and their score."""
@@ -135,7 +141,7 @@ class WordNgram:
 
     def __reduce__(self) -> tuple[Any, ...]:
         reader = "kenlm" if isinstance(self._tables, _KenlmTables) else "own"
-        return WordNgram, (self.path, self.unigrams, self.oov_score, reader)
+        return WordNgram, (self.path, self.unigrams, self.oov_score, reader, self.units)
 
     def open(self, oov_score: Optional[float] = None) -> WordScores:
         """Return what scores the nodes of one tree; ``oov_score``: in place of the n-gram's own."""

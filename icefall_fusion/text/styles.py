@@ -10,10 +10,10 @@ from icefall_fusion.common.checks import check, check_choice
 TEXT_STYLES = ("as-is", "lower", "sentence")
 
 
-def adapt(words: Sequence[str], style: str) -> str:
+def adapt(words: Sequence[str], style: str, spaced: bool = False) -> str:
     """Return normalized words as the text that an LLM is asked to score.
 
-    Words of scripts without spaces (text/scripts.py) have none between them.
+    Words of scripts without spaces (text/scripts.py) have none between them, unless ``spaced``.
 
     Args:
         words: words without spaces.
@@ -23,7 +23,7 @@ def adapt(words: Sequence[str], style: str) -> str:
         ValueError: the style is unknown.
     """
     text = " ".join([adapt_word(word, index, style) for index, word in enumerate(words)])
-    if not text.isascii():
+    if not text.isascii() and not spaced:
         from icefall_fusion.text.scripts import unspaced
 
         text = unspaced(text)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from icefall_fusion.fusion import DelayedFusion, FixedInterval, ShortestHypothesis, WordNgramFusion
+from icefall_fusion.fusion.retokenize import WordTokenizer
 from icefall_fusion.ngram.arpa import LN10, write_arpa
 from icefall_fusion.ngram.kneser_ney import count_ngrams, kneser_ney
 from icefall_fusion.ngram.word_ngram import START_ID, WordNgram
@@ -301,3 +302,29 @@ def test_fusions_with_other_stops_or_late_scores_are_the_same_in_both_engines(
         options = PrefixSearchOptions(beam=4, engine=engine)
         found.append(ctc_prefix_search(log_probs, lens, options, tokens, fusions))
     assert_same(*found)
+
+
+def test_words_of_scripts_without_spaces(tmp_path) -> None:
+    """Each character is a word, in a text that stands together too; longer words that are known are one."""
+    path = tmp_path / "zh.arpa"
+    path.write_text(arpa_text("-2.0\t<unk>\n-99\t<s>\n-1.0\t</s>\n-0.5\t你\n-0.6\t好\n-0.7\t世界\n-0.8\tthe\n"),
+                    encoding="utf-8")
+    ngram = WordNgram(path, reader="own")
+    lm = WordNgramFusion(ngram, 1.0).lm
+    words = WordTokenizer(lm.tokenizer)
+
+    def spelled(ids: list[int]) -> list[str]:
+        return lm.tokenizer.convert_ids_to_tokens(ids)
+
+    for given, expected in [
+        (["你", "好", "世界"], ["你", "好", "世界"]),
+        (["the", "cat", "你", "好"], ["the", "cat", "你", "好"]),
+        (["你好", "the"], ["你", "好", "the"]), (["café", "the"], ["café", "the"]),
+    ]:
+        for prompted in (False, True):
+            assert spelled(words.encode(given, prompted)) == expected
+            assert spelled(words.encode_whole(given, prompted)) == expected
+    assert words.word_by_word
+    assert spelled(lm.encode("the 你好")) == ["the", "你", "好"]
+    alone = WordNgramFusion(WordNgram(path, reader="own", units=False), 1.0).lm.tokenizer
+    assert alone.convert_ids_to_tokens(alone.encode("你好 the")) == ["你好", "the"]
