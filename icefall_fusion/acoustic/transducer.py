@@ -39,6 +39,10 @@ class Transducer(Protocol):
         """
         ...
 
+    def project(self, encoder_out: Tensor) -> Tensor:
+        """Return frames [B,T,D] of a source's encoder as the joiner adds them up, float32 [B,T,J]."""
+        ...
+
     def predict(self, contexts: Tensor) -> Tensor:
         """Return the predictor's states as the joiner adds them up, float32 [N,J].
 

@@ -76,7 +76,7 @@ class FeatureSource:
 
     def joiner_frames(self, encoder_out: Tensor) -> Optional[Tensor]:
         """Return what a transducer's joiner reads [B,T',J] of encoder frames [B,T',D]; None without one."""
-        return None
+        return None if self.transducer is None else self.transducer.project(encoder_out)
 
     @torch.no_grad()
     def emit(self, ids: Sequence[str], inputs: Sequence[Tensor]) -> Emissions:

@@ -3,7 +3,7 @@ Knows: the models of `icefall_fusion.acoustic.models`. Must not know: search, fu
 """
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Optional
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -25,11 +25,11 @@ class CheckpointTransducer:
         self._model, head = model, model.transducer
         self.context_size, self.vocab_size = head.context_size, head.vocab_size
         self.blank_id, self.start = head.blank_id, head.start
-        self.predict, self.join = head.predict, head.join
+        self.project, self.predict, self.join = head.project, head.predict, head.join
 
     def encode(self, features: Tensor, lens: Tensor) -> tuple[Tensor, Tensor]:
         encoder_out, lens = self._model.encoder(features, lens)
-        return self._model.transducer.project(encoder_out), lens
+        return self.project(encoder_out), lens
 
 
 class CheckpointSource(FeatureSource):
@@ -61,6 +61,3 @@ class CheckpointSource(FeatureSource):
 
     def log_probs(self, encoder_out: Tensor) -> Tensor:
         return self.network.ctc_log_probs(encoder_out) if self.has_ctc else super().log_probs(encoder_out)
-
-    def joiner_frames(self, encoder_out: Tensor) -> Optional[Tensor]:
-        return None if self.transducer is None else self.network.transducer.project(encoder_out)

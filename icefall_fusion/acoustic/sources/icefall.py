@@ -14,7 +14,7 @@ import shlex
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Iterator, NoReturn, Optional, Sequence
+from typing import TYPE_CHECKING, Any, Iterator, NoReturn, Sequence
 
 import torch
 from torch import Tensor
@@ -99,9 +99,6 @@ class IcefallSource(FeatureSource):
         if not self.has_ctc:
             return super().log_probs(encoder_out)
         return self.network.ctc_output(encoder_out).float().log_softmax(dim=2)  # no change to log-probs
-
-    def joiner_frames(self, encoder_out: Tensor) -> Optional[Tensor]:
-        return None if self.transducer is None else self.network.joiner.encoder_proj(encoder_out).float()
 
 
 class _AttentionScorer:

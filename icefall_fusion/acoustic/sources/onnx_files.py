@@ -62,9 +62,6 @@ class OnnxSource(FeatureSource):
     def encode(self, features: Tensor, lens: Tensor) -> tuple[Tensor, Tensor]:
         return self.transducer.encode(features, lens)
 
-    def joiner_frames(self, encoder_out: Tensor) -> Tensor:
-        return encoder_out  # the encoder's file has the projection in it
-
 
 class OnnxTransducer:
     """Three ONNX files as one transducer; see `Transducer`.
@@ -97,6 +94,9 @@ class OnnxTransducer:
     def encode(self, features: Tensor, lens: Tensor) -> tuple[Tensor, Tensor]:
         encoder_out, out_lens = self._encoder(features.float(), lens.long())
         return encoder_out, out_lens.long()
+
+    def project(self, encoder_out: Tensor) -> Tensor:
+        return encoder_out  # the encoder's file has the projection in it
 
     def predict(self, contexts: Tensor) -> Tensor:
         return self._predictor(contexts.long())[0]

@@ -35,7 +35,10 @@ class ModuleTransducer:
 
     def encode(self, features: Tensor, lens: Tensor) -> tuple[Tensor, Tensor]:
         encoder_out, lens = self._source.encode(features, lens)
-        return self._joiner.encoder_proj(encoder_out).float(), lens
+        return self.project(encoder_out), lens
+
+    def project(self, encoder_out: Tensor) -> Tensor:
+        return self._joiner.encoder_proj(encoder_out).float()
 
     def predict(self, contexts: Tensor) -> Tensor:
         return self._joiner.decoder_proj(self._predictor(contexts, False)[:, 0]).float()

@@ -3,7 +3,7 @@ Knows: TorchScript files. Must not know: the recipe they were made with, search,
 """
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Optional
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -62,6 +62,3 @@ class TorchScriptSource(FeatureSource):
         if not self.has_ctc:
             return super().log_probs(encoder_out)
         return self.network.ctc_output(encoder_out).float().log_softmax(dim=2)  # no change to log-probs
-
-    def joiner_frames(self, encoder_out: Tensor) -> Optional[Tensor]:
-        return None if self.transducer is None else self.network.joiner.encoder_proj(encoder_out).float()
