@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 import logging
 import sys
-from typing import TYPE_CHECKING, Any, NamedTuple, Optional
+from typing import TYPE_CHECKING, Any, Callable, NamedTuple, Optional
 
 import torch
 
@@ -62,15 +62,23 @@ def open_search(inputs: SearchInput, beam: Beam, options: PrefixSearchOptions,
     wanted = options.engine
     if wanted == "auto":
         wanted = "triton" if device.type == "cuda" else "native"
-    try:
+    def make() -> Any:
         check_serves(wanted, options, fusions, device)
         return _open(wanted, inputs, beam, options, fusions)
+
+    return or_tensors(options, make, lambda: _open("torch", inputs, beam, options, fusions))
+
+
+def or_tensors(options: PrefixSearchOptions, make: Callable[[], Any], tensors: Callable[[], Any]) -> Any:
+    """Return the engine that ``make`` makes; where it does not serve and none was named, that of tensors."""
+    try:
+        return make()
     except Unavailable as reason:
         good, rule = options.engine == "auto", f"be auto or torch: {reason}"
         check(good, "PrefixSearchOptions.engine", rule, options.engine)
         if reason.unusual:
             tell(str(reason))
-    return _open("torch", inputs, beam, options, fusions)
+    return tensors()
 
 
 def check_serves(engine: str, options: PrefixSearchOptions, fusions: FusionSet, device: torch.device) -> None:

@@ -49,7 +49,7 @@ class TransducerUtterance : public Utterance {
     least_.resize(set.beam), log_probs_.resize(set.beam);
   }
 
-  void go_on(const Settings &set, const float *fused) { resume(set, fused); }
+  using Utterance::resume;
 
   // Write the rows that the next step needs, none at a stop or at frame `until`; return their number.
   int64_t ask(int64_t until, int64_t first_frame, const Rows &out) {
@@ -108,9 +108,7 @@ class TransducerUtterance : public Utterance {
     scratch.ways.clear();
     for (int k = 0; k < count; ++k) {
       const Slot &slot = slots[k];
-      int parent = -1;
-      for (int j = 0; j < count; ++j) parent = slots[j].hash == slot.parent_hash ? j : parent;
-      scratch.parent[k] = parent;
+      const int parent = scratch.parent[k] = slot_of(slot.parent_hash);
       const double ended = log_probs_[k] ? slot.open * std::exp(double(log_probs_[k][set.blank])) : 0.0;
       double incoming = 0.0;
       if (!ends_alone && parent >= 0 && log_probs_[parent])

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from icefall_fusion.common.checks import check
-from icefall_fusion.common.unavailable import Unavailable
 from icefall_fusion.search.beam import DEAD_HASH, NO_PARENT_HASH, ROUNDING, Beam
-from icefall_fusion.search.engines import check_serves, tell
+from icefall_fusion.search.engines import check_serves, or_tensors
 from icefall_fusion.search.engines.candidates import best_pieces, make_pairs
 from icefall_fusion.search.engines.extension_scores import ExtensionScores
 from icefall_fusion.search.engines.frame_step import Candidates, Frame, FrameStep, ranked
@@ -43,17 +42,14 @@ def open_transducer(inputs: SearchInput, model: Transducer, beam: Beam, options:
     on_cpu = inputs.log_probs.device.type == "cpu"
     if options.engine == "torch" or (options.engine == "auto" and not on_cpu):
         return TransducerEngine(inputs, model, beam, options, fusions)
-    try:
+
+    def make() -> Any:
         from icefall_fusion.search.engines.transducer_native import NativeTransducer
 
         check_serves("native", options, fusions, inputs.log_probs.device)
         return NativeTransducer(inputs, model, beam, options, fusions)
-    except Unavailable as reason:
-        good, rule = options.engine == "auto", f"be auto or torch: {reason}"
-        check(good, "PrefixSearchOptions.engine", rule, options.engine)
-        if reason.unusual:
-            tell(str(reason))
-    return TransducerEngine(inputs, model, beam, options, fusions)
+
+    return or_tensors(options, make, lambda: TransducerEngine(inputs, model, beam, options, fusions))
 
 
 def marked_frames(marks: Tensor, path: np.ndarray, most: int) -> np.ndarray:

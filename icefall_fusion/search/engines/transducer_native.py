@@ -53,8 +53,8 @@ class NativeTransducer(NativeSearch):
         self.powers = base ** torch.arange(len(model.start) - 1, -1, -1)
         self.base, self.encoder = base, self.log_probs.contiguous().flatten(0, 1)
         self.start = int((self.powers * (torch.tensor(model.start) + 1)).sum())
-        self.outputs = take_table(model)  # by context; self.table has them as the compiled code counts
-        self.table, self._known = torch.zeros(0, self.outputs.values.shape[1]), 0
+        self.outputs = take_table(model)  # by context
+        self.known = torch.zeros(0, dtype=torch.int64)  # rows of it, as the compiled code counts contexts
         self._predict(torch.tensor([self.start]))
         arena, rows = beam.arena, 1 + self.frames * self.symbols
         while arena.fields[0].shape[0] < rows:
@@ -89,7 +89,7 @@ class NativeTransducer(NativeSearch):
         step(self.state, arrays, rows, None, 0, until, stops)
         while counts[0]:
             encoder, predictor = (values[: counts[0]] for values in self.asked[:2])
-            states = self.table.index_select(0, predictor)
+            states = self.outputs.values.index_select(0, self.known[predictor])
             log_probs = join_states(self.model, self.encoder.index_select(0, encoder), states).contiguous()
             step(self.state, arrays, rows, log_probs.data_ptr(), log_probs.shape[1], until, stops)
             if counts[1]:
@@ -97,16 +97,9 @@ class NativeTransducer(NativeSearch):
         self.beam.arena.reach(1, 1 + int(self.at.max()) * self.symbols)
 
     def _predict(self, contexts: Tensor) -> None:
-        """Add the predictor's outputs for new contexts [n], as compiled code numbers them, to the table."""
+        """Ask the predictor for new contexts [n], as compiled code numbers them."""
         pieces = contexts.unsqueeze(1) // self.powers % self.base - 1
-        found, first = self.outputs.find(pieces, self.model.predict), self._known
-        outputs = self.outputs.values[found]
-        self._known += len(outputs)
-        if self._known > len(self.table):
-            longer = torch.zeros(max(256, 2 * self._known), outputs.shape[1])
-            longer[:first] = self.table[:first]
-            self.table = longer
-        self.table[first : self._known] = outputs
+        self.known = torch.cat([self.known, self.outputs.find(pieces, self.model.predict)])
 
     def peaks(self, inputs: SearchInput, utterances: np.ndarray, path: np.ndarray, *rest: np.ndarray
               ) -> np.ndarray:

@@ -173,14 +173,19 @@ class Utterance {
       scratch.factor[k] = wide_ ? double(slots[k].fused) : std::exp(double(slots[k].fused) - most);
   }
 
+  // The slot of the prefix with this hash, -1 if none has it.
+  int slot_of(decltype(Slot::hash) hash) const {
+    int found = -1;
+    for (int j = 0; j < int(slots.size()); ++j) found = slots[j].hash == hash ? j : found;
+    return found;
+  }
+
   void stay(const Settings &set, Scratch &scratch, const float *row, float best, double blank) {
     const int count = int(slots.size());
     scratch.ways.clear();
     for (int k = 0; k < count; ++k) {
       const Slot &slot = slots[k];
-      int parent = -1;
-      for (int j = 0; j < count; ++j) parent = slots[j].hash == slot.parent_hash ? j : parent;
-      scratch.parent[k] = parent;
+      const int parent = scratch.parent[k] = slot_of(slot.parent_hash);
       double open = slot.open;
       if (parent >= 0) {
         open += slot.repeats ? slots[parent].blank : slots[parent].total;
