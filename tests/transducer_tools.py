@@ -3,13 +3,12 @@ Knows: the transducer search, torch. Must not know: large language models, what 
 """
 from __future__ import annotations
 
-import pytest
 import torch
 
 from icefall_fusion.acoustic.models.transducer import TransducerHead, TransducerOptions
-from icefall_fusion.common.native_build import load_native
 from icefall_fusion.search import PrefixSearchOptions
 from icefall_fusion.search.transducer import transducer_search
+from tests.search_tools import ENGINE, each_engine  # noqa: F401 (a fixture of tests here)
 
 
 class TinyTransducer(TransducerHead):
@@ -51,19 +50,6 @@ class TinyTransducer(TransducerHead):
 
 def encodings(seed, batch, frames, width=8, scale=1.5):
     return scale * torch.randn(batch, frames, width, generator=torch.Generator().manual_seed(seed))
-
-
-ENGINE = {"engine": "auto"}  # of searches that name none; see `each_engine`
-
-
-@pytest.fixture(scope="module", autouse=True, params=["native", "torch"])
-def each_engine(request):
-    """Run a module's tests by compiled code (where it serves), and by tensors."""
-    if request.param == "native":
-        load_native()
-    ENGINE["engine"] = "auto" if request.param == "native" else "torch"
-    yield request.param
-    ENGINE["engine"] = "auto"
 
 
 def search(model, encoder, lens=None, tokens=None, fusions=(), ids=None, **options):

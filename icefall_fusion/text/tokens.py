@@ -98,7 +98,9 @@ class AcousticTokens:
 
             return cls(*read_vocabulary(path, _BLANKS))
         if path.is_dir() and not (path / "bpe.model").is_file():
-            for name in ("tokens.txt", "units.txt", "vocab.json"):
+            from icefall_fusion.text.vocabularies import NAMES
+
+            for name in NAMES:
                 if (path / name).is_file():
                     return cls.load(path / name)
         path = path / "bpe.model" if path.is_dir() else path

@@ -22,7 +22,7 @@ def card(base: Mapping[str, Any], lora: LoraOptions, more: Mapping[str, Any], lo
     """
     curve = "\n".join(
         f"| {line['step']} | {line['items']} | {line['valid_word_perplexity']:.1f} |"
-        for line in read_validations(log)
+        for line in read_validations(log) if "valid_word_perplexity" in line
     )
     facts = {"base": base["name"], "SHA-256 of the base": base["sha256"] or "not known",
              "starts with": f"`{base['bos']}`", "ends with": f"`{base['eos']}`",

@@ -41,7 +41,7 @@ def read(log: Path, rate: float) -> list[dict[str, Any]]:
     return [
         {"step": line["step"], "hours": round(line["items"] * rate, 1), "loss": round(line["valid_loss"], 4),
          "wer": round(line["valid_greedy_wer"], 2)}
-        for line in read_validations(log)
+        for line in read_validations(log) if "valid_greedy_wer" in line
     ]
 
 
