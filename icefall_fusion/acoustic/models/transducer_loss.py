@@ -75,7 +75,7 @@ def rnnt_loss_sum(
         states = head.joiner.decoder_proj(before)
         simple, starts = None, None
         if band > 0:  # each frame can go on by one token less than the band holds
-            band = min(most + 1, max(band, *(1 - -size // frames for size, frames in zip(sizes, kept)), 0))
+            band = min(most + 1, max(band, *(1 - -size // count for size, count in zip(sizes, kept)), 0))
             simple, starts = simple_loss(head, encoder_out, before, texts, band)
         else:
             band = most + 1
@@ -166,11 +166,12 @@ def simple_loss(
     blank = heard[..., head.blank_id, None] + said[:, None, :, head.blank_id]
     cells = torch.stack((blank, heard_token + said_token), dim=-1) - total[..., None]
     with torch.enable_grad():
-        known = cells.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(_lattice_loss(head, known, texts).sum(), known)
+        known = cells if cells.requires_grad else cells.detach().requires_grad_()
+        loss = _lattice_loss(head, known, texts).sum()
+        (gradient,) = torch.autograd.grad(loss, known, retain_graph=True)
     occupied = -gradient.sum(-1)  # [B,T,U+1]
     starts = band_starts(occupied, texts.lens, texts.sizes, band)
-    return _lattice_loss(head, cells, texts).sum(), starts
+    return (loss if cells.requires_grad else loss.detach()), starts
 
 
 def band_starts(occupied: Tensor, lens: Tensor, sizes: Tensor, band: int) -> Tensor:
