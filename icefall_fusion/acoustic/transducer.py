@@ -1,7 +1,8 @@
-"""What a search asks of a transducer: encoder frames, predictor states by context, log-probs of pieces.
+"""What a search asks of a transducer: predictor states by context, log-probs of pieces.
 Knows: tensors and piece ids. Must not know: any one model, search, fusion, files.
 
-Legend: B utterances, T frames, N pairs of a frame and a context, J size of the joiner, V pieces.
+Legend: B utterances, T frames, N pairs of a frame and a context, D size of an encoder frame, J size of the
+joiner, V pieces.
 
 A transducer (Graves 2012, arXiv 1211.3711) of a stateless predictor (Ghodsi et al. 2020) sees the last
 ``context_size`` pieces of a hypothesis and nothing older. So the predictor's states can be kept in a table by
@@ -21,23 +22,14 @@ class Transducer(Protocol):
         context_size: pieces that the predictor sees, 2 in icefall's recipes.
         vocab_size: V, the blank included.
         blank_id: id of the blank.
-        start: the ``context_size`` ids before the first piece. -1 stands for no piece; only ``start`` and the
-            contexts after it hold it.
+        start: the ``context_size`` ids before the first piece: a search sees from it how many pieces the
+            predictor reads. -1 stands for no piece; only ``start`` and the contexts after it hold it.
     """
 
     context_size: int
     vocab_size: int
     blank_id: int
     start: tuple[int, ...]
-
-    def encode(self, features: Tensor, lens: Tensor) -> tuple[Tensor, Tensor]:
-        """Return encoder frames as the joiner adds them up, float32 [B,T,J], and their numbers [B].
-
-        Args:
-            features: [B,T',80] log-mel features of 10 ms.
-            lens: [B] real frames of each.
-        """
-        ...
 
     def project(self, encoder_out: Tensor) -> Tensor:
         """Return frames [B,T,D] of a source's encoder as the joiner adds them up, float32 [B,T,J]."""
@@ -55,7 +47,7 @@ class Transducer(Protocol):
         """Return natural-log probabilities [N,V] of the next piece or the blank, in float32.
 
         Args:
-            encoder: [N,J] of ``encode``.
+            encoder: [N,J] of ``project``.
             predictor: [N,J] of ``predict``; the two are broadcast against each other.
         """
         ...

@@ -110,6 +110,9 @@ class Recognizer:
             self._lattices = open_lattices(self.options.k2, self.source.tokens, self.device)
         rule = "have an acoustic model with a CTC head (its transducer is searched by the methods rnnt-*)"
         check(self.source.has_ctc or parse_method(name).of_transducer, f"method {name!r}", rule, None)
+        prior = self.options.emissions.prior if self.options.emissions.prior_scale else ""
+        rule = f"be empty (or its scale 0) for method {name!r}, which reads no log-probs of CTC"
+        check(not (prior and parse_method(name).of_transducer), "emissions.prior", rule, prior)
         return self.kind(name, weights, self.options.search, self.models, self._lattices, self.options.k2,
                          self.language, self.source.transducer)
 

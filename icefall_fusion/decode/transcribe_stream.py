@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Iterator
 import numpy as np
 
 from icefall_fusion.acoustic.models import CtcAed
+from icefall_fusion.acoustic.prior import SourceWithPrior
 from icefall_fusion.common.checks import check
 from icefall_fusion.common.command_line import DONE
 from icefall_fusion.decode.live_audio import live_packets
@@ -107,6 +108,9 @@ def open_decoder(recognizer: Recognizer, live: StreamOptions) -> StreamingDecode
         ValueError: see `run_stream`.
     """
     method, model = recognizer.methods[0], getattr(recognizer.source, "network", None)
+    prior = isinstance(recognizer.source, SourceWithPrior)
+    rule = "be empty (or its scale 0) in a stream"
+    check(not prior, "emissions.prior", rule, recognizer.options.emissions.prior)
     rule = "be one pass of the prefix search or greedy in a stream (no rescoring, lattices, transducers)"
     good = method.spec.search in ("greedy", "prefix") and not method.spec.rescorers
     check(good, "method", rule, method.name)

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 #: Nats: a piece is taken as no less probable than e to the minus this, so that none is paid for being rare.
 MOST = 20.0
+#: Numbers that the scores of contexts may be; when there are more, they are made anew as they are asked for.
+KEPT = 25_000_000
 
 
 class InternalLmFusion(Fusion):
@@ -74,6 +76,8 @@ class InternalLmFusion(Fusion):
         if slots.numel():
             contexts = self._contexts(beam.arena, beam.node.reshape(-1)[slots])
             if scores.device.type == "cpu":
+                if self._table.values.numel() > KEPT:
+                    self._table = ContextTable()
                 rows = self._table.find(contexts, self._scores)
                 values = self._table.values[rows]
             else:

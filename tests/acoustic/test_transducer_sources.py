@@ -69,8 +69,7 @@ def test_our_model_gives_both_heads(tmp_path) -> None:
     wanted = model.transducer.project(encoder_out)[0]
     torch.testing.assert_close(made.joiner_frames[0], wanted, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(made.log_probs[0], model.ctc_log_probs(encoder_out)[0], atol=1e-4, rtol=1e-4)
-    frames, out_lens = source.transducer.encode(features()[0][None], torch.tensor([LENS[0]]))
-    assert out_lens.tolist() == lens.tolist() and torch.equal(frames, model.transducer.project(encoder_out))
+    assert made.lens[0] == lens[0]
     part = made.select([2, 1])
     assert torch.equal(part.joiner_frames[1], made.joiner_frames[1, : int(made.lens[1])])
     none = source.emit(["a", "b"], [torch.zeros(0, 80)] * 2)
@@ -140,11 +139,11 @@ class Encoder(nn.Module):
 
 
 class StreamingEncoder(nn.Module):
-    """A chunk of 16 frames of 20 ms with what is before it as state, in the shape of icefall's."""
+    """A chunk of frames of 20 ms with what is before it as state, in the shape of icefall's."""
 
-    def __init__(self) -> None:
+    def __init__(self, chunk_size: int = 16) -> None:
         super().__init__()
-        self.chunk_size, self.pad_length = 16, 13
+        self.chunk_size, self.pad_length = chunk_size, 13
         self.conv = nn.Conv1d(80, 24, 14, stride=4)
         self.mix = nn.Linear(24, 24)
 
@@ -152,9 +151,11 @@ class StreamingEncoder(nn.Module):
         self, features: Tensor, feature_lengths: Tensor, states: List[Tensor]  # noqa: UP006
     ) -> Tuple[Tensor, Tensor, List[Tensor]]:  # noqa: UP006
         x = self.conv(features.transpose(1, 2)).transpose(1, 2)
-        assert x.size(1) == 8
+        frames = self.chunk_size // 2
+        assert x.size(1) == frames
         sums = states[0].unsqueeze(1) + self.mix(x).cumsum(1)  # of all frames so far
-        return torch.tanh(x + 0.01 * sums), torch.full_like(feature_lengths, 8), [sums[:, -1], states[1] + 8]
+        lens = torch.full_like(feature_lengths, frames)
+        return torch.tanh(x + 0.01 * sums), lens, [sums[:, -1], states[1] + frames]
 
     @torch.jit.export
     def get_init_states(
@@ -224,6 +225,22 @@ def test_a_streaming_torchscript_transducer_hears_whole_utterances(bpe) -> None:
         outs.append(out)
     assert int(made.lens[0]) == 56
     torch.testing.assert_close(made.joiner_frames[0, :56], export.joiner.encoder_proj(torch.cat(outs, 1)[0]))
+
+
+@pytest.mark.parametrize("chunk", [8, 64, 72, 96, 120, 200])
+def test_the_frame_shift_of_a_streaming_encoder_does_not_depend_on_its_chunks(bpe, chunk) -> None:
+    """Its last chunk is filled up, so ten seconds have more frames than 250."""
+    export = Export(tiny.piece_count(), StreamingEncoder(chunk)).eval()
+    assert open_source(EmissionOptions(write(export, bpe))).frame_shift == 0.04
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_an_older_model_is_known_on_a_gpu_too(bpe) -> None:
+    """It has never run on a GPU. An index below zero there would end all work on the device."""
+    path = write(Export(tiny.piece_count(), Encoder(), older=True).eval(), bpe)
+    assert open_source(EmissionOptions(path, device="cuda")).transducer.start == (0, 0)
+    assert float(torch.ones(3, device="cuda").sum()) == 3.0
 
 
 def test_broken_torchscript_transducers_are_refused(bpe) -> None:

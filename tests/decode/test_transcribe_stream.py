@@ -11,8 +11,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import soundfile
+import torch
 
 from icefall_fusion.__main__ import main
+from icefall_fusion.acoustic.models import load
+from icefall_fusion.acoustic.prior import write_prior
 from icefall_fusion.decode.live_audio import pcm_packets
 
 
@@ -106,3 +109,10 @@ def test_what_cannot_be_streamed_is_refused(made, talk, capsys, more, message) -
 def test_a_missing_file_is_refused(made, capsys) -> None:
     assert main(command(made, "nowhere.wav")) == 2
     assert "nowhere.wav" in capsys.readouterr().err
+
+
+def test_a_prior_is_refused_by_its_name(made, talk, tmp_path, capsys) -> None:
+    tokens = load(made["model"]).tokens
+    write_prior(tmp_path / "prior.json", torch.full((tokens.size,), -5.0), tokens, 1)
+    assert main(command(made, "--emissions.prior", str(tmp_path / "prior.json"), talk[0])) == 2
+    assert "emissions.prior must be empty (or its scale 0) in a stream" in capsys.readouterr().err

@@ -15,6 +15,7 @@ from tiny import acoustic_model
 
 from icefall_fusion.__main__ import main
 from icefall_fusion.acoustic.models import CtcAed, TransducerOptions, load, save
+from icefall_fusion.acoustic.prior import write_prior
 from icefall_fusion.acoustic.sources import EmissionOptions, open_source
 from icefall_fusion.data.features import pad_features
 from icefall_fusion.decode.method_names import (
@@ -128,9 +129,9 @@ def test_a_method_is_the_search_of_the_encoders_frames(both) -> None:
     source = open_source(EmissionOptions(both["model"]))
     for utterance in utterances[:3]:
         features, lens = pad_features([utterance.load()])
-        frames, lens = source.transducer.encode(features, lens)
-        [alone] = transducer_search(frames, lens, source.transducer, options.search, source.tokens,
-                                    ids=[utterance.id])
+        frames, lens = source.encode(features, lens)
+        [alone] = transducer_search(source.joiner_frames(frames), lens, source.transducer, options.search,
+                                    source.tokens, ids=[utterance.id])
         assert_same({utterance.id: alone}, {utterance.id: found[utterance.id]})
 
 
@@ -141,6 +142,13 @@ def test_a_model_without_the_head_is_named(made, both, tmp_path, capsys) -> None
     assert main(arguments(alone, tmp_path / "b", "--methods", "ctc-prefix")) != 0
     assert "method 'ctc-prefix' must have an acoustic model with a CTC head" in capsys.readouterr().err
     assert main(arguments(alone, tmp_path / "c", "--methods", "rnnt-greedy,rnnt-llm-delayed-shortest")) == 0
+    prior = tmp_path / "prior.json"
+    tokens = load(both["model"]).tokens
+    write_prior(prior, torch.full((tokens.size,), -5.0), tokens, 1)
+    named = ["--methods", "rnnt-beam", "--emissions.prior", str(prior)]
+    assert main(arguments(both, tmp_path / "e", *named)) != 0
+    rule = "emissions.prior must be empty (or its scale 0) for method 'rnnt-beam'"
+    assert rule in capsys.readouterr().err
     recover = ["--methods", "rnnt-beam", "--search.recover_mass", "true"]
     assert main(arguments(both, tmp_path / "d", *recover)) != 0
     assert "recover_mass must be False for transducers" in capsys.readouterr().err

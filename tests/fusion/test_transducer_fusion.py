@@ -110,6 +110,17 @@ def test_the_internal_lm_beside_an_llm_is_its_slow_twin(llm, model, tokens, seed
     compare_with_twin(model, nbests, encoder, lens, 4, tokens, [slow_internal_lm(model, 0.3), slow])
 
 
+def test_the_internal_lm_keeps_no_more_scores_than_it_may(model, tokens, monkeypatch):  # noqa: F811
+    encoder, lens = speech(1)
+    fusion, most = InternalLmFusion(model, 0.3), 5 * len(PIECES)
+    expected = search(model, encoder, lens, tokens, [fusion], beam=4)
+    assert fusion._table.values.numel() > most
+    monkeypatch.setattr("icefall_fusion.fusion.internal_lm.KEPT", most)
+    assert_same(search(model, encoder, lens, tokens, [fusion], beam=4), expected)
+    grown = 4 * len(lens)  # contexts of one frame, beside those before
+    assert len(fusion._table.rows) <= 64 + grown
+
+
 @pytest.mark.parametrize("every", [1, 4])
 @pytest.mark.parametrize("trigger", TRIGGERS[2:5], ids=names)
 def test_look_ahead_is_its_slow_twin(llm, ngram, model, tokens, trigger, every):  # noqa: F811

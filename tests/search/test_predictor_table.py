@@ -84,6 +84,19 @@ def test_a_table_made_in_inference_mode_serves_outside_of_it():
     assert search(model, more, beam=5) == search(made(), more, beam=5)
 
 
+@pytest.mark.parametrize("changed", ["embedding", "conv"])
+def test_a_table_is_made_anew_though_the_start_says_the_same(changed):
+    """The blank's embedding is zero, as in models of icefall with padding_idx: the start tells nothing."""
+    model, encoder = made(), encodings(8, 3, 30)
+    model.predictor.embedding.weight.data[0] = 0.0
+    first = search(model, encoder, beam=5)
+    fresh = made()
+    for one in (model, fresh):
+        getattr(one.predictor, changed).weight.data.neg_()
+        one.predictor.embedding.weight.data[0] = 0.0
+    assert search(model, encoder, beam=5) == search(fresh, encoder, beam=5) != first
+
+
 def test_a_table_that_has_grown_too_large_is_not_kept(monkeypatch):
     monkeypatch.setattr(predictor, "_MOST", 20)
     model = made()

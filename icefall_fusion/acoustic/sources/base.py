@@ -19,6 +19,7 @@ from icefall_fusion.text.tokens import AcousticTokens
 
 if TYPE_CHECKING:
     from icefall_fusion.acoustic.sources import EmissionOptions
+    from icefall_fusion.acoustic.sources.chunked import ChunkedEncoder
 
 _TEN_SECONDS = round(10 / FRAME_SHIFT)  # feature frames
 
@@ -55,6 +56,7 @@ class FeatureSource:
 
     wants = "features"
     least_frames = 1  # shorter utterances have no output frame
+    chunked: Optional[ChunkedEncoder] = None  # its encoder, if that is a streaming one
     model: Any = None
     transducer: Optional[Transducer] = None
     has_ctc = True
@@ -105,7 +107,8 @@ class FeatureSource:
     def measured_frame_shift(self, name: str) -> float:
         """Return the seconds of an output frame, measured on ten seconds of features.
 
-        Subsampling loses frames at the edges, so a short input would mislead.
+        Subsampling loses frames at the edges, so a short input would mislead. A streaming encoder makes whole
+        chunks, the last one of padding: one of its chunks tells.
 
         Args:
             name: the model, for messages.
@@ -129,7 +132,10 @@ class FeatureSource:
         for outputs in sizes:
             if outputs != self.tokens.size:
                 raise ValueError(f"the vocabulary has {self.tokens.size} pieces, but {name} has {outputs}")
-        return round(_TEN_SECONDS / max(1, encoder_out.shape[1])) * FRAME_SHIFT
+        subsampling = _TEN_SECONDS / max(1, encoder_out.shape[1])
+        if self.chunked is not None and self.chunked.subsampling is not None:
+            subsampling = self.chunked.subsampling
+        return round(subsampling) * FRAME_SHIFT
 
 
 def tokens_of(options: EmissionOptions) -> AcousticTokens:

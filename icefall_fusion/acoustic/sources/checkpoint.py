@@ -19,17 +19,13 @@ if TYPE_CHECKING:
 
 
 class CheckpointTransducer:
-    """Encoder and transducer head of one of our models; see `Transducer`."""
+    """The transducer head of one of our models; see `Transducer`."""
 
     def __init__(self, model: CtcAed) -> None:
-        self._model, head = model, model.transducer
+        head = model.transducer
         self.context_size, self.vocab_size = head.context_size, head.vocab_size
         self.blank_id, self.start = head.blank_id, head.start
         self.project, self.predict, self.join = head.project, head.predict, head.join
-
-    def encode(self, features: Tensor, lens: Tensor) -> tuple[Tensor, Tensor]:
-        encoder_out, lens = self._model.encoder(features, lens)
-        return self.project(encoder_out), lens
 
 
 class CheckpointSource(FeatureSource):

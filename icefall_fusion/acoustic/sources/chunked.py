@@ -3,7 +3,7 @@ Knows: chunks of features and the states between them. Must not know: what an en
 """
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
@@ -22,10 +22,14 @@ class ChunkedEncoder:
             ``get_init_states(batch, device)`` returns the first ones.
         hop: feature frames of a chunk.
         length: feature frames that a chunk sees, at least ``hop``.
+
+    Attributes:
+        subsampling: feature frames of an output frame; None before the first call.
     """
 
     def __init__(self, encoder: Any, hop: int, length: int) -> None:
         self._encoder, self._hop, self._length = encoder, hop, length
+        self.subsampling: Optional[float] = None
 
     def __call__(self, features: Tensor, lens: Tensor) -> tuple[Tensor, Tensor]:
         """Return encoder frames [B,T',D] and their numbers [B] for features [B,T,80] and lengths [B]."""
@@ -42,4 +46,5 @@ class ChunkedEncoder:
             window = features[:, chunk * self._hop : chunk * self._hop + self._length]
             out, _, states = self._encoder(window, full, states)
             outs.append(out)
+        self.subsampling = self._hop / outs[0].shape[1]
         return torch.cat(outs, dim=1), chunks * outs[0].shape[1]

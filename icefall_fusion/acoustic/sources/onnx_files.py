@@ -4,7 +4,7 @@ Knows: those files, onnxruntime. Must not know: how they were made, search, fusi
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Sequence
+from typing import TYPE_CHECKING, Any, Sequence, Union
 
 import torch
 from torch import Tensor
@@ -51,6 +51,11 @@ class OnnxSource(FeatureSource):
         self.device = torch.device(options.device)
         check(self.device.type == "cpu", "EmissionOptions.device", "be cpu for ONNX files", options.device)
         parts = {part: OnnxPart(path) for part, path in files.items()}
+        self._encoder: Union[OnnxPart, ChunkedEncoder] = parts["encoder"]
+        if "decode_chunk_len" in parts["encoder"].metadata:
+            self._encoder = self.chunked = StreamingOnnxEncoder.chunked(parts["encoder"])
+        else:
+            parts["encoder"].check_names(*NAMES["encoder"])
         self.transducer = OnnxTransducer(parts, self.tokens.blank_id)
         size = self.transducer.vocab_size
         if size != self.tokens.size:
@@ -60,11 +65,12 @@ class OnnxSource(FeatureSource):
         self.frame_shift = options.frame_shift or measured
 
     def encode(self, features: Tensor, lens: Tensor) -> tuple[Tensor, Tensor]:
-        return self.transducer.encode(features, lens)
+        encoder_out, out_lens = self._encoder(features.float(), lens.long())
+        return encoder_out, out_lens.long()
 
 
 class OnnxTransducer:
-    """Three ONNX files as one transducer; see `Transducer`.
+    """Predictor and joiner in ONNX files; see `Transducer`.
 
     Args:
         parts: encoder, decoder and joiner.
@@ -73,27 +79,20 @@ class OnnxTransducer:
 
     def __init__(self, parts: dict[str, OnnxPart], blank_id: int) -> None:
         encoder, self._predictor, self._joiner = (parts[name] for name in NAMES)
-        streaming = "decode_chunk_len" in encoder.metadata
-        self._encoder = StreamingOnnxEncoder.chunked(encoder) if streaming else encoder
-        for part in NAMES:
-            if part != "encoder" or not streaming:
-                parts[part].check_names(*NAMES[part])
+        for part in ("decoder", "joiner"):
+            parts[part].check_names(*NAMES[part])
         values = self._predictor.metadata
         name = str(self._predictor.path)
         with loading(name, "a predictor with context_size and vocab_size in its metadata"):
             self.context_size, self.vocab_size = int(values["context_size"]), int(values["vocab_size"])
         self.blank_id = blank_id
         with loading(name, "a predictor"):
-            self.start = start_of(self, torch.device("cpu"))
+            self.start = start_of(self.predict, self.context_size, self.vocab_size, blank_id)
             size = self.predict(torch.tensor([self.start])).shape[1]
         for part, places in ((encoder, encoder.outputs), (self._joiner, self._joiner.inputs)):
             rule = f"be of the joiner size {size} of {self._predictor.path.name}"
             found = next(place.shape[-1] for place in places if place.name == "encoder_out")
             check(found == size or not isinstance(found, int), f"{part.path}", rule, found)
-
-    def encode(self, features: Tensor, lens: Tensor) -> tuple[Tensor, Tensor]:
-        encoder_out, out_lens = self._encoder(features.float(), lens.long())
-        return encoder_out, out_lens.long()
 
     def project(self, encoder_out: Tensor) -> Tensor:
         return encoder_out  # the encoder's file has the projection in it

@@ -3,7 +3,8 @@ Knows: icefall's interface of these modules. Must not know: files, search, fusio
 """
 from __future__ import annotations
 
-from typing import Any
+import copy
+from typing import Any, Callable
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ class ModuleTransducer:
     """``decoder`` (the predictor) and ``joiner`` of a source's network; see `Transducer`.
 
     Args:
-        source: with ``network``, ``tokens``, ``device`` and ``encode``.
+        source: with ``network`` and ``tokens``.
         name: of the model, for messages.
 
     Raises:
@@ -24,18 +25,16 @@ class ModuleTransducer:
 
     def __init__(self, source: Any, name: str) -> None:
         network, tokens = source.network, source.tokens
-        self._source, self._predictor, self._joiner = source, network.decoder, network.joiner
+        self._predictor, self._joiner = network.decoder, network.joiner
         for part in ("encoder_proj", "decoder_proj"):
             if not hasattr(self._joiner, part):
                 raise ValueError(f"its joiner must have {part}, but has none")
         self.context_size, self.blank_id = int(self._predictor.context_size), int(self._predictor.blank_id)
         self.vocab_size = tokens.size
         check(self.blank_id == tokens.blank_id, f"blank of {name}", f"be {tokens.blank_id}", self.blank_id)
-        self.start = start_of(self, source.device)
-
-    def encode(self, features: Tensor, lens: Tensor) -> tuple[Tensor, Tensor]:
-        encoder_out, lens = self._source.encode(features, lens)
-        return self.project(encoder_out), lens
+        copied = copy.deepcopy(self._predictor).cpu()
+        self.start = start_of(lambda contexts: copied(contexts, False), self.context_size, self.vocab_size,
+                              self.blank_id)
 
     def project(self, encoder_out: Tensor) -> Tensor:
         return self._joiner.encoder_proj(encoder_out).float()
@@ -48,23 +47,25 @@ class ModuleTransducer:
 
 
 @torch.no_grad()
-def start_of(transducer: Any, device: torch.device) -> tuple[int, ...]:
+def start_of(predict: Callable[[Tensor], Tensor], context_size: int, vocab_size: int,
+             blank_id: int) -> tuple[int, ...]:
     """Return the context before the first piece that a model of icefall was trained with.
 
     It is "no piece" (-1) and the blank. Older models do not know -1: they refuse it, or read the last piece
     of the vocabulary. Their texts start with blanks, whose embedding is zero.
 
     Args:
-        transducer: with ``predict``, ``context_size``, ``blank_id`` and ``vocab_size``.
-        device: of its model.
+        predict: of contexts [N,context_size], on a CPU: there a wrong index is an error that can be caught,
+            a GPU is of no use after it.
+        context_size, vocab_size, blank_id: see `Transducer`.
     """
-    rest = transducer.context_size - 1
-    start, blanks = (-1,) * rest + (transducer.blank_id,), (transducer.blank_id,) * (rest + 1)
+    rest = context_size - 1
+    start, blanks = (-1,) * rest + (blank_id,), (blank_id,) * (rest + 1)
     if rest == 0:
         return start
-    last = (transducer.vocab_size - 1,) * rest + (transducer.blank_id,)
+    last = (vocab_size - 1,) * rest + (blank_id,)
     try:
-        none, piece = (transducer.predict(torch.tensor([one], device=device)) for one in (start, last))
+        none, piece = (predict(torch.tensor([one])) for one in (start, last))
     except Exception as error:  # TorchScript and onnxruntime have types of their own for a wrong index
         if "index" not in str(error).lower() and "indices" not in str(error).lower():
             raise

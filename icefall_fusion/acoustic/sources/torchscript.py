@@ -48,7 +48,8 @@ class TorchScriptSource(FeatureSource):
         if hasattr(self._encoder, "get_init_states"):
             with loading(options.model, "a streaming encoder of icefall (with chunk_size and pad_length)"):
                 hop = 2 * int(self._encoder.chunk_size)  # of 20 ms
-                self._encoder = ChunkedEncoder(self._encoder, hop, hop + int(self._encoder.pad_length))
+                self.chunked = ChunkedEncoder(self._encoder, hop, hop + int(self._encoder.pad_length))
+            self._encoder = self.chunked
         if parts:
             with loading(options.model, "a transducer of icefall"):
                 self.transducer = ModuleTransducer(self, options.model)
