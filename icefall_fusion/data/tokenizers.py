@@ -35,6 +35,8 @@ class TokenizerOptions:
         pieces_from: a SentencePiece model, or its folder, whose pieces are copied, e.g. those of a model for
             ``train --init``; empty: learn them.
         piece_lines: number of normalized utterances to learn the acoustic pieces from.
+        coverage: share of the characters of these utterances that have a piece (0.98 to 1), the frequent
+            ones; others are the unknown piece. Below 1 for Chinese, whose rare characters are thousands.
         llm_tokens: size of the LLM's vocabulary; 0 makes none (the LLM has its own).
         llm_cased_lines: number of cased utterances to learn the LLM's tokens from.
         llm_normalized_lines: number of normalized utterances to learn them from.
@@ -45,6 +47,7 @@ class TokenizerOptions:
     pieces: int = 500
     pieces_from: str = ""
     piece_lines: int = 200_000
+    coverage: float = 1.0
     llm_tokens: int = 8192
     llm_cased_lines: int = 300_000
     llm_normalized_lines: int = 100_000
@@ -53,6 +56,7 @@ class TokenizerOptions:
     def __post_init__(self) -> None:
         check_at_least(32, self, "pieces")
         check_at_least(1, self, "piece_lines")
+        check(0.98 <= self.coverage <= 1, "TokenizerOptions.coverage", "be from 0.98 to 1", self.coverage)
         rule = "be 0, or from 258 (bytes, <s>, </s>) to 65536 (uint16)"
         good = self.llm_tokens == 0 or 258 <= self.llm_tokens <= 65536
         check(good, "TokenizerOptions.llm_tokens", rule, self.llm_tokens)
@@ -80,7 +84,7 @@ def run(options: TokenizerOptions) -> int:
     spoken, *written = sample_fields(utterances, plans)
     if not options.pieces_from:
         print(f"training {options.pieces} acoustic pieces on {len(spoken)} utterances", flush=True)
-        train_pieces(spoken, options.pieces, lang)
+        train_pieces(spoken, options.pieces, lang, options.coverage)
         print(f"{options.pieces} acoustic pieces from {len(spoken)} utterances")
     if options.llm_tokens:
         lines = [line for sample in written for line in sample]
@@ -112,7 +116,7 @@ def sample_fields(path: Path, plans: Sequence[tuple[str, int, int]]) -> list[lis
     return samples
 
 
-def train_pieces(lines: list[str], size: int, folder: Path) -> None:
+def train_pieces(lines: list[str], size: int, folder: Path, coverage: float = 1.0) -> None:
     """Train SentencePiece unigram pieces and write ``bpe.model`` and ``tokens.txt`` (piece and id a line).
 
     In scripts without spaces each character and its frequent successions are pieces, without a word mark.
@@ -121,9 +125,10 @@ def train_pieces(lines: list[str], size: int, folder: Path) -> None:
         lines: normalized utterances.
         size: pieces in all; 0 is the blank, 1 start and end of sentence, 2 unknown.
         folder: where both files go.
+        coverage: share of the characters in the text that have a piece.
 
     Raises:
-        ValueError: the text is too small for so many pieces.
+        ValueError: the text is too small for so many pieces, or has more characters than pieces.
     """
     import sentencepiece
 
@@ -133,11 +138,12 @@ def train_pieces(lines: list[str], size: int, folder: Path) -> None:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(lines), model_writer=model, vocab_size=size, model_type="unigram",
             user_defined_symbols=[BLANK, SOS_EOS], unk_id=2, unk_piece=UNKNOWN, bos_id=-1, eos_id=-1,
-            pad_id=-1, normalization_rule_name="identity", character_coverage=1.0, num_threads=1,
+            pad_id=-1, normalization_rule_name="identity", character_coverage=coverage, num_threads=1,
             minloglevel=1, **({} if marked else {"add_dummy_prefix": False}),
         )
     except RuntimeError as error:
-        raise ValueError(f"pieces must fit {len(lines)} lines of text, but is {size}: {error}") from error
+        raise ValueError(f"pieces must fit {len(lines)} lines of text, but is {size} (coverage {coverage}): "
+                         f"{error}") from error
     with atomic_path(folder / "bpe.model") as path:
         path.write_bytes(model.getvalue())
     processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / "bpe.model"))

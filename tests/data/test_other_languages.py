@@ -14,7 +14,7 @@ from icefall_fusion.__main__ import main
 from icefall_fusion.data import books, espeak, selection
 from icefall_fusion.data.reading import GENERIC, MANDARIN, SPANISH, reading_of
 from icefall_fusion.data.synthesizer import punctuated
-from icefall_fusion.data.tokenizers import train_pieces
+from icefall_fusion.data.tokenizers import TokenizerOptions, train_pieces
 from icefall_fusion.text.language import Language
 from icefall_fusion.text.scripts import has_unspaced
 from icefall_fusion.text.tokens import AcousticTokens
@@ -113,6 +113,18 @@ def test_from_stories_to_pieces(tmp_path, language) -> None:
     for row in rows:
         ids = tokens.encode(row["text"])
         assert tokens.unk_id not in ids and Language(language).join(tokens.words(ids)) == row["text"]
+
+
+def test_rare_characters_may_have_no_piece(tmp_path) -> None:
+    lines = ["他说你好", "你好他说", "好你说他"] * 200 + ["他说龘靐"]
+    with pytest.raises(ValueError, match=r"pieces must fit .* but is 8 \(coverage 1.0\)"):
+        train_pieces(lines, 8, tmp_path / "all")
+    train_pieces(lines, 8, tmp_path / "some", coverage=0.99)
+    tokens = AcousticTokens.load(tmp_path / "some")
+    assert tokens.size == 8 and not {"龘", "靐"} & set("".join(tokens.pieces))
+    assert tokens.unk_id in tokens.encode(lines[-1]) and tokens.unk_id not in tokens.encode(lines[0])
+    with pytest.raises(ValueError, match="coverage must be from 0.98 to 1, but is 0.9"):
+        TokenizerOptions(coverage=0.9)
 
 
 def test_books_of_another_language_are_refused(tmp_path, capsys) -> None:
