@@ -44,8 +44,9 @@ def compare(made: Comparison, names: Sequence[str], lists: Sequence[Lists], llm:
     }
     page = Page(f"{names[1]} against {names[0]}")
     page.paragraph(
-        f"A is {names[0]}, B is {names[1]}: {made.words:,} words in {len(made.slots):,} utterances. WER of A "
-        f"{wer[0]:.2f} %, of B {wer[1]:.2f} %: {sure.difference:+.2f} points (95 % interval {sure.low:+.2f} "
+        f"A is {names[0]}, B is {names[1]}: {made.words:,} {made.language.unit} in {len(made.slots):,} "
+        f"utterances. {made.language.rate} of A {wer[0]:.2f} %, of B {wer[1]:.2f} %: "
+        f"{sure.difference:+.2f} points (95 % interval {sure.low:+.2f} "
         f"to {sure.high:+.2f}; B is better in {100 * sure.improvement:.1f} % of {sure.samples:,} samples of "
         "a paired bootstrap over utterances)."
     )
@@ -71,7 +72,7 @@ def _examples(made: Comparison, lm: Optional[CausalLm], llm: LmOptions, most: in
     Of a reading the whole reference is scored, with the one wrong word in it: the model's own opinion.
     """
     found = []
-    for kind in KINDS:
+    for kind in made.kinds.kinds:
         for outcome in ("won", "lost"):
             for utterance, place in made.examples(kind, outcome, most):
                 slots = made.slots[utterance]
@@ -160,7 +161,7 @@ def beam_causes(made: Comparison, lists: Sequence[Lists]) -> dict[str, dict[str,
     In B's list: the beam kept the word, the scores chose another. In A's list alone: B's beam lost it, though
     it had the mass. In no list: the acoustic model gave it too little for either beam.
     """
-    counts = {kind: dict.fromkeys(CAUSES, 0) for kind in KINDS[2:]}
+    counts = {kind: dict.fromkeys(CAUSES, 0) for kind in made.kinds.kinds[2:]}
     for name, slots in made.slots.items():
         missed = _missed(slots)
         if not missed:

@@ -77,3 +77,27 @@ class RecognizerOptions:
         """Return the sources whose models are named: of `LM_SOURCES`, the n-grams' and ``hotwords``."""
         named = {source for source in (*LM_SOURCES, "ngram", "wordngram") if getattr(self, source).path}
         return named | {source for source in ("hotwords", "lodr") if getattr(self, source)}
+
+
+def check_nothing_is_normalized(options: RecognizerOptions) -> None:
+    """Refuse the normalizer for a job that would not ask it.
+
+    Raises:
+        ValueError: there is one.
+    """
+    rule = "be left out: this job normalizes no text"
+    check(not options.normalizer, f"{type(options).__name__}.normalizer", rule, options.normalizer)
+
+
+def check_no_language(options: RecognizerOptions, where: str) -> None:
+    """Refuse the language for a job in which nothing depends on it.
+
+    Args:
+        options: of the job.
+        where: for the message, e.g. "in a stream".
+
+    Raises:
+        ValueError: it is named.
+    """
+    rule = f"be left out {where}: nothing depends on it there"
+    check(not options.language, f"{type(options).__name__}.language", rule, options.language)

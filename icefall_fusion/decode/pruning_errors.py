@@ -14,8 +14,9 @@ from icefall_fusion.common.files import write_json
 from icefall_fusion.data.manifests import spread
 from icefall_fusion.decode.method_names import parse_method
 from icefall_fusion.decode.methods import Method
+from icefall_fusion.decode.options import RecognizerOptions, check_nothing_is_normalized
 from icefall_fusion.decode.pretrained import with_pretrained
-from icefall_fusion.decode.recognizer import Recognizer, RecognizerOptions
+from icefall_fusion.decode.recognizer import Recognizer
 from icefall_fusion.decode.report import names_in
 from icefall_fusion.decode.utterances import read_cuts
 from icefall_fusion.fusion import DelayedFusion
@@ -23,7 +24,7 @@ from icefall_fusion.fusion.watch import FATES, BeamWatch
 from icefall_fusion.nbest import NBest
 from icefall_fusion.scoring.pages import Page
 from icefall_fusion.scoring.wer import correct_words
-from icefall_fusion.scoring.word_kinds import KINDS, WordKinds
+from icefall_fusion.scoring.word_kinds import WordKinds
 from icefall_fusion.search import Fusion
 
 
@@ -38,6 +39,7 @@ class PruningErrorsOptions(RecognizerOptions):
         method: its first pass must have a delayed fusion.
         limit: utterances, spread over the manifest; 0: all.
         out: file for the same as JSON; empty: none.
+        language: ISO 639 code of the references: of which words or characters are counted, and their kinds.
     """
 
     cuts: str
@@ -47,6 +49,7 @@ class PruningErrorsOptions(RecognizerOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_nothing_is_normalized(self)
         delayed = any(spec.trigger is not None for spec in parse_method(self.method).fusions)
         rule = "have a delayed fusion in a prefix search"
         good = delayed and not parse_method(self.method).of_lattices
@@ -70,8 +73,9 @@ class WatchedMethod(Method):
         references: Optional[Mapping[str, Optional[str]]], counters: dict[str, float],
     ) -> list[NBest]:
         speaker = next(fusion for fusion in fusions if isinstance(fusion, DelayedFusion))
-        words = {name: text.split() for name, text in (references or {}).items() if text is not None}
-        self.watches.append(BeamWatch(words, speaker))
+        split = self._language.split
+        words = {name: split(text) for name, text in (references or {}).items() if text is not None}
+        self.watches.append(BeamWatch(words, speaker, split))
         return super()._first_pass(emissions, [*fusions, self.watches[-1]], references, counters)
 
 
@@ -85,15 +89,16 @@ def run(options: PruningErrorsOptions) -> int:
     """Run the job ``pruning-errors``; the exit code is 3 when audio could not be read."""
     recognizer = WatchedRecognizer(with_pretrained(options), options.method)
     utterances = spread(read_cuts(options.cuts, recognizer.source.wants), options.limit)
-    references = {utterance.id: (utterance.text or "").split() for utterance in utterances}
+    split = recognizer.language.split
+    references = {utterance.id: split(utterance.text or "") for utterance in utterances}
     counts: Counter[str] = Counter()
     for words in references.values():
         counts.update(words)
-    kinds = WordKinds(counts, names_in(options.cuts))
-    table: dict[str, Counter[str]] = {kind: Counter() for kind in KINDS if kind != "homophone"}
+    kinds = WordKinds(counts, names_in(options.cuts), language=recognizer.language)
+    table: dict[str, Counter[str]] = {kind: Counter() for kind in kinds.kinds if kind != "homophone"}
     whole, long = Counter[str](), 0
     for nbest in recognizer.transcribe(utterances):
-        missing = missing_words(references[nbest.utterance], nbest[0].words())
+        missing = missing_words(references[nbest.utterance], split(nbest[0].text))
         whole.update(words=len(references[nbest.utterance]), wrong=len(missing))
         fates = fates_of(recognizer, nbest.utterance, missing)
         if fates is None:
@@ -101,7 +106,8 @@ def run(options: PruningErrorsOptions) -> int:
             continue
         for word, fate in zip(missing, fates):
             table[kinds.of_word(references[nbest.utterance][word])][fate] += 1
-    _tell(options, whole, {kind: row for kind, row in table.items() if row}, long)
+    _tell(options, whole, {kind: row for kind, row in table.items() if row}, long,
+          recognizer.language.unit)
     return SKIPPED_SOME if recognizer.unreadable else 0
 
 
@@ -120,11 +126,11 @@ def missing_words(reference: Sequence[str], words: Sequence[str]) -> list[int]:
 
 
 def _tell(options: PruningErrorsOptions, whole: Counter[str], table: Mapping[str, Counter[str]],
-          long: int) -> None:
+          long: int, unit: str) -> None:
     """Print the table and write it."""
     page = Page(f"Words that {options.method} has wrong")
     page.paragraph(
-        f"{whole['wrong']:,} of {whole['words']:,} words of the references are wrong in the best hypothesis "
+        f"{whole['wrong']:,} of {whole['words']:,} {unit} of the references are wrong in the best hypothesis "
         f"(insertions aside). {long} utterances were decoded in segments and not watched."
     )
     rows: list[list[Any]] = [[kind, *(row[fate] for fate in FATES)] for kind, row in table.items()]

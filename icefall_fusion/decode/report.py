@@ -14,6 +14,7 @@ from typing import Any, Iterable, Mapping, Union
 from icefall_fusion.common.checks import check, check_at_least, check_choice
 from icefall_fusion.common.files import opener, write_json, write_text
 from icefall_fusion.data import espeak
+from icefall_fusion.data.reading import reading_of
 from icefall_fusion.decode.comparison import compare
 from icefall_fusion.decode.language_models import LmOptions
 from icefall_fusion.nbest import Hypothesis, NBest
@@ -22,7 +23,7 @@ from icefall_fusion.scoring.compare import Comparison
 from icefall_fusion.scoring.score import kept_language, read_texts
 from icefall_fusion.scoring.wer import EPS, MEASURES
 from icefall_fusion.scoring.word_kinds import WordKinds
-from icefall_fusion.text.language import language_of
+from icefall_fusion.text.language import ENGLISH, Language, language_of
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,11 @@ class ReportOptions(table.ReportOptions):
     def __post_init__(self) -> None:
         if not self.compare:
             super().__post_init__()
+            for name in ("language", "normalizer"):  # runs were scored when they were decoded
+                value = getattr(self, name)
+                check(not value, f"ReportOptions.{name}", "be left out without ReportOptions.compare", value)
             return
+        language_of(self.language, self.normalizer)
         check(not self.runs, "ReportOptions.runs", "be left out with ReportOptions.compare", self.runs)
         check(len(self.compare) == 2, "ReportOptions.compare", "name two files", self.compare)
         check(bool(self.ref), "ReportOptions.ref", "name the references", self.ref)
@@ -76,8 +81,9 @@ def run(options: ReportOptions) -> int:
     lists = [_lists(read_texts(path, nbests=True)) for path in options.compare]
     names = tuple(_method_of(path, [Path(p).stem for p in options.compare]) for path in options.compare)
     texts = [{name: nbest[0].text for name, nbest in found.items()} for found in lists]
-    kinds = WordKinds(_counts(options.text, references.values()), names_in(options.ref))
     language = language_of(options.language, options.normalizer, kept_language(*options.compare))
+    counts = _counts(options.text, references.values(), language)
+    kinds = WordKinds(counts, names_in(options.ref), language=language)
     made = Comparison(references, *texts, kinds, options.measure, options.samples, language)
     kinds.sounds = _sounds(made)
     page, content = compare(made, names, lists, options.llm, options.examples)
@@ -108,19 +114,19 @@ def _method_of(path: str, stems: list[str]) -> str:
     return found.group(1) if found else stem
 
 
-def _counts(path: str, references: Iterable[str]) -> Counter[str]:
-    """Count the words of a text file (or of the references), in lower case."""
+def _counts(path: str, references: Iterable[str], language: Language) -> Counter[str]:
+    """Count the words of a text file (or of the references), of English in lower case, else normalized."""
     counts: Counter[str] = Counter()
     if not path:
-        lines: Iterable[str] = references
-        for line in lines:
-            counts.update(line.lower().split())
+        for line in references:
+            counts.update(line.lower().split() if language == ENGLISH else language.units(line))
         return counts
     if not Path(path).is_file():
         raise FileNotFoundError(f"ReportOptions.text must name a file, but there is none at {path}")
+    split = language.units if language != ENGLISH else lambda line: re.findall(r"[\w']+", line.lower())
     with opener(path)(path, "rt", encoding="utf-8") as file:
         for line in file:
-            counts.update(re.findall(r"[\w']+", line.lower()))
+            counts.update(split(line))
     return counts
 
 
@@ -140,7 +146,7 @@ def names_in(path: str) -> set[str]:
                 continue
             for supervision in json.loads(line).get("supervisions", []):
                 cased = (supervision.get("custom") or {}).get("cased") or ""
-                for match in re.finditer(r"([.!?:\"“”‘(—]\W*)?\b([^\W\d_][\w'’]*)", cased):
+                for match in re.finditer(r"([.!?:\"“”‘(—¿¡«]\W*)?\b([^\W\d_][\w'’]*)", cased):
                     word = match.group(2).replace("’", "'")
                     if word[0].islower():
                         small.add(word)
@@ -150,7 +156,14 @@ def names_in(path: str) -> set[str]:
 
 
 def _sounds(made: Comparison) -> Any:
-    """Return a function that tells how a word sounds, by eSpeak NG; None, with a warning, where it lacks."""
+    """Return a function that tells how a word sounds, by eSpeak NG; None, with a warning, where it lacks.
+
+    For a language without a voice in `data.reading` it lacks too.
+    """
+    accents = reading_of(made.language).accents or ("en-us",) * (made.language.base == "en")
+    if not accents:
+        logging.warning("homophones are not told apart: there is no voice of %s", made.language.name)
+        return None
     words = {
         word for slots in made.slots.values() for slot in slots if slot.outcome != "right"
         for word in slot if word != EPS
@@ -158,4 +171,4 @@ def _sounds(made: Comparison) -> Any:
     if not espeak.available():
         logging.warning("homophones are not told apart: espeakng-loader is not installed")
         return None
-    return espeak.engine().phonemes(sorted(words), espeak.Voice()).get
+    return espeak.engine().phonemes(sorted(words), espeak.Voice(accents[0])).get

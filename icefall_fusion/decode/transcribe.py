@@ -14,13 +14,14 @@ from icefall_fusion.common.checks import check, check_choice
 from icefall_fusion.common.command_line import SKIPPED_SOME
 from icefall_fusion.common.files import atomic_path, fingerprint, write_text
 from icefall_fusion.decode.method_names import parse_methods
+from icefall_fusion.decode.options import RecognizerOptions, check_no_language, check_nothing_is_normalized
 from icefall_fusion.decode.pretrained import FOLDER, WORDS, with_pretrained
-from icefall_fusion.decode.recognizer import RecognizerOptions
 from icefall_fusion.decode.utterances import Utterance, read_audio_files
 from icefall_fusion.decode.word_formats import as_json, ctm, names_of, srt, supervision, vtt
 from icefall_fusion.decode.words import WordModel, WordRecognizer
 from icefall_fusion.nbest import NBest, WordTime
 from icefall_fusion.streaming.options import EndpointOptions, StreamOptions
+from icefall_fusion.text.language import ENGLISH
 from icefall_fusion.text.scripts import unspaced
 
 #: Formats, and what holds each in the folder of results: one file in all, or one a file of audio.
@@ -53,6 +54,7 @@ class TranscribeOptions(RecognizerOptions):
         words: YAML file of the job tune-words; empty: that of the shipped models, or the usual constants.
         json: write the JSON lines to this file too.
         batch_size: files (or segments of long ones) decoded together.
+        language: ISO 639 code, which lhotse and JSON lines name; empty: that of the acoustic model.
     """
 
     files: list[str] = field(metadata={"positional": True})
@@ -75,7 +77,9 @@ class TranscribeOptions(RecognizerOptions):
             rule = "name a folder for lhotse, and for subtitles of several files"
             check(bool(self.out) or not (many or name == "lhotse"), "TranscribeOptions.out", rule, self.out)
         check(len(parse_methods(self.method)) == 1, "TranscribeOptions.method", "be one method", self.method)
+        check_nothing_is_normalized(self)
         if self.stream:
+            check_no_language(self, "in a stream")
             check(len(self.files) == 1, "TranscribeOptions.files", "be one in a stream", self.files)
             good = set(self.formats) <= {"text", "json"} and not self.out and not self.json
             check(good, "TranscribeOptions.format", "be text or json, printed, in a stream", self.format)
@@ -102,16 +106,17 @@ def run(options: TranscribeOptions) -> int:
     utterances = read_audio_files(files, recognizer.source.wants)
     found = {nbest.utterance: nbest for nbest in recognizer.transcribe(utterances)}
     nbests = {name: found[name] for name in files if name in found}
+    language = "" if recognizer.language == ENGLISH else recognizer.language.name
     if options.out:
-        _write(options, nbests, names, utterances)
+        _write(options, nbests, names, utterances, language)
     else:
         for name, nbest in nbests.items():
             for kind in options.formats:
-                sys.stdout.write(_shown(kind, nbest, names[name]))
+                sys.stdout.write(_shown(kind, nbest, names[name], language))
     for utterance, error in recognizer.unreadable:
         print(f"skipped {utterance.id}: {error}", file=sys.stderr)
     if options.json:
-        write_text(options.json, "".join(_shown("json", nbest, "") for nbest in nbests.values()))
+        write_text(options.json, "".join(_shown("json", nbest, "", language) for nbest in nbests.values()))
         logging.info("wrote %s", options.json)
     return SKIPPED_SOME if recognizer.unreadable else 0
 
@@ -132,36 +137,37 @@ def word_model(options: RecognizerOptions) -> WordModel:
     return found
 
 
-def _shown(kind: str, nbest: NBest, name: str) -> str:
+def _shown(kind: str, nbest: NBest, name: str, language: str) -> str:
     """Return a list in one of the formats that are text; ``name`` is that of CTM."""
     if kind == "text":
         return f"{nbest.utterance}\t{unspaced(nbest[0].text)}\n"
     if kind == "json":
-        return json.dumps(as_json(nbest), ensure_ascii=False) + "\n"
+        return json.dumps(as_json(nbest, language), ensure_ascii=False) + "\n"
     times = nbest[0].times
     return ctm(name, times) if kind == "ctm" else _SUBTITLES[kind](times)
 
 
 def _write(options: TranscribeOptions, nbests: dict[str, NBest], names: dict[str, str],
-           utterances: Sequence[Utterance]) -> None:
+           utterances: Sequence[Utterance], language: str) -> None:
     """Write the files of all formats to the folder ``out``."""
     folder = Path(options.out)
     for kind in options.formats:
         if kind in _SUBTITLES:
             for name, nbest in nbests.items():
-                write_text(folder / f"{names[name]}.{kind}", _shown(kind, nbest, names[name]))
+                write_text(folder / f"{names[name]}.{kind}", _shown(kind, nbest, names[name], language))
         elif kind == "lhotse":
             seconds = {utterance.id: utterance.seconds for utterance in utterances}
-            _write_supervisions(folder / FORMATS[kind], nbests, names, seconds)
+            _write_supervisions(folder / FORMATS[kind], nbests, names, seconds, language)
         else:
-            write_text(folder / FORMATS[kind], "".join(_shown(kind, n, names[u]) for u, n in nbests.items()))
+            lines = [_shown(kind, nbest, names[name], language) for name, nbest in nbests.items()]
+            write_text(folder / FORMATS[kind], "".join(lines))
     logging.info("wrote %s of %d files to %s", ", ".join(options.formats), len(nbests), folder)
 
 
 def _write_supervisions(path: Path, nbests: dict[str, NBest], names: dict[str, str],
-                        seconds: dict[str, float]) -> None:
+                        seconds: dict[str, float], language: str) -> None:
     from lhotse import SupervisionSet
 
-    made = [supervision(names[name], nbest, seconds[name]) for name, nbest in nbests.items()]
+    made = [supervision(names[name], nbest, seconds[name], language) for name, nbest in nbests.items()]
     with atomic_path(path) as temporary:
         SupervisionSet.from_segments(made).to_file(temporary)

@@ -140,10 +140,13 @@ def run(options: TuneOptions) -> int:
 
 def _kept(options: TuneOptions) -> dict[str, str]:
     """Return the language that the files of N-best lists name, or that of the confirming decode's options."""
-    confirm = options.confirm
-    if confirm is not None and confirm.language:
-        return {"language": confirm.language, "normalizer": confirm.normalizer}
-    return kept_language(*options.nbest)
+    confirm, kept = options.confirm, kept_language(*options.nbest)
+    return kept if confirm is None else language_of(confirm.language, confirm.normalizer, kept).plain()
+
+
+def _with_language(decode: DecodeOptions, weights: Any, language: Language) -> DecodeOptions:
+    """Return the options of the confirming decode, in the language that is tuned in."""
+    return replace(decode, weights=weights, language=language.name, normalizer=language.normalizer)
 
 
 def _scored(lists: Sequence[NBest]) -> set[str]:
@@ -197,7 +200,7 @@ class _Confirmation:
         language: Language,
     ) -> None:
         self.options, self._language = options, language
-        self.recognizer = recognizer = Recognizer(replace(decode, weights=weights), list(weights))
+        self.recognizer = recognizer = Recognizer(_with_language(decode, weights, language), list(weights))
         wants = recognizer.source.wants
         utterances = [u for path in decode.test_sets.values() for u in read_cuts(path, wants)]
         utterances = spread(utterances, decode.limit)

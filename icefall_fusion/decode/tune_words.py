@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Iterator, Mapping, NamedTuple, Optional, Sequence, Union
@@ -28,6 +27,7 @@ from icefall_fusion.decode.words import WordModel, evidence_of
 from icefall_fusion.nbest import WordTime
 from icefall_fusion.scoring.calibration import Logistic, area_under_curve, calibration_error, held_out
 from icefall_fusion.scoring.wer import EPS, align_words
+from icefall_fusion.text.language import ENGLISH, Language
 from icefall_fusion.text.word_times import WordTiming
 
 #: Values that are tried of tail, least and letter, in seconds.
@@ -50,6 +50,7 @@ class TuneWordsOptions(RecognizerOptions):
         methods: comma-separated or a list; the confidence of each is found, and the constants of times with
             the marks of the first.
         limit: utterances, spread over the manifest; 0: all.
+        language, normalizer: of the references and the words that are compared with them.
     """
 
     cuts: str
@@ -125,7 +126,7 @@ def observe(recognizer: EvidenceRecognizer, cuts: str, limit: int = 0) -> Observ
     for nbest in recognizer.transcribe(utterances):
         sightings += sight(nbest[0].times, truth.get(nbest.utterance, []))
         evidence.append(recognizer.of_utterance(nbest.utterance))
-        right += right_words(references[nbest.utterance], nbest[0].words())
+        right += right_words(references[nbest.utterance], nbest[0].words(), recognizer.language)
     check(len(right) > 0, "cuts", "have speech in which words are recognized", cuts)
     return Observed(sightings, np.concatenate(evidence), np.array(right))
 
@@ -163,14 +164,15 @@ def describe_confidence(sure: np.ndarray, right: np.ndarray) -> str:
     return f"{100 * right.mean():.1f} % of {len(right)} words right, ECE {error:.1f} %, AUC {area:.3f}"
 
 
-def right_words(reference: str, words: Sequence[str]) -> list[bool]:
-    """Return which words are right, by the alignment with the fewest errors; case and punctuation aside."""
-    pairs = align_words([_bare(word) for word in reference.split()], [_bare(word) for word in words])
-    return [word == other for word, other in pairs if other != EPS]
+def right_words(reference: str, words: Sequence[str], language: Language = ENGLISH) -> list[bool]:
+    """Return which words are right, by the alignment of their normalized units with the fewest errors.
 
-
-def _bare(word: str) -> str:
-    return re.sub(r"[^\w']", "", word.lower()) or "_"
+    A word of several units, as a piece of two Chinese characters, is right if all of them are.
+    """
+    units = [language.units(word) or ["_"] for word in words]
+    pairs = align_words(language.units(reference), [unit for word in units for unit in word])
+    right = iter([word == other for word, other in pairs if other != EPS])
+    return [all(list(itertools.islice(right, len(word)))) for word in units]
 
 
 def read_alignments(path: PathLike) -> dict[str, list[WordTime]]:

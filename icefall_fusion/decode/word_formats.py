@@ -36,11 +36,17 @@ def _name(text: str) -> str:
     return "_".join(text.replace("/", " ").replace("\\", " ").split()) or "_"
 
 
-def as_json(nbest: NBest) -> dict[str, Any]:
-    """Return a list as plain values: text, words with start and end in seconds, scores, other hypotheses."""
+def as_json(nbest: NBest, language: str = "") -> dict[str, Any]:
+    """Return a list as plain values: text, words with start and end in seconds, scores, other hypotheses.
+
+    Args:
+        nbest: at least one hypothesis.
+        language: its ISO 639 code; empty: it is not told.
+    """
     best = nbest[0]
     return {
         "file": nbest.utterance,
+        **({"language": language} if language else {}),
         "text": unspaced(best.text),
         "words": [asdict(time) for time in best.times],
         "scores": best.scores,
@@ -120,13 +126,14 @@ def _clock(seconds: float, mark: str) -> str:
     return f"{hours:02d}:{minutes:02d}:{milliseconds // 1000:02d}{mark}{milliseconds % 1000:03d}"
 
 
-def supervision(name: str, nbest: NBest, seconds: float) -> Any:
+def supervision(name: str, nbest: NBest, seconds: float, language: str = "") -> Any:
     """Return the best hypothesis as a lhotse SupervisionSegment with the alignment ``word``.
 
     Args:
         name: of the recording, and of the segment.
         nbest: at least one hypothesis, with the times of its words.
         seconds: duration of the recording, where it is known; it lasts until its last word ends, or longer.
+        language: its ISO 639 code; empty: it is not told.
     """
     from lhotse import SupervisionSegment
     from lhotse.supervision import AlignmentItem
@@ -137,5 +144,6 @@ def supervision(name: str, nbest: NBest, seconds: float) -> Any:
     ]
     seconds = max([seconds, *(time.end for time in nbest[0].times[-1:])])
     return SupervisionSegment(
-        name, name, 0.0, seconds, 0, text=unspaced(nbest[0].text), alignment={"word": items}
+        name, name, 0.0, seconds, 0, text=unspaced(nbest[0].text), language=language or None,
+        alignment={"word": items},
     )

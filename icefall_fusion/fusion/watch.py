@@ -3,7 +3,7 @@ Knows: beams, words, how many of them a delayed fusion has scored. Must not know
 """
 from __future__ import annotations
 
-from typing import Any, Mapping, NamedTuple, Optional, Sequence
+from typing import Any, Callable, Mapping, NamedTuple, Optional, Sequence
 
 import torch
 from torch import Tensor
@@ -68,6 +68,7 @@ class BeamWatch(Fusion):
     Args:
         references: words by utterance; others are not watched.
         speaker: the delayed fusion whose scores count; before this one in the search.
+        split: from a text to the units of references, where these are characters; words may have several.
 
     Attributes:
         spoken: by utterance, the words that were scored while they were in the beam (bits, see `fates`).
@@ -77,8 +78,9 @@ class BeamWatch(Fusion):
 
     source, weight = "watch", 0.0
 
-    def __init__(self, references: Mapping[str, Sequence[str]], speaker: Fusion) -> None:
-        self._references, self._speaker = references, speaker
+    def __init__(self, references: Mapping[str, Sequence[str]], speaker: Fusion,
+                 split: Callable[[str], Sequence[str]] = str.split) -> None:
+        self._references, self._speaker, self._split = references, speaker, split
         self.spoken: dict[str, int] = {}
         self.last: dict[str, dict[int, _Sight]] = {}
         self.final: dict[str, int] = {}
@@ -111,9 +113,9 @@ class BeamWatch(Fusion):
             matcher = self._matchers[name]
             slots = [slot for slot, lives in enumerate(alive[b]) if lives]
             words = {slot: self._words(beam, nodes[b][slot]) for slot in slots}
-            right = {slot: matcher.right(words[slot]) for slot in slots}
+            right = {slot: matcher.right(self._units(words[slot])) for slot in slots}
             for slot in slots:
-                self.spoken[name] |= right[slot] & matcher.right(words[slot][: scored[b][slot]])
+                self.spoken[name] |= right[slot] & matcher.right(self._units(words[slot][: scored[b][slot]]))
             ranks = [_ranks(right, slots, values[b]) for values in (score, mass)]
             self.last[name].update({word: _Sight(rank, ranks[1][word]) for word, rank in ranks[0].items()})
             found[name] = sum(1 << word for word in ranks[0])
@@ -124,6 +126,9 @@ class BeamWatch(Fusion):
         if words is None:
             words = self._spelled[node] = tuple(self._tokens.words(beam.arena.pieces(node)))
         return words
+
+    def _units(self, words: Sequence[str]) -> tuple[str, ...]:
+        return tuple([unit for word in words for unit in self._split(word)])
 
     def fates(self, utterance: str, missing: Sequence[int]) -> Optional[list[str]]:
         """Return what became of words of the reference that the result lacks; None: it was not watched.

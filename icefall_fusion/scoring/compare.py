@@ -11,7 +11,7 @@ import numpy as np
 
 from icefall_fusion.common.checks import check
 from icefall_fusion.scoring.wer import EPS, align_words, check_same_utterances, words_of
-from icefall_fusion.scoring.word_kinds import KINDS, WordKinds
+from icefall_fusion.scoring.word_kinds import WordKinds
 from icefall_fusion.text.language import ENGLISH, Language, check_texts
 
 
@@ -148,7 +148,7 @@ class Comparison:
 
     def by_kind(self) -> dict[str, dict[str, int]]:
         """Return for each kind the words that B won and lost, and those that both have wrong."""
-        table = {kind: {"won": 0, "lost": 0, "wrong": 0} for kind in KINDS}
+        table = {kind: {"won": 0, "lost": 0, "wrong": 0} for kind in self.kinds.kinds}
         for slots in self.slots.values():
             for slot in slots:
                 if slot.outcome != "right":

@@ -1,11 +1,12 @@
 """What kind of word was won or lost: homophone, number, name or rare word, function word.
-Knows: English words, counts of words. Must not know: who recognized them.
+Knows: words of languages, counts of words. Must not know: who recognized them.
 """
 from __future__ import annotations
 
 from typing import Callable, Collection, Mapping, Optional
 
 from icefall_fusion.scoring.wer import EPS
+from icefall_fusion.text.language import ENGLISH, Language
 
 #: In the order in which they are asked for: a word is of the first kind that fits.
 KINDS = ("inserted", "deleted", "homophone", "number", "name or rare word", "function word", "other")
@@ -35,6 +36,38 @@ FUNCTION_WORDS = frozenset(
     "towards near off out up down away back there here very too also only just even quite rather almost "
     "never ever always often again still already now oh ah o".split()
 )
+_SPANISH_NUMBERS = frozenset(
+    "cero uno dos tres cuatro cinco seis siete ocho nueve diez once doce trece catorce quince dieciséis "
+    "diecisiete dieciocho diecinueve veinte veintiuno veintiún veintiuna veintidós veintitrés veinticuatro "
+    "veinticinco veintiséis veintisiete veintiocho veintinueve treinta cuarenta cincuenta sesenta setenta "
+    "ochenta noventa cien ciento doscientos doscientas trescientos trescientas cuatrocientos cuatrocientas "
+    "quinientos quinientas seiscientos seiscientas setecientos setecientas ochocientos ochocientas "
+    "novecientos novecientas mil millón millones primero primera primer segundo segunda tercero tercera "
+    "tercer cuarto cuarta quinto quinta sexto sexta séptimo séptima octavo octava noveno novena décimo "
+    "décima".split()
+)
+_SPANISH_FUNCTION_WORDS = frozenset(
+    "el la los las lo un una unos unas al del de a en con por para sin sobre entre hasta desde hacia contra "
+    "según tras ante bajo durante y e o u ni pero mas sino que si como cuando donde mientras porque pues "
+    "aunque luego conque cual cuales quien quienes cuyo cuya cuyos cuyas cuanto cuanta cuantos cuantas qué "
+    "quién quiénes cuál cuáles cómo cuándo dónde cuánto cuánta cuántos cuántas yo tú él ella ello nosotros "
+    "nosotras vosotros vosotras ellos ellas usted ustedes me te se nos os le les mí ti sí conmigo contigo "
+    "consigo mi mis tu tus su sus nuestro nuestra nuestros nuestras vuestro vuestra vuestros vuestras mío "
+    "mía míos mías tuyo tuya suyo suya suyos suyas este esta esto estos estas ese esa eso esos esas aquel "
+    "aquella aquello aquellos aquellas éste ésta éstos éstas ése ésa aquél aquélla algo alguien algún "
+    "alguno alguna algunos algunas nada nadie ningún ninguno ninguna todo toda todos todas otro otra otros "
+    "otras mismo misma mismos mismas tal tales cada ambos ambas mucho mucha muchos muchas poco poca pocos "
+    "pocas tan tanto tanta tantos tantas más menos muy no también tampoco ya aún aun todavía siempre nunca "
+    "jamás aquí ahí allí allá acá así bien mal casi sólo solo es era eran fue fueron ser sido soy eres "
+    "somos son sea está están estaba estaban estar ha han había habían haber he hay hubo".split()
+)
+_MANDARIN_NUMBERS = frozenset("零〇一二三四五六七八九十百千万亿两半几第")
+_MANDARIN_FUNCTION_WORDS = frozenset(
+    "的了着过地得之也就都又很才还便却再不没在和与跟把被给向从对到于以因为而且但或若如虽所其这那此彼我你他她它们咱您谁甚么吗"
+    "呢吧啊呀哩罢是有个些只等者乎矣焉哉"
+)
+_NUMBERS = {"en": NUMBERS, "es": _SPANISH_NUMBERS, "zh": _MANDARIN_NUMBERS}
+_FUNCTION_WORDS = {"en": FUNCTION_WORDS, "es": _SPANISH_FUNCTION_WORDS, "zh": _MANDARIN_FUNCTION_WORDS}
 
 
 class WordKinds:
@@ -44,20 +77,29 @@ class WordKinds:
         counts: of words in some text, to tell rare ones.
         names: words that are names.
         sounds: how a word sounds (None where that is not known); without it homophones are not told.
+        language: of the words. Function words and numbers are known of English, Spanish and Mandarin (by
+            characters); of others only numbers in digits are told, and no function words.
+
+    Attributes:
+        kinds: those of KINDS that are told.
     """
 
     def __init__(self, counts: Mapping[str, int], names: Collection[str] = (),
-                 sounds: Optional[Callable[[str], Optional[str]]] = None) -> None:
+                 sounds: Optional[Callable[[str], Optional[str]]] = None,
+                 language: Language = ENGLISH) -> None:
         self._counts, self._names, self.sounds = counts, frozenset(names), sounds
+        self._numbers: Collection[str] = _NUMBERS.get(language.base, ())
+        self._function_words: Collection[str] = _FUNCTION_WORDS.get(language.base, ())
+        self.kinds = tuple(kind for kind in KINDS if kind != "function word" or self._function_words)
         self._rare = max(1.0, RARE * sum(counts.values()))
 
     def of_word(self, word: str) -> str:
         """Return the kind of a word by itself: one of the last four."""
-        if word in NUMBERS or any(letter.isdigit() for letter in word):
+        if word in self._numbers or any(letter.isdigit() for letter in word):
             return "number"
         if word in self._names:
             return "name or rare word"
-        if word in FUNCTION_WORDS:
+        if word in self._function_words:
             return "function word"
         return "name or rare word" if self._counts.get(word, 0) <= self._rare else "other"
 

@@ -17,8 +17,9 @@ from icefall_fusion.common.checks import check, is_count
 from icefall_fusion.common.command_line import DONE
 from icefall_fusion.data.audio import SAMPLE_RATE
 from icefall_fusion.decode.method_names import parse_methods
+from icefall_fusion.decode.options import RecognizerOptions, check_no_language, check_nothing_is_normalized
 from icefall_fusion.decode.pretrained import with_pretrained
-from icefall_fusion.decode.recognizer import Recognizer, RecognizerOptions
+from icefall_fusion.decode.recognizer import Recognizer
 from icefall_fusion.decode.transcribe import word_model
 from icefall_fusion.decode.transcribe_stream import open_decoder
 from icefall_fusion.serve.access import Access
@@ -65,6 +66,8 @@ class ServeOptions(RecognizerOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_nothing_is_normalized(self)
+        check_no_language(self, "in a server")
         check(is_count(self.port, 0) and self.port < 2**16, "ServeOptions.port", "be 0 to 65535", self.port)
         check(len(parse_methods(self.method)) == 1, "ServeOptions.method", "be one method", self.method)
         endpoint = self.live.endpoint

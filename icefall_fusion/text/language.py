@@ -1,4 +1,4 @@
-"""One object for what depends on the language: normalizer, unit of scoring, joining of words.
+"""One object for what depends on the language: normalizer, unit of scoring.
 Knows: normalizers, scripts. Must not know: pieces, models, files, word errors.
 
 English, Spanish and Mandarin have normalizers of their own, all other languages the one of any script, or
@@ -12,10 +12,10 @@ import logging
 import re
 import unicodedata
 from dataclasses import dataclass
-from typing import Any, Callable, Iterable, Mapping, Optional
+from typing import Any, Callable, Mapping, Optional
 
 from icefall_fusion.common.checks import check
-from icefall_fusion.text.scripts import join_words, split_units
+from icefall_fusion.text.scripts import split_units
 
 GENERIC = "generic"
 UNITS = ("words", "characters")
@@ -93,10 +93,6 @@ class Language:
         """Return the units of the normalized text."""
         return self.split(self.normalize(text))
 
-    def join(self, words: Iterable[str]) -> str:
-        """Return words as they are written."""
-        return join_words(words)
-
     def lost(self, text: str) -> list[str]:
         """Return the letters and digits that the normalizer does not keep: those of another script."""
         if text.isascii() and not self.normalizer:
@@ -135,6 +131,8 @@ def language_of(name: str = "", normalizer: str = "", kept: Optional[Mapping[str
 def check_texts(texts: Mapping[str, Optional[str]], language: Language, name: str = "references") -> None:
     """Refuse texts that are in another language, and warn of those that the language keeps in part or not.
 
+    A process looks at a text once, and warns of it once.
+
     Args:
         texts: by utterance id; None and empty ones count as no text.
         language: theirs, as it is believed.
@@ -144,47 +142,55 @@ def check_texts(texts: Mapping[str, Optional[str]], language: Language, name: st
         ValueError: of most texts all letters vanish, or all digits; the message has their number and an
             example.
     """
-    vanished, empty, partly, silent = [], [], [], 0
+    found: dict[str, list[str]] = {"vanished": [], "signs": [], "partly": [], "silent": [], "whole": []}
     for utterance, text in texts.items():
         if not text:
-            silent += 1
-            continue
-        if (text.isascii() and not language.normalizer and any(map(str.isalnum, text))):
-            continue
-        lost, letters = language.lost(text), set(filter(str.isalpha, text))
-        if letters and letters.issubset(lost):
-            vanished.append(utterance)
-        elif language.normalize(text):
-            if lost:
-                partly.append(utterance)
-        elif any(unicodedata.category(letter)[0] in "LN" for letter in text):
-            vanished.append(utterance)
-        elif text.strip():
-            empty.append(utterance)
+            found["silent"].append(utterance)
+        elif not text.isascii() or language.normalizer or not any(map(str.isalnum, text)):
+            found[_kept_of(language, text)].append(utterance)
 
-    def example(ids: list[str]) -> str:
-        return f"{ids[0]}: {texts[ids[0]][:_SHOWN]!r}"
+    def example(kind: str) -> str:
+        return f"{found[kind][0]}: {(texts[found[kind][0]] or '')[:_SHOWN]!r}"
 
-    if 2 * len(vanished) > len(texts) - silent - len(empty):
+    vanished, count = found["vanished"], len(texts) - len(found["silent"]) - len(found["signs"])
+    if 2 * len(vanished) > count:
         raise ValueError(
             f"{name} must have words of the language {language.name!r}, but of {len(vanished)} of "
-            f"{len(texts)} no word is left, e.g. {example(vanished)}; name their language by --language"
+            f"{len(texts)} no word is left, e.g. {example('vanished')}; name their language by --language"
         )
-    if vanished:
-        logging.warning("%s: the language %r has no word of %d of %d, e.g. %s", name, language.name,
-                        len(vanished), len(texts), example(vanished))
-    if empty:
-        logging.warning("%s: %d of %d have signs alone and no words, e.g. %s", name, len(empty), len(texts),
-                        example(empty))
-    if partly:
-        letters = "".join(language.lost(texts[partly[0]]))[:_SHOWN]
-        logging.warning("%s: the language %r does not keep some letters of %d of %d, e.g. %r in %s", name,
-                        language.name, len(partly), len(texts), letters, example(partly))
+    for kind, what in (("vanished", f"the language {language.name!r} has no word of"), ("signs", ""),
+                       ("partly", f"the language {language.name!r} does not keep some letters of")):
+        seen = {(language, texts[utterance]) for utterance in found[kind]}
+        if not seen - _told:
+            continue
+        _told.update(seen)
+        of = f"{len(found[kind])} of {len(texts)}"
+        what = f"{what} {of}" if what else f"{of} have signs alone and no words"
+        letters = "".join(language.lost(texts[found[kind][0]] or ""))[:_SHOWN] if kind == "partly" else ""
+        logging.warning("%s: %s, e.g. %s%s", name, what, f"{letters!r} in " if letters else "", example(kind))
+
+
+#: Texts that were warned of.
+_told: set[tuple[Language, Optional[str]]] = set()
+
+
+@functools.lru_cache(maxsize=65536)
+def _kept_of(language: Language, text: str) -> str:
+    """Return what a language keeps of a text: ``whole``, ``partly``, ``vanished``, or ``signs`` alone."""
+    lost, letters, words = language.lost(text), set(filter(str.isalpha, text)), language.normalize(text)
+    if letters and letters.issubset(lost) and not (words and language.normalizer):
+        return "vanished"
+    if words:
+        return "partly" if lost else "whole"
+    said = any(unicodedata.category(letter)[0] in "LN" for letter in text)
+    return "vanished" if said else "signs" if text.strip() else "whole"
 
 
 @functools.lru_cache(maxsize=65536)
 def _is_lost(language: Language, letter: str) -> bool:
-    return unicodedata.category(letter) in _WORD_CATEGORIES and not language.normalize(letter)
+    """Return whether no word has a letter; a normalizer may drop words of one letter."""
+    words = (letter, letter * 3) if language.normalizer else (letter,)
+    return unicodedata.category(letter) in _WORD_CATEGORIES and not any(map(language.normalize, words))
 
 
 @functools.lru_cache(maxsize=None)

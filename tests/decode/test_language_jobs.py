@@ -16,6 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from icefall_fusion.__main__ import main
 from icefall_fusion.acoustic.models import CtcAed, DecoderOptions, EncoderOptions, ModelOptions, load, save
 from icefall_fusion.data.tokenizers import train_pieces
+from icefall_fusion.decode import tune
+from icefall_fusion.fusion.watch import BeamWatch
 from icefall_fusion.text.language import ENGLISH, Language
 from icefall_fusion.text.scripts import has_unspaced, unspaced
 from icefall_fusion.text.tokens import AcousticTokens
@@ -118,3 +120,59 @@ def test_transcripts_have_no_spaces_between_characters(mandarin, capsys) -> None
     assert main(["transcribe", "--emissions.model", mandarin["model"], "--method", "ctc-prefix", audio]) == 0
     text = capsys.readouterr().out.splitlines()[0].split("\t")[1]
     assert has_unspaced(text) and " " not in text
+
+
+def test_transcripts_name_their_language(mandarin, tmp_path, capsys) -> None:
+    audio = str(next(Path(mandarin["cuts"]).parent.glob("*.flac")))
+    command = ["transcribe", "--emissions.model", mandarin["model"], "--method", "ctc-prefix", audio]
+    assert main([*command, "--format", "json,lhotse", "--out", str(tmp_path)]) == 0
+    assert json.loads((tmp_path / "words.jsonl").read_text())["language"] == "zh"
+    with gzip.open(tmp_path / "supervisions.jsonl.gz", "rt") as file:
+        assert json.loads(file.read())["language"] == "zh"
+    assert main([*command, "--format", "json", "--language", "en"]) == 0
+    assert "language" not in json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(("job", "message"), [
+    (["transcribe", "a.wav", "--normalizer", "json:dumps"], "TranscribeOptions.normalizer must be left out"),
+    (["transcribe", "-", "--stream", "true", "--language", "zh"], "language must be left out in a stream"),
+    (["serve", "--language", "zh"], "ServeOptions.language must be left out in a server"),
+    (["serve", "--normalizer", "json:dumps"], "ServeOptions.normalizer must be left out: this job"),
+    (["pruning-errors", "--cuts", "a", "--normalizer", "json:dumps"], "normalizer must be left out"),
+])
+def test_options_that_would_do_nothing_are_refused(job, message, capsys) -> None:
+    assert main(job) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_pruning_errors_count_characters(mandarin, tmp_path, capsys) -> None:
+    out = tmp_path / "out.json"
+    assert main(["pruning-errors", "--emissions.model", mandarin["model"], "--llm.path", mandarin["llm"],
+                 "--search.beam", "4", "--cuts", mandarin["cuts"], "--out", str(out)]) == 0
+    told = json.loads(out.read_text())
+    assert told["words"] == sum(map(len, LINES[:4])) + 4  # "３。"
+    assert sum(map(sum, (kind.values() for kind in told["kinds"].values()))) == told["wrong"] > 4
+    page = capsys.readouterr().out
+    assert f"of {told['words']} characters of the references" in page and "| function word |" in page
+
+
+def test_words_of_several_characters_are_watched_by_character() -> None:
+    watch = BeamWatch({}, None, Language("zh").split)
+    assert watch._units(["世界", "上", "python"]) == ("世", "界", "上", "python")
+    assert BeamWatch({}, None)._units(["世界", "a"]) == ("世界", "a")
+
+
+def test_tuning_decodes_in_the_language_that_it_scores_in(mandarin, tmp_path, monkeypatch) -> None:
+    """The confirming decode has a normalizer, the lists have a language: both hold for both."""
+    assert decode(mandarin, tmp_path / "run") == 0
+    own, seen = "icefall_fusion.text.any_script:normalize", []
+    start = tune.Recognizer.__init__
+    monkeypatch.setattr(tune.Recognizer, "__init__",
+                        lambda self, options, *more: seen.append(options) or start(self, options, *more))
+    method, confirm = "llm-delayed-shortest", [
+        f"emissions.model={mandarin['model']}", f"llm.path={mandarin['llm']}", f"normalizer={own}",
+        f"test_sets.noise={mandarin['cuts']}", f"out={tmp_path / 'confirm'}", "search.beam=4"]
+    assert main(["tune", "--nbest", str(tmp_path / "run" / "nbest-noise-llm-nbest-rescoring.jsonl"), "--ref",
+                 mandarin["cuts"], "--out", str(tmp_path / "w.yaml"), "--methods", method,
+                 "--confirm_rounds", "0", *(f"--confirm.{one}" for one in confirm)]) == 0
+    assert [(one.language, one.normalizer) for one in seen] == [("zh", own)]

@@ -119,7 +119,32 @@ def test_plain_texts_serve_too_and_homophones_need_espeak(tmp_path, capsys, monk
     assert caplog.text.count("homophones are not told apart") == 1
 
 
+@pytest.mark.skipif(not espeak.available(), reason="espeakng-loader is not installed")
+def test_kinds_of_other_languages(tmp_path, capsys, caplog) -> None:
+    """他 and 她 sound alike, 的 is a function word, 三 a number; Russian has neither lists nor a voice."""
+    texts = {"ref": "他说三本书的事", "one": "他说三本书的事", "two": "她说五本书了"}
+    for name, line in texts.items():
+        (tmp_path / name).write_text(f"u1 {line}\n")
+    command = ["report", "--compare", str(tmp_path / "one"), str(tmp_path / "two"), "--ref",
+               str(tmp_path / "ref"), "--samples", "10", "--language"]
+    assert main([*command, "zh"]) == 0
+    page = capsys.readouterr().out
+    assert "7 characters in 1 utterances. CER of A 0.00 %" in page
+    for kind in ("homophone", "number", "function word", "deleted"):
+        assert f"| {kind} | 0 | 1 | 0 | -1 |" in page, kind
+    for name, line in {"ref": "он видел 3 моря", "one": "он видел 3 моря", "two": "он видел 5 море"}.items():
+        (tmp_path / name).write_text(f"u1 {line}\n")
+    with caplog.at_level(logging.WARNING):
+        assert main([*command, "ru"]) == 0
+    page = capsys.readouterr().out
+    assert "function word" not in page and "| number | 0 | 1 | 0 | -1 |" in page
+    assert "homophones are not told apart: there is no voice of ru" in caplog.text
+
+
 @pytest.mark.parametrize(("more", "message"), [
+    (["--runs", "a", "--language", "zh"], "ReportOptions.language must be left out without Report"),
+    (["--runs", "a", "--normalizer", "m:f"], "ReportOptions.normalizer must be left out without"),
+    (["--compare", "a", "b", "--ref", "c", "--language", "Chinese"], "language must be an ISO 639 code"),
     (["--compare", "a"], "ReportOptions.compare must name two files"),
     (["--compare", "a", "b"], "ReportOptions.ref must name the references"),
     (["--compare", "a", "b", "--ref", "c", "--runs", "d"], "ReportOptions.runs must be left out"),

@@ -18,6 +18,7 @@ from icefall_fusion.decode.demo import STORIES, read_sentences
 from icefall_fusion.decode.tune_words import Sighting, fit_timing, right_words, sight, timing_errors
 from icefall_fusion.decode.word_evidence import ACOUSTIC
 from icefall_fusion.nbest import WordTime
+from icefall_fusion.text.language import Language
 from icefall_fusion.text.normalizer import normalize
 from icefall_fusion.text.word_times import WordTiming
 
@@ -109,3 +110,9 @@ def test_right_words_are_told_apart_from_case_and_punctuation() -> None:
     heard = ["We", "saw,", "a", "the", "see"]
     assert right_words("we saw the sea", heard) == [True, True, False, True, False]
     assert right_words("", ["a"]) == [False] and right_words("a b", []) == []
+
+
+def test_right_words_of_another_language() -> None:
+    assert right_words("今天天气好", ["今天", "天", "汽", "好"], Language("zh")) == [True, True, False, True]
+    assert right_words("今天天气好", ["今天", "天汽", "好"], Language("zh")) == [True, False, True]
+    assert right_words("¿Qué? 3 señoras", ["que", "tres", "señoras"], Language("es")) == [False, True, True]

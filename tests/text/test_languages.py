@@ -176,7 +176,7 @@ def test_units_join_to_the_normalized_text(written) -> None:
     for name in ("zh", "ja", "th"):
         language = Language(name)
         text = language.normalize(written)
-        assert language.join(language.units(written)) == text
+        assert join_words(language.units(written)) == text
         assert all(len(unit) > 0 and " " not in unit for unit in language.units(written))
 
 
@@ -254,6 +254,34 @@ def test_codes_of_three_letters_are_the_same_languages(name, base, rate) -> None
     language, same = Language(name), Language(base)
     assert (language.base, language.rate) == (base, rate)
     assert language.normalize("Mr. 3 n.º 2个") == same.normalize("Mr. 3 n.º 2个")
+
+
+def test_a_text_is_looked_at_and_told_of_once(caplog, monkeypatch) -> None:
+    texts, calls = {"u1": "hello", "u2": "a once told word мир", "u3": "another"}, []
+    normalize = Language.normalize
+    monkeypatch.setattr(Language, "normalize", lambda self, text: calls.append(text) or normalize(self, text))
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):  # once for each method of a decode
+            check_texts(texts, ENGLISH)
+        check_texts({"u2": texts["u2"], "u1": "hello"}, ENGLISH)  # without an utterance that was skipped
+    assert len(caplog.records) == 1 and calls.count(texts["u2"]) == 1
+    with caplog.at_level(logging.WARNING):
+        check_texts({**texts, "u4": "one more мир of them"}, ENGLISH)
+    assert len(caplog.records) == 2 and "of 2 of 4, e.g." in caplog.records[1].getMessage()
+
+
+def long_words(text: str) -> str:
+    """Return the words of a text that have two letters at least: a normalizer of a user."""
+    return " ".join(word for word in text.lower().split() if len(word) > 1)
+
+
+def test_a_normalizer_may_drop_words_of_one_letter(caplog) -> None:
+    language = Language("el", f"{__name__}:long_words")
+    with caplog.at_level(logging.WARNING):
+        check_texts({"u1": "ένα μήλο", "u2": "η Ἀχαΐα"}, language)
+    assert not caplog.records and language.lost("ένα μήλο") == []
+    with pytest.raises(ValueError, match="of 1 of 1 no word is left"):
+        check_texts({"u1": "ή ὁ"}, language)
 
 
 def test_text_that_is_kept_in_part_gets_one_warning_with_an_example(caplog) -> None:
