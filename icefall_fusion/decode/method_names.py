@@ -1,5 +1,5 @@
 """The table of decoding methods: names such as ``nlm-shallow+llm-delayed-shortest``, and their specs.
-Knows: names, triggers, which models a method needs, weights. Must not know: models, searches, files.
+Knows: names, triggers, which models a method needs, usual weights. Must not know: models, searches, files.
 
 A name joins components by "+": fusions of the search, and second passes over the N-best list. Names k2-*
 begin with a search of lattices instead of the prefix search, names rnnt-* with the search of a transducer. A
@@ -8,12 +8,11 @@ new component is an entry of `_COMPONENTS`.
 from __future__ import annotations
 
 import logging
-import math
 import re
 from dataclasses import dataclass, replace
-from typing import Container, Mapping, Optional, Sequence, Union
+from typing import Container, Optional, Sequence, Union
 
-from icefall_fusion.common.checks import check, check_choice, nearest
+from icefall_fusion.common.checks import check, nearest
 from icefall_fusion.fusion import AtEnd, EveryFrame, FixedInterval, ShortestHypothesis
 from icefall_fusion.fusion.triggers import Trigger
 from icefall_fusion.lattice.methods import K2_METHODS, needs_of, split_name
@@ -55,12 +54,13 @@ _RNNT = "rnnt-"
 #: Used for a method that the weights file does not name.
 DEFAULT_WEIGHTS = {
     "attention": 1.0, "nlm": 0.3, "ngram": 0.3, "wordngram": 0.3, "llm": 0.4, "matched_llm": 0.4, "hlg": 0.5,
-    "words": 0.5, "hotwords": 1.0, "lodr": 0.1, "ilm": 0.1,
+    "words": 0.5, "hotwords": 1.0, "lodr": 0.1, "ilm": 0.1, "ctc_head": 0.3,
 }
 #: Sources that are no language models: beside an LM they have no share of the bonus a word.
-NO_LMS = ("hotwords", "lodr", "ilm")
+NO_LMS = ("hotwords", "lodr", "ilm", "ctc_head")
 _TABLES = {"all": METHODS, "k2-all": K2_METHODS, "rnnt-all": RNNT_METHODS}
 _WANTED = {
+    "ctc_head": "emissions.model must be an acoustic model with a CTC head beside its transducer",
     "graph": "k2.graph must name a decoding graph of the job make-graph, or k2.saved lattices,",
     "hotwords": "hotwords must name a file of phrases",
     "lodr": "lodr must name an n-gram over the acoustic pieces (see the job internal-lm)",
@@ -124,6 +124,11 @@ class MethodSpec:
         return self.search.startswith(_RNNT)
 
     @property
+    def reads_ctc(self) -> bool:
+        """Whether log-probs of the CTC head take part."""
+        return not self.of_transducer or "ctc_head" in self.sources
+
+    @property
     def acoustic(self) -> str:
         """The source of the acoustic model's own score, which has weight 1."""
         return "rnnt" if self.of_transducer else "ctc"
@@ -150,6 +155,7 @@ _COMPONENTS: dict[str, Union[FusionSpec, RescoringSpec]] = {
     "hotwords-shallow": FusionSpec("hotwords"),
     "lodr-shallow": FusionSpec("lodr"),
     "ilm-shallow": FusionSpec("ilm"),
+    "ctc-shallow": FusionSpec("ctc_head"),
     "nlm-shallow": FusionSpec("nlm"),
     "llm-shallow": FusionSpec("matched_llm"),
     "attention-rescoring": RescoringSpec("attention"),
@@ -195,8 +201,9 @@ def parse_method(name: str) -> MethodSpec:
     shallow = [fusion.source for fusion in fusions if fusion.trigger is None]
     rule = "have no shallow fusion: hypotheses on a lattice are not extended by pieces"
     check(of_lattices is None or not shallow, f"method {name!r}", rule, shallow)
-    rule = "have ilm-shallow with a transducer alone, whose internal language model it is (rnnt-ilm-shallow)"
-    check(spec.of_transducer or "ilm" not in sources, f"method {name!r}", rule, sources)
+    own = [text for text in ("ilm-shallow", "ctc-shallow") if text in texts and not spec.of_transducer]
+    rule = f"have {' and '.join(own)} with a transducer alone (rnnt-...): of its internal LM, its CTC head"
+    check(not own, f"method {name!r}", rule, sources)
     return spec
 
 
@@ -259,42 +266,3 @@ def parse_methods(names: Union[str, Sequence[str]]) -> list[str]:
 def _split_names(names: Union[str, Sequence[str]]) -> list[str]:
     names = names.split(",") if isinstance(names, str) else names
     return [name.strip() for name in names if name.strip()]
-
-
-# --- weights --------------------------------------------------------------------------------------------
-
-
-def is_tuned(name: str, weights: Container[str]) -> bool:
-    """Return whether there are weights for a method (see `weights_of`)."""
-    return name in weights or _not_late(name) in weights
-
-
-def _not_late(name: str) -> str:
-    return re.sub(r"-late-\d+", "", name)
-
-
-def weights_of(name: str, tuned: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """Return the weight of every source of a method, and of ``words`` (its word bonus).
-
-    Args:
-        name: the method.
-        tuned: weights by method, as in the YAML file that ``tune`` writes. A method ``...-late-N`` that it
-            does not name has the weights of the same method without ``-late-N``.
-
-    Raises:
-        ValueError: a weight is negative, not a number, or of a source that the method does not have.
-    """
-    spec = parse_method(name)
-    sources, acoustic = spec.sources, spec.acoustic
-    if not sources:
-        return {acoustic: 1.0}
-    wanted = [*sources, "words"]
-    usual = {**DEFAULT_WEIGHTS, **({} if set(sources) - set(NO_LMS) else {"words": 0.0})}
-    weights = dict(tuned.get(name, tuned.get(_not_late(name), {})))
-    weights.pop(acoustic, None)
-    for source, weight in weights.items():
-        check_choice(source, wanted, f"weights of {name}: the source")
-        number = isinstance(weight, (int, float)) and math.isfinite(weight)
-        check(number, f"weights.{name}.{source}", "be a number", weight)
-        check(weight >= 0 or source == "words", f"weights.{name}.{source}", "be at least 0", weight)
-    return {acoustic: 1.0, **{source: float(weights.get(source, usual[source])) for source in wanted}}

@@ -75,9 +75,10 @@ class Method:
             check_options(self._search_options())
         self.make_fusions({})  # an error is raised before anything is decoded
 
-    def make_fusions(self, prompts: Mapping[str, Prompt]) -> list[Fusion]:
-        """Return the fusions for one batch."""
-        fusions = [self._make_fusion(spec, prompts.get(spec.source)) for spec in self.spec.fusions]
+    def make_fusions(self, prompts: Mapping[str, Prompt], emissions: Optional[Emissions] = None
+                     ) -> list[Fusion]:
+        """Return the fusions for one batch, the outputs of whose encoder are ``emissions``."""
+        fusions = [self._make_fusion(spec, prompts.get(spec.source), emissions) for spec in self.spec.fusions]
         if self._guided:
             vocabulary, weight = self._models.vocabulary(), self.weights["wordngram"]
             fusions.append(HotWordFusion(vocabulary, weight, source="oov"))
@@ -89,8 +90,13 @@ class Method:
         named = "wordngram" in self.spec.sources and not self.spec.of_lattices
         return named and self._models.vocabulary() is not None
 
-    def _make_fusion(self, spec: FusionSpec, prompt: Prompt) -> Fusion:
+    def _make_fusion(self, spec: FusionSpec, prompt: Prompt, emissions: Optional[Emissions]) -> Fusion:
         weight, bonus = self.weights[spec.source], self._word_bonus(spec)
+        if spec.source == "ctc_head":
+            from icefall_fusion.fusion.ctc_head import CtcHeadFusion
+
+            outputs = (None, None) if emissions is None else (emissions.log_probs, emissions.lens)
+            return CtcHeadFusion(*outputs, weight, bonus)
         if spec.source == "ngram":
             return NgramFusion(self._models.ngram(), weight, bonus)
         if spec.source == "hotwords":
@@ -159,7 +165,7 @@ class Method:
         """
         counters: dict[str, float] = {}
         prompts = prompts or {}
-        fusions = self.make_fusions(prompts)
+        fusions = self.make_fusions(prompts, emissions)
         with _Stopwatch(emissions.log_probs.device) as clock:
             nbests = self._first_pass(emissions, fusions, references, counters)
             if self._guided:

@@ -20,12 +20,12 @@ from icefall_fusion.common.counters import add_counters
 from icefall_fusion.common.memory import FreedMemory, peak_memory_bytes, reset_peak_memory
 from icefall_fusion.common.processes import Processes
 from icefall_fusion.decode.language_models import LM_SOURCES, LanguageModels
-from icefall_fusion.decode.method_names import choose_methods, is_tuned, parse_method, weights_of
+from icefall_fusion.decode.method_names import choose_methods, parse_method
 from icefall_fusion.decode.methods import Decoded, Method
 from icefall_fusion.decode.options import RecognizerOptions
 from icefall_fusion.decode.segments import Recognized, Segment, segments_of
 from icefall_fusion.decode.utterances import InputError, Utterance, batches
-from icefall_fusion.decode.weights import read_weights
+from icefall_fusion.decode.weights import is_tuned, read_weights, weights_of
 from icefall_fusion.lattice.source import LatticeSource, open_lattices
 from icefall_fusion.nbest import NBest
 from icefall_fusion.text.language import ENGLISH, language_of
@@ -101,7 +101,8 @@ class Recognizer:
         """Return the models that the options name (see `MethodSpec.needs`)."""
         options = self.options
         named = options.named_models() | options.k2.sources()
-        heads = {"attention": self.source.model, "transducer": self.source.transducer}
+        heads = {"attention": self.source.model, "transducer": self.source.transducer,
+                 "ctc_head": True if self.source.has_ctc else None}
         return named | {name for name, head in heads.items() if head is not None}
 
     def make_method(self, name: str, weights: Mapping[str, float]) -> Method:
@@ -112,7 +113,8 @@ class Recognizer:
         check(self.source.has_ctc or parse_method(name).of_transducer, f"method {name!r}", rule, None)
         prior = self.options.emissions.prior if self.options.emissions.prior_scale else ""
         rule = f"be empty (or its scale 0) for method {name!r}, which reads no log-probs of CTC"
-        check(not (prior and parse_method(name).of_transducer), "emissions.prior", rule, prior)
+        reads = self.source.has_ctc and parse_method(name).reads_ctc
+        check(not prior or reads, "emissions.prior", rule, prior)
         return self.kind(name, weights, self.options.search, self.models, self._lattices, self.options.k2,
                          self.language, self.source.transducer)
 

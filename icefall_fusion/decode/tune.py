@@ -23,13 +23,14 @@ from icefall_fusion.decode.method_names import (
     choose_methods,
     parse_method,
     parse_methods,
-    weights_of,
 )
 from icefall_fusion.decode.recognizer import Batch, Recognizer
 from icefall_fusion.decode.score_table import ScoreTable, coordinate_search
 from icefall_fusion.decode.segments import Recognized
 from icefall_fusion.decode.tune_hotwords import choose_weight
 from icefall_fusion.decode.utterances import read_cuts
+from icefall_fusion.decode.weights import weights_of
+from icefall_fusion.fusion.ctc_head import CTC_HEAD
 from icefall_fusion.fusion.hotwords import HOT_WORDS
 from icefall_fusion.nbest import NBest, read_nbests
 from icefall_fusion.scoring.phrases import PhraseScores, score_phrases
@@ -42,7 +43,7 @@ FIRST_PASS_WEIGHT, FIRST_PASS_BONUS, BONUS_STEP = 0.4, 2.0, 1.0
 _ACOUSTIC = ("ctc", "rnnt")  # sources of weight 1
 _ILM = "ilm"
 #: Where sources start whose weight is found by decoding: no list need have their scores.
-_BY_DECODING = {HOT_WORDS: 0.0, _ILM: DEFAULT_WEIGHTS[_ILM]}
+_BY_DECODING = {HOT_WORDS: 0.0, _ILM: DEFAULT_WEIGHTS[_ILM], CTC_HEAD: DEFAULT_WEIGHTS[CTC_HEAD]}
 
 
 @dataclass(frozen=True)
@@ -161,8 +162,8 @@ def _available(options: TuneOptions, lists: Sequence[NBest]) -> set[str]:
         lattices = {"graph", "word_ngram"} if "hlg" in scored else set()
         ahead = set() if options.methods == "all" else {"ngram"}  # look-ahead of a named method has no score
         return scored | lattices | ahead | transducer
-    models = options.confirm.named_models() | {"attention"}
-    scored |= {HOT_WORDS}  # no score is needed: dev is decoded with them
+    models = options.confirm.named_models() | {"attention", CTC_HEAD}
+    scored |= {HOT_WORDS, CTC_HEAD}  # no score is needed: dev is decoded with them
     return (scored & models) | options.confirm.k2.sources() | transducer
 
 

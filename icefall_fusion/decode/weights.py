@@ -1,14 +1,17 @@
-"""The YAML file of weights by method.
-Knows: YAML. Must not know: methods, models.
+"""The weights of a method's sources: those of a YAML file, else the usual ones.
+Knows: YAML, names of methods. Must not know: models.
 """
 from __future__ import annotations
 
+import math
+import re
 from pathlib import Path
-from typing import Mapping, Union
+from typing import Container, Mapping, Union
 
 import yaml
 
-from icefall_fusion.common.checks import check
+from icefall_fusion.common.checks import check, check_choice
+from icefall_fusion.decode.method_names import DEFAULT_WEIGHTS, NO_LMS, parse_method
 
 Weights = Mapping[str, Mapping[str, float]]
 
@@ -29,3 +32,39 @@ def read_weights(weights: Union[str, Weights]) -> Weights:
     good = isinstance(content, dict) and all(isinstance(value, dict) for value in content.values())
     check(good, f"weights in {weights}", "be numbers by method and source", content)
     return content
+
+
+def is_tuned(name: str, weights: Container[str]) -> bool:
+    """Return whether there are weights for a method (see `weights_of`)."""
+    return name in weights or _not_late(name) in weights
+
+
+def _not_late(name: str) -> str:
+    return re.sub(r"-late-\d+", "", name)
+
+
+def weights_of(name: str, tuned: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Return the weight of every source of a method, and of ``words`` (its word bonus).
+
+    Args:
+        name: the method.
+        tuned: weights by method, as in the YAML file that ``tune`` writes. A method ``...-late-N`` that it
+            does not name has the weights of the same method without ``-late-N``.
+
+    Raises:
+        ValueError: a weight is negative, not a number, or of a source that the method does not have.
+    """
+    spec = parse_method(name)
+    sources, acoustic = spec.sources, spec.acoustic
+    if not sources:
+        return {acoustic: 1.0}
+    wanted = [*sources, "words"]
+    usual = {**DEFAULT_WEIGHTS, **({} if set(sources) - set(NO_LMS) else {"words": 0.0})}
+    weights = dict(tuned.get(name, tuned.get(_not_late(name), {})))
+    weights.pop(acoustic, None)
+    for source, weight in weights.items():
+        check_choice(source, wanted, f"weights of {name}: the source")
+        number = isinstance(weight, (int, float)) and math.isfinite(weight)
+        check(number, f"weights.{name}.{source}", "be a number", weight)
+        check(weight >= 0 or source == "words", f"weights.{name}.{source}", "be at least 0", weight)
+    return {acoustic: 1.0, **{source: float(weights.get(source, usual[source])) for source in wanted}}

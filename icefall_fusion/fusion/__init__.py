@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from icefall_fusion.fusion.ctc_head import CtcHeadFusion
     from icefall_fusion.fusion.delayed import DelayedFusion
     from icefall_fusion.fusion.hotwords import HotWordFusion
     from icefall_fusion.fusion.internal_lm import InternalLmFusion
@@ -20,14 +21,15 @@ if TYPE_CHECKING:
     from icefall_fusion.fusion.word_ngram import WordNgramFusion
 
 _FILES = {
-    "AtEnd": "triggers", "DelayedFusion": "delayed", "EveryFrame": "triggers", "FixedInterval": "triggers",
-    "HotWordFusion": "hotwords", "InternalLmFusion": "internal_lm",
+    "AtEnd": "triggers", "CtcHeadFusion": "ctc_head", "DelayedFusion": "delayed", "EveryFrame": "triggers",
+    "FixedInterval": "triggers", "HotWordFusion": "hotwords", "InternalLmFusion": "internal_lm",
     "LodrFusion": "lodr", "LookAhead": "ngram", "NgramFusion": "ngram",
     "ShallowFusion": "shallow",
     "ShortestHypothesis": "triggers", "WordNgramFusion": "word_ngram",
 }
 __all__ = [
     "AtEnd",
+    "CtcHeadFusion",
     "DelayedFusion",
     "EveryFrame",
     "FixedInterval",

@@ -11,7 +11,8 @@ from job_tools import arguments, assert_same, lists
 from icefall_fusion.__main__ import main
 from icefall_fusion.decode.hotwords import HotWords
 from icefall_fusion.decode.language_models import LanguageModels, LmOptions
-from icefall_fusion.decode.method_names import parse_method, weights_of
+from icefall_fusion.decode.method_names import parse_method
+from icefall_fusion.decode.weights import weights_of
 
 METHODS = ("hotwords-shallow", "hotwords-shallow+ngram-shallow+llm-delayed-shortest", "llm-delayed-shortest")
 

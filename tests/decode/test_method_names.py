@@ -13,8 +13,8 @@ from icefall_fusion.decode.method_names import (
     choose_methods,
     parse_method,
     parse_methods,
-    weights_of,
 )
+from icefall_fusion.decode.weights import weights_of
 
 
 def test_names_of_methods() -> None:

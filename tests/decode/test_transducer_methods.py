@@ -23,10 +23,10 @@ from icefall_fusion.decode.method_names import (
     choose_methods,
     parse_method,
     parse_methods,
-    weights_of,
 )
 from icefall_fusion.decode.recognizer import Recognizer, RecognizerOptions
 from icefall_fusion.decode.utterances import read_cuts
+from icefall_fusion.decode.weights import weights_of
 from icefall_fusion.search import PrefixSearchOptions
 from icefall_fusion.search.transducer import transducer_search
 
@@ -64,8 +64,14 @@ def test_names_and_weights() -> None:
     assert weights_of("rnnt-beam", {}) == {"rnnt": 1.0}
     tuned = {"rnnt-llm-delayed-shortest": {"rnnt": 1.0, "llm": 0.7, "words": 1}}
     assert weights_of("rnnt-llm-delayed-shortest", tuned) == {"rnnt": 1.0, "llm": 0.7, "words": 1.0}
-    with pytest.raises(ValueError, match="have ilm-shallow with a transducer alone"):
-        parse_method("ilm-shallow+llm-delayed-shortest")
+    joint = parse_method("rnnt-ctc-shallow+llm-delayed-shortest")
+    assert joint.sources == ["ctc_head", "llm"] and joint.needs == {"ctc_head", "llm", "transducer"}
+    assert joint.reads_ctc and not ilm.reads_ctc
+    for text in ("ilm-shallow", "ctc-shallow"):
+        with pytest.raises(ValueError, match=f"have {text} with a transducer alone"):
+            parse_method(f"{text}+llm-delayed-shortest")
+    with pytest.raises(ValueError, match="an acoustic model with a CTC head beside its transducer"):
+        choose_methods("rnnt-ctc-shallow", {"transducer"})
     with pytest.raises(ValueError, match="'beem' of 'rnnt-beem' is none"):
         parse_method("rnnt-beem")
     with pytest.raises(ValueError, match="emissions.model must be an acoustic model with a transducer head"):
@@ -73,7 +79,8 @@ def test_names_and_weights() -> None:
 
 
 def test_the_comparison_of_transducers_decodes_and_tunes(both, tmp_path) -> None:
-    methods = [*RNNT_METHODS, "llm-delayed-shortest", "rnnt-beam+attention-rescoring"]
+    methods = [*RNNT_METHODS, "llm-delayed-shortest", "rnnt-beam+attention-rescoring",
+               "rnnt-ctc-shallow+llm-delayed-shortest"]
     out = tmp_path / "out"
     assert main(arguments(both, out, "--methods", ",".join(methods))) == 0
     for method in methods:
@@ -107,6 +114,7 @@ def test_tuning_the_comparison_finds_the_internal_models_weight_by_decoding(both
     assert main(arguments(both, tmp_path / "dev", "--methods", scores)) == 0
     listed = json.dumps([str(tmp_path / "dev" / f"nbest-noise-{scores}.jsonl")])
     job = ["tune", "--nbest", listed, "--ref", both["cuts"], "--methods", "rnnt-all", "--out"]
+    joint = "rnnt-ctc-shallow"
     without, tuned = tmp_path / "without.yaml", tmp_path / "weights.yaml"
     assert main([*job, str(without)]) == 0
     method = "rnnt-ilm-shallow+llm-delayed-shortest"
@@ -115,10 +123,12 @@ def test_tuning_the_comparison_finds_the_internal_models_weight_by_decoding(both
     assert "rnnt-llm-delayed-shortest" in found and method not in found
     options = arguments(both, tmp_path / "confirm")[1:]
     confirm = [word.replace("--", "--confirm.", 1) for word in options]
+    job[job.index("rnnt-all")] += f",{joint}"
     assert main([*job, str(tuned), *confirm, "--confirm_rounds", "1"]) == 0
     weights = yaml.safe_load(tuned.read_text())["weights"]
     assert set(weights[method]) == {"ilm", "llm", "words"} and weights[method]["ilm"] > 0
-    assert set(weights) == {name for name in RNNT_METHODS if parse_method(name).sources}
+    assert set(weights[joint]) == {"ctc_head", "words"} and weights[joint]["ctc_head"] > 0
+    assert set(weights) == {joint, *(name for name in RNNT_METHODS if parse_method(name).sources)}
 
 
 def test_a_method_is_the_search_of_the_encoders_frames(both) -> None:
@@ -149,6 +159,10 @@ def test_a_model_without_the_head_is_named(made, both, tmp_path, capsys) -> None
     assert main(arguments(both, tmp_path / "e", *named)) != 0
     rule = "emissions.prior must be empty (or its scale 0) for method 'rnnt-beam'"
     assert rule in capsys.readouterr().err
+    joint = ["--methods", "rnnt-ctc-shallow", "--emissions.prior", str(prior)]
+    assert main(arguments(both, tmp_path / "f", *joint)) == 0
+    assert main(arguments(alone, tmp_path / "g", "--methods", "rnnt-ctc-shallow")) != 0
+    assert "acoustic model with a CTC head beside its transducer" in capsys.readouterr().err
     recover = ["--methods", "rnnt-beam", "--search.recover_mass", "true"]
     assert main(arguments(both, tmp_path / "d", *recover)) != 0
     assert "recover_mass must be False for transducers" in capsys.readouterr().err

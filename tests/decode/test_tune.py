@@ -12,10 +12,9 @@ import tiny
 import yaml
 
 from icefall_fusion.__main__ import main
-from icefall_fusion.decode.method_names import weights_of
 from icefall_fusion.decode.score_table import ScoreTable, coordinate_search
 from icefall_fusion.decode.tune_hotwords import choose_weight
-from icefall_fusion.decode.weights import read_weights
+from icefall_fusion.decode.weights import read_weights, weights_of
 from icefall_fusion.nbest import Hypothesis, NBest, write_nbests
 from icefall_fusion.scoring.phrases import PhraseScores, score_phrases
 from icefall_fusion.scoring.score import read_texts

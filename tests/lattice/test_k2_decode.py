@@ -16,7 +16,8 @@ from icefall_fusion.acoustic.saved import SavedSource
 from icefall_fusion.acoustic.sources import EmissionOptions
 from icefall_fusion.decode.job import DecodeOptions, run
 from icefall_fusion.decode.language_models import LmOptions
-from icefall_fusion.decode.method_names import K2_METHODS, parse_method, parse_methods, weights_of
+from icefall_fusion.decode.method_names import K2_METHODS, parse_method, parse_methods
+from icefall_fusion.decode.weights import weights_of
 from icefall_fusion.fusion.rescoring import rescore_with_ngram
 from icefall_fusion.lattice.beam import LatticeBeamOptions
 from icefall_fusion.lattice.saved import save_lattices

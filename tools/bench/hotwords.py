@@ -32,11 +32,11 @@ from icefall_fusion.acoustic.sources import EmissionOptions
 from icefall_fusion.common.files import write_text
 from icefall_fusion.decode.demo import STORIES
 from icefall_fusion.decode.hotwords import HotWords
-from icefall_fusion.decode.method_names import parse_method, weights_of
+from icefall_fusion.decode.method_names import parse_method
 from icefall_fusion.decode.pretrained import with_pretrained
 from icefall_fusion.decode.recognizer import Batch, Recognizer, RecognizerOptions
 from icefall_fusion.decode.utterances import Utterance, read_cuts
-from icefall_fusion.decode.weights import read_weights
+from icefall_fusion.decode.weights import read_weights, weights_of
 from icefall_fusion.scoring.phrases import score_phrases
 from icefall_fusion.scoring.wer import word_errors, words_of
 from icefall_fusion.text.tokens import AcousticTokens

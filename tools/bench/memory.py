@@ -40,11 +40,11 @@ from icefall_fusion.acoustic.sources import EmissionOptions, open_source  # noqa
 from icefall_fusion.common import memory  # noqa: E402
 from icefall_fusion.common.devices import weight_bytes  # noqa: E402
 from icefall_fusion.decode.language_models import LM_SOURCES, LanguageModels  # noqa: E402
-from icefall_fusion.decode.method_names import parse_method, weights_of  # noqa: E402
+from icefall_fusion.decode.method_names import parse_method  # noqa: E402
 from icefall_fusion.decode.methods import Method  # noqa: E402
 from icefall_fusion.decode.pretrained import FOLDER  # noqa: E402
 from icefall_fusion.decode.utterances import read_cuts  # noqa: E402
-from icefall_fusion.decode.weights import read_weights  # noqa: E402
+from icefall_fusion.decode.weights import read_weights, weights_of  # noqa: E402
 from icefall_fusion.search import PrefixSearchOptions  # noqa: E402
 from icefall_fusion.text.tokens import AcousticTokens  # noqa: E402
 
