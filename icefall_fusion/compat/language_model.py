@@ -161,7 +161,7 @@ class LanguageModel:
                                          source="wordngram" + suffix))
             if self.words:
                 if self._vocabulary[:2] != (tokens, oov):
-                    self._vocabulary = tokens, oov, word_automaton(self.words, tokens, oov)
+                    self._vocabulary = tokens, oov, word_automaton(self.words, tokens, oov, units=False)
                 found.append(HotWordFusion(self._vocabulary[2], share * self.alpha, source="oov" + suffix))
         if self.llm is not None:
             bonus = 0.0 if found else share * self.beta

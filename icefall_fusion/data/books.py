@@ -187,8 +187,9 @@ def sentences(paragraph: str, reading: Reading = ENGLISH) -> list[str]:
         before = paragraph[max(0, match.start() - 8) : match.start()]
         if match.group(1) == "." and reading.not_an_end is not None and reading.not_an_end.search(before):
             continue
-        parts.append(paragraph[start : match.end()].strip())
-        start = match.end()
+        end = reading.past_quote(paragraph, match.end())
+        parts.append(paragraph[start:end].strip())
+        start = end
     parts.append(paragraph[start:].strip())
     return [sentence for sentence in parts if sentence]
 
@@ -201,7 +202,7 @@ def split_sentence(
         return [sentence]
     middle = len(sentence) / 2
     for ends in reading.clause_ends:
-        cuts = [match.end() for match in ends.finditer(sentence)]
+        cuts = [reading.past_quote(sentence, match.end()) for match in ends.finditer(sentence)]
         cuts = [cut for cut in cuts if min_characters <= cut <= len(sentence) - min_characters]
         if cuts:
             cut = min(cuts, key=lambda cut: abs(cut - middle))

@@ -47,6 +47,12 @@ class Reading:
         common = sum(word in self.common for word in spoken)
         return len(spoken) >= 7 and common == 0 or len(spoken) >= 16 and common < 2
 
+    def past_quote(self, text: str, place: int) -> int:
+        """Return a place behind the plain quotation marks (") there that close, where no space tells it."""
+        while self.unspaced and text[place : place + 1] == '"' and text.count('"', 0, place) % 2 == 1:
+            place += 1
+        return place
+
     def is_speakable(self, cased: str) -> bool:
         """Return whether a reader says a text just as the normalizer of the language spells it."""
         return self.doubtful.search(cased) is None
@@ -106,7 +112,10 @@ MANDARIN = Reading(
     "Chinese",
     re.compile(r"([。！？…!?]+)[”’」』）】]*"),
     None,
-    (re.compile(r"[；：;:][”’」』）]*"), re.compile(r"[，、,。！？][”’」』）]*")),
+    (
+        re.compile(r"(?:[；：;]|:(?![0-9]))[”’」』）]*"),
+        re.compile(r"(?:[，、。！？]|,(?![0-9]))[”’」』）]*"),
+    ),
     re.compile(
         r"^(?:第[零〇一二三四五六七八九十百千0-9]+[回章卷节篇部](?:[\s：:]|$)"
         r"|[一二三四五六七八九十]+$|完$|附[录錄注註])"

@@ -146,14 +146,22 @@ def join_oov(nbests: Iterable[NBest], source: str = "wordngram", oov: str = "oov
 
 
 def word_automaton(words: Iterable[str], tokens: AcousticTokens, oov_score: float,
-                   lower: bool = False) -> WordAutomaton:
-    """Return words as an automaton over acoustic pieces; see `VocabularyFusion`."""
+                   lower: bool = False, units: bool = True) -> WordAutomaton:
+    """Return words as an automaton over acoustic pieces; see `VocabularyFusion`.
+
+    Args:
+        units: a piece of several characters of a script without spaces is known if all of them are words,
+            as the n-gram reads it then (see `WordNgram`).
+    """
+    words = dict.fromkeys(words)
     letters: list[Optional[list[int]]] = []
     for piece in range(tokens.size):
         text = "".join(tokens.words([piece]))
+        if units and has_unspaced(text) and all(unit in words for unit in split_units(text)):
+            words.setdefault(text)
         silent = piece == tokens.unk_id or not text and not tokens.starts_word[piece]
         letters.append(None if silent else [ord(letter) for letter in (text.lower() if lower else text)])
-    known = [[ord(letter) for letter in word] for word in dict.fromkeys(words) if word]
+    known = [[ord(letter) for letter in word] for word in words if word]
     return WordAutomaton(known, letters, tokens.starts_word, oov_score)
 
 

@@ -30,9 +30,13 @@ _RANGE = re.compile(
 _CLOCK = re.compile(r"(?<![0-9:])([01]?[0-9]|2[0-4]):([0-5][0-9])(?::([0-5][0-9]))?(?![0-9:])")
 _RATIO = re.compile(r"(?<=[0-9]):(?=[0-9])")
 _FRACTION = re.compile(r"(?:(?<![0-9./])([0-9]+)\s)?(?<![0-9/⁄])([0-9]+)[/⁄]([0-9]+)(?![0-9/⁄])")
-_COUNTERS = "(?!年[级級]|次方)[个個位只条张本件次种天年岁点块家座杯瓶辆]"
+_COUNTERS = (
+    "(?:(?!年[级級]|次方|元[一二]?次|元论)[个個位只条张本件次种天年岁点块家座杯瓶辆元名米周头匹双遍句步]"
+    "|小时|分钟|公里|公斤|美元|欧元|英镑|星期)"
+)
 _COUNTER = re.compile(rf"\s?{_COUNTERS}")
 _NUMBER = re.compile(rf"((?<![0-9a-z])-)?([0-9]+)(\.[0-9]+)?(\s?[%‰])?(?:\s?({_COUNTERS}))?")
+_TELEPHONE = re.compile("1[3-9][0-9]{9}")
 _PARTS = {"%": "百分之", "‰": "千分之"}
 _MONEY_BEFORE = re.compile(r"(?<![0-9万亿])([¥$€£])\s?([0-9]+(?:\.[0-9]+)?)([万亿]*)")
 _MONEY_AFTER = re.compile(r"(?<=[0-9万亿])\s?([¥$€£])")
@@ -43,7 +47,7 @@ def normalize(text: str) -> str:
     """Return the spoken characters of Mandarin text, without spaces but between words of Latin letters.
 
     Arabic digits are read out: 2024年 by digits, 1,205 as a number, 30% as 百分之三十, 8:30 as 八点三十分,
-    3:2 as 三比二, 5-10 as 五到十, 2024-01-05 as a date. 〇 is 零.
+    3:2 as 三比二, 5-10 as 五到十, 2024-01-05 as a date, a number of a mobile telephone by digits. 〇 is 零.
     Simplified and traditional characters stay what they are. Idempotent.
     """
     text = any_script.fold(_POWER.sub(_read_power, text)).replace("−", "-")
@@ -141,6 +145,8 @@ def _read_clock(match: "re.Match[str]") -> str:
 def _read_number(match: "re.Match[str]") -> str:
     minus, digits, decimals, part, counter = match.groups()
     words = _whole(digits)
+    if _TELEPHONE.fullmatch(digits) and not (minus or decimals or part or counter):
+        return digit_by_digit(digits)
     if decimals:
         words += "点" + digit_by_digit(decimals[1:])
     elif counter and words == "二" and not part and not match.string[: match.start()].rstrip().endswith("第"):

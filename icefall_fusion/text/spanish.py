@@ -48,7 +48,8 @@ _ORDINAL_WORDS = (("décimoprimero", "undécimo"), ("décimosegundo", "duodécim
 _BEFORE_THOUSANDS = re.compile(r"uno (?=mil\b|millones\b|billones\b)")
 _FRACTION_SIGNS = re.compile("[½¼¾⅓⅔⅛]")
 _ACCENTS = frozenset("áéíóúüñ")
-_LETTERS = str.maketrans({"æ": "ae", "œ": "oe", "ß": "ss", "ł": "l", "ø": "o", "ð": "d", "þ": "th", "ı": "i"})
+_LETTERS = str.maketrans({"æ": "ae", "œ": "oe", "ß": "ss", "ł": "l", "ø": "o", "ð": "d", "þ": "th", "ı": "i",
+                          "đ": "d", "ħ": "h", "ŧ": "t", "ŋ": "ng"})
 _MOST_DIGITS = 15
 
 

@@ -14,7 +14,7 @@ from icefall_fusion.text.scripts import begins_unit
 
 #: Read from a folder that has no bpe.model, the first that is there.
 NAMES = ("tokens.txt", "units.txt", "vocab.json")
-_DELIMITERS = ("|", " ")
+_DELIMITERS = ("|", " ", "<space>")
 _MARK, _CONTINUES = "▁", "##"
 _NO_OUTPUT = re.compile(r"#\d+")  # disambiguation symbols, at the end of a table of icefall
 _SPECIAL = re.compile(r"<.*>|\[[A-Z]+\]")
@@ -32,9 +32,9 @@ class Vocabulary(NamedTuple):
 def read_vocabulary(path: Path, blanks: tuple[str, ...]) -> Vocabulary:
     """Read a file of pieces and their ids; how words begin is found in the pieces.
 
-    Words begin at pieces with "▁", or after a delimiter ("|" or a space), or at pieces without "##" where
-    some have it. Where no piece has a mark, each piece is a word (said in a warning); but if there are
-    characters of scripts without spaces, other letters go on with the word before.
+    Words begin at pieces with "▁", or after a delimiter ("|", a space or "<space>"), or at pieces without
+    "##" where some have it. Where no piece has a mark, each piece is a word (said in a warning); but if there
+    are characters of scripts without spaces, other letters go on with the word before.
 
     Args:
         path: lines ``piece id`` (tokens.txt, units.txt), or a JSON object of ids by piece (.json).
@@ -66,7 +66,7 @@ def _marks(pieces: list[str], name: str) -> tuple[list[str], str, Optional[str]]
     if any(piece.startswith(_MARK) for piece in plain):
         return pieces, _MARK, None
     for delimiter in _DELIMITERS:
-        if delimiter in plain:
+        if delimiter in pieces:
             return pieces, _MARK, delimiter
     if any(piece.startswith(_CONTINUES) and len(piece) > 2 for piece in plain):
         return [_with_mark(piece) for piece in pieces], _MARK, None

@@ -89,6 +89,20 @@ def test_sentences_of_other_languages() -> None:
     assert not GENERIC.is_foreign("он пришёл к нам вчера вечером домой снова")
 
 
+def test_plain_quotes_of_mandarin_close_the_sentence_that_they_opened() -> None:
+    paragraph = '他说："你好！我走了。"她不说话。又问："好吗？"'
+    parts = ['他说："你好！', '我走了。"', '她不说话。', '又问："好吗？"']
+    assert books.sentences(paragraph, MANDARIN) == parts
+    assert books.sentences('"你好！""再见！"他走了。', MANDARIN) == ['"你好！"', '"再见！"', '他走了。']
+
+
+def test_numbers_of_mandarin_are_no_clauses() -> None:
+    sentence = "他在8:30以前数了一共有1,000本好看的新书"
+    assert books.split_sentence(sentence, 2, len(sentence) - 1, MANDARIN) == []
+    parts = [sentence + ",", "然后走了"]
+    assert books.split_sentence("".join(parts), 2, len(sentence) + 2, MANDARIN) == parts
+
+
 @pytest.mark.parametrize("language", ["es", "zh"])
 def test_the_stories_are_sayable_and_lose_nothing(language) -> None:
     own = Language(language)

@@ -92,6 +92,17 @@ def test_the_automaton_is_what_a_set_of_words_says(words, extra, path) -> None:
     assert done == pytest.approx(-2.0 * sum(word not in words for word in tokens.words(ids)))
 
 
+def test_a_piece_of_known_characters_is_known() -> None:
+    """An n-gram over characters scores 世界, one piece, as two words; so it is no unknown one here either."""
+    tokens = AcousticTokens.from_pieces(["<blk>", "世", "界", "世界", "世人"], 0)
+    words, ways = ["世", "界"], {True: [0, 0, 0, -2], False: [0, 0, -2, -2]}
+    for units, costs in ways.items():
+        automaton = word_automaton(words, tokens, -2.0, units=units)
+        assert [float(automaton.complete[automaton.from_root[piece]]) for piece in range(1, 5)] == costs
+    known = word_automaton([*words, "世界"], tokens, -2.0)  # a word itself
+    assert float(known.complete[known.from_root[3]]) == 0
+
+
 def parts(ids: list[int], tokens: AcousticTokens) -> list[list[int]]:
     """Return the pieces of each word, the empty first one too."""
     words: list[list[int]] = [[]]

@@ -256,6 +256,21 @@ def test_codes_of_three_letters_are_the_same_languages(name, base, rate) -> None
     assert language.normalize("Mr. 3 n.º 2个") == same.normalize("Mr. 3 n.º 2个")
 
 
+@pytest.mark.parametrize("written,spoken", [
+    ("2元", "两元"), ("2名学生", "两名学生"), ("2小时", "两小时"), ("2 公里", "两公里"), ("$2", "两美元"),
+    ("第2名", "第二名"), ("2元一次方程", "二元一次方程"), ("2元论", "二元论"), ("2月2日", "二月二日"),
+    ("12元", "十二元"),
+    ("13800138000", "一三八零零一三八零零零"), ("电话13912345678。", "电话一三九一二三四五六七八"),
+    ("13800138000元", "一百三十八亿零一十三万八千元"), ("23800138000", "二百三十八亿零一十三万八千"),
+])
+def test_counters_and_telephones_of_mandarin(written, spoken) -> None:
+    assert Language("zh").normalize(written) == spoken
+
+
+def test_letters_with_a_stroke_are_latin_letters_in_spanish() -> None:
+    assert Language("es").normalize("Đoković y Ħal Tarxien") == "dokovic y hal tarxien"
+
+
 def test_a_text_is_looked_at_and_told_of_once(caplog, monkeypatch) -> None:
     texts, calls = {"u1": "hello", "u2": "a once told word мир", "u3": "another"}, []
     normalize = Language.normalize

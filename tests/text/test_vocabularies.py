@@ -62,6 +62,13 @@ def test_letters_of_hugging_face(tmp_path) -> None:
     assert load(tmp_path, "vocab.json", spaces).words([3, 2, 1, 3]) == ["añ", "a"]
 
 
+def test_letters_of_espnet(tmp_path) -> None:
+    pieces = ["<blank>", "<unk>", "<space>", "a", "b", "<sos/eos>"]
+    tokens = load(tmp_path, "tokens.txt", "".join(f"{piece} {index}\n" for index, piece in enumerate(pieces)))
+    assert tokens.delimiter == "<space>" and tokens.encode("ab a") == [3, 4, 2, 3]
+    assert tokens.decode([3, 4, 2, 3, 5]) == "ab a"
+
+
 def test_characters_beside_a_delimiter_close_words_too(tmp_path) -> None:
     tokens = load(tmp_path, "vocab.json", {**LETTERS, "你": 8, "好": 9})
     ids = tokens.encode("你好a a你")
