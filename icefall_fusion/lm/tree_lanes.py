@@ -183,6 +183,12 @@ class LaneScorer(TreeScorer):
         self._nodes([node])
         self.tree.roots[0] = node
 
+    def make_ready(self, nodes: ndarray) -> ndarray:
+        """See `TreeScorer.make_ready`; counted for all trees too."""
+        todo = super().make_ready(nodes)
+        self._lanes.counters.lm_tokens_forwarded += len(todo)
+        return todo
+
     def take_back(self, nodes: ndarray) -> None:
         """Free the slots of nodes whose forward has failed: asked for again, they are forwarded again."""
         slots = self.tree.slots

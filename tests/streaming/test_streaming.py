@@ -91,7 +91,7 @@ def test_streams_of_any_phase_share_a_decoder(made, name, begins, seed) -> None:
 
 def test_events_of_streams_are_one_call(made) -> None:
     audio = noise(4, 32_000)
-    calls = []
+    calls, tokens = [], []
     for count in (1, 4):
         decoder = StreamingDecoder(made[0], fusions_of(made, "shortest"), SEARCH, OPTIONS)
         streams = [decoder.open() for _ in range(count)]
@@ -102,7 +102,9 @@ def test_events_of_streams_are_one_call(made) -> None:
         texts = {nbest[0].text for nbest in decoder.finish(streams)}
         assert len(texts) == 1
         calls.append(decoder.stats()["lm_forwards"])
+        tokens.append(decoder.stats()["lm_tokens_forwarded"])
     assert calls[0] == calls[1] > 5
+    assert 4 * tokens[0] == tokens[1] >= 4 * calls[0]
 
 
 def test_triggers_have_times() -> None:

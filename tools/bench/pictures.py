@@ -9,6 +9,7 @@ from typing import NamedTuple, Optional, Sequence
 from icefall_fusion.common.files import atomic_path
 
 COLORS = ("#c2410c", "#0f766e", "#6d28d9", "#475569", "#be185d", "#1d4ed8")
+MARKS = ("o", "s", "^", "D")  # where colours begin again
 
 
 class Line(NamedTuple):
@@ -42,8 +43,10 @@ def draw(path: Path, panels: Sequence[Panel]) -> None:
 
     figure, axes = plt.subplots(1, len(panels), figsize=(6.4 * len(panels), 4.8), squeeze=False, dpi=110)
     for axis, panel in zip(axes[0], panels):
-        for line, color in zip(panel.lines, COLORS * len(panel.lines)):
-            axis.plot(line.x, line.y, "o-", color=color, markersize=5, label=line.name)
+        for number, line in enumerate(panel.lines):
+            again, place = divmod(number, len(COLORS))
+            color, mark = COLORS[place], MARKS[again % len(MARKS)]
+            axis.plot(line.x, line.y, mark, linestyle="-", color=color, markersize=5, label=line.name)
             for x, y, label in zip(line.x, line.y, line.labels):
                 style = {"xytext": (5, 5), "textcoords": "offset points", "fontsize": 8, "color": color}
                 axis.annotate(label, (x, y), **style)

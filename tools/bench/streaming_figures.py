@@ -185,7 +185,7 @@ def draw(rows: Sequence[Row], path: str | Path) -> None:
         own = sorted((row for row in shown if row["method"] == method), key=lambda row: row["chunk_ms"])
         whole = find(rows, WHOLE, method)
         lines.append(Line(method, [row["first_p90_ms"] for row in own], [row["wer"] for row in own],
-                          [str(row["chunk_ms"]) for row in own], whole and whole["wer"]))
+                          [] if lines else [str(row["chunk_ms"]) for row in own], whole and whole["wer"]))
     title = "Streams by chunk size (ms); dashed: whole utterances"
     x = "p90 of the latency of words, from their end to their first showing (ms)"
     pictures.draw(Path(path), [Panel(title, x, "WER of committed text (%)", lines)])
