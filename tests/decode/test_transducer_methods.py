@@ -14,7 +14,7 @@ from job_tools import arguments, assert_same, lists
 from tiny import acoustic_model
 
 from icefall_fusion.__main__ import main
-from icefall_fusion.acoustic.models import CtcAed, TransducerOptions, load, save
+from icefall_fusion.acoustic.models import ChunkOptions, CtcAed, TransducerOptions, load, save
 from icefall_fusion.acoustic.prior import write_prior
 from icefall_fusion.acoustic.sources import EmissionOptions, open_source
 from icefall_fusion.data.features import pad_features
@@ -143,6 +143,33 @@ def test_a_method_is_the_search_of_the_encoders_frames(both) -> None:
         [alone] = transducer_search(source.joiner_frames(frames), lens, source.transducer, options.search,
                                     source.tokens, ids=[utterance.id])
         assert_same({utterance.id: alone}, {utterance.id: found[utterance.id]})
+
+
+@pytest.mark.parametrize("chunk", [ChunkOptions(4, 2), ChunkOptions(6, None)])
+@torch.no_grad()
+def test_chunk_by_chunk_is_the_whole_with_a_chunk_mask(both, chunk) -> None:
+    """What a stream's encoder hears, joined, is searched as the masked whole is."""
+    network = load(both["model"])
+    head, lens = network.transducer, torch.tensor([203, 150])
+    features = 3 * torch.randn(2, 203, 80, generator=torch.Generator().manual_seed(5)) - 8
+    features[1, 150:] = -23.0
+    whole, out_lens = network.encoder(features, lens, chunk)
+    state, outs, hop = network.encoder.start(2, chunk), [], 4 * chunk.size
+    for begin in range(0, 203, hop):
+        heard = (lens - begin).clamp(min=0, max=hop)
+        heard = features[:, begin : begin + hop], heard
+        outs.append(network.encoder.forward_chunk(*heard, state)[0])
+
+    def searched(frames, symbols):
+        options = PrefixSearchOptions(beam=4, symbols=symbols)
+        found = transducer_search(head.project(frames), out_lens, head, options, network.tokens)
+        return {nbest.utterance: nbest for nbest in found}
+
+    for symbols in (1, 2):
+        masked = searched(whole, symbols)
+        assert_same(searched(torch.cat(outs, 1), symbols), masked)
+        unmasked = searched(network.encoder(features, lens)[0], symbols)
+        assert masked["0"][0].text and abs(masked["0"][0].total - unmasked["0"][0].total) > 1e-2
 
 
 def test_a_model_without_the_head_is_named(made, both, tmp_path, capsys) -> None:

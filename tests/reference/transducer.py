@@ -1,4 +1,4 @@
-"""Slow twins of the transducer search: all alignments, a beam over dictionaries, and icefall's as published.
+"""Slow twins of the transducer search: all alignments, a beam over dictionaries, icefall's, ALSD.
 Knows: plain functions of a transducer. Must not know: tensors of a search, the package's search.
 
 A model is two functions: ``log_probs(frame, prefix) -> list[float]`` over the pieces, and the blank's id.
@@ -62,6 +62,34 @@ def modified_beam_search(log_probs: LogProbs, frames: int, blank: int,
         for score, prefix in ways[:beam]:
             hypotheses[prefix] = log_add(hypotheses.get(prefix, NEVER), score)
     return sorted(hypotheses.items(), key=lambda found: -found[1])
+
+
+def alsd(log_probs: LogProbs, frames: int, blank: int, beam: int, longest: int) -> list[tuple[Prefix, float]]:
+    """Return (pieces, log-prob) of complete hypotheses, best first: alignment-length synchronous decoding.
+
+    Saon et al. 2020, algorithm 1. All hypotheses of a step have as many frames and pieces together, so one of
+    u pieces is in frame i - u. The ``beam`` best of a step stay; equal ones are one. What has ended the last
+    frame is complete.
+
+    longest: pieces of a hypothesis at most.
+    """
+    hypotheses: dict[Prefix, float] = {(): 0.0}
+    complete: dict[Prefix, float] = {}
+    for step in range(frames + longest):
+        ways: dict[Prefix, float] = {}
+        for prefix, score in hypotheses.items():
+            frame = step - len(prefix)
+            if frame >= frames:
+                continue
+            row = log_probs(frame, prefix)
+            after = complete if frame == frames - 1 else ways
+            after[prefix] = log_add(after.get(prefix, NEVER), score + row[blank])
+            for piece, log_prob in enumerate(row):
+                if piece != blank and len(prefix) < longest:
+                    longer = (*prefix, piece)
+                    ways[longer] = log_add(ways.get(longer, NEVER), score + log_prob)
+        hypotheses = dict(sorted(ways.items(), key=lambda found: -found[1])[:beam])
+    return sorted(complete.items(), key=lambda found: -found[1])
 
 
 def dictionary_search(log_probs: LogProbs, frames: int, blank: int, beam: int, symbols: int,

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference.transducer import all_alignments, dictionary_search, modified_beam_search
+from reference.transducer import all_alignments, alsd, dictionary_search, modified_beam_search
 from search_tools import TOKENS, assert_near, assert_same
 from transducer_tools import (
     TinyTransducer,
@@ -64,6 +64,29 @@ def test_a_beam_that_keeps_everything_finds_the_loss_of_torchaudio(seed):
         targets = torch.tensor([tokens], dtype=torch.int32)
         exact = -loss(grid.view(1, frames, -1, 3), targets, *lengths, blank=0, fused_log_softmax=False)
         assert score == pytest.approx(float(exact), abs=1e-4)
+
+
+@pytest.mark.parametrize("blank", [0, 2])
+def test_a_beam_that_keeps_everything_finds_what_alsd_finds(blank):
+    """By frames or by the length of the alignment: all ways to a text are summed."""
+    model, encoder, frames = TinyTransducer(3, seed=4, blank_id=blank), encodings(4, 1, 3), 3
+    found = dict(listing(search(model, encoder, beam=1100, symbols=3)[0]))
+    expected = alsd(model.rows(encoder[0]), frames, blank, 10_000, 3)
+    assert len(expected) == 1 + 2 + 4 + 8  # no more than three pieces, so three in a frame are all
+    assert {text: found[text] for text, _ in expected} == pytest.approx(dict(expected), abs=1e-4)
+
+
+def test_a_pruned_search_finds_the_best_text_of_alsd_or_a_better_one():
+    """ALSD compares hypotheses of other frames, so it loses more where one frame says much."""
+    same, pieces = 0, 0
+    for seed in range(12):
+        model = TinyTransducer(12, seed=seed, sharpness=2.0, blank_bias=6.0)
+        encoder = encodings(seed, 1, 12)
+        best, score = alsd(model.rows(encoder[0]), 12, 0, 30, 30)[0]
+        ours, mass = listing(search(model, encoder, beam=30, symbols=6)[0])[0]
+        same, pieces = same + (ours == best), pieces + len(best)
+        assert mass > score - 0.05 and (ours != best or mass < score + 0.05)
+    assert same >= 7 and pieces > 60
 
 
 @settings(max_examples=30, deadline=None)
