@@ -13,7 +13,7 @@ from typing import Any, Optional
 
 import torch
 from lhotse import CutSet, MonoCut
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from icefall_fusion.common.checks import check
 from icefall_fusion.common.files import PathLike
@@ -43,6 +43,7 @@ class TrainBatches:
             are gathered and augmented there, without workers; see `ResidentBatches` for what they hold.
             ``options.resident`` says that a job does so.
         pin_memory: let workers hand over memory that a GPU copies without waiting.
+        loading: turns cuts into a batch in place of `Loading`.
 
     Attributes:
         skipped: [{"id", "error"}], utterances whose features or audio could not be read so far, each once;
@@ -57,6 +58,7 @@ class TrainBatches:
         encode: Optional[Encode] = None,
         store: Optional[FeatureStore] = None,
         pin_memory: bool = False,
+        loading: Optional[Dataset] = None,
     ) -> None:
         self.options = options
         self.skipped: list[dict[str, str]] = []
@@ -69,7 +71,7 @@ class TrainBatches:
         if store is not None:
             self._loader = ResidentBatches(store, self.order, encode, options)
         else:
-            self._loader = _loader(Loading(encode, options), self.order, options, pin_memory)
+            self._loader = _loader(loading or Loading(encode, options), self.order, options, pin_memory)
 
     @property
     def epoch(self) -> int:
@@ -186,7 +188,7 @@ def _batches_by_duration(cuts: list[MonoCut], seconds: float) -> list[tuple[int,
 
 
 def _loader(
-    loading: Loading, sampler: Any, options: DataOptions, pin_memory: bool = False
+    loading: Dataset, sampler: Any, options: DataOptions, pin_memory: bool = False
 ) -> DataLoader:
     workers: dict[str, Any] = {"pin_memory": pin_memory}
     if options.workers:

@@ -16,6 +16,7 @@ The jobs:
 
 - ``acoustic_model.py``: job ``train``, an acoustic model with a CTC, attention or transducer head.
 - ``init_weights.py``: the weights that it starts from, and the parts that are not trained.
+  ``encoder_cache.py``: frames of an encoder that is not trained, kept on disk.
 - ``spelling.py``: whether its pieces spell the text.
 - ``acoustic_loss.py``: its losses and error rates. ``curriculum.py``: its first batches, feature statistics.
 - ``language_model.py``: job ``train-lm``, a causal language model, or an adapter of one.

@@ -26,7 +26,8 @@ def compute_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, int, dict[str,
     tokens = max(sum(map(len, targets)), 1)
     if not core.training:
         return validation_loss(core, batch, tokens)
-    loss, info = model(batch["features"], batch["lens"], targets, batch.get("frames"))
+    encoded = bool(batch.get("encoded"))
+    loss, info = model(batch["features"], batch["lens"], targets, batch.get("frames"), encoded)
     parts = {name: info[name] * tokens for name in TERMS if name in info}
     more = {"impossible": info["impossible"], "seconds": sum(batch["seconds"])}
     return loss * tokens, tokens, {**parts, **more}

@@ -24,6 +24,7 @@ from icefall_fusion.text.language import language_of
 from icefall_fusion.train.acoustic_loss import compute_loss, describe, use_k2_losses
 from icefall_fusion.train.checkpoints import average_checkpoints, list_checkpoints, load_checkpoint
 from icefall_fusion.train.curriculum import Curriculum, feature_statistics
+from icefall_fusion.train.encoder_cache import check_cache, keep_frames
 from icefall_fusion.train.init_weights import freeze_parts, start_from
 from icefall_fusion.train.job import check_export, report_size, run_training
 from icefall_fusion.train.loop import Trainer
@@ -52,6 +53,8 @@ class TrainOptions(TrainingOptions):
         heads: in place of ``model.heads``, with commas: "ctc,aed,transducer"; empty: those.
         freeze: parts that are not trained, of encoder and the heads, with commas: "encoder,ctc,aed" trains a
             new transducer head on an encoder of ``init``.
+        encoder_cache: folder for the frames of a frozen encoder, made once, before the first step, and read
+            in place of features from then on (encoder_cache.py); without augmentation. Empty: none.
         easy_batches: number of first batches that hold short utterances only, unmasked, where CTC finds its
             alignments soonest (after Amodei et al. 2016, Deep Speech 2, section 3.2); 0 = none.
         easy_seconds: longest utterance in them.
@@ -80,6 +83,7 @@ class TrainOptions(TrainingOptions):
     model: ModelOptions = field(default_factory=ModelOptions)
     heads: str = ""
     freeze: str = ""
+    encoder_cache: str = ""
     easy_batches: int = 0
     easy_seconds: float = 4.0
     avg: int = 3
@@ -101,6 +105,8 @@ class TrainOptions(TrainingOptions):
             object.__setattr__(self, "model", dataclasses.replace(self.model, heads=heads))
         rule = "be empty without TrainOptions.init: parts of random weights would never be trained"
         check(not self.freeze or bool(self.init), "TrainOptions.freeze", rule, self.freeze)
+        if self.encoder_cache:
+            check_cache(self)
         kept = self.trainer.keep_checkpoints
         rule = f"be in 1..{kept} (trainer.keep_checkpoints)"
         check(1 <= self.avg <= kept, "TrainOptions.avg", rule, self.avg)
@@ -274,7 +280,8 @@ def make_trainer(options: TrainOptions, device: torch.device, rank: int = 0, wor
     encode = model.tokens.encode
     longest = min(options.easy_seconds, options.data.max_seconds)
     short = dataclasses.replace(plain, max_seconds=longest)
-    easy, full = (TrainBatches(train, data, encode, memory, pin) for data in (short, options.data))
+    frames = keep_frames(options, train, encode, device, rank, world) if options.encoder_cache else None
+    easy, full = (TrainBatches(train, data, encode, memory, pin, frames) for data in (short, options.data))
     return Trainer(
         options.trainer,
         model,

@@ -176,9 +176,18 @@ def test_no_frames_at_all_count_zero() -> None:
     assert 0 < float(only_blanks.loss) < 30
 
 
-def test_bf16_autocast_changes_nothing() -> None:
-    model, x = head(), torch.randn(4, 13, 16)
+@pytest.mark.parametrize("block", [400, 1 << 24])
+def test_bf16_autocast_rounds_the_joiners_output_layer_alone(monkeypatch, block) -> None:
+    monkeypatch.setattr("icefall_fusion.acoustic.models.transducer_loss.BLOCK", block)
+    model, x, made = head(), torch.randn(4, 13, 16, requires_grad=True), []
+    model.joiner.output_linear.register_forward_hook(lambda module, inputs, output: made.append(output.dtype))
     plain = rnnt_loss_sum(model, x, LENS, TARGETS)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         cast = rnnt_loss_sum(model, x, LENS, TARGETS)
-    assert torch.equal(plain.loss, cast.loss) and torch.equal(plain.simple, cast.simple)
+    half = len(made) // 2
+    assert made == [torch.float32] * half + [torch.bfloat16] * half and cast.loss.dtype == torch.float32
+    assert torch.equal(plain.simple, cast.simple)
+    torch.testing.assert_close(cast.loss, plain.loss, rtol=5e-3, atol=0)
+    exact, rounded = gradients(model, x, plain.loss), gradients(model, x, cast.loss)
+    for name, value in exact.items():
+        torch.testing.assert_close(rounded[name], value, rtol=0, atol=0.02 * float(value.abs().max()))

@@ -9,9 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from lhotse import CutSet
 
 from icefall_fusion.acoustic.models import CtcAed, TransducerOptions, load
+from icefall_fusion.acoustic.models.conformer import ConformerEncoder
 from icefall_fusion.common.command_line import UNFINISHED
+from icefall_fusion.data.datamodule import load_features
+from icefall_fusion.data.manifests import cuts_path
+from icefall_fusion.train import encoder_cache
 from icefall_fusion.train.acoustic_model import TrainOptions, run
 from tests.train.test_acoustic_model import data_dir, options_for  # noqa: F401 # a fixture
 
@@ -62,6 +67,103 @@ def test_a_new_head_learns_on_a_frozen_encoder_and_moves_nothing_else(data_dir, 
     assert run(halted) == UNFINISHED and run(stopped) == 0
     whole, parted = weights(tmp_path / "second", 40), weights(tmp_path / "parted", 40)
     assert all(torch.equal(value, parted[name]) for name, value in whole.items())
+
+
+def on_kept_frames(data_dir, folder, exp, **trainer) -> TrainOptions:  # noqa: F811
+    options = options_for(data_dir, exp, max_steps=12, valid_every_steps=4, precision="float32", **trainer)
+    plain = dataclasses.replace(options.data, spec_augment=False)
+    return with_heads(dataclasses.replace(options, data=plain), "ctc,aed,transducer", init=str(folder),
+                      freeze="encoder,ctc,aed", encoder_cache=str(exp.parent / "frames"))
+
+
+@pytest.fixture(scope="module")
+def trained(data_dir, tmp_path_factory) -> Path:  # noqa: F811
+    exp = tmp_path_factory.mktemp("trained")
+    assert run(options_for(data_dir, exp, max_steps=2)) == 0
+    return exp / "export"
+
+
+def test_kept_frames_train_the_head_that_an_encoder_at_work_trains(
+    data_dir, trained, tmp_path, monkeypatch  # noqa: F811
+) -> None:
+    kept = on_kept_frames(data_dir, trained, tmp_path / "kept")
+    plain = dataclasses.replace(kept, encoder_cache="", exp=str(tmp_path / "plain"))
+    assert run(plain) == 0
+    heard, forward = [], ConformerEncoder.forward_with_middle
+
+    def listen(self, features, *rest):
+        heard.append(torch.is_grad_enabled() or self.training)
+        return forward(self, features, *rest)
+
+    monkeypatch.setattr(ConformerEncoder, "forward_with_middle", listen)
+    assert run(kept) == 0
+    assert heard and not any(heard)  # before the first step and in validations alone
+    one, other = (weights(tmp_path / name, 12) for name in ("plain", "kept"))
+    for name, value in one.items():
+        torch.testing.assert_close(other[name], value, atol=2e-2, rtol=0)  # frames are in float16
+    moved = [name for name in one if name.startswith("transducer.joiner")]
+    start = dict(CtcAed(kept.model).state_dict())
+    assert any((one[name] - start[name]).abs().max() > 2e-2 for name in moved)
+    losses = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+              for name in ("plain", "kept")]
+    for first, second in zip(*losses):
+        for name in {"loss", "valid_loss", "valid_greedy_wer"} & set(first):
+            assert second[name] == pytest.approx(first[name], rel=5e-3)
+
+
+def test_frames_are_kept_once_and_a_killed_job_goes_on(data_dir, trained, tmp_path, monkeypatch) -> None:  # noqa: F811
+    options = on_kept_frames(data_dir, trained, tmp_path / "exp")
+    options = dataclasses.replace(options, data=dataclasses.replace(options.data, eval_duration=8.0))
+    monkeypatch.setattr(encoder_cache, "GROUP", 1)
+    add, seen = encoder_cache.EncoderCache.add, []
+
+    def killed(self, ids, frames):
+        if len(seen) == 4:
+            raise KeyboardInterrupt
+        seen.extend(ids)
+        add(self, ids, frames)
+
+    monkeypatch.setattr(encoder_cache.EncoderCache, "add", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(options)
+    half = encoder_cache.EncoderCache(options.encoder_cache, 16)
+    assert sorted(half) == sorted(seen) and len(half) == 4
+    monkeypatch.setattr(encoder_cache.EncoderCache, "add", lambda self, ids, frames: (
+        seen.extend(ids), add(self, ids, frames)))
+    assert run(options) == 0
+    assert len(seen) == len(set(seen)) == 12
+    assert run(dataclasses.replace(options, exp=str(tmp_path / "again"))) == 0 and len(seen) == 12
+    model = load(trained)
+    features = load_features(next(iter(CutSet.from_file(cuts_path(data_dir / "fbank", "train")))))
+    with torch.no_grad():
+        frames = model.encoder(features[None], torch.tensor([len(features)]))[0][0]
+    found = encoder_cache.EncoderCache(options.encoder_cache, 16)
+    torch.testing.assert_close(found.read("train-0"), frames, atol=2e-3, rtol=2e-3)
+    with pytest.raises(ValueError, match="the frames of nobody must be kept in"):
+        found.read("nobody")
+    file = max((tmp_path / "frames").glob("*.f16"), key=lambda path: path.stat().st_size)
+    file.write_bytes(file.read_bytes()[:-2])
+    with pytest.raises(ValueError, match="f16 must hold .* frames of"):
+        [found.read(one) for one in found]
+
+
+def test_what_does_not_go_with_kept_frames_is_refused(data_dir, trained, tmp_path) -> None:  # noqa: F811
+    good = on_kept_frames(data_dir, trained, tmp_path / "exp")
+    for changes, rule in (({"freeze": "ctc,aed"}, "TrainOptions.freeze must name the encoder"),
+                          ({"freeze": "encoder,aed"}, "ModelOptions.middle_weight must be 0"),
+                          ({"data": dataclasses.replace(good.data, spec_augment=True)},
+                           "DataOptions.spec_augment must be False"),
+                          ({"data": dataclasses.replace(good.data, frequency_warp=0.1)},
+                           "DataOptions.frequency_warp must be 0.0"),
+                          ({"model": dataclasses.replace(good.model, chunk_probability=0.5)},
+                           "ModelOptions.chunk_probability must be 0")):
+        with pytest.raises(ValueError, match=rule):
+            dataclasses.replace(good, **changes)
+    assert run(good) == 0
+    assert run(options_for(data_dir, tmp_path / "second", max_steps=3)) == 0
+    other = dataclasses.replace(good, init=str(tmp_path / "second" / "export"), exp=str(tmp_path / "other"))
+    with pytest.raises(ValueError, match="encoder_cache .* must be empty or of the encoder of"):
+        run(other)
 
 
 def test_a_frozen_encoder_has_no_dropout(data_dir, tmp_path) -> None:  # noqa: F811

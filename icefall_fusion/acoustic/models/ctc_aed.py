@@ -119,10 +119,10 @@ class CtcAed(nn.Module):
 
     def forward(
         self, features: Tensor, lens: Tensor, targets: Sequence[Sequence[int]],
-        frames: Optional[Sequence[int]] = None,
+        frames: Optional[Sequence[int]] = None, encoded: bool = False,
     ) -> tuple[Tensor, dict]:
         """Return ``loss``; a DDP wrapper calls ``forward``."""
-        return self.loss(features, lens, targets, frames)
+        return self.loss(features, lens, targets, frames, encoded)
 
     @property
     def trained_heads(self) -> tuple[str, ...]:
@@ -164,7 +164,7 @@ class CtcAed(nn.Module):
 
     def loss(
         self, features: Tensor, lens: Tensor, targets: Sequence[Sequence[int]],
-        frames: Optional[Sequence[int]] = None,
+        frames: Optional[Sequence[int]] = None, encoded: bool = False,
     ) -> tuple[Tensor, dict]:
         """Return the loss a token of the heads that are trained, and its terms.
 
@@ -172,6 +172,7 @@ class CtcAed(nn.Module):
             features: [B,T,bins]; lens: [B].
             targets: pieces of each utterance, without blank, sos or eos.
             frames: the numbers of ``lens`` on the host; without them a GPU is waited for.
+            encoded: ``features`` are frames [B,T,D] of the encoder (ctc then needs ``middle_weight`` 0).
 
         Returns:
             scalar loss; dict of detached scalars: ``loss``, ``ctc``, ``ctc_middle``, ``attention``,
@@ -181,8 +182,10 @@ class CtcAed(nn.Module):
         options, heads = self.options, self.trained_heads
         frames = lens.tolist() if frames is None else frames
         tokens = max(sum(len(pieces) for pieces in targets), 1)
-        x, out_lens, middle = self.encoder.forward_with_middle(features, lens, self._random_chunk(), frames)
-        host_lens = [-(-count // FACTOR) for count in frames]
+        x, out_lens, middle, host_lens = features, lens, None, list(frames)
+        if not encoded:
+            chunk, host_lens = self._random_chunk(), [-(-count // FACTOR) for count in frames]
+            x, out_lens, middle = self.encoder.forward_with_middle(features, lens, chunk, frames)
         terms: dict[str, Tensor] = {}
         total, impossible = None, 0
         teacher = None if heads == ("transducer",) else self._teacher([[p] for p in targets], x.device)
@@ -233,12 +236,8 @@ class CtcAed(nn.Module):
         """
         inputs, outputs = teacher or self._teacher([[pieces] for pieces in targets], encoder_out.device)
         logits = self.decoder(inputs, encoder_out, lens)
-        return F.cross_entropy(
-            logits.flatten(0, 2).float(),
-            outputs.flatten(),
-            ignore_index=IGNORED,
-            label_smoothing=self.options.label_smoothing,
-        )
+        return F.cross_entropy(logits.flatten(0, 2).float(), outputs.flatten(), ignore_index=IGNORED,
+                               label_smoothing=self.options.label_smoothing)
 
     @torch.no_grad()
     def score_tokens(

@@ -47,6 +47,8 @@ def rnnt_loss_sum(
 ) -> RnntLoss:
     """Return the loss of a batch (Graves 2012, arXiv 1211.3711), in float32.
 
+    Under autocast the joiner's output layer, most of the work, is in its type, as in icefall.
+
     Args:
         head: predictor and joiner.
         encoder_out: [B,T,D].
@@ -61,6 +63,7 @@ def rnnt_loss_sum(
         nothing = sum((p.sum() * 0.0 for p in head.parameters()), encoder_out.sum() * 0.0)
         return RnntLoss(nothing, nothing if band > 0 else None, len(lens))
     device = encoder_out.device
+    half = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
     kept, sizes = [lens[row] for row in rows], [len(targets[row]) for row in rows]
     most = max(sizes)
     padded = [list(targets[row]) + [0] * (most - size) for row, size in zip(rows, sizes)]
@@ -79,13 +82,14 @@ def rnnt_loss_sum(
             simple, starts = simple_loss(head, encoder_out, before, texts, band)
         else:
             band = most + 1
-        cells = joined_cells(head, frames, states, texts.padded, starts, band)
+        cells = joined_cells(head, frames, states, texts.padded, starts, band, half)
         loss = _lattice_loss(head, cells, texts).sum()
     return RnntLoss(loss, simple, len(lens) - len(rows))
 
 
 def joined_cells(
-    head: TransducerHead, frames: Tensor, states: Tensor, targets: Tensor, starts: Optional[Tensor], band: int
+    head: TransducerHead, frames: Tensor, states: Tensor, targets: Tensor, starts: Optional[Tensor],
+    band: int, half: Optional[torch.dtype] = None,
 ) -> Tensor:
     """Return log-probs [B,T,U+1,2] of the blank and of the next token; `_NEVER` outside the band.
 
@@ -94,6 +98,7 @@ def joined_cells(
         targets: [B,U].
         starts: [B,T] first cell of the band of each frame; None: 0.
         band: S, cells of a frame.
+        half: type of the joiner's products; None: float32.
     """
     batch, length, _ = frames.shape
     tokens = F.pad(targets, (0, 1), value=head.blank_id)  # after the last token none comes: any id
@@ -102,25 +107,30 @@ def joined_cells(
     for begin in range(0, length, block):
         some = frames[:, begin : begin + block]
         first = None if starts is None else starts[:, begin : begin + block]
-        made = (head, some, states, tokens, first, band)
+        made = (head, some, states, tokens, first, band, half)
         again = length > block and torch.is_grad_enabled()
         parts.append(checkpoint(_block, *made, use_reentrant=False) if again else _block(*made))
     return torch.cat(parts, dim=1)
 
 
 def _block(
-    head: TransducerHead, frames: Tensor, states: Tensor, tokens: Tensor, starts: Optional[Tensor], band: int
+    head: TransducerHead, frames: Tensor, states: Tensor, tokens: Tensor, starts: Optional[Tensor], band: int,
+    half: Optional[torch.dtype],
 ) -> Tensor:
     """Return `joined_cells` of a block of frames."""
+    def join(left: Tensor, right: Tensor) -> Tensor:
+        with torch.autocast(left.device.type, half, enabled=half is not None):
+            return head.join(left, right)
+
     batch, length, size = frames.shape
     if starts is None:
         states, tokens = states[:, None], tokens[:, None].expand(batch, length, -1)
-        return _two(head.join(frames[:, :, None], states), tokens, head.blank_id)
+        return _two(join(frames[:, :, None], states), tokens, head.blank_id)
     cells = starts[:, :, None] + torch.arange(band, device=frames.device)  # [B,t,S]
     flat = cells.flatten(1)
     near = states.gather(1, flat[:, :, None].expand(-1, -1, size)).view(batch, length, band, size)
     near_tokens = tokens.gather(1, flat).view(batch, length, band)
-    inner = _two(head.join(frames[:, :, None], near), near_tokens, head.blank_id)
+    inner = _two(join(frames[:, :, None], near), near_tokens, head.blank_id)
     whole = inner.new_full((batch, length, states.shape[1], 2), _NEVER)
     return whole.scatter(2, cells[..., None].expand(-1, -1, -1, 2), inner)
 
