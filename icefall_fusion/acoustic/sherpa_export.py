@@ -1,18 +1,19 @@
-"""Job ``export``: a transducer of ours as ONNX files that sherpa-onnx and icefall's scripts read.
+"""Job ``export``: a transducer of ours as ONNX files that sherpa-onnx and icefall's scripts read, or to ship.
 Knows: our acoustic models, ONNX files. Must not know: search, fusion, training.
 """
 from __future__ import annotations
 
 import sys
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from icefall_fusion.acoustic.models import CtcAed, load
+from icefall_fusion.acoustic.models import CtcAed, load, save
+from icefall_fusion.acoustic.models.model_folder import model_language
 from icefall_fusion.common.checks import check, check_choice
 from icefall_fusion.common.files import atomic_path, write_text
 from icefall_fusion.common.unavailable import Unavailable
@@ -23,12 +24,13 @@ _FRAMES = 100  # feature frames of the example that is traced
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """Write a transducer in another program's format.
+    """Write a transducer in another program's format, or without what training alone needs.
 
     Args:
         model: acoustic model folder of ours, with a transducer head.
         out: folder of the files; made if missing.
-        format: "sherpa": encoder.onnx, decoder.onnx, joiner.onnx and tokens.txt, as sherpa-onnx reads them.
+        format: "sherpa": encoder.onnx, decoder.onnx, joiner.onnx and tokens.txt, as sherpa-onnx reads them;
+            "folder": a model folder of ours in float16, without the projections of the pruned loss.
     """
 
     model: str
@@ -36,7 +38,7 @@ class ExportOptions:
     format: str = "sherpa"
 
     def __post_init__(self) -> None:
-        check_choice(self.format, ("sherpa",), "ExportOptions.format")
+        check_choice(self.format, ("sherpa", "folder"), "ExportOptions.format")
         check(bool(self.model), "ExportOptions.model", "name an acoustic model folder", self.model)
         check(bool(self.out), "ExportOptions.out", "name a folder", self.out)
 
@@ -66,9 +68,31 @@ class _Predictor(nn.Module):
 
 def run(options: ExportOptions) -> int:
     """Export a model; return 0."""
+    if options.format == "folder":
+        export_folder(load(options.model), options.out)
+        print(f"wrote a model folder to {options.out}", file=sys.stderr)
+        return 0
     export_sherpa(load(options.model), options.out)
     print(f"wrote encoder.onnx, decoder.onnx, joiner.onnx and tokens.txt to {options.out}", file=sys.stderr)
     return 0
+
+
+def export_folder(model: CtcAed, folder: str) -> None:
+    """Write a model folder in float16, without the projections that find the bands of the pruned loss.
+
+    A training that starts from it has new ones.
+
+    Raises:
+        ValueError: the model has no transducer head.
+    """
+    rule, heads = "have a transducer head", model.options.heads
+    check(model.transducer is not None, "ExportOptions.model", rule, list(heads))
+    plain = replace(model.options.transducer, prune_range=0)
+    made = CtcAed(replace(model.options, transducer=plain), model.bpe)
+    names, weights = set(made.state_dict()), model.state_dict()
+    made.load_state_dict({name: value for name, value in weights.items() if name in names})
+    made.language = model_language(model)
+    save(made, folder, torch.float16)
 
 
 @torch.no_grad()

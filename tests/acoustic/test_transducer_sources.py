@@ -446,6 +446,23 @@ def test_our_export_for_sherpa_equals_the_model(tmp_path) -> None:
         torch.testing.assert_close(*both, atol=1e-3, rtol=1e-4)
 
 
+@torch.no_grad()
+def test_a_folder_to_ship_has_no_weights_of_the_loss_and_says_the_same(tmp_path) -> None:
+    folder, out = ours(tmp_path), tmp_path / "ship"
+    assert main(["export", "--model", str(folder), "--format", "folder", "--out", str(out)]) == 0
+    made, source = load(out), load(folder)
+    lacking = set(source.state_dict()) - set(made.state_dict())
+    assert {name.rpartition(".")[0] for name in lacking} == {
+        "transducer.simple_am_proj", "transducer.simple_lm_proj"}
+    assert made.tokens.pieces == source.tokens.pieces and made.transducer.options.prune_range == 0
+    one, other = (open_source(EmissionOptions(str(path))).emit(["u"], features((90,)))
+                  for path in (folder, out))
+    torch.testing.assert_close(one.log_probs, other.log_probs, atol=0.1, rtol=0)
+    torch.testing.assert_close(one.joiner_frames, other.joiner_frames, atol=0.02, rtol=0)
+    assert main(["export", "--model", str(tiny.acoustic_model(tmp_path / "other")), "--format", "folder",
+                 "--out", str(out)]) == 2
+
+
 def test_only_transducers_are_exported(tmp_path, capsys) -> None:
     folder = tiny.acoustic_model(tmp_path)
     assert main(["export", "--model", str(folder), "--out", str(tmp_path / "onnx")]) == 2
