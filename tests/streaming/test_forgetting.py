@@ -229,3 +229,15 @@ def test_keys_and_values_are_there_for_the_streams_that_there_were(made) -> None
     for number in (4, 1):
         trees[number].close()
     assert [lanes.open_tree(1).lane for _ in "12"] == [1, 4]
+
+
+@pytest.mark.parametrize("name", ["ngram", "both"])
+def test_dropped_hypotheses_leave_the_scores_of_pieces_to_their_own(made, name) -> None:
+    """What commitment by time drops was not the last: those behind it keep their states of n-grams."""
+    ngram = made[2]
+    options = replace(OPTIONS, commit_after=0.2)
+    decoder = StreamingDecoder(made[0], fusions_of(made, name), SEARCH, options)
+    for hypothesis in decode_in_packets(decoder, noise(8, 90_000), [2560]):
+        ids = torch.tensor([ngram.start_id, *hypothesis.tokens, ngram.end_id])
+        score = float(ngram.score_sentences(ids)[0].sum())
+        assert hypothesis.scores["ngram"] == pytest.approx(score, abs=1e-2)

@@ -48,13 +48,15 @@ class Utterance {
   // Count frames from `frames` on, give the hypotheses other arena nodes [K], and drop those that get none (-1).
   void forget(int64_t frames, const int64_t *nodes) {
     at -= frames;
+    const size_t scorers = slots.empty() ? 0 : joined.size() / slots.size();
     size_t kept = 0;
     for (size_t k = 0; k < slots.size(); ++k) {
       if (nodes[k] < 0) continue;
       slots[kept] = slots[k];
+      std::copy_n(joined.begin() + k * scorers, scorers, joined.begin() + kept * scorers);
       slots[kept++].node = nodes[k];
     }
-    slots.resize(kept);
+    slots.resize(kept), joined.resize(kept * scorers);
   }
 
   // Search the next frames, up to frame `until` or the next stop of the rule. `fused` holds the scores of language
