@@ -33,7 +33,7 @@ Phrases = Union[Sequence[Union[str, "tuple[str, float]"]], PhraseAutomaton]
 
 
 class HotWordFusion(Fusion):
-    """Phrases join the search, at every extension; all engines but the GPU kernel read them themselves.
+    """Phrases join the search, at every extension; all engines read them themselves.
 
     Args:
         phrases: for all utterances, or by utterance id (then each utterance of a search needs a list, which

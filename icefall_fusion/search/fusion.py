@@ -209,10 +209,15 @@ class FusionSet:
         self.shallow = [fusion for fusion in self.members if fusion.scores_extensions]
         self.disordered = False
 
-    def shallow_ngram(self) -> Optional[PieceNgram]:
-        """Return the n-gram if the shallow fusion is that of one n-gram over pieces alone."""
-        certain = len(self.shallow) == 1 and self.shallow[0].ceiling == 0  # its scores are log-probs
-        return self.shallow[0].piece_ngram if certain else None
+    def one_each(self) -> Optional[tuple[Optional[Fusion], Optional[Fusion]]]:
+        """Return the shallow fusions of an n-gram and of phrases; None: there are others, or two of a kind.
+
+        The scores of such an n-gram are log-probs.
+        """
+        ngrams = [one for one in self.shallow if one.piece_ngram is not None and one.ceiling == 0]
+        phrases = [one for one in self.shallow if one.phrases is not None]
+        good = len(ngrams) < 2 and len(phrases) < 2 and len(ngrams) + len(phrases) == len(self.shallow)
+        return (next(iter(ngrams), None), next(iter(phrases), None)) if good else None
 
     def slack(self, beam: int) -> int:
         """Return by how many ranks language models may change who is among the best K (see candidates.py)."""

@@ -235,18 +235,19 @@ def test_thousands_of_phrases_are_one_automaton():
         assert native[0].scores == pytest.approx(tensors[0].scores, abs=1e-3)
 
 
-def test_an_engine_without_phrases_gives_way_with_one_warning(caplog, monkeypatch):
+def test_an_engine_of_one_list_gives_way_with_one_warning(caplog, monkeypatch):
     emitted = log_probs_of(2, 2, 20, len(PIECES))
-    expected = search(emitted, [HotWordFusion(["ab"])], "torch")
-    fewer = engines.ENGINES["native"]._replace(shallow="ngram")  # as the GPU kernel serves
+    two = [HotWordFusion(["ab"]), HotWordFusion(["cd"], source="others")]
+    expected = search(emitted, two, "torch")
+    fewer = engines.ENGINES["native"]._replace(shallow="one")  # as the GPU kernel serves
     monkeypatch.setitem(engines.ENGINES, "native", fewer)
     engines.tell.cache_clear()
     with caplog.at_level(logging.WARNING):
-        found = [search(emitted, [HotWordFusion(["ab"])]) for _ in range(2)]
+        found = [search(emitted, two) for _ in range(2)]
     assert results(found[0]) == results(found[1]) == results(expected)
-    assert len(caplog.records) == 1 and "one n-gram over pieces (hotwords)" in caplog.text
+    assert len(caplog.records) == 1 and "one list of phrases (hotwords, others)" in caplog.text
     with pytest.raises(ValueError, match="engine must be auto or torch"):
-        search(emitted, [HotWordFusion(["ab"])], "native")
+        search(emitted, two, "native")
 
 
 @pytest.mark.gpu

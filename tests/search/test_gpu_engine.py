@@ -15,6 +15,7 @@ import torch
 from icefall_fusion.common.unavailable import Unavailable
 from icefall_fusion.fusion import AtEnd, DelayedFusion, FixedInterval, LookAhead, NgramFusion, ShallowFusion
 from icefall_fusion.fusion import ShortestHypothesis as Shortest
+from icefall_fusion.fusion.hotwords import HotWordFusion
 from icefall_fusion.ngram.piece_ngram import NgramOrder, PieceNgram
 from icefall_fusion.search import PrefixSearchOptions, ctc_prefix_search, engines
 from icefall_fusion.search.beam import Beam
@@ -181,8 +182,9 @@ def test_a_device_is_tried_before_a_search_relies_on_it(form):
 
 
 def _another_weight(search):
-    *before, table, state = search._before
-    search._before = (*before, table._replace(weight=3 * table.weight), state)
+    *before, table, phrases, state = search._before
+    tables = (one._replace(weight=3 * one.weight) for one in (table, phrases))
+    search._before = (*before, *tables, state)
 
 
 @pytest.mark.parametrize(
@@ -192,6 +194,7 @@ def _another_weight(search):
         ("pieces", lambda search: search.state.counts.longest.add_(3)),
         ("ahead", _another_weight),
         ("ngram", _another_weight),
+        ("phrases", _another_weight),
     ],
 )
 def test_a_trial_sees_a_wrong_kernel(form, spoil, monkeypatch):
@@ -231,6 +234,7 @@ def test_what_a_search_needs_of_the_kernel(llm, ngram, tokens):  # noqa: F811
         ([DelayedFusion(llm, 0.3, trigger=pieces)], None, "pieces"),
         ([DelayedFusion(llm, 0.3, look_ahead=look)], None, "ahead"),
         ([NgramFusion(ngram, 0.0)], None, "ngram"),
+        ([NgramFusion(ngram, 0.3), HotWordFusion(["sea"])], None, "phrases"),
     ):
         inputs, together = check_input(log_probs, lens, 0, tokens, None), FusionSet(fusions, tokens)
         starts_word = torch.tensor(tokens.starts_word)
@@ -336,7 +340,7 @@ def test_what_a_gpu_is_held_to_holds_between_engines_of_a_cpu(llm, ngram, tokens
 _COMPILE = """
 from tools.bench.kernel_registers import compile_form, usage
 for capability, beam, form in ((80, 10, "alone"), (90, 10, "alone"), (90, 50, "interval"), (90, 20, "ahead"),
-                               (90, 10, "ngram+interval")):
+                               (90, 10, "ngram+interval"), (90, 10, "phrases+ngram")):
     made, _, _ = compile_form(form, beam, None, 40, 3, 2, capability)
     for batch in (1, 3):
         again = compile_form(form, beam, None, 40, 3, batch, capability)[0]
@@ -354,4 +358,4 @@ def test_it_compiles_for_gpus_that_are_not_here(tmp_path):
     environment.update(TRITON_CACHE_DIR=str(tmp_path), PYTHONPATH=str(root))
     run = subprocess.run([sys.executable, "-c", _COMPILE], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
-    assert len(run.stdout.splitlines()) == 5
+    assert len(run.stdout.splitlines()) == 6

@@ -26,6 +26,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 import figures  # noqa: E402
 
+from icefall_fusion.ngram.phrases import PhraseAutomaton  # noqa: E402
 from icefall_fusion.ngram.piece_ngram import NgramOrder, PieceNgram  # noqa: E402
 from icefall_fusion.search import PrefixSearchOptions  # noqa: E402
 from icefall_fusion.search.beam import Beam  # noqa: E402
@@ -34,7 +35,7 @@ from icefall_fusion.search.engines.base import plan_frames  # noqa: E402
 from icefall_fusion.search.fusion import AheadTerms, Fusion, FusionSet, StopRule  # noqa: E402
 from icefall_fusion.search.search_input import check_input  # noqa: E402
 
-#: What takes part: the rule of a delayed fusion or None, and what an n-gram does.
+#: What takes part: the rule of a delayed fusion or None, and what an n-gram and phrases do.
 FORMS = {
     "alone": (None, ""),
     "interval": (StopRule(16), ""),
@@ -43,6 +44,10 @@ FORMS = {
     "ahead": (StopRule(1, "words"), "ahead"),
     "ngram": (None, "shallow"),
     "ngram+interval": (StopRule(16), "shallow"),
+    "phrases": (None, "phrases"),
+    "phrases+words": (StopRule(1, "words"), "phrases"),
+    "phrases+ahead": (StopRule(1, "words"), "ahead phrases"),
+    "phrases+ngram": (StopRule(1, "words"), "shallow phrases"),
 }
 
 
@@ -87,6 +92,20 @@ class Scores(Fusion):
         return self.rule
 
 
+class Boosts(Fusion):
+    """Some phrases."""
+
+    source, weight, word_bonus, scores_extensions = "hotwords", 1.0, 0.5, True
+
+    def __init__(self, pieces: int, utterances: int) -> None:
+        automaton = PhraseAutomaton(pieces, [((1, 2), 1.0), ((2, 3), 1.0)])
+        self.phrases, self.phrase_bases = [automaton] * utterances, {automaton: 0}
+
+    def stop_rule(self) -> StopRule:
+        """Return that no utterance has to stop."""
+        return StopRule(0)
+
+
 def some_ngram(pieces: int, order: int) -> PieceNgram:
     """Return an n-gram that has few n-grams beside the unigrams."""
     base = pieces + 2
@@ -110,13 +129,15 @@ def compile_form(form: str, beam: int, warps: Optional[int] = None, pieces: int 
 
     triton.runtime.driver.set_active(Target(capability))
     rule, role = FORMS[form]
-    ngram = some_ngram(pieces, order) if role else None
+    ngram = some_ngram(pieces, order) if {"ahead", "shallow"} & set(role.split()) else None
     fusions: list[Fusion] = []
     if rule is not None:
-        ahead = AheadTerms(ngram, 0.3, 0.5, 1) if role == "ahead" else None
+        ahead = AheadTerms(ngram, 0.3, 0.5, 1) if "ahead" in role else None
         fusions.append(Scores(0.5, rule._replace(ahead=ahead)))
-    if role == "shallow":
+    if "shallow" in role:
         fusions.append(Scores(0.3, StopRule(0), ngram))
+    if "phrases" in role:
+        fusions.append(Boosts(pieces, batch))
     frames = 20
     log_probs = torch.randn(batch, frames, pieces).log_softmax(-1)
     inputs = check_input(log_probs, torch.full((batch,), frames), 0, None, None)

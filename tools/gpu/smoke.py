@@ -33,7 +33,7 @@ LM = "icefall_fusion.lm.fused_kernels"
 PRODUCTS = "icefall_fusion.lm.fused_matmul"
 GRAPHS = "icefall_fusion.lm.graphs"
 PRODUCT_PARTS = 4
-FORMS = ("alone", "ranked", "pieces", "ahead", "ngram")
+FORMS = ("alone", "ranked", "pieces", "ahead", "ngram", "phrases")
 _MARK = "SMOKE "  # before the row that a process prints
 
 
@@ -62,6 +62,7 @@ def _search(form: str) -> Callable[[str], float]:
 
         from icefall_fusion.fusion import DelayedFusion, LookAhead, NgramFusion
         from icefall_fusion.fusion import ShortestHypothesis as Shortest
+        from icefall_fusion.fusion.hotwords import HotWordFusion
         from icefall_fusion.search import PrefixSearchOptions, ctc_prefix_search
         from icefall_fusion.search.engines.gpu_check import run_trial
         from icefall_fusion.text.tokens import AcousticTokens
@@ -75,7 +76,7 @@ def _search(form: str) -> Callable[[str], float]:
         logits[..., tokens.blank_id] += 6.0
         log_probs = logits.log_softmax(-1).to(device)
         lens = torch.randint(frames // 2, frames + 1, (batch,), generator=generator).to(device)
-        lm = _tiny_lm(tokens, device) if form in ("ranked", "pieces", "ahead") else None
+        lm = _tiny_lm(tokens, device) if form in ("ranked", "pieces", "ahead", "phrases") else None
         ngram = _random_ngram(tokens).to(torch.device(device)) if form in ("ahead", "ngram") else None
         found = []
         for engine in ("triton", "torch"):
@@ -86,6 +87,8 @@ def _search(form: str) -> Callable[[str], float]:
                 look = LookAhead(ngram, 0.6) if form == "ahead" else None
                 trigger = Shortest("pieces", 2) if form == "pieces" else Shortest()
                 fusions = [DelayedFusion(lm, 0.4, 0.5, trigger, look_ahead=look)]
+            if form == "phrases":
+                fusions.append(HotWordFusion(["the white rabbit", "the sea", ("white", 2.0)]))
             options = PrefixSearchOptions(beam=4 if small else 10, engine=engine)
             found.append(ctc_prefix_search(log_probs, lens, options, tokens, fusions))
         totals = [[[h.total for h in nbest][:5] for nbest in nbests] for nbests in found]

@@ -38,11 +38,12 @@ class Serves(NamedTuple):
 #: Which searches each engine serves. The results are the same; tensors serve every search.
 ENGINES = {
     "native": Serves(device="cpu", shallow="tables", ngrams=None, recover_mass=True, beam=None),
-    "triton": Serves(device="cuda", shallow="ngram", ngrams=1, recover_mass=False, beam=62),
+    "triton": Serves(device="cuda", shallow="one", ngrams=1, recover_mass=False, beam=62),
     "torch": Serves(device=None, shallow="any", ngrams=None, recover_mass=True, beam=None),
 }
 
-_SHALLOW = {"ngram": "one n-gram over pieces", "tables": "n-grams over pieces and phrases", "any": "any"}
+_SHALLOW = {"one": "one n-gram over pieces and one list of phrases", "any": "any",
+            "tables": "n-grams over pieces and phrases"}
 
 
 def open_search(inputs: SearchInput, beam: Beam, options: PrefixSearchOptions,
@@ -90,7 +91,7 @@ def check_serves(engine: str, options: PrefixSearchOptions, fusions: FusionSet, 
     serves = ENGINES[engine]
     _require(_runs_on(serves, device), f"it is for {serves.device}, the log-probs are on {device}")
     names = ", ".join(fusion.source for fusion in fusions.shallow)
-    good = {"any": True, "ngram": not fusions.shallow or fusions.shallow_ngram() is not None}
+    good = {"any": True, "one": fusions.one_each() is not None}
     good["tables"] = all(fusion.piece_ngram or fusion.phrases is not None for fusion in fusions.shallow)
     reason = f"it has no shallow fusion but that of {_SHALLOW[serves.shallow]} ({names})"
     _require(good[serves.shallow], reason, unusual=good["tables"])
@@ -113,7 +114,8 @@ def ngrams_of(fusions: FusionSet) -> list[Any]:
     """Return the n-grams that a search itself reads: of shallow fusion and of look-ahead."""
     rule = fusions.stop_rule()
     ahead = rule.ahead.ngram if rule is not None and rule.ahead is not None else None
-    return [ngram for ngram in (fusions.shallow_ngram(), ahead) if ngram is not None]
+    shallow, _ = fusions.one_each() or (None, None)
+    return [ngram for ngram in (shallow and shallow.piece_ngram, ahead) if ngram is not None]
 
 
 def _require(good: bool, reason: str, unusual: bool = False) -> None:

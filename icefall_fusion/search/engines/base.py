@@ -17,7 +17,6 @@ from icefall_fusion.search.beam import Beam
 from icefall_fusion.search.fusion import AheadTerms, FusionSet, StopRule
 
 if TYPE_CHECKING:
-    from icefall_fusion.ngram.piece_ngram import PieceNgram
     from icefall_fusion.search.search_input import SearchInput
 
 RESCALE_EVERY = 64  # searched frames; the best path's own score is already taken out of every frame
@@ -86,11 +85,9 @@ class CompiledSearch:
         live: [B, T] bool, frames within the utterances.
         fusions: whose shallow fusion, if any, is of n-grams or phrases.
 
-    Attributes:
-        ngram: of the shallow fusion, if that is one alone; weights: of its natural log, and of a word begun.
     Attributes (of the slots [B, K], since the last stop):
         moved_from: int64, slots they come from; grew: bool; opened: int64, words begun; estimate: float32,
-        the look-ahead's share of ``beam.fused``; gain: [S, B, K] float32, raw score of each shallow fusion;
+        the look-ahead's share of ``beam.fused``; gain: float32, raw score of each shallow fusion [S, B, K];
         states: int64 of that shape, what each keeps in ``beam.state``, or none.
     Attributes (of the utterances [B]):
         at: int64, frames searched; fired: bool, whether the rule has stopped them; both on the host.
@@ -103,10 +100,6 @@ class CompiledSearch:
         self.beam, self.fusions, self.live, self.frames = beam, fusions, live, live.shape[1]
         self.rule = fusions.stop_rule()
         self.ahead = (self.rule and self.rule.ahead) or AheadTerms(None, 0.0, 0.0, 1)
-        self.ngram: Optional[PieceNgram] = fusions.shallow_ngram()
-        self.weights = 0.0, 0.0
-        if self.ngram is not None:
-            self.weights = fusions.shallow[0].weight, fusions.shallow[0].word_bonus
         batch, device, shape = beam.arena.batch, beam.lens.device, beam.node.shape
         self.moved_from, self.opened = (torch.zeros(shape, dtype=torch.int64, device=device) for _ in "12")
         self.grew = torch.zeros(shape, dtype=torch.bool, device=device)

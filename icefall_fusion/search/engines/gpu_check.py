@@ -7,6 +7,7 @@ its own: an illegal access on a GPU breaks the process. They have run in Triton'
 """
 from __future__ import annotations
 
+import random
 from typing import Any, Callable, NamedTuple, Optional, Sequence
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from icefall_fusion.common.checks import check
 from icefall_fusion.common.devices import refuse_switched_off
 from icefall_fusion.common.unavailable import Unavailable, asked_once
+from icefall_fusion.ngram.phrases import PhraseAutomaton, PhraseTensors
 from icefall_fusion.ngram.piece_ngram import NgramOrder, PieceNgram
 from icefall_fusion.search.beam import Beam
 from icefall_fusion.search.engines.base import plan_frames
@@ -33,6 +35,7 @@ class Trial(NamedTuple):
     """A small search.
 
     fused: whether a fusion ranks; rule: when it stops; ngram: ``shallow``, ``ahead`` or none.
+    phrases: whether there are some beside it.
     words: whether pieces begin words; score_beam, blank_skip: see PrefixSearchOptions; frames: T.
     """
 
@@ -43,6 +46,7 @@ class Trial(NamedTuple):
     score_beam: Optional[float] = None
     blank_skip: Optional[float] = None
     frames: int = _FRAMES
+    phrases: bool = False
 
 
 _TRIALS = {
@@ -51,6 +55,7 @@ _TRIALS = {
     "pieces": Trial(rule=StopRule(2, "pieces"), score_beam=6.0, blank_skip=0.7),
     "ahead": Trial(rule=StopRule(1, "words"), ngram="ahead", words=True),
     "ngram": Trial(ngram="shallow", words=True),
+    "phrases": Trial(words=True, phrases=True),
 }
 
 
@@ -119,6 +124,41 @@ class _Scores(Fusion):
         return self.ngram.score([torch.where(before == beam.blank, self.ngram.start_id, before)], piece)
 
 
+class _Boosts(Fusion):
+    """Phrases of which each utterance has one of two lists."""
+
+    source, weight, word_bonus, scores_extensions = "boosts", 0.8, 0.1, True
+
+    def __init__(self) -> None:
+        chance = random.Random(3)
+        starts, others = range(1, _PIECES, 3), range(1, _PIECES)
+        self.lists = []
+        for count in (300, 3):
+            phrases = {(chance.choice(starts), *chance.choices(others, k=chance.randrange(4))): boost
+                       for boost in torch.linspace(-2.0, 5.0, count).tolist()}
+            self.lists.append(PhraseAutomaton(_PIECES, list(phrases.items())))
+
+    def begin(self, beam: Beam, index: int, tokens: Any, ids: Sequence[str]) -> None:
+        super().begin(beam, index, tokens, ids)
+        self.phrases = [self.lists[number % 2] for number in range(len(ids))]
+        self.tensors = PhraseTensors(self.lists, beam.node.device)
+        self.phrase_bases = self.tensors.bases
+        self.ceiling = max(float(one.most.max()) for one in self.lists)
+        roots = [self.phrase_bases[one] for one in self.phrases]
+        beam.state[..., index] = torch.tensor(roots, device=beam.state.device).unsqueeze(1)
+
+    def stop_rule(self) -> StopRule:
+        return StopRule(0)
+
+    def extension_scores(self, beam: Beam, pieces: Tensor, active: Tensor) -> Tensor:
+        begins = beam.arena.starts_word[pieces].unsqueeze(1)
+        return self.tensors.score(beam.state[..., self.index].unsqueeze(2), pieces.unsqueeze(1), begins)
+
+    def advance(self, beam: Beam, source: Tensor, grew: Tensor) -> None:
+        nodes = beam.state[..., self.index]
+        nodes.copy_(torch.where(grew, self.tensors.next(nodes, beam.last), nodes))
+
+
 class _Words(NamedTuple):
     """A vocabulary of which only the beginnings of words are known."""
 
@@ -133,6 +173,8 @@ def trials() -> tuple[str, ...]:
 def form_of(fusions: FusionSet, score_beam: Optional[float] = None) -> str:
     """Return the name of the trial that is nearest to a search; the fusions have begun."""
     rule = fusions.stop_rule() or StopRule(0)
+    if any(fusion.phrases is not None for fusion in fusions.shallow):
+        return "phrases"
     if fusions.shallow or rule.ahead is not None:
         return "ngram" if fusions.shallow else "ahead"
     if score_beam is not None or (fusions.ranks and rule.unit == "pieces"):
@@ -195,7 +237,8 @@ def _best_scores(engine: Callable[..., Any], device: torch.device, trial: Trial)
     ngram = None if trial.ngram is None else _random_bigram().to(device)
     starts = torch.arange(_PIECES) % 3 == 1
     words = _Words(starts.tolist()) if trial.words else None
-    fusions = FusionSet([_Scores(trial, ngram)] if trial.fused else [], words)  # type: ignore[arg-type]
+    members: list[Fusion] = [_Scores(trial, ngram)] if trial.fused else []
+    fusions = FusionSet([*members, *([_Boosts()] if trial.phrases else [])], words)  # type: ignore[arg-type]
     beam = Beam.at_root(inputs, _BEAM, starts.to(device) if trial.words else None, len(fusions.members))
     fusions.begin(beam, inputs.ids)
     options = PrefixSearchOptions(_BEAM, score_beam=trial.score_beam, blank_skip=trial.blank_skip)

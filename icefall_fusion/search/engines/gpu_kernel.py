@@ -19,7 +19,16 @@ import triton.language as tl
 from icefall_fusion.search.beam import DEAD_HASH, HASH_FACTOR, NO_PARENT_HASH, ROUNDING
 from icefall_fusion.search.engines import gpu_layout
 from icefall_fusion.search.engines.base import RESCALE_EVERY
-from icefall_fusion.search.engines.gpu_layout import Ahead, Candidates, Changes, Counts, Mass, Prefix, State
+from icefall_fusion.search.engines.gpu_layout import (
+    Ahead,
+    Candidates,
+    Changes,
+    Counts,
+    Mass,
+    Phrases,
+    Prefix,
+    State,
+)
 
 NEVER = tl.constexpr(float("-inf"))
 DEAD, ORPHAN = tl.constexpr(DEAD_HASH), tl.constexpr(NO_PARENT_HASH)
@@ -91,13 +100,17 @@ def load_state(stored, b, form: tl.constexpr):
         Prefix(*[tl.load(row + at) for row in stored.prefix]),
         Mass(*[tl.load(row + at) for row in stored.mass]),
         tl.load(stored.context + at),
+        tl.load(stored.phrase + at),
         Ahead(*[tl.load(row + at) for row in stored.ahead]),
         Counts(
             tl.load(counts.at + b), tl.load(counts.fired + b) != 0,
             tl.load(counts.longest + b), tl.load(counts.searched + b),
         ),
         tl.load(stored.offset + b),
-        Changes(slot, slot * 0, tl.full((form.width,), 0, tl.int64), tl.full((form.width,), 0.0, tl.float32)),
+        Changes(
+            slot, slot * 0, tl.full((form.width,), 0, tl.int64), tl.full((form.width,), 0.0, tl.float32),
+            tl.full((form.width,), 0.0, tl.float32),
+        ),
     )
 
 
@@ -118,37 +131,46 @@ def store_state(stored, state, b, form: tl.constexpr):
     store_rows(stored.mass, state.mass, at, None)
     if form.order > 0:
         tl.store(stored.context + at, state.context)
+    if form.phrases > 0:
+        tl.store(stored.phrase + at, state.phrase)
+        tl.store(stored.changes.paid + b * form.slots + slot, state.changes.paid, mask=real)
     if form.ahead_every > 0:
         store_rows(stored.ahead, state.ahead, at, None)
     store_rows(stored.counts, state.counts, b, None)
     tl.store(stored.offset + b, state.offset)
     tl.store(stored.changes.source + b * form.slots + slot, state.changes.source, mask=real)
     tl.store(stored.changes.grew + b * form.slots + slot, state.changes.grew, mask=real)
-    if form.shallow > 0:
+    if form.shallow > 0 or form.phrases > 0:
         tl.store(stored.changes.words + b * form.slots + slot, state.changes.words, mask=real)
+    if form.shallow > 0:
         tl.store(stored.changes.gain + b * form.slots + slot, state.changes.gain, mask=real)
 
 
 @triton.jit
 def follow(state, source, form: tl.constexpr):
     """Return the state in which each slot is what slot ``source`` was."""
-    context, ahead, changes = state.context, state.ahead, state.changes
-    words, gain = changes.words, changes.gain
+    context, phrase, ahead, changes = state.context, state.phrase, state.ahead, state.changes
+    words, gain, paid = changes.words, changes.gain, changes.paid
     if form.order > 0:
         context = tl.gather(context, source, 0)
     if form.ahead_every > 0:
         ahead = Ahead(*[tl.gather(row, source, 0) for row in ahead])
-    if form.shallow > 0:
+    if form.shallow > 0 or form.phrases > 0:
         words = tl.gather(words, source, 0)
+    if form.shallow > 0:
         gain = tl.gather(gain, source, 0)
+    if form.phrases > 0:
+        phrase = tl.gather(phrase, source, 0)
+        paid = tl.gather(paid, source, 0)
     return State(
         Prefix(*[tl.gather(row, source, 0) for row in state.prefix]),
         Mass(*[tl.gather(row, source, 0) for row in state.mass]),
         context,
+        phrase,
         ahead,
         state.counts,
         state.offset,
-        Changes(tl.gather(changes.source, source, 0), tl.gather(changes.grew, source, 0), words, gain),
+        Changes(tl.gather(changes.source, source, 0), tl.gather(changes.grew, source, 0), words, gain, paid),
     )
 
 
@@ -160,19 +182,19 @@ def sort(state, form: tl.constexpr):
     return follow(state, order, form)
 
 
-# -- the n-gram
+# -- the n-gram and the phrases
 
 
 @triton.jit
-def look_up(ngram, key, wanted):
-    """Return the cell of each key in the n-gram's table, -1 where it has none. All loads are independent."""
+def look_up(table, key, wanted):
+    """Return the cell of each key in a hash table, -1 where it has none. All loads are independent."""
     mixed = key * FACTOR
-    one = ((mixed ^ (mixed >> 29)) & ngram.mask) * BUCKET
-    two = ((mixed >> 40) & ngram.mask) * BUCKET
+    one = ((mixed ^ (mixed >> 29)) & table.mask) * BUCKET
+    two = ((mixed >> 40) & table.mask) * BUCKET
     cell = tl.full(key.shape, -1, tl.int64)
     for i in tl.static_range(BUCKET):
-        cell = tl.where(tl.load(ngram.key + one + i, mask=wanted, other=-1) == key, one + i, cell)
-        cell = tl.where(tl.load(ngram.key + two + i, mask=wanted, other=-1) == key, two + i, cell)
+        cell = tl.where(tl.load(table.key + one + i, mask=wanted, other=-1) == key, one + i, cell)
+        cell = tl.where(tl.load(table.key + two + i, mask=wanted, other=-1) == key, two + i, cell)
     return cell
 
 
@@ -211,6 +233,38 @@ def score_piece(ngram, context, backoffs, piece, wanted, form: tl.constexpr):
         longer = tl.load(ngram.score + cell, mask=cell >= 0, other=0.0)
         scores = tl.where(cell >= 0, longer, scores + backoffs[length - 1])
     return scores
+
+
+@triton.jit
+def own_phrases(phrases, b):
+    """Return the phrases of utterance ``b``: pointers to where its list begins."""
+    cell = tl.load(phrases.cell + b)
+    root = tl.load(phrases.root + b)
+    node = tl.load(phrases.node + b)
+    return Phrases(
+        phrases.key + cell, phrases.child + cell, phrases.held + cell,
+        phrases.root_child + root, phrases.root_held + root,
+        phrases.pending + node, phrases.complete + node, phrases.most + node,
+        tl.load(phrases.mask + b), cell, root, node, phrases.weight, phrases.bonus,
+    )
+
+
+@triton.jit
+def follow_phrases(phrases, node, piece, wanted, form: tl.constexpr):
+    """Return the node after each node and piece, and what is on trial there."""
+    root = tl.load(phrases.root_child + piece, mask=wanted, other=0)
+    held = tl.load(phrases.root_held + piece, mask=wanted, other=0.0)
+    cell = look_up(phrases, node.to(tl.int64) * form.base + piece, wanted)
+    child = tl.load(phrases.child + cell, mask=cell >= 0, other=0)
+    at_child = tl.load(phrases.held + cell, mask=cell >= 0, other=0.0)
+    return tl.where(cell >= 0, child, root), tl.where(cell >= 0, at_child, held)
+
+
+@triton.jit
+def most_paid(phrases, node, alive):
+    """Return the most that phrases may add to any extension of each slot, at least 0."""
+    most = phrases.weight * tl.load(phrases.most + node, mask=alive, other=0.0)
+    return tl.maximum(phrases.bonus, 0.0) + tl.maximum(most, 0.0)
 
 
 # -- the roles of a frame
@@ -297,12 +351,13 @@ def last_score(keys, form: tl.constexpr):
 
 
 @triton.jit
-def best_with_ngram(state, stay, parent, frame, pieces, ngram, form: tl.constexpr):
-    """Return slot, column (or `STAY`) and score of the best W stays and extensions, with the n-gram's score.
+def best_with_scores(state, stay, parent, frame, pieces, ngram, phrases, form: tl.constexpr):
+    """Return slot, column (or `STAY`) and score of the best W stays and extensions, with the scores that the
+    n-gram and the phrases give to extensions.
 
     Columns are tried in blocks, the most probable pieces first, until no piece could enter the beam even if
-    the n-gram gave it probability 1. In the keys, place k is the stay of slot k, and place
-    W + k * MOST_COLUMNS + c is its extension by column c.
+    the n-gram gave it probability 1 and the phrases the most that they can. In the keys, place k is the stay
+    of slot k, and place W + k * MOST_COLUMNS + c is its extension by column c.
     """
     prefix, mass = state.prefix, state.mass
     slot = tl.arange(0, form.width)
@@ -314,13 +369,22 @@ def best_with_ngram(state, stay, parent, frame, pieces, ngram, form: tl.constexp
     fused = tl.gather(mass.fused, from_slot, 0)
     context = tl.gather(state.context, from_slot, 0)
     backoffs = ()
-    of_slots = backoffs_of(ngram, state.context, mass.total > NEVER, form)
-    order: tl.constexpr = form.order
-    for length in tl.static_range(1, order):
-        backoffs = backoffs + (tl.gather(of_slots[length - 1], from_slot, 0),)
+    if form.shallow == 2:
+        of_slots = backoffs_of(ngram, state.context, mass.total > NEVER, form)
+        order: tl.constexpr = form.order
+        for length in tl.static_range(1, order):
+            backoffs = backoffs + (tl.gather(of_slots[length - 1], from_slot, 0),)
+    if form.phrases == 2:
+        alive = mass.total > NEVER
+        node = tl.gather(state.phrase, from_slot, 0)
+        pending = tl.gather(tl.load(phrases.pending + state.phrase, mask=alive, other=0.0), from_slot, 0)
+        complete = tl.gather(tl.load(phrases.complete + state.phrase, mask=alive, other=0.0), from_slot, 0)
     links = tl.where(parent >= 0, parent.to(tl.int64) * form.base + prefix.last, -1)  # extensions in the beam
     kept = tl.sort(to_keys(ranked(stay.total, mass.fused), slot), descending=True)
-    most = tl.max(ranked(mass.total, mass.fused), 0) + tl.maximum(ngram.bonus, 0.0) + SLACK
+    reach = ranked(mass.total, mass.fused)
+    if form.phrases == 2:
+        reach += most_paid(phrases, state.phrase, alive)
+    most = tl.max(reach, 0) + tl.maximum(ngram.bonus, 0.0) + SLACK
     first = state.counts.at * 0
     score = tl.load(frame.score)
     floor = last_score(kept, form)
@@ -333,10 +397,19 @@ def best_with_ngram(state, stay, parent, frame, pieces, ngram, form: tl.constexp
         link = from_slot.to(tl.int64) * form.base + piece
         out = tl.sum((link[:, None] == links[None, :]).to(tl.int32), 1) > 0
         hopeful = there & ~out & (extended > NEVER)
-        gain = ngram.weight * score_piece(ngram, context, backoffs, piece, hopeful, form)
+        if form.shallow == 2:
+            gain = ngram.weight * score_piece(ngram, context, backoffs, piece, hopeful, form)
+        else:
+            gain = tl.full(piece.shape, 0.0, tl.float32)
         if form.words:
-            begins = (tl.load(pieces.starts_word + piece) != 0) | (last == form.blank)
-            gain += ngram.bonus * begins.to(tl.float32)
+            marked = tl.load(pieces.starts_word + piece) != 0
+            begins = marked | (last == form.blank)
+            if form.shallow == 2:
+                gain += ngram.bonus * begins.to(tl.float32)
+            if form.phrases == 2:
+                _, held = follow_phrases(phrases, node, piece, hopeful, form)
+                paid = held - pending + tl.where(marked, complete, 0.0)
+                gain += phrases.weight * paid + phrases.bonus * begins.to(tl.float32)
         extended = tl.where(hopeful, extended + fused + gain, NEVER)
         place = (form.width + from_slot * MOST_COLUMNS + column).to(tl.int32)
         new = tl.topk(to_keys(extended, place), form.width)
@@ -361,7 +434,9 @@ def prune(value, frame, score_beam, form: tl.constexpr):
 
 
 @triton.jit
-def extend(state, stay, source, column, alive, frame, pieces, arena, ngram, b, form: tl.constexpr):
+def extend(
+    state, stay, source, column, alive, frame, pieces, arena, ngram, phrases, b, form: tl.constexpr
+):
     """Return the state of the chosen candidates; write the new prefixes to the arena."""
     grew = alive & (column >= 0)
     piece = tl.load(frame.piece + column, mask=grew, other=form.blank).to(tl.int64)
@@ -376,15 +451,18 @@ def extend(state, stay, source, column, alive, frame, pieces, arena, ngram, b, f
     mass = Mass(total, blank, nonblank, old.mass.fused)
     born = ((state.counts.at + 1) * tl.num_programs(0) + b) * form.slots + tl.arange(0, form.width)
     prefix, marked, begins = grow(old.prefix, piece, repeats, grew, alive, born, pieces, arena, form)
-    context, ahead, changes = old.context, old.ahead, old.changes
-    changes = Changes(changes.source, changes.grew | grew.to(tl.int32), changes.words, changes.gain)
+    context, phrase, ahead, changes = old.context, old.phrase, old.ahead, old.changes
+    known = changes.grew | grew.to(tl.int32)
+    changes = Changes(changes.source, known, changes.words, changes.gain, changes.paid)
     if form.order > 0:
         backoffs = backoffs_of(ngram, context, grew, form)
         gain = tl.where(grew, score_piece(ngram, context, backoffs, piece, grew, form), 0.0)
         longer = (context * (form.base + 1) + piece + 1) % (form.base + 1) ** (form.order - 1)
         context = tl.where(grew, longer, context)
         mass, ahead, changes = add_gain(mass, ahead, changes, gain, marked, begins, ngram, form)
-    return State(prefix, mass, context, ahead, state.counts, state.offset, changes)
+    if form.phrases > 0:
+        mass, phrase, changes = pay(mass, phrase, changes, piece, grew, marked, begins, phrases, form)
+    return State(prefix, mass, context, phrase, ahead, state.counts, state.offset, changes)
 
 
 @triton.jit
@@ -421,12 +499,28 @@ def add_gain(mass, ahead, changes, gain, marked, begins, ngram, form: tl.constex
     weighed = ngram.weight * gain + ngram.bonus * begins.to(tl.float32)
     if form.shallow > 0:
         words = changes.words + begins.to(tl.int64)
-        changes = Changes(changes.source, changes.grew, words, changes.gain + gain)
+        changes = Changes(changes.source, changes.grew, words, changes.gain + gain, changes.paid)
         mass = Mass(mass.total, mass.blank, mass.nonblank, mass.fused + weighed)
     if form.ahead_every > 0:
         closed = tl.where(marked, ahead.whole, ahead.closed)
         ahead = Ahead(ahead.whole + weighed, closed, ahead.scored, ahead.estimate)
     return mass, ahead, changes
+
+
+@triton.jit
+def pay(mass, phrase, changes, piece, grew, marked, begins, phrases, form: tl.constexpr):
+    """Let phrases go on by new pieces, and add the change of their boosts to ``fused``."""
+    pending = tl.load(phrases.pending + phrase, mask=grew, other=0.0)
+    complete = tl.load(phrases.complete + phrase, mask=marked, other=0.0)
+    node, held = follow_phrases(phrases, phrase, piece, grew, form)
+    paid = tl.where(grew, held - pending + complete, 0.0)
+    weighed = phrases.weight * paid + phrases.bonus * begins.to(tl.float32)
+    mass = Mass(mass.total, mass.blank, mass.nonblank, mass.fused + weighed)
+    words = changes.words
+    if form.shallow == 0:  # else they are counted
+        words += begins.to(tl.int64)
+    changes = Changes(changes.source, changes.grew, words, changes.gain, changes.paid + paid)
+    return mass, tl.where(grew, node, phrase), changes
 
 
 @triton.jit
@@ -474,7 +568,7 @@ def end_frame(state, alive, frame, every, form: tl.constexpr):
         if form.ahead_every > 0:
             due = ~counts.fired & (counts.at % form.ahead_every == 0)
             mass, ahead = estimate_ahead(mass, ahead, due)
-    return State(state.prefix, mass, state.context, ahead, counts, offset, state.changes)
+    return State(state.prefix, mass, state.context, state.phrase, ahead, counts, offset, state.changes)
 
 
 @triton.jit
@@ -486,7 +580,7 @@ def go_on(state, form: tl.constexpr):
         ahead = Ahead(ahead.whole, ahead.closed, scored, ahead.estimate)
         mass, ahead = estimate_ahead(mass, ahead, counts.fired)
     counts = Counts(counts.at, counts.at < 0, counts.longest, counts.searched)
-    return State(state.prefix, mass, state.context, ahead, counts, state.offset, state.changes)
+    return State(state.prefix, mass, state.context, state.phrase, ahead, counts, state.offset, state.changes)
 
 
 # Triton compiles a kernel anew for integers that are 1 or a multiple of 16, and for aligned pointers, unless
@@ -496,7 +590,7 @@ def go_on(state, form: tl.constexpr):
 @triton.jit(do_not_specialize=["row_stride", "frame_stride", "until", "every"],
             do_not_specialize_on_alignment=["log_probs", "lens", "slots", "columns"])
 def search_utterances(
-    log_probs, row_stride, frame_stride, lens, slots, columns, frames, pieces, arena, ngram, stored,
+    log_probs, row_stride, frame_stride, lens, slots, columns, frames, pieces, arena, ngram, phrases, stored,
     until, every, score_beam, form: tl.constexpr,
 ):
     """Search each utterance on, up to frame ``until`` or its end, or where ``form.stops`` to its next stop.
@@ -505,7 +599,7 @@ def search_utterances(
         log_probs: [B, T, V] float32; row_stride, frame_stride: of utterances and frames.
         lens: [B] int64, frames of each utterance.
         slots, columns: [N] int32, see Candidates.
-        frames, pieces, arena, ngram, stored: Frames, Pieces, Arena, Ngram, State.
+        frames, pieces, arena, ngram, phrases, stored: Frames, Pieces, Arena, Ngram, Phrases, State.
         until: frames; every: frames between two looks of the stop rule; score_beam: nats; form: Form.
     """
     b = tl.program_id(0)
@@ -513,6 +607,8 @@ def search_utterances(
     candidates = Candidates(tl.load(slots + candidate), tl.load(columns + candidate))
     end = tl.minimum(tl.load(lens + b), until)
     state = go_on(load_state(stored, b, form), form)
+    if form.phrases > 0:
+        phrases = own_phrases(phrases, b)
     disordered = state.counts.at >= 0
     while (state.counts.at < end) & ~state.counts.fired:
         if form.ranks:
@@ -522,12 +618,12 @@ def search_utterances(
         row = log_probs + b.to(tl.int64) * row_stride + state.counts.at * frame_stride
         frame = read_frame(row, frames, state.counts.at, b, form)
         stay, parent = merge(state.prefix, state.mass, frame, form)
-        if form.shallow == 2:
-            source, column, value = best_with_ngram(state, stay, parent, frame, pieces, ngram, form)
+        if form.shallow == 2 or form.phrases == 2:
+            source, column, value = best_with_scores(state, stay, parent, frame, pieces, ngram, phrases, form)
         else:
             chosen, value = best(state.prefix, state.mass, stay, parent, frame, candidates, form)
             source, column = tl.load(slots + chosen), tl.load(columns + chosen)
         alive = prune(value, frame, score_beam, form)
-        state = extend(state, stay, source, column, alive, frame, pieces, arena, ngram, b, form)
+        state = extend(state, stay, source, column, alive, frame, pieces, arena, ngram, phrases, b, form)
         state = end_frame(state, alive, frame, every, form)
     store_state(stored, state, b, form)

@@ -19,7 +19,7 @@ import torch
 if TYPE_CHECKING:
     from icefall_fusion.search.beam import Beam
 
-MOST_COLUMNS = 1024  # of a search whose extensions are scored by an n-gram
+MOST_COLUMNS = 1024  # of a search whose extensions are scored by an n-gram or phrases
 BUCKET = 4  # cells: 32 bytes of keys, which a GPU reads at once
 STAY, NO_CANDIDATE = -1, -2  # see Candidates
 
@@ -85,13 +85,14 @@ class Changes(NamedTuple):
     """How each slot changed in one launch: [B, K], written at its end.
 
     source: int64, the slot it comes from; grew: bool; words: int64, words begun; gain: float32, raw score of
-    the n-gram.
+    the n-gram; paid: float32, raw score of the phrases.
     """
 
     source: Any
     grew: Any
     words: Any
     gain: Any
+    paid: Any
 
 
 class State(NamedTuple):
@@ -99,12 +100,14 @@ class State(NamedTuple):
 
     context: [B, W] int64, the last pieces of each prefix for the n-gram: a number in base ``Form.base + 1``,
     whose digits are ids + 1 (0: none), the last piece lowest.
+    phrase: [B, W] int32, node of each prefix in the phrases of its utterance.
     offset: [B] float64, see Beam.
     """
 
     prefix: Prefix
     mass: Mass
     context: Any
+    phrase: Any
     ahead: Ahead
     counts: Counts
     offset: Any
@@ -165,17 +168,46 @@ class Ngram(NamedTuple):
     bonus: Any = 0.0
 
 
+class Phrases(NamedTuple):
+    """The phrases of all utterances, list after list, see gpu_phrases.py. Without any there are no tables.
+
+    key: [cells] int64, -1 in empty cells; child: [cells] int32, node at the end of an edge; held: [cells]
+    float32, what is on trial there.
+    root_child, root_held: [lists * V], the same where there is no edge.
+    pending, complete, most: [nodes] float32, see PhraseAutomaton.
+    mask, cell, root, node: [B] int64, of each utterance's list: number of buckets - 1; its first cell, entry
+    of the roots and node.
+    weight: of the boosts; bonus: for a word that begins.
+    """
+
+    key: Any = None
+    child: Any = None
+    held: Any = None
+    root_child: Any = None
+    root_held: Any = None
+    pending: Any = None
+    complete: Any = None
+    most: Any = None
+    mask: Any = None
+    cell: Any = None
+    root: Any = None
+    node: Any = None
+    weight: Any = 0.0
+    bonus: Any = 0.0
+
+
 @dataclass(frozen=True)
 class Form:
     """The constants that a kernel is compiled for.
 
     slots: K; width: W; columns: C; candidates: N; blank: id of blank.
-    column_block: columns of a block: all, or those tried at once if an n-gram ranks extensions.
+    column_block: columns of a block: all, or those tried at once if an n-gram or phrases rank extensions.
     ranks: whether scores of fusions rank the slots; score_beam: whether there is one.
     stops: whether utterances run on to their next stop; unit: StopRule.code.
     words: whether pieces begin words.
-    order, base: of the n-gram, see NgramOrder; order 0: none.
+    order, base: of the n-gram, see NgramOrder; order 0: none. The base is that of keys of phrases, too.
     shallow: 2: the n-gram ranks extensions; 1: its scores are only recorded; 0: it serves the look-ahead.
+    phrases: 2: they rank extensions; 1: their scores are only recorded; 0: there are none.
     ahead_every: frames between two updates of the look-ahead; 0: none.
     """
 
@@ -193,6 +225,7 @@ class Form:
     order: int
     base: int
     shallow: int
+    phrases: int
     ahead_every: int
 
 
@@ -224,4 +257,5 @@ def root_state(beam: Beam, width: int, changes: Changes, context: int, length: i
     counts = Counts(*(torch.zeros(batch, dtype=torch.int64, device=device) for _ in Counts._fields))
     counts.longest[:] = length
     contexts = torch.full((batch, width), context, device=device)
-    return State(prefix, mass, contexts, ahead, counts, beam.offset, changes)
+    nodes = torch.zeros(batch, width, dtype=torch.int32, device=device)
+    return State(prefix, mass, contexts, nodes, ahead, counts, beam.offset, changes)

@@ -53,13 +53,7 @@ def _make_table(ngram: PieceNgram, device: torch.device) -> Ngram:
     first, *longer = ngram.orders  # there is a unigram of every piece
     none = torch.zeros(0, dtype=torch.int64)
     keys = torch.cat([none, *(order.keys.cpu() * 16 + order.length for order in longer)])
-    buckets = 4
-    while 7 * BUCKET * buckets < 8 * len(keys):
-        buckets *= 2
-    cells = _place(keys, buckets)
-    while cells is None:
-        buckets *= 2
-        cells = _place(keys, buckets)
+    buckets, cells = place_keys(keys)
     key = torch.full((buckets * BUCKET,), -1)
     key[cells] = keys
     score, backoff = torch.zeros(len(key)), torch.zeros(len(key))
@@ -67,6 +61,18 @@ def _make_table(ngram: PieceNgram, device: torch.device) -> Ngram:
     backoff[cells] = torch.cat([none.float(), *(order.backoffs.cpu().float() for order in longer)])
     table = (key, score, backoff, first.log_probs.float(), first.backoffs.float())
     return Ngram(*(column.to(device) for column in table), buckets - 1)
+
+
+def place_keys(keys: Tensor) -> tuple[int, Tensor]:
+    """Return how many buckets keys [n] need, and a cell for each in one of its two buckets."""
+    buckets = 4
+    while 7 * BUCKET * buckets < 8 * len(keys):
+        buckets *= 2
+    cells = _place(keys, buckets)
+    while cells is None:
+        buckets *= 2
+        cells = _place(keys, buckets)
+    return buckets, cells
 
 
 def _place(keys: Tensor, buckets: int) -> Optional[Tensor]:
