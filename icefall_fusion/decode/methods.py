@@ -167,11 +167,7 @@ class Method:
         prompts = prompts or {}
         fusions = self.make_fusions(prompts, emissions)
         with _Stopwatch(emissions.log_probs.device) as clock:
-            nbests = self._first_pass(emissions, fusions, references, counters)
-            if self._guided:
-                from icefall_fusion.fusion.word_ngram import join_oov
-
-                nbests = join_oov(nbests)
+            nbests = self.join(self._first_pass(emissions, fusions, references, counters))
         for fusion in fusions:
             add_counters(counters, fusion.stats())
         lm_seconds = counters.pop("lm_seconds", 0.0)
@@ -184,6 +180,14 @@ class Method:
             counters.pop("lm_seconds", None)
             lm_seconds += clock.seconds
         return Decoded(nbests, {"search": search_seconds, "lm": lm_seconds, **counters})
+
+    def join(self, nbests: list[NBest]) -> list[NBest]:
+        """Return lists in which scores that are parts of one source's are one."""
+        if not self._guided:
+            return nbests
+        from icefall_fusion.fusion.word_ngram import join_oov
+
+        return join_oov(nbests)
 
     def _first_pass(
         self, emissions: Emissions, fusions: Sequence[Fusion],

@@ -118,4 +118,4 @@ def open_decoder(recognizer: Recognizer, live: StreamOptions) -> StreamingDecode
           "be a model of ours (checkpoint) with a CTC head in a stream", recognizer.options.emissions.model)
     greedy = method.spec.search == "greedy"
     return StreamingDecoder(model, method.make_fusions({}), recognizer.options.search, live,
-                            recognizer.source.tokens, greedy)
+                            recognizer.source.tokens, greedy, method.join)

@@ -168,7 +168,7 @@ def word_automaton(words: Iterable[str], tokens: AcousticTokens, oov_score: floa
 class _WordLm:
     """A word n-gram as delayed fusion wants its language model."""
 
-    pieces, eos_id = None, END_ID
+    pieces, eos_id, max_tokens = None, END_ID, None
 
     def __init__(self, ngram: WordNgram, boundary: bool, oov_score: Optional[float]) -> None:
         self.ngram, self.name, self._first = ngram, ngram.name, START_ID if boundary else EMPTY_ID
@@ -226,6 +226,13 @@ class _WordTree:
     def roots(self) -> Tensor:
         return torch.from_numpy(self.tree.roots.copy())
 
+    def root(self, utterance: int) -> int:
+        return int(self.tree.roots[utterance])
+
+    def move_root(self, node: int) -> None:
+        """Let a node below the root be the root (see `LaneScorer`)."""
+        self.tree.roots[0] = node
+
     def insert(self, node: int, token_ids: Sequence[int]) -> int:
         return self.tree.insert(node, list(token_ids))
 
@@ -236,6 +243,13 @@ class _WordTree:
         """Return which nodes are scored, and their scores, else NaN (see `TreeScorer.known`)."""
         scores = self.tree.score[np.asarray(nodes, np.int64)]
         return ~np.isnan(scores), scores
+
+    def close(self) -> None:
+        """Do nothing: all is freed with the tree."""
+
+    def score(self, nodes: Sequence[int]) -> np.ndarray:
+        """Return log P(words of each node) [n]."""
+        return self.scores(np.asarray(nodes, np.int64), False)
 
     def launch(self, nodes: Tensor, eos: bool = False) -> Callable[[], Tensor]:
         """Return what returns log P(words of each node) [n] float32, with the end's if ``eos``."""

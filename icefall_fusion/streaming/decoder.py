@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import functools
 import logging
-from typing import Iterator, Optional, Sequence, Union
+from typing import Callable, Iterator, Optional, Sequence, Union
 
 import torch
 
@@ -24,7 +24,10 @@ from icefall_fusion.common.memory import FreedMemory
 from icefall_fusion.data.features import FRAME_SHIFT
 from icefall_fusion.fusion import DelayedFusion, NgramFusion
 from icefall_fusion.fusion.hotwords import HOT_WORDS, HotWordFusion, Phrases, make_automaton
+from icefall_fusion.fusion.lodr import LodrFusion
 from icefall_fusion.fusion.streaming import DelayedStream
+from icefall_fusion.fusion.word_ngram import VocabularyFusion, WordNgramFusion
+from icefall_fusion.fusion.word_stream import WordNgramStream
 from icefall_fusion.lm.tree_lanes import TreeLanes
 from icefall_fusion.nbest import NBest
 from icefall_fusion.search import Fusion, PrefixSearchOptions
@@ -38,7 +41,8 @@ from icefall_fusion.text.tokens import AcousticTokens
 #: Bytes by which the process may grow before freed memory is given back: every few minutes with a language
 #: model, whose calls take blocks of ever new sizes.
 _GROWTH = 16_000_000
-
+#: The fusions that streams have.
+_KINDS = (DelayedFusion, WordNgramFusion, NgramFusion, LodrFusion, HotWordFusion, VocabularyFusion)
 
 
 class StreamingDecoder:
@@ -50,11 +54,13 @@ class StreamingDecoder:
 
     Args:
         model: the acoustic model.
-        fusions: `DelayedFusion`, `NgramFusion`, `HotWordFusion`; their settings are copied for each stream.
+        fusions: `DelayedFusion`, `WordNgramFusion`, `NgramFusion`, `LodrFusion`, `HotWordFusion`,
+            `VocabularyFusion`; their settings are copied for each stream.
         search: the prefix search; its frame shift is the model's.
         options: chunks, commitment, endpoints.
         tokens: the vocabulary; none: the model's own.
         greedy: take the best piece of each frame; without fusions, ``search`` is of no use then.
+        join: what is done to N-best lists in the end (see `join_oov`); none: nothing.
 
     Attributes:
         fusions: those given; each stream has copies.
@@ -65,7 +71,8 @@ class StreamingDecoder:
 
     def __init__(self, model: CtcAed, fusions: Sequence[Fusion] = (),
                  search: Optional[PrefixSearchOptions] = None, options: Optional[StreamOptions] = None,
-                 tokens: Optional[AcousticTokens] = None, greedy: bool = False) -> None:
+                 tokens: Optional[AcousticTokens] = None, greedy: bool = False,
+                 join: Optional[Callable[[list[NBest]], list[NBest]]] = None) -> None:
         self.model, self.options = model.eval(), StreamOptions() if options is None else options
         check(isinstance(self.options, StreamOptions), "options", "be StreamOptions", type(options).__name__)
         tokens = model.tokens if tokens is None else tokens
@@ -75,13 +82,12 @@ class StreamingDecoder:
         search = PrefixSearchOptions() if search is None else search
         self._search = check_stream_options(search, self.frame_shift)
         for number, fusion in enumerate(fusions):
-            good = type(fusion) in (DelayedFusion, NgramFusion, HotWordFusion)
-            rule = "be a DelayedFusion, an NgramFusion or a HotWordFusion in a stream"
-            check(good, f"fusions[{number}]", rule, type(fusion).__name__)
+            rule = f"be one of {', '.join(kind.__name__ for kind in _KINDS)} in a stream"
+            check(type(fusion) in _KINDS, f"fusions[{number}]", rule, type(fusion).__name__)
         check(not (greedy and fusions), "fusions", "be none in greedy search", len(fusions))
-        self.fusions, self._greedy = list(fusions), greedy
+        self.fusions, self._greedy, self.join = list(fusions), greedy, join
         self._lanes = {id(fusion): TreeLanes(fusion.lm, self.options.streams)
-                       for fusion in fusions if isinstance(fusion, DelayedFusion)}
+                       for fusion in fusions if type(fusion) is DelayedFusion}
         self._streams: list[Stream] = []
         self._opened, self._freed = 0, FreedMemory(_GROWTH)
 
@@ -228,10 +234,11 @@ class StreamingDecoder:
             return GreedySegment(self.tokens, shift, stream.name, start)
         fusions: list[Fusion] = []
         for fusion in own:
-            if isinstance(fusion, DelayedFusion):
-                lanes = self._lanes[id(fusion)]
-                fusions.append(DelayedStream(fusion, lanes, context, options.context_words,
-                                             stream.lost))
+            text = context, options.context_words, stream.lost
+            if isinstance(fusion, WordNgramFusion):
+                fusions.append(WordNgramStream(fusion, *text))
+            elif isinstance(fusion, DelayedFusion):
+                fusions.append(DelayedStream(fusion, self._lanes[id(fusion)], *text))
             else:
                 fusions.append(copy.copy(fusion))
         after = None if options.commit_after is None else max(1, round(options.commit_after / shift))

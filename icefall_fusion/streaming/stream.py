@@ -175,7 +175,7 @@ class Stream:
     def finish_segment(self) -> Iterator[None]:
         """Decode the end of the stream, in steps."""
         yield from self._segment.finish()
-        self._result, self._segment = self._segment.nbest(), None
+        self._result, self._segment = self._list(), None
 
     def result(self) -> NBest:
         """Return the list of the last segment; raises what broke the stream."""
@@ -189,9 +189,13 @@ class Stream:
             self._segment.close()
             self._segment = None
 
+    def _list(self) -> NBest:
+        join = self._decoder.join
+        return self._segment.nbest() if join is None else join([self._segment.nbest()])[0]
+
     def _next_segment(self) -> Iterator[None]:
         yield from self._segment.finish()
-        nbest = self._segment.nbest()
+        nbest = self._list()
         self._done.append(nbest)
         words = nbest[0].words() if len(nbest) else []
         self._context = [*self._context, *words][-self._options.context_words :]

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,13 +26,16 @@ from icefall_fusion.fusion import (
     ShortestHypothesis,
 )
 from icefall_fusion.fusion.hotwords import HotWordFusion
+from icefall_fusion.fusion.lodr import LodrFusion
+from icefall_fusion.fusion.word_ngram import VocabularyFusion, WordNgramFusion
 from icefall_fusion.lm import CausalLm
 from icefall_fusion.ngram.piece_ngram import PieceNgram
+from icefall_fusion.ngram.word_ngram import WordNgram
 from icefall_fusion.search import PrefixSearchOptions, ctc_prefix_search
 from icefall_fusion.streaming import StreamOptions
 
 NAMES = ("none", "shortest", "interval", "at-end", "prompt", "late", "look-ahead", "ngram", "both",
-         "hotwords")
+         "hotwords", "lodr", "words", "words, llm")
 CHUNK = ChunkOptions(4, 2)
 SEARCH = PrefixSearchOptions(beam=6)
 OPTIONS = StreamOptions(chunk=CHUNK)
@@ -65,8 +70,18 @@ def whole(acoustic, audio, fusions=(), search=SEARCH, chunk=CHUNK, names=None):
     return ctc_prefix_search(log_probs, lens, search, acoustic.tokens, fusions, names)
 
 
+@functools.cache
+def word_ngram() -> WordNgram:
+    text = tiny.arpa_text("-2.0\t<unk>\n-99\t<s>\t-0.5\n-1.0\t</s>\n-0.5\tsea\t-0.25\n-1.5\ta\t-0.125",
+                          "-0.3\t<s> a\n-0.2\ta sea")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "words.arpa")
+        path.write_text(text)
+        return WordNgram(path, oov_score=-1.0)
+
+
 def fusions_of(made, name):
-    _, lm, ngram = made
+    acoustic, lm, ngram = made
     return {
         "none": [],
         "shortest": [DelayedFusion(lm, 0.4, 0.5)],
@@ -77,6 +92,12 @@ def fusions_of(made, name):
         "look-ahead": [DelayedFusion(lm, 0.4, 0.5, look_ahead=LookAhead(ngram))],
         "ngram": [NgramFusion(ngram, 0.3, 0.2)],
         "both": [NgramFusion(ngram, 0.3, 0.2), DelayedFusion(lm, 0.4, 0.5, ShortestHypothesis("pieces", 2))],
+        "lodr": [LodrFusion(ngram, 0.2), DelayedFusion(lm, 0.4, 0.5)],
+        "words": [WordNgramFusion(word_ngram(), 0.4, 0.5, FixedInterval(4))],
+        "words, llm": [WordNgramFusion(word_ngram(), 0.3, 0.2, ShortestHypothesis(), prompt="a sailor",
+                                       oov_score=0.0),
+                       DelayedFusion(lm, 0.4, 0.5),
+                       VocabularyFusion(["sean", "sea", "sailor", "a"], acoustic.tokens, -1.5, 0.3)],
         "hotwords": [HotWordFusion(["sean sea", "a sailor"], 0.7), DelayedFusion(lm, 0.4, 0.5)],
     }[name]
 
