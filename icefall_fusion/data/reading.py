@@ -122,7 +122,7 @@ MANDARIN = Reading(
     ),
     "。！？…”’」』）：；，",
     frozenset(),
-    re.compile(r"[^\u4e00-\u9fff，。！？；：、“”‘’「」『』（）…— ]"),
+    re.compile(r"[^\u4e00-\u9fff，。！？；：、“”‘’「」『』（）…— \"]"),
     ("cmn",),
     unspaced=True,
 )

@@ -96,6 +96,12 @@ def test_plain_quotes_of_mandarin_close_the_sentence_that_they_opened() -> None:
     assert books.sentences('"你好！""再见！"他走了。', MANDARIN) == ['"你好！"', '"再见！"', '他走了。']
 
 
+def test_speech_of_mandarin_is_read_aloud_in_any_quotes() -> None:
+    for spoken in ('他说："你好！"', "他说：“你好！”", "他说：「你好！」"):
+        assert MANDARIN.is_speakable(spoken) and punctuated("他说你好", spoken) == spoken
+    assert not MANDARIN.is_speakable("他说3本")
+
+
 def test_numbers_of_mandarin_are_no_clauses() -> None:
     sentence = "他在8:30以前数了一共有1,000本好看的新书"
     assert books.split_sentence(sentence, 2, len(sentence) - 1, MANDARIN) == []
