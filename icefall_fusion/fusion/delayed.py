@@ -135,8 +135,8 @@ class DelayedFusion(LmFusion):
         own = (DelayedFusion.fuse, DelayedFusion.advance)
         if self._run.rule is None or (type(self).fuse, type(self).advance) != own:
             return None
-        if self.late and (self._look is not None or not self._scores_in_steps()):
-            return None  # engines do not know how far look-ahead was scored when late scores come
+        if self.late and not self._scores_in_steps():
+            return None
         return self._run.rule._replace(ahead=self._look, late=self.late)
 
     def fuse_now(self, beam: Beam, fires: Tensor) -> None:
@@ -155,7 +155,8 @@ class DelayedFusion(LmFusion):
                 lands = (fires | lands) & self._flying.flying()
                 if bool(lands.any()):
                     yield
-                    self._land(beam, lands)
+                    landed = self._land(beam, lands)
+                    beam.landed = landed if self._look is not None else None
             yield from self._fuse_in_steps(beam, fires, 0)
 
     def _scores_in_steps(self) -> bool:

@@ -210,11 +210,11 @@ class Beam:
         state: [B, K, S] int64, one integer of the fusion's own (its tree node).
         fused: [B, K] float32, ``sum_s weight_s * lm_s + word_bonus_s * words_s``. Whoever changes lm or words
             changes fused too. Look-ahead adds to it for a while; after ``finish`` it is this sum.
-        lens: [B] int64, frames of each utterance; a row is frozen from its own end on.
+        lens: [B] int64, frames of each utterance; then a row is frozen; blank: id of blank.
         asked: [B, K] bool, while ``extension_scores`` is called: slots of which an extension could survive.
         seen: alive, node, boundary [B, K] on the host, where an engine has copied them with its own results.
+        landed: rows [B] bool (host) whose late scores came in, and nodes [B, K] up to which; or None.
         frame: the frame just searched (-1 before the first; of no meaning in ``Fusion.fuse_now``).
-        blank: id of blank.
         integers: [B, 5, K] int64: node, last, hash, parent_hash, and K + 1 where the last piece repeats that
             before it, else 0.
         carried: [B, 2 * (K + 1)] float32: never, log_total of each slot, never, log_blank of each slot. One
@@ -234,7 +234,7 @@ class Beam:
         self.carried[:, 1] = self.carried[:, beam + 2] = 0.0
         self.log_nonblank = torch.full((batch, beam), -torch.inf, dtype=torch.float32, device=device)
         self.offset = torch.zeros(batch, dtype=torch.float64, device=device)
-        self.asked, self.seen = self.alive, None
+        self.asked, self.seen, self.landed = self.alive, None, None
         self.lm = torch.zeros(batch, beam, fusions, dtype=torch.float32, device=device)
         self.words = torch.zeros(batch, beam, fusions, dtype=torch.int64, device=device)
         self.state = torch.zeros(batch, beam, fusions, dtype=torch.int64, device=device)

@@ -188,6 +188,11 @@ class StreamingSearch:
                 moved = torch.where(root, 0, moved - shift * size)
             field[1 : rows - shift] = moved
         arena.rows = rows - shift
+        totals = self._search.totals
+        if len(totals):
+            root = float(totals.view(-1)[roots[0]])
+            totals[1 : rows - shift] = totals[shift + 1 : rows].clone()
+            totals[0] = root
         nodes = np.full(arena.beam, -1, np.int64)
         nodes[live.slots] = live.path[np.arange(len(live.slots)), live.lengths - 1] - shift * size
         self._drop_frames(shift)
@@ -211,6 +216,7 @@ class StreamingSearch:
         source = torch.arange(len(nodes))
         source[: len(kept)] = torch.from_numpy(kept)
         fused, estimate = beam.fused[:, source], search.estimate[:, source]
+        search.scored.copy_(search.scored[:, source])
         beam.permute_scores(source.unsqueeze(0))
         beam.fused = beam.fused.contiguous()
         arrays = search._batch()

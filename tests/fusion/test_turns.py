@@ -269,9 +269,10 @@ def test_groups_on_a_gpu_are_one_batch_on_a_cpu(tokens, trigger):  # noqa: F811
     shallow=st.booleans(),
     groups=st.sampled_from([1, 2]),
     engine=st.sampled_from(["native", "torch"]),
+    every=st.sampled_from([None, 1, 3]),
 )
 def test_late_scores_land_at_each_utterances_own_pace(
-    llm, ngram, tokens, seed, batch, late, trigger, shallow, groups, engine  # noqa: F811
+    llm, ngram, tokens, seed, batch, late, trigger, shallow, groups, engine, every  # noqa: F811
 ):
     """Its slow twin goes frame by frame: the same, bit for bit, in the same engine."""
 
@@ -283,13 +284,14 @@ def test_late_scores_land_at_each_utterances_own_pace(
     lens[seed % batch] = seed % 3
     found, calls = [], []
     for kind in (DelayedFusion, FrameByFrame):
-        fusion = kind(llm, 0.5, 0.4, trigger, late=late)
+        look = None if every is None else LookAhead(ngram, 0.6, every)
+        fusion = kind(llm, 0.5, 0.4, trigger, late=late, look_ahead=look)
         first = [NgramFusion(ngram, 0.2)] if shallow else []
         found.append(decode(log_probs, lens, tokens, [*first, fusion], groups, engine=engine))
         calls.append(fusion.stats()["events"])
     assert calls[0] <= calls[1]
     for one, other in zip(*found):
-        if shallow and engine == "native":  # its raw scores are added up between two stops
+        if (shallow or every) and engine == "native":  # n-grams' scores are added up in another order
             assert_same([one], [other], 1e-4)
         else:
             assert one.hypotheses == other.hypotheses
@@ -308,4 +310,4 @@ def test_late_scores_stop_an_utterance_no_more_than_they_must(llm, ngram, tokens
     runs.clear()
     look = DelayedFusion(llm, 0.5, trigger=FixedInterval(10), late=4, look_ahead=LookAhead(ngram))
     decode(log_probs, torch.tensor([24, 13]), tokens, [look], 1)
-    assert len(runs) == 24  # an engine does not know how far the look-ahead was scored
+    assert runs == [[10, 10], [14, 13], [20, 13], [24, 13]]

@@ -78,7 +78,7 @@ def test_many_frames_do_not_run_out_of_numbers():
     assert_same(listing(kernel[0]), listing(tensors[0]), 1e-3)
 
 
-@pytest.mark.parametrize(("every", "late"), [(None, 0), (1, 0), (3, 0), (1, 2)])
+@pytest.mark.parametrize(("every", "late"), [(None, 0), (1, 0), (3, 0), (1, 2), (2, 3)])
 @pytest.mark.parametrize("trigger", [AtEnd(), FixedInterval(3), Shortest(), Shortest("pieces", 2)], ids=repr)
 def test_delayed_fusion_equals_that_by_tensors(llm, ngram, tokens, trigger, every, late):  # noqa: F811
     log_probs, lens = emissions(batch=2, frames=14, seed=3, peak=2.0)
@@ -182,9 +182,9 @@ def test_a_device_is_tried_before_a_search_relies_on_it(form):
 
 
 def _another_weight(search):
-    *before, table, phrases, state = search._before
+    *before, table, phrases, late, state = search._before
     tables = (one._replace(weight=3 * one.weight) for one in (table, phrases))
-    search._before = (*before, *tables, state)
+    search._before = (*before, *tables, late, state)
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ from icefall_fusion.search import PrefixSearchOptions, ctc_prefix_search
 from icefall_fusion.streaming import StreamOptions
 
 NAMES = ("none", "shortest", "interval", "at-end", "prompt", "late", "look-ahead", "ngram", "both",
-         "hotwords", "lodr", "words", "words, llm")
+         "late look-ahead", "late, seldom ahead", "hotwords", "lodr", "words", "words, llm")
 CHUNK = ChunkOptions(4, 2)
 SEARCH = PrefixSearchOptions(beam=6)
 OPTIONS = StreamOptions(chunk=CHUNK)
@@ -90,6 +90,9 @@ def fusions_of(made, name):
         "prompt": [DelayedFusion(lm, 0.4, 0.5, prompt="the sea at dawn")],
         "late": [DelayedFusion(lm, 0.4, 0.5, late=3)],
         "look-ahead": [DelayedFusion(lm, 0.4, 0.5, look_ahead=LookAhead(ngram))],
+        "late look-ahead": [DelayedFusion(lm, 0.4, 0.5, late=3, look_ahead=LookAhead(ngram))],
+        "late, seldom ahead": [DelayedFusion(lm, 0.4, 0.5, FixedInterval(7), late=5,
+                                             look_ahead=LookAhead(ngram, 0.5, 3))],
         "ngram": [NgramFusion(ngram, 0.3, 0.2)],
         "both": [NgramFusion(ngram, 0.3, 0.2), DelayedFusion(lm, 0.4, 0.5, ShortestHypothesis("pieces", 2))],
         "lodr": [LodrFusion(ngram, 0.2), DelayedFusion(lm, 0.4, 0.5)],

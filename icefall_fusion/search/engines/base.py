@@ -89,6 +89,9 @@ class CompiledSearch:
         moved_from: int64, slots they come from; grew: bool; opened: int64, words begun; estimate: float32,
         the look-ahead's share of ``beam.fused``; gain: float32, raw score of each shallow fusion [S, B, K];
         states: int64 of that shape, what each keeps in ``beam.state``, or none.
+    Attributes (where scores of a fusion with look-ahead come in late, `late_ahead`):
+        landed: [B] bool, whether some have since the last stop; scored: [B, K] float32, the look-ahead's
+        estimate of what they are for; totals: [rows, B, K] float32, the estimate of each arena node.
     Attributes (of the utterances [B]):
         at: int64, frames searched; fired: bool, whether the rule has stopped them; both on the host.
         late_at: int64, frames searched at the late stop of each, -1: there is none; on the host.
@@ -106,6 +109,9 @@ class CompiledSearch:
         self.estimate = torch.zeros(shape, dtype=torch.float32, device=device)
         self.gain = torch.zeros((len(fusions.shallow), *shape), dtype=torch.float32, device=device)
         self.states: Sequence[Tensor] = ()
+        self.late_ahead = self.stops.late > 0 and self.ahead.ngram is not None
+        self.landed, self.scored = torch.zeros_like(self.grew[:, 0]), torch.zeros_like(self.estimate)
+        self.totals = self.estimate.new_zeros(0, *shape)
         self.at, self.fired = torch.zeros(batch, dtype=torch.int64), torch.zeros(batch, dtype=torch.bool)
         self.before, self.late_at = 0, torch.full_like(self.at, -1)
         self._lens, self.ends = beam.lens.cpu(), beam.lens.clone(memory_format=torch.contiguous_format)
@@ -128,6 +134,14 @@ class CompiledSearch:
         else:
             self._run_frame_by_frame()
 
+    def _make_totals(self) -> None:
+        """Have room in ``totals`` for all nodes of the arena."""
+        shape = self.beam.arena.fields[0].shape
+        if self.late_ahead and len(self.totals) < shape[0]:
+            longer = self.estimate.new_zeros(shape)
+            longer[: len(self.totals)] = self.totals
+            self.totals = longer
+
     def _search(self, until: int) -> None:
         """Let all go on, before frame ``until`` or to where the rule stops them.
 
@@ -142,6 +156,8 @@ class CompiledSearch:
             standing = self.at.numpy()[self.at.numpy() < self._lens.numpy()]
             self.before = int(standing.min()) if len(standing) else self.frames
             self._search(self.frames)
+            if self.late_ahead:
+                self.landed.zero_()
             at = self.at.numpy()
             beam.arena.reach(self.before + 1, int(at.max()) + 1)
             going = bool((at < self._lens.numpy()).any())
@@ -151,6 +167,11 @@ class CompiledSearch:
             lands = self.at == late_at
             if self.fired.numpy().any() or lands.numpy().any():
                 yield from fusions.in_steps(beam, self.fired, lands)
+                if beam.landed is not None:
+                    rows, until = beam.landed
+                    self.landed.copy_(rows)
+                    self.scored.copy_(self.totals.view(-1)[until])
+                    beam.landed = None
                 if self.stops.late:
                     late_at[lands] = -1
                     late_at[self.fired] = self.at[self.fired] + self.stops.late

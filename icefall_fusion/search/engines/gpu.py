@@ -95,7 +95,7 @@ class GpuSearch(CompiledSearch):
             log_probs, *log_probs.stride()[:2], self.ends, *candidates,
             _prepare(log_probs, plan, beam.blank, columns),
             gpu_layout.Pieces(hash_keys(pieces, device), arena.starts_word), gpu_layout.Arena(*arena.fields),
-            table._replace(weight=weight, bonus=bonus), lists, self.state,
+            table._replace(weight=weight, bonus=bonus), lists, self._late(), self.state,
         )
         self._after = self.stops.every or _NEVER_STOPS, options.score_beam or 0.0
         self.form = gpu_layout.Form(
@@ -106,6 +106,7 @@ class GpuSearch(CompiledSearch):
             words=arena.starts_word is not None, score_beam=options.score_beam is not None,
             order=0 if ngram is None else ngram.order, base=base,
             shallow=shallow, phrases=phrases, ahead_every=0 if self.ahead.ngram is None else self.ahead.every,
+            late=self.late_ahead,
         )
         self.went = 0  # frames that the first utterance went on from the last stop
         self.warps = _warps(scores, width, count)
@@ -113,6 +114,11 @@ class GpuSearch(CompiledSearch):
     def _gain(self, fusion: Optional[Fusion]) -> Tensor:
         """Return where the kernel writes the raw scores of a shallow fusion; nobody reads those of none."""
         return torch.zeros_like(self.estimate) if fusion is None else self.gain[self._number(fusion)]
+
+    def _late(self) -> gpu_layout.Late:
+        self._make_totals()
+        tensors = (self.landed, self.scored, self.totals) if self.late_ahead else ()
+        return gpu_layout.Late(*tensors)
 
     def _number(self, fusion: Fusion) -> int:
         return self.fusions.shallow.index(fusion)

@@ -435,7 +435,7 @@ def prune(value, frame, score_beam, form: tl.constexpr):
 
 @triton.jit
 def extend(
-    state, stay, source, column, alive, frame, pieces, arena, ngram, phrases, b, form: tl.constexpr
+    state, stay, source, column, alive, frame, pieces, arena, ngram, phrases, late, b, form: tl.constexpr
 ):
     """Return the state of the chosen candidates; write the new prefixes to the arena."""
     grew = alive & (column >= 0)
@@ -460,6 +460,8 @@ def extend(
         longer = (context * (form.base + 1) + piece + 1) % (form.base + 1) ** (form.order - 1)
         context = tl.where(grew, longer, context)
         mass, ahead, changes = add_gain(mass, ahead, changes, gain, marked, begins, ngram, form)
+        if form.late:
+            tl.store(late.totals + born, ahead.whole, mask=grew)
     if form.phrases > 0:
         mass, phrase, changes = pay(mass, phrase, changes, piece, grew, marked, begins, phrases, form)
     return State(prefix, mass, context, phrase, ahead, state.counts, state.offset, changes)
@@ -572,13 +574,21 @@ def end_frame(state, alive, frame, every, form: tl.constexpr):
 
 
 @triton.jit
-def go_on(state, form: tl.constexpr):
-    """Return the state after a stop: the fusion has scored the words that were closed."""
+def go_on(state, late, b, form: tl.constexpr):
+    """Return the state after a stop: the fusion has scored what was closed, or as ``late`` tells."""
     counts, mass, ahead = state.counts, state.mass, state.ahead
     if form.ahead_every > 0:
-        scored = tl.where(counts.fired, ahead.closed, ahead.scored)
+        if form.late:
+            slot = tl.arange(0, form.width)
+            told = tl.load(late.scored + b * form.slots + slot, mask=slot < form.slots, other=0.0)
+            landed = tl.load(late.landed + b) != 0
+            scored = tl.where(landed, told, ahead.scored)
+            when = landed | (counts.fired & (counts.at % form.ahead_every == 0))
+        else:
+            scored = tl.where(counts.fired, ahead.closed, ahead.scored)
+            when = counts.fired
         ahead = Ahead(ahead.whole, ahead.closed, scored, ahead.estimate)
-        mass, ahead = estimate_ahead(mass, ahead, counts.fired)
+        mass, ahead = estimate_ahead(mass, ahead, when)
     counts = Counts(counts.at, counts.at < 0, counts.longest, counts.searched)
     return State(state.prefix, mass, state.context, state.phrase, ahead, counts, state.offset, state.changes)
 
@@ -590,8 +600,8 @@ def go_on(state, form: tl.constexpr):
 @triton.jit(do_not_specialize=["row_stride", "frame_stride", "until", "every"],
             do_not_specialize_on_alignment=["log_probs", "lens", "slots", "columns"])
 def search_utterances(
-    log_probs, row_stride, frame_stride, lens, slots, columns, frames, pieces, arena, ngram, phrases, stored,
-    until, every, score_beam, form: tl.constexpr,
+    log_probs, row_stride, frame_stride, lens, slots, columns, frames, pieces, arena, ngram, phrases, late,
+    stored, until, every, score_beam, form: tl.constexpr,
 ):
     """Search each utterance on, up to frame ``until`` or its end, or where ``form.stops`` to its next stop.
 
@@ -599,14 +609,14 @@ def search_utterances(
         log_probs: [B, T, V] float32; row_stride, frame_stride: of utterances and frames.
         lens: [B] int64, frames of each utterance.
         slots, columns: [N] int32, see Candidates.
-        frames, pieces, arena, ngram, phrases, stored: Frames, Pieces, Arena, Ngram, Phrases, State.
+        frames, pieces, arena, ngram, phrases, late, stored: see gpu_layout, names as there; stored: State.
         until: frames; every: frames between two looks of the stop rule; score_beam: nats; form: Form.
     """
     b = tl.program_id(0)
     candidate = tl.arange(0, form.candidates)
     candidates = Candidates(tl.load(slots + candidate), tl.load(columns + candidate))
     end = tl.minimum(tl.load(lens + b), until)
-    state = go_on(load_state(stored, b, form), form)
+    state = go_on(load_state(stored, b, form), late, b, form)
     if form.phrases > 0:
         phrases = own_phrases(phrases, b)
     disordered = state.counts.at >= 0
@@ -624,6 +634,8 @@ def search_utterances(
             chosen, value = best(state.prefix, state.mass, stay, parent, frame, candidates, form)
             source, column = tl.load(slots + chosen), tl.load(columns + chosen)
         alive = prune(value, frame, score_beam, form)
-        state = extend(state, stay, source, column, alive, frame, pieces, arena, ngram, phrases, b, form)
+        state = extend(
+            state, stay, source, column, alive, frame, pieces, arena, ngram, phrases, late, b, form
+        )
         state = end_frame(state, alive, frame, every, form)
     store_state(stored, state, b, form)

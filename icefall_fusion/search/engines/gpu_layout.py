@@ -168,6 +168,14 @@ class Ngram(NamedTuple):
     bonus: Any = 0.0
 
 
+class Late(NamedTuple):
+    """Scores that come in late beside a look-ahead, see `CompiledSearch`: landed, scored, totals."""
+
+    landed: Any = None
+    scored: Any = None
+    totals: Any = None
+
+
 class Phrases(NamedTuple):
     """The phrases of all utterances, list after list, see gpu_phrases.py. Without any there are no tables.
 
@@ -209,6 +217,7 @@ class Form:
     shallow: 2: the n-gram ranks extensions; 1: its scores are only recorded; 0: it serves the look-ahead.
     phrases: 2: they rank extensions; 1: their scores are only recorded; 0: there are none.
     ahead_every: frames between two updates of the look-ahead; 0: none.
+    late: whether scores come in late beside it.
     """
 
     slots: int
@@ -227,6 +236,7 @@ class Form:
     shallow: int
     phrases: int
     ahead_every: int
+    late: bool
 
 
 def root_state(beam: Beam, width: int, changes: Changes, context: int, length: int) -> State:

@@ -65,7 +65,8 @@ class _Settings(ctypes.Structure):
         ("keys", _POINTER), *_fields(_NUMBER, "batch beam pieces blank columns recover ranks"),
         ("score_beam", _REAL), ("scorers", _POINTER), *_fields(_NUMBER, "scorer_count weighs"),
         *_fields(_NUMBER, "every unit first_length"),
-        ("ahead", _POINTER), *_fields(_REAL, "ahead_weight ahead_bonus"), ("ahead_every", _NUMBER),
+        ("ahead", _POINTER), *_fields(_REAL, "ahead_weight ahead_bonus"),
+        *_fields(_NUMBER, "ahead_every late_ahead"),
     ]
 
 
@@ -93,7 +94,7 @@ class _Batch(ctypes.Structure):
         *_fields(_POINTER, "parents pieces boundaries starts fused moved_from opened grew gain estimate"),
         *_fields(_POINTER, "states node last"), *_fields(_NUMBER, "node_stride last_stride"),
         *_fields(_POINTER, "log_total log_blank"), ("mass_stride", _NUMBER),
-        *_fields(_POINTER, "offset at fired"),
+        *_fields(_POINTER, "offset landed scored totals at fired"),
     ]
 
 
@@ -138,7 +139,7 @@ class NativeSearch(CompiledSearch):
             scorers=ctypes.addressof(self.scorers), scorer_count=len(self.scorers), weighs=weighs,
             every=self.stops.every, unit=self.stops.code, first_length=self.stops.first_length,
             ahead=ahead and ahead.handle, ahead_weight=self.ahead.weight, ahead_bonus=self.ahead.bonus,
-            ahead_every=self.ahead.every,
+            ahead_every=self.ahead.every, late_ahead=self.late_ahead,
         )
         # the compiled code lets go of Python's lock; within a frame there is too little to share
         threads = 1 if self.rule is None else max(1, min(torch.get_num_threads(), batch))
@@ -194,7 +195,8 @@ class NativeSearch(CompiledSearch):
     def _batch(self) -> _Batch:
         """Return the arrays that the compiled code reads and writes; made anew when one has moved."""
         beam = self.beam
-        own = self.log_probs, self.best, self.searched, self.estimate
+        self._make_totals()
+        own = self.log_probs, self.best, self.searched, self.estimate, self.totals
         moving = *own, beam.fused, beam.integers, beam.carried, *beam.arena.fields
         where = self.frames, *(one.data_ptr() for one in moving)
         if self._arrays[:1] != (where,):
@@ -207,7 +209,8 @@ class NativeSearch(CompiledSearch):
             boundaries, starts = arena.fields[2].data_ptr(), arena.starts_word.data_ptr()
         row_stride, frame_stride, _ = self.log_probs.stride()
         read = {name: getattr(self, name).data_ptr() for name in ("log_probs", "best", "searched")}
-        written = ("moved_from", "opened", "grew", "gain", "estimate", "states", "at", "fired")
+        written = ("moved_from", "opened", "grew", "gain", "estimate", "states", "landed", "scored", "totals",
+                   "at", "fired")
         return _Batch(
             **read, lens=self.ends.data_ptr(), frames=self.frames,
             row_stride=row_stride, frame_stride=frame_stride,

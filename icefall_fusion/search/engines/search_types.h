@@ -30,6 +30,7 @@ struct Settings {
   const Ngram *ahead;  // ranks what is not scored yet; null: nothing does; it outlives the search
   double ahead_weight, ahead_bonus;
   int64_t ahead_every;
+  int64_t late_ahead;  // whether what a stop scores is told later, by `landed`
 };
 
 // The arrays of a batch. native.py has the same fields in the same order. Those that are not const are written.
@@ -54,6 +55,9 @@ struct Batch {
   int64_t mass_stride;
   // of the utterances [B]
   double *offset;
+  const uint8_t *landed;  // whether scores have come in, up to the look-ahead's estimate `scored` of each slot [B, K]
+  const float *scored;
+  float *totals;   // estimates of all prefixes of the arena, where scores come in late
   int64_t *at;     // frames searched
   uint8_t *fired;  // whether the rule has stopped them
 };

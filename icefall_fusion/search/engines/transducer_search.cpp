@@ -55,7 +55,7 @@ int transducer_step(void *handle, const Batch *arrays, const Rows *rows, const f
     for (int64_t b = 0; b < set.batch; ++b) {
       auto &utterance = search.utterances[b];
       if (!log_probs) {
-        utterance.resume(set, arrays->fused + b * set.beam);
+        utterance.resume(set, arrays->fused + b * set.beam, *arrays);
       } else if (search.asked[b]) {
         utterance.advance(set, *search.scratch, log_probs, stride, stopping != 0, b * set.beam, row_size, *arrays,
                           search.known, *rows);

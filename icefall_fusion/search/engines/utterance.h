@@ -63,7 +63,7 @@ class Utterance {
   // models.
   void run(const Settings &set, Scratch &scratch, const Frames &frames, int64_t until, bool stopping,
            const float *fused, const Batch &batch) {
-    resume(set, fused);
+    resume(set, fused, batch);
     while (at < until && !fired) {
       const int64_t t = at++;
       if (frames.searched[t])
@@ -112,15 +112,17 @@ class Utterance {
   }
 
   // Go on from a stop; `fused` holds the scores of language models.
-  void resume(const Settings &set, const float *fused) {
+  void resume(const Settings &set, const float *fused, const Batch &batch) {
+    const bool landed = set.late_ahead && batch.landed[number_], due = !set.late_ahead || at % set.ahead_every == 0;
     for (size_t k = 0; k < slots.size(); ++k) {
       Slot &slot = slots[k];
       slot.origin = int(k), slot.opened = 0, slot.grew = false;
       if (set.ranks) slot.fused = fused[k];
-      if (fired) slot.ahead_scored = slot.ahead_closed;
+      if (landed) slot.ahead_scored = batch.scored[number_ * set.beam + k];
+      if (fired && !set.late_ahead) slot.ahead_scored = slot.ahead_closed;
     }
     for (Joined &one : joined) one.gain = 0.0;
-    if (fired) look_ahead(set);
+    if (landed || (fired && due)) look_ahead(set);
     fired = false;
   }
 
@@ -393,6 +395,7 @@ class Utterance {
     slot.ahead +=
         float(set.ahead_weight) * set.ahead->score(old.ahead_context, piece) + float(set.ahead_bonus) * opened;
     slot.ahead_context = set.ahead->next(old.ahead_context, piece);
+    if (set.late_ahead) batch.totals[slot.node] = slot.ahead;
     if (batch.starts[piece]) slot.ahead_closed = old.ahead;
   }
 
