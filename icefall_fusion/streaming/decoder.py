@@ -19,7 +19,7 @@ import torch
 
 from icefall_fusion.acoustic.models import CtcAed, join_states
 from icefall_fusion.acoustic.models.subsampling import FACTOR
-from icefall_fusion.common.checks import check
+from icefall_fusion.common.checks import check, check_text
 from icefall_fusion.common.memory import FreedMemory
 from icefall_fusion.data.features import FRAME_SHIFT
 from icefall_fusion.fusion import DelayedFusion, NgramFusion
@@ -112,6 +112,8 @@ class StreamingDecoder:
         most = self.options.streams
         check(len(self._streams) < most, "streams", f"be at most {most} (StreamOptions.streams)", most + 1)
         name = str(self._opened) if name is None else name
+        check_text(name, "name")
+        check_text(context, "context")
         open_segment = functools.partial(self._open_segment, self._fusions_with(hotwords))
         state = self.model.encoder.start(1, self.options.chunk)
         stream = Stream(self, name, state, open_segment, context.split())
@@ -243,4 +245,10 @@ class StreamingDecoder:
                 fusions.append(copy.copy(fusion))
         after = None if options.commit_after is None else max(1, round(options.commit_after / shift))
         window = max(1, round(options.window / shift))
-        return Segment(self.tokens, self._search, fusions, stream.name, start, window, after)
+        try:
+            return Segment(self.tokens, self._search, fusions, stream.name, start, window, after)
+        except Exception:
+            for fusion in fusions:
+                if isinstance(fusion, DelayedStream):
+                    fusion.close()  # others need its lane
+            raise

@@ -22,7 +22,7 @@ from stream_tools import (
     whole,
 )
 
-from icefall_fusion.fusion import DelayedFusion
+from icefall_fusion.fusion import DelayedFusion, FixedInterval
 from icefall_fusion.lm.tree_memory import TreeCache, TreeLayer
 from icefall_fusion.streaming import EndpointOptions, StreamingDecoder
 
@@ -167,6 +167,24 @@ def test_an_encoder_that_fails_breaks_the_streams_of_its_round(made) -> None:
     idle.accept(audio)
     same(idle.finish(), whole(made[0], [audio], fusions_of(made, "shortest"), names=["idle"])[0])
     assert not decoder.streams
+
+
+def test_a_stream_that_cannot_begin_takes_no_lane(made) -> None:
+    """What is wrong is told each time, not that the lanes of the language model are in use."""
+    other = DelayedFusion(made[1], 0.3, trigger=FixedInterval(5), source="other")
+    unlike = [DelayedFusion(made[1], 0.4), other]
+    decoder = StreamingDecoder(made[0], unlike, SEARCH, replace(OPTIONS, streams=2))
+    for _ in range(4):
+        with pytest.raises(ValueError, match="have one stop rule together in a stream"):
+            decoder.open()
+    assert not decoder.streams
+
+
+def test_bad_names_and_contexts_are_named(made) -> None:
+    decoder = StreamingDecoder(made[0], [], SEARCH, OPTIONS)
+    for arguments, message in (({"name": 5}, "name must be"), ({"context": None}, "context must be")):
+        with pytest.raises((TypeError, ValueError), match=message):
+            decoder.open(**arguments)
 
 
 def test_memory_that_runs_out_between_layers_leaves_no_small_ones(monkeypatch) -> None:

@@ -42,6 +42,7 @@ FORMS = {
     "words": (StopRule(1, "words"), ""),
     "pieces": (StopRule(1, "pieces"), ""),
     "ahead": (StopRule(1, "words"), "ahead"),
+    "late+ahead": (StopRule(1, "words", late=4), "ahead"),
     "ngram": (None, "shallow"),
     "ngram+interval": (StopRule(16), "shallow"),
     "phrases": (None, "phrases"),
