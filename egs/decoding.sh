@@ -37,6 +37,7 @@ decode_option() { # as common_option
     --llm) llm=$(path_or_name "$2") ;;
     --matched-llm) matched_llm=$(path_or_name "$2") ;;
     --llm-text) llm_options+=(--llm.text "$2") ;;
+    --llm-boundaries) llm_options+=(--llm.boundaries "$2") ;; # of words without spaces: words, tokens or jieba
     --llm-context) llm_options+=(--llm.context "$2") ;;
     --llm-quantization) llm_options+=(--llm.quantization "$2") ;;
     --llm-device-map) llm_options+=(--llm.device_map "$2") ;;
