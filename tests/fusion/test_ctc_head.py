@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from icefall_fusion.fusion import CtcHeadFusion, DelayedFusion, HotWordFusion
-from icefall_fusion.fusion.ctc_head import LEAST_PIECE, LEAST_TEXT
+from icefall_fusion.fusion.ctc_head import GAIN, LEAST_PIECE, LEAST_TEXT
 from icefall_fusion.text.tokens import AcousticTokens
 from tests.fusion.test_fusion import (
     PIECES,
@@ -32,18 +32,20 @@ def ctc(seed, batch, frames, pieces, sharpness=2.0):
     return (sharpness * torch.randn(batch, frames, pieces, generator=generator)).log_softmax(2)
 
 
-@pytest.mark.parametrize("frames", [1, 2, 5])
-@pytest.mark.parametrize("weight", [0.4, 1.0])
+@pytest.mark.parametrize(("frames", "weight"), [(1, 0.4), (2, 1.0), (5, 0.4), (5, 1.0)])
 @pytest.mark.parametrize("beam", [3, 40])
-def test_a_joint_search_is_its_slow_twin_over_all_alignments(frames, weight, beam):
+@pytest.mark.parametrize("slack", [0, 2, 9])
+def test_a_joint_search_is_its_slow_twin_over_all_alignments(frames, weight, beam, slack):
     model, encoder, log_probs = TinyTransducer(4, seed=frames), encodings(3, 3, frames), ctc(5, 3, frames, 4)
     log_probs[1, 0, 2] = -math.inf
     log_probs = log_probs.log_softmax(2)
     lens = torch.tensor([frames, frames, max(1, frames - 1)])
-    nbests = search(model, encoder, lens, FOUR, [CtcHeadFusion(log_probs, lens, weight)], beam=beam)
+    fusion = CtcHeadFusion(log_probs, lens, weight, slack=slack)
+    nbests = search(model, encoder, lens, FOUR, [fusion], beam=beam)
     for nbest, one, row, length in zip(nbests, encoder, log_probs, lens.tolist()):
-        slow = SlowCtcHead(row[:length].clamp(min=LEAST_PIECE).tolist(), 0, LEAST_TEXT)
-        twin = SlowFusion("ctc_head", weight, 0.0, slow.end_score, slow.piece_score)
+        slow = SlowCtcHead(row[:length].clamp(min=LEAST_PIECE).tolist(), 0, LEAST_TEXT, slack)
+        twin = SlowFusion("ctc_head", weight, 0.0, lambda prefix, words, slow=slow: slow.whole(prefix),
+                          prefix_score=slow.begins, gain=GAIN, frame_score=slow.after_frame)
         rows = [functools.partial(model.rows(one), frame) for frame in range(length)]
         expected = fused_search(rows, beam, FOUR, [twin], "rnnt")
         found = [(tuple(h.tokens), h.scores["ctc_head"], h.total) for h in nbest]
@@ -107,6 +109,23 @@ def test_a_batch_is_its_utterances_one_by_one(llm, tokens, symbols):  # noqa: F8
     assert_same(decode(list(range(4))), [decode([row])[0] for row in range(4)], 1e-3)
 
 
+def test_who_says_nothing_pays():
+    """CTC is sure of a piece in frame 2, the transducer of blanks: a prefix score alone comes too late."""
+    model, frames = TinyTransducer(3, sharpness=0.0), 8
+    model.joiner.output_linear.bias.data = torch.tensor([4.0, 0.0, 0.0])
+    log_probs = torch.full((1, frames, 3), -9.0)
+    log_probs[:, :, 0] = 0.0
+    log_probs[:, 2] = torch.tensor([-9.0, 0.0, -9.0])
+    log_probs, lens = log_probs.log_softmax(2), torch.tensor([frames])
+
+    def best(slack):
+        fusion = CtcHeadFusion(log_probs, lens, 1.0, slack=slack)
+        return search(model, encodings(1, 1, frames), lens, fusions=[fusion], beam=1)[0][0]
+
+    assert best(1).tokens == [1] and best(100).tokens == []
+    assert best(1).total > best(100).total + 3
+
+
 def test_what_is_of_another_batch_is_refused():
     model, encoder, lens = TinyTransducer(4), encodings(1, 2, 5), torch.tensor([5, 3])
 
@@ -127,3 +146,5 @@ def test_what_is_of_another_batch_is_refused():
         decode(broken)
     with pytest.raises(ValueError, match="weight must be finite and at least 0"):
         CtcHeadFusion(None, None, -1.0)
+    with pytest.raises(ValueError, match="CtcHeadFusion.slack must be an integer, at least 0 frames"):
+        CtcHeadFusion(None, None, 1.0, slack=-1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Sequence
+from typing import Optional, Sequence
 
 Prefix = tuple[int, ...]
 NEVER = -math.inf
@@ -31,20 +31,24 @@ def log_or(value: float, least: float) -> float:
 
 
 class SlowCtcHead:
-    """Log-probabilities that the labels of an utterance begin with a prefix, and that they are just these."""
+    """Log-probabilities that the labels of an utterance begin with a prefix, or are just these."""
 
-    def __init__(self, rows: Sequence[Sequence[float]], blank: int, least: float) -> None:
-        self.texts, self.least = all_texts(rows, blank), least
+    def __init__(self, rows: Sequence[Sequence[float]], blank: int, least: float, slack: int = 0) -> None:
+        self.texts, self.least, self.slack, self.ways = all_texts(rows, blank), least, slack, []
+        for alignment in itertools.product(range(len(rows[0])), repeat=len(rows)):
+            spelled = [collapsed(alignment[:frames], blank) for frames in range(len(rows) + 1)]
+            self.ways.append((spelled, math.exp(sum(row[piece] for row, piece in zip(rows, alignment)))))
 
-    def begins(self, prefix: Prefix) -> float:
+    def begins(self, prefix: Prefix, frames: int = 0) -> float:
+        """Return that of beginning so, and of nothing after the prefix in the first ``frames``."""
         size = len(prefix)
-        return log_or(sum(p for text, p in self.texts.items() if text[:size] == prefix), self.least)
+        found = (p for spelled, p in self.ways
+                 if spelled[-1][:size] == prefix and len(spelled[frames]) <= size)
+        return log_or(sum(found), self.least)
 
-    def piece_score(self, prefix: Prefix, piece: int) -> float:
-        return self.begins((*prefix, piece)) - self.begins(prefix)
-
-    def end_score(self, prefix: Prefix, words: Sequence[str]) -> float:
-        return self.whole(prefix)
+    def after_frame(self, frame: int, prefix: Prefix) -> Optional[float]:
+        over = frame + 1 - self.slack
+        return self.begins(prefix, over) if over > 0 else None
 
     def whole(self, prefix: Prefix) -> float:
         return log_or(self.texts.get(prefix, 0.0), self.least)

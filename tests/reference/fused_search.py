@@ -30,6 +30,9 @@ class SlowFusion:
     trigger: tuple = ("end",)
     ahead: Optional[Callable[[Prefix, int], float]] = None  # (prefix, piece) -> estimate, until it is scored
     ahead_every: int = 1
+    prefix_score: Optional[Callable[[Prefix], float]] = None  # that of an extension; it wins ``gain`` at most
+    gain: float = 0.0
+    frame_score: Optional[Callable[[int, Prefix], Optional[float]]] = None  # after a frame; None: as before
     late: int = 0  # scores of an event join so many frames later, or at the next event
     longest_fused: int = 0
     due: Optional[int] = None
@@ -89,6 +92,9 @@ def fused_search(log_probs, beam: int, tokens, fusions: Sequence[SlowFusion], ac
                 else:
                     fusion.known |= fusion.flying
             for prefix, slot in slots.items():
+                if fusion.frame_score is not None:
+                    now = fusion.frame_score(frame, prefix)
+                    slot.lm[s] = slot.lm[s] if now is None else now
                 if scored:
                     part = prefix[: closed_pieces(prefix, tokens)]
                     while tuple(tokens.words(part)) not in fusion.known:
@@ -148,6 +154,8 @@ def extend(slots, after: dict[Prefix, Slot], prefix: Prefix, piece: int, mass: f
         return
     grown = replace(copy.deepcopy(slots[prefix]), blank=NEVER, nonblank=mass)
     for s, fusion in enumerate(fusions):
+        if fusion.prefix_score is not None:
+            grown.lm[s] = min(grown.lm[s] + fusion.gain, fusion.prefix_score(longer))
         if fusion.piece_score is not None:
             grown.lm[s] += fusion.piece_score(prefix, piece)
             grown.words[s] += int(tokens.starts_word[piece] or not prefix)
