@@ -78,6 +78,24 @@ class DelayedStream(DelayedFusion):
         except Exception as error:  # whatever it is: the stream goes on
             self._fail(beam, error)
 
+    def _fuse_in_steps(self, beam: Beam, fires: Tensor, frame: int) -> Iterator[None]:
+        """Do the same where a search by tensors asks frame by frame."""
+        if self.failed:
+            return
+        try:
+            yield from super()._fuse_in_steps(beam, fires, frame)
+        except Exception as error:
+            self._fail(beam, error)
+
+    def _land(self, beam: Beam, landing: Tensor) -> tuple[Optional[Tensor], Optional[Tensor]]:
+        if self.failed:
+            return None, None
+        try:
+            return super()._land(beam, landing)
+        except Exception as error:
+            self._fail(beam, error)
+            return None, None
+
     def prepare_cut(self, beam: Beam, node: int) -> None:
         """Find and score the words of an arena node that will be the root."""
         if self.failed:

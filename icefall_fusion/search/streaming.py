@@ -11,7 +11,7 @@ import ctypes
 import math
 import weakref
 from dataclasses import replace
-from typing import TYPE_CHECKING, Iterator, NamedTuple, Optional, Sequence
+from typing import TYPE_CHECKING, Any, Iterator, NamedTuple, Optional, Sequence
 
 import numpy as np
 import torch
@@ -60,10 +60,13 @@ class StreamingSearch:
 
     Attributes:
         frames: frames that are held; dropped: frames before these that were forgotten.
+        forgets: whether it can `forget`.
 
     Raises:
         ValueError: compiled code does not serve this search, or is not there.
     """
+
+    forgets = True
 
     def __init__(self, tokens: AcousticTokens, options: PrefixSearchOptions, fusions: Sequence[Fusion],
                  name: str) -> None:
@@ -76,19 +79,24 @@ class StreamingSearch:
         starts = torch.tensor(tokens.starts_word)
         self.beam = Beam.at_root(inputs, options.beam, starts, len(self.fusions.members))
         self.fusions.begin(self.beam, inputs.ids)
+        self._search = self._open(inputs)
+
+    def _open(self, inputs: SearchInput) -> Any:
+        """Return the engine."""
+        options = self.options
         good = options.engine in ("auto", "native")
         check(good, "PrefixSearchOptions.engine", "be auto or native in a stream", options.engine)
         try:
             check_serves("native", options, self.fusions, torch.device("cpu"))
             plan = plan_frames(inputs, None, leave_out=False)
-            self._search = NativeSearch(inputs, plan, self.beam, options, self.fusions)
+            search = NativeSearch(inputs, plan, self.beam, options, self.fusions)
         except Unavailable as reason:
             raise ValueError(f"a stream must be searched by compiled code: {reason}") from reason
         sources = [fusion.source for fusion in self.fusions.members]
-        check(self._search.rule is not None, "fusions", "have one stop rule together in a stream", sources)
-        library = self._search.library
-        self._search.state = library.prefix_search_open(ctypes.byref(self._search.settings))
-        weakref.finalize(self, library.prefix_search_close, self._search.state)
+        check(search.rule is not None, "fusions", "have one stop rule together in a stream", sources)
+        search.state = search.library.prefix_search_open(ctypes.byref(search.settings))
+        weakref.finalize(self, search.library.prefix_search_close, search.state)
+        return search
 
     # --- frames ------------------------------------------------------------------------------------------
 
@@ -104,7 +112,8 @@ class StreamingSearch:
         here = slice(self.frames, self.frames + len(log_probs))
         plan = plan_frames(new, self.options.blank_skip, leave_out=False)
         self._log_probs[:, here], self._best[:, here], self._searched[:, here] = plan[:3]
-        self._search.before, self.frames = self.frames, here.stop
+        self._begin_feed()
+        self.frames = here.stop
         self._show()
 
     def advance(self) -> Iterator[None]:
@@ -113,7 +122,7 @@ class StreamingSearch:
 
     def finish(self) -> Iterator[None]:
         """Score the last words, in steps."""
-        self._search.end()
+        self._end()
         kept = self._best[0, : self.frames].double().sum()
         self.beam.offset += self._forgotten + kept
         yield from self.fusions.in_steps(self.beam, None)
@@ -225,6 +234,12 @@ class StreamingSearch:
         search.estimate.copy_(estimate)
 
     # --- inside ------------------------------------------------------------------------------------------
+
+    def _begin_feed(self) -> None:
+        self._search.before = self.frames
+
+    def _end(self) -> None:
+        self._search.end()
 
     def _inputs(self) -> SearchInput:
         live = torch.ones(1, self.frames, dtype=torch.bool)

@@ -22,9 +22,10 @@ from icefall_fusion.acoustic.models.subsampling import FACTOR
 from icefall_fusion.common.checks import check, check_text
 from icefall_fusion.common.memory import FreedMemory
 from icefall_fusion.data.features import FRAME_SHIFT
-from icefall_fusion.fusion import DelayedFusion, NgramFusion
+from icefall_fusion.fusion import DelayedFusion, NgramFusion, ShallowFusion
 from icefall_fusion.fusion.hotwords import HOT_WORDS, HotWordFusion, Phrases, make_automaton
 from icefall_fusion.fusion.lodr import LodrFusion
+from icefall_fusion.fusion.shallow_stream import ShallowStream
 from icefall_fusion.fusion.streaming import DelayedStream
 from icefall_fusion.fusion.word_ngram import VocabularyFusion, WordNgramFusion
 from icefall_fusion.fusion.word_stream import WordNgramStream
@@ -42,7 +43,8 @@ from icefall_fusion.text.tokens import AcousticTokens
 #: model, whose calls take blocks of ever new sizes.
 _GROWTH = 16_000_000
 #: The fusions that streams have.
-_KINDS = (DelayedFusion, WordNgramFusion, NgramFusion, LodrFusion, HotWordFusion, VocabularyFusion)
+_KINDS = (DelayedFusion, WordNgramFusion, NgramFusion, LodrFusion, HotWordFusion, VocabularyFusion,
+          ShallowFusion)
 
 
 class StreamingDecoder:
@@ -55,7 +57,9 @@ class StreamingDecoder:
     Args:
         model: the acoustic model.
         fusions: `DelayedFusion`, `WordNgramFusion`, `NgramFusion`, `LodrFusion`, `HotWordFusion`,
-            `VocabularyFusion`; their settings are copied for each stream.
+            `VocabularyFusion`, `ShallowFusion`; their settings are copied for each stream. With a
+            `ShallowFusion` tensors search, its model is asked for each stream by itself, and all of a segment
+            is held until it ends: let `StreamOptions.endpoint` end them.
         search: the prefix search; its frame shift is the model's.
         options: chunks, commitment, endpoints.
         tokens: the vocabulary; none: the model's own.
@@ -87,7 +91,7 @@ class StreamingDecoder:
         check(not (greedy and fusions), "fusions", "be none in greedy search", len(fusions))
         self.fusions, self._greedy, self.join = list(fusions), greedy, join
         self._lanes = {id(fusion): TreeLanes(fusion.lm, self.options.streams)
-                       for fusion in fusions if type(fusion) is DelayedFusion}
+                       for fusion in fusions if type(fusion) in (DelayedFusion, ShallowFusion)}
         self._streams: list[Stream] = []
         self._opened, self._freed = 0, FreedMemory(_GROWTH)
 
@@ -239,6 +243,8 @@ class StreamingDecoder:
             text = context, options.context_words, stream.lost
             if isinstance(fusion, WordNgramFusion):
                 fusions.append(WordNgramStream(fusion, *text))
+            elif isinstance(fusion, ShallowFusion):
+                fusions.append(ShallowStream(fusion, self._lanes[id(fusion)], stream.lost))
             elif isinstance(fusion, DelayedFusion):
                 fusions.append(DelayedStream(fusion, self._lanes[id(fusion)], *text))
             else:
@@ -249,6 +255,6 @@ class StreamingDecoder:
             return Segment(self.tokens, self._search, fusions, stream.name, start, window, after)
         except Exception:
             for fusion in fusions:
-                if isinstance(fusion, DelayedStream):
+                if isinstance(fusion, (DelayedStream, ShallowStream)):
                     fusion.close()  # others need its lane
             raise

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Iterator, NamedTuple, Optional, Sequence
 
 import numpy as np
 
+from icefall_fusion.fusion.shallow_stream import ShallowStream
 from icefall_fusion.fusion.streaming import DelayedStream
 from icefall_fusion.nbest import TOTAL, WORDS, Hypothesis, NBest, WordTime
 from icefall_fusion.search.export import word_times
 from icefall_fusion.search.streaming import Live, StreamingSearch
+from icefall_fusion.search.streaming_tensors import TensorStreamingSearch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,8 +52,10 @@ class Segment:
                  name: str, start: int, window: int, commit_after: Optional[int]) -> None:
         self._tokens, self._shift, self._start = tokens, search.frame_shift, start
         self._window, self._after = window, commit_after
-        self._search = StreamingSearch(tokens, search, fusions, name)
+        neural = any(isinstance(fusion, ShallowStream) for fusion in fusions)
+        self._search = (TensorStreamingSearch if neural else StreamingSearch)(tokens, search, fusions, name)
         self._delayed = [fusion for fusion in fusions if isinstance(fusion, DelayedStream)]
+        self._holding = [fusion for fusion in fusions if isinstance(fusion, (DelayedStream, ShallowStream))]
         self._words: list[WordTime] = []  # committed
         self._pieces: list[int] = []  # forgotten, and their number of words
         self._forgotten = 0
@@ -74,7 +78,7 @@ class Segment:
 
     def close(self) -> None:
         """Free what a segment without result holds."""
-        for fusion in self._delayed:
+        for fusion in self._holding:
             fusion.close()
 
     def words(self) -> Words:
@@ -122,7 +126,7 @@ class Segment:
         times = self._times(live, count)
         self._words += times[len(self._words) - self._forgotten :]
         self._agreed = count
-        if self._search.frames > self._window:
+        if self._search.forgets and self._search.frames > self._window:
             self._forget(live)
 
     def _shared(self, live: Live) -> int:

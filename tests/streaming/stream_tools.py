@@ -23,6 +23,7 @@ from icefall_fusion.fusion import (
     FixedInterval,
     LookAhead,
     NgramFusion,
+    ShallowFusion,
     ShortestHypothesis,
 )
 from icefall_fusion.fusion.hotwords import HotWordFusion
@@ -35,7 +36,8 @@ from icefall_fusion.search import PrefixSearchOptions, ctc_prefix_search
 from icefall_fusion.streaming import StreamOptions
 
 NAMES = ("none", "shortest", "interval", "at-end", "prompt", "late", "look-ahead", "ngram", "both",
-         "late look-ahead", "late, seldom ahead", "hotwords", "lodr", "words", "words, llm")
+         "nlm", "nlm, late llm", "late look-ahead", "late, seldom ahead", "hotwords", "lodr", "words",
+         "words, llm")
 CHUNK = ChunkOptions(4, 2)
 SEARCH = PrefixSearchOptions(beam=6)
 OPTIONS = StreamOptions(chunk=CHUNK)
@@ -71,6 +73,13 @@ def whole(acoustic, audio, fusions=(), search=SEARCH, chunk=CHUNK, names=None):
 
 
 @functools.cache
+def matched_lm() -> CausalLm:
+    """Return a language model over the acoustic pieces."""
+    with tempfile.TemporaryDirectory() as folder:
+        return CausalLm.from_pretrained(tiny.language_model(Path(folder, "nlm"), 12, pieces=True))
+
+
+@functools.cache
 def word_ngram() -> WordNgram:
     text = tiny.arpa_text("-2.0\t<unk>\n-99\t<s>\t-0.5\n-1.0\t</s>\n-0.5\tsea\t-0.25\n-1.5\ta\t-0.125",
                           "-0.3\t<s> a\n-0.2\ta sea")
@@ -90,6 +99,8 @@ def fusions_of(made, name):
         "prompt": [DelayedFusion(lm, 0.4, 0.5, prompt="the sea at dawn")],
         "late": [DelayedFusion(lm, 0.4, 0.5, late=3)],
         "look-ahead": [DelayedFusion(lm, 0.4, 0.5, look_ahead=LookAhead(ngram))],
+        "nlm": [ShallowFusion(matched_lm(), 0.3, 0.2)],
+        "nlm, late llm": [ShallowFusion(matched_lm(), 0.3), DelayedFusion(lm, 0.4, 0.5, late=3)],
         "late look-ahead": [DelayedFusion(lm, 0.4, 0.5, late=3, look_ahead=LookAhead(ngram))],
         "late, seldom ahead": [DelayedFusion(lm, 0.4, 0.5, FixedInterval(7), late=5,
                                              look_ahead=LookAhead(ngram, 0.5, 3))],

@@ -32,12 +32,7 @@ class TensorSearch:
     def __init__(self, inputs: SearchInput, plan: FramePlan, beam: Beam, options: PrefixSearchOptions,
                  fusions: FusionSet) -> None:
         self.fusions, self.blank, self.beam = fusions, inputs.blank, beam
-        self.log_probs, self.best, self.searched = plan.log_probs, plan.best, plan.searched
-        self.restarts = plan.restarts
-        done = self.searched.cumsum(1) - 1
-        due = self.searched & (done > 0) & (done % RESCALE_EVERY == 0)  # scores go back to around 0
-        self.rescale = {t: due[:, t] for t in due.any(0).nonzero().flatten().tolist()}
-        self.live = inputs.live
+        self.see(plan, inputs.live)
         batch, _, pieces = self.log_probs.shape
         device = self.log_probs.device
         self.limit = options.most_columns(pieces)
@@ -62,11 +57,22 @@ class TensorSearch:
         self.run()
         yield from ()
 
+    def see(self, plan: FramePlan, live: Tensor) -> None:
+        """Take in all frames, and which of them are within the utterances [B, T] bool."""
+        self.log_probs, self.best, self.searched = plan.log_probs, plan.best, plan.searched
+        self.restarts, self.live = plan.restarts, live
+        done = self.searched.cumsum(1) - 1
+        due = self.searched & (done > 0) & (done % RESCALE_EVERY == 0)  # scores go back to around 0
+        self.rescale = {t: due[:, t] for t in due.any(0).nonzero().flatten().tolist()}
+
     def run(self) -> None:
         """Search all frames; the fusions act after each."""
-        frames = self.log_probs.shape[1]
-        for start in range(0, frames, _BLOCK):
-            stop = min(start + _BLOCK, frames)
+        self.run_frames(0, self.log_probs.shape[1])
+
+    def run_frames(self, first: int, last: int) -> None:
+        """Do the same with the frames from ``first`` up to ``last``."""
+        for start in range(first, last, _BLOCK):
+            stop = min(start + _BLOCK, last)
             block = slice(start, stop)
             ready = prepare_frames(self.log_probs[:, block], self.best[:, block], self.searched[:, block],
                                    self.blank, self.out.pairs)
