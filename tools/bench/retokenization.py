@@ -75,7 +75,8 @@ def boundary_row(tokenizer: Any, rule: str, texts: Sequence[str], tokens: Option
         before: list[int] = []
         words = language.split(text) if tokens is None else tokens.words(tokens.encode(text))
         for ids, kept_back in _closings(closed, rule, text, words, tokens):
-            changed += ids[: len(before)] != before
+            both = min(len(ids), len(before))  # a segmenter may take words back that it had shown
+            changed += ids[:both] != before[:both]
             closings, held, before = closings + 1, held + kept_back, ids
         count += len(before)
     units = sum(len(language.split(text)) for text in texts)
