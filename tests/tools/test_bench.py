@@ -286,9 +286,9 @@ def test_host_time_is_that_of_events_without_the_device() -> None:
 
 
 @pytest.mark.parametrize("engine", ["native", "torch"])
-def test_host_time_of_a_search_is_counted(engine: str) -> None:
+def test_host_time_of_a_search_is_counted(engine: str, tmp_path) -> None:
     bench = runpy.run_path(str(BENCH / "host.py"))
-    lm = CausalLm.from_pretrained(BENCH.parents[1] / "egs/minibooks/ASR/pretrained/matched_llm")
+    lm = CausalLm.from_pretrained(tiny.language_model(tmp_path / "lm", 13, pieces=True))
     log_probs = torch.randn(2, 24, lm.pieces.size).log_softmax(-1)
     fusion = bench["DelayedFusion"](lm, 0.3, trigger=bench["FixedInterval"](8))
     clock = bench["Clock"]()
@@ -298,14 +298,14 @@ def test_host_time_of_a_search_is_counted(engine: str) -> None:
     assert 0 < clock.device < clock.events
 
 
-def test_a_shape_has_random_weights_and_the_folders_tokenizer(monkeypatch) -> None:
+def test_a_shape_has_random_weights_and_the_folders_tokenizer(monkeypatch, tmp_path) -> None:
     monkeypatch.syspath_prepend(str(BENCH))
     import shapes
 
-    tiny = {"kind": "Llama", "vocab_size": 9000, "hidden_size": 8, "intermediate_size": 8,
+    small = {"kind": "Llama", "vocab_size": 9000, "hidden_size": 8, "intermediate_size": 8,
             "num_hidden_layers": 1, "num_attention_heads": 2}
-    monkeypatch.setitem(shapes.SHAPES, "tiny", tiny)
-    folder = shapes.FOLDER / "matched_llm"
+    monkeypatch.setitem(shapes.SHAPES, "tiny", small)
+    folder = tiny.language_model(tmp_path / "lm", 13, pieces=True)
     usual = CausalLm.from_pretrained(folder)
     with shapes.of_shape("tiny"):
         lm = CausalLm.from_pretrained(str(folder), dtype=torch.bfloat16, device="cpu", device_map=None)

@@ -87,7 +87,7 @@ def _around(first: int, count: int) -> Iterator[int]:
 
 
 def _synthetic(args: argparse.Namespace, seconds: float) -> Emissions:
-    tokens = AcousticTokens.load(args.vocabulary or FOLDER / "matched_llm")
+    tokens = AcousticTokens.load(args.vocabulary or FOLDER / "ctc_aed")
     spoken = [v for v in range(tokens.size) if v not in (tokens.blank_id, tokens.sos_eos_id, tokens.unk_id)]
     made = synthetic_emissions(args.batch, round(seconds / _SHIFT), pieces=len(spoken))
     log_probs = torch.full((*made.log_probs.shape[:2], tokens.size), -30.0)

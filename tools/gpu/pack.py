@@ -40,7 +40,7 @@ LEFT_OUT = tuple(
     for name in (
         "ctc_aed/model.safetensors",
         "llm/adapter_model.safetensors",
-        "matched_llm/model.safetensors",
+        "matched_llm/adapter_model.safetensors",
         "nlm/model.safetensors",
         "ngram.arpa.gz",
     )
