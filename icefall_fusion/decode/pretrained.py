@@ -15,7 +15,7 @@ RECIPE = Path(__file__).resolve().parents[2] / "egs" / "minibooks" / "ASR"
 FOLDER = RECIPE / "pretrained"
 WEIGHTS = "weights.yaml"
 WORDS = "words.yaml"
-NGRAM = "ngram.arpa.gz"
+NGRAM, LODR = "ngram.arpa.gz", "lodr.arpa.gz"
 Options = TypeVar("Options", bound=RecognizerOptions)
 
 
@@ -28,7 +28,8 @@ def with_pretrained(
 
     Args:
         options: of a recognizer.
-        folder: has ``ctc_aed``, ``nlm``, ``llm``, ``matched_llm``, ``ngram.arpa.gz`` and ``weights.yaml``.
+        folder: has ``ctc_aed``, ``nlm``, ``llm``, ``matched_llm``, ``ngram.arpa.gz``, ``lodr.arpa.gz`` and
+            ``weights.yaml``.
         remedy: for the message, an alternative to training a model.
 
     Raises:
@@ -58,10 +59,11 @@ def with_shipped_lms(options: Options, folder: PathLike = FOLDER) -> Options:
     ngram, shipped = options.ngram, folder / NGRAM
     if not ngram.path and shipped.is_file():
         ngram = replace(ngram, path=str(shipped))
+    lodr = options.lodr or (str(folder / LODR) if (folder / LODR).is_file() else "")
     weights = options.weights
     if not weights and (folder / WEIGHTS).is_file():
         weights = str(folder / WEIGHTS)
-    return replace(options, weights=weights, ngram=ngram, **lms)
+    return replace(options, weights=weights, ngram=ngram, lodr=lodr, **lms)
 
 
 def _path(options: LmOptions, shipped: Path) -> str:
