@@ -38,8 +38,8 @@ import wheels  # noqa: E402
 NOT_ON_THE_DAY = {"bitsandbytes", "kaldifeat", "k2", "torchao", "kaldilm", "gguf", "kenlm", "onnx"}
 NOT_ON_THE_DAY |= {"jieba", "onnxruntime", "sounddevice", "starlette", "uvicorn", "websockets"}
 # benchmarks of word errors, of searches and servers there
-OF_THE_CPU = {"compat", "context", "hotwords", "learning_curve", "quality", "serve_load",
-              "transducer"}
+OF_THE_CPU = {"compat", "context", "dialogue", "hotwords", "learning_curve", "quality", "retokenization",
+              "serve_load", "transducer"}
 
 
 # --- steps --------------------------------------------------------------------------------------------
