@@ -36,7 +36,7 @@ import wheels  # noqa: E402
 
 #: What is imported only where it is there, or where it is asked for, and not by a step of the day.
 NOT_ON_THE_DAY = {"bitsandbytes", "kaldifeat", "k2", "torchao", "kaldilm", "gguf", "kenlm", "onnx"}
-NOT_ON_THE_DAY |= {"jieba", "onnxruntime", "sounddevice", "starlette", "uvicorn", "websockets"}
+NOT_ON_THE_DAY |= {"jieba", "onnxruntime", "sherpa_onnx", "sounddevice", "starlette", "uvicorn", "websockets"}
 # benchmarks of word errors, of searches and servers there
 OF_THE_CPU = {"compat", "context", "dialogue", "hotwords", "learning_curve", "quality", "retokenization",
               "serve_load", "transducer"}
