@@ -63,7 +63,9 @@ def rnnt_loss_sum(
         nothing = sum((p.sum() * 0.0 for p in head.parameters()), encoder_out.sum() * 0.0)
         return RnntLoss(nothing, nothing if band > 0 else None, len(lens))
     device = encoder_out.device
-    half = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+    one = encoder_out.new_zeros(1, 1, dtype=torch.float32)
+    kind = (one @ one).dtype  # what autocast makes of products, in all versions of PyTorch
+    half = None if kind == torch.float32 else kind
     kept, sizes = [lens[row] for row in rows], [len(targets[row]) for row in rows]
     most = max(sizes)
     padded = [list(targets[row]) + [0] * (most - size) for row, size in zip(rows, sizes)]
