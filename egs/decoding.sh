@@ -71,7 +71,7 @@ decode_recipe() {
 
 # Sets $models and $scores (second passes but that of the attention decoder) from the models that are there.
 name_models() { # --pretrained-dir: with --emissions only then its LMs over acoustic pieces are taken
-  local i name path own=yes
+  local i name path option own=yes
   if [ -n "$emissions" ] && [ -z "$1" ]; then own=no; fi
   emissions=${emissions:-$pretrained_dir/ctc_aed}
   if [ -z "$llm" ] && [ -d "$pretrained_dir/llm" ]; then llm=$pretrained_dir/llm; fi
@@ -92,13 +92,14 @@ name_models() { # --pretrained-dir: with --emissions only then its LMs over acou
     models+=(--matched_llm.path "$matched_llm")
     scores+=+matched-nbest-rescoring
   fi
-  for name in nlm ngram; do
-    path=$pretrained_dir/nlm
-    if [ "$name" = ngram ]; then path=$pretrained_dir/ngram.arpa.gz; fi
+  for name in nlm ngram lodr; do
+    path=$pretrained_dir/nlm option=--$name.path
+    if [ "$name" != nlm ]; then path=$pretrained_dir/$name.arpa.gz; fi
+    if [ "$name" = lodr ]; then option=--lodr; fi
     if [ "$own" = no ]; then
       log "methods with $name are left out: with --emissions, --pretrained-dir must name LMs over its pieces"
     elif [ -e "$path" ]; then
-      models+=("--$name.path" "$path")
+      models+=("$option" "$path")
       scores+=+$name-nbest-rescoring
     else
       log "methods with $name are left out: there is no $path (train.sh makes it)"
@@ -160,19 +161,21 @@ confirm_in() { # folder, options of decode: sets $confirmation, options of tune 
 }
 
 set_aside_reweighted() { # file of weights: sets those lists in exp/decode aside whose methods are tuned anew
-  local path
+  local path found
   if [ ! -d "$exp_dir/decode" ]; then return; fi
-  while IFS= read -r path; do set_aside "$path"; done < <("$python" -c '
+  found=$("$python" -c '
 import json, sys
 from pathlib import Path
-from icefall_fusion.decode.method_names import is_tuned, weights_of
-from icefall_fusion.decode.weights import read_weights
+from icefall_fusion.decode.weights import is_tuned, read_weights, weights_of
 tuned = read_weights(sys.argv[1])
 for path in sorted(Path(sys.argv[2]).glob("nbest-*.jsonl")):
     with path.open(encoding="utf-8") as file:
         options = json.loads(file.readline() or "{}").get("options")
     if options and is_tuned(options["method"], tuned) and options["weights"] != weights_of(options["method"], tuned):
-        print(path)' "$1" "$exp_dir/decode")
+        print(path)' "$1" "$exp_dir/decode") || exit
+  while IFS= read -r path; do
+    if [ -n "$path" ]; then set_aside "$path"; fi
+  done <<<"$found"
 }
 
 decode_stages() {

@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import io
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -171,6 +172,7 @@ def everything(folder: Path) -> dict[str, str]:
         "llm": language_model(folder / "llm", 12, pieces=False),
         "matched_llm": language_model(folder / "matched_llm", 13, pieces=True),
         "ngram": ngram(folder),
+        "lodr": shutil.copy(folder / "ngram.arpa.gz", folder / "lodr.arpa.gz"),
         "cuts": manifest(folder / "audio"),
     }
     return {name: str(path) for name, path in made.items()}

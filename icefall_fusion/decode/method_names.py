@@ -32,10 +32,12 @@ METHODS = (
     "nlm-shallow+llm-delayed-shortest",
     "nlm-shallow+llm-delayed-interval-16",
     "ngram-shallow",
+    "ngram-shallow+lodr-shallow",
     "llm-delayed-shortest-ahead",
     "llm-delayed-interval-16-ahead",
     "llm-delayed-interval-64-ahead",
     "ngram-shallow+llm-delayed-shortest",
+    "ngram-shallow+lodr-shallow+llm-delayed-shortest",
 )
 #: The comparison of transducers, in the order of the table.
 RNNT_METHODS = (

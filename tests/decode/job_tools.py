@@ -14,7 +14,7 @@ def arguments(made: dict[str, str], out: Path, *more: str) -> list[str]:
     models = ["--emissions.model", made["model"]]
     for name in ("nlm", "llm", "matched_llm"):
         models += [f"--{name}.path", made[name]]
-    models += ["--ngram.path", made["ngram"]]
+    models += ["--ngram.path", made["ngram"], "--lodr", made["lodr"]]
     return ["decode", *models, "--test_sets.noise", made["cuts"], "--search.beam=4", "--out", str(out), *more]
 
 

@@ -43,7 +43,7 @@ def test_every_method_leaves_its_files_and_a_row(whole) -> None:
         assert math.isfinite(row["wer"]) and row["search_seconds"] > 0 and row["peak_memory_bytes"] > 0
         for kind in ("recogs", "errs", "wer-summary"):
             assert (whole / f"{kind}-noise-{row['method']}.txt").exists()
-        needs_lm = bool(set(parse_method(row["method"]).sources) - {"attention", "ngram"})
+        needs_lm = bool(set(parse_method(row["method"]).sources) - {"attention", "ngram", "lodr"})
         assert (row["lm_forwards"] > 0) == needs_lm and (row["lm_tokens_scored"] > 0) == needs_lm
     record = json.loads((whole / "run.json").read_text())
     assert record["status"] == "done" and record["skipped"] == [] and "torch" in record["versions"]

@@ -18,7 +18,7 @@ from icefall_fusion.decode.weights import weights_of
 
 
 def test_names_of_methods() -> None:
-    assert parse_methods("all") == list(METHODS) and len(METHODS) == 17
+    assert parse_methods("all") == list(METHODS) and len(METHODS) == 19
     assert parse_method("ctc-prefix").sources == [] and parse_method("ctc-greedy").search == "greedy"
     assert parse_method("llm-delayed-interval-7").fusions[0].trigger.frames == 7
     assert parse_method("nlm-shallow+llm-delayed-every-frame").sources == ["nlm", "llm"]
@@ -49,7 +49,7 @@ def test_names_of_methods() -> None:
 
 
 def test_all_is_what_the_models_allow(caplog) -> None:
-    assert choose_methods("all", {"attention", "nlm", "llm", "matched_llm", "ngram"}) == list(METHODS)
+    assert choose_methods("all", {"attention", "nlm", "llm", "matched_llm", "ngram", "lodr"}) == list(METHODS)
     chosen = choose_methods("all", {"llm"})
     assert "llm-delayed-shortest" in chosen and "ctc-greedy" in chosen and len(chosen) == 7
     assert "llm-delayed-shortest-ahead is skipped: there is no ngram" in caplog.text

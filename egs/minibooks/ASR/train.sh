@@ -9,7 +9,8 @@
 #
 # Stages: 0 acoustic model (CTC-AED), 1 NLM, 2 LLM (a LoRA adapter of SmolLM2, from the package that setup_env.sh
 # installs), 3 matched LLM (the same base on the acoustic pieces), 4 n-gram, 5 export all to --pretrained-dir
-# (default: pretrained/ in --exp-dir, where decode.sh looks first; the published models stay as they are).
+# (default: pretrained/ in --exp-dir, where decode.sh looks first; the published models stay as they are), 6 the
+# acoustic model's own language model, which lodr-shallow subtracts.
 # Every stage can be killed and run again: it goes on from its newest checkpoint. A finished stage leaves a
 # .done mark, which lists its options, and is skipped. With other data or another --acoustic it runs again
 # from the beginning, and the old models are kept as NAME.1; with other options after "--" it goes on from its
@@ -21,7 +22,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 . "$here/../../stages.sh"
 . "$here/../../models.sh"
 corpus=minibooks
-stop_stage=5
+stop_stage=6
 options=()
 base=
 while [ $# -gt 0 ] && [ "$1" != -- ]; do
@@ -60,5 +61,9 @@ fi
 if wanted 5 export; then
   export_models nlm llm matched_llm
   finish export
+fi
+if wanted 6 internal-lm; then
+  estimate_internal_lm 2000
+  finish internal-lm
 fi
 log "finished"
