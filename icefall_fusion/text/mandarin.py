@@ -31,12 +31,19 @@ _CLOCK = re.compile(r"(?<![0-9:])([01]?[0-9]|2[0-4]):([0-5][0-9])(?::([0-5][0-9]
 _RATIO = re.compile(r"(?<=[0-9]):(?=[0-9])")
 _FRACTION = re.compile(r"(?:(?<![0-9./])([0-9]+)\s)?(?<![0-9/⁄])([0-9]+)[/⁄]([0-9]+)(?![0-9/⁄])")
 _COUNTERS = (
-    "(?:(?!年[级級]|次方|元[一二]?次|元论)[个個位只条张本件次种天年岁点块家座杯瓶辆元名米周头匹双遍句步]"
+    "(?:(?!年[级級]|次方|元[一二]?次|元论|元[素组音件旦]|元(?:方程|函数|关系|运算|分类)|周期(?!间)|周[边围末]"
+    "|名[词字]|名单(?![身亲])|名称(?!职)|米[饭粉粒色]|头[部发像条盔衔]|匹配|双[方向边语]|遍[布历及]|句[型法式子]"
+    "|步[骤兵枪伐行])["
+    "个個位只条张本件次种天年岁点块家座杯瓶辆元名米周头匹双遍句步]"
     "|小时|分钟|公里|公斤|美元|欧元|英镑|星期)"
 )
 _COUNTER = re.compile(rf"\s?{_COUNTERS}")
 _NUMBER = re.compile(rf"((?<![0-9a-z])-)?([0-9]+)(\.[0-9]+)?(\s?[%‰])?(?:\s?({_COUNTERS}))?")
 _TELEPHONE = re.compile("1[3-9][0-9]{9}")
+_AMOUNT = re.compile(  # what stands behind a count
+    r"\s?(?:[万萬亿億多余户戶吨噸股亩畝棵艘]|人(?![工员員名在接])|台(?![湾灣北中南])|[日韩港]元|港币|人民币|卢布|法郎"
+    "|平方|立方|千[克瓦]|字节|比特|赫兹|摄氏度)"
+)
 _PARTS = {"%": "百分之", "‰": "千分之"}
 _MONEY_BEFORE = re.compile(r"(?<![0-9万亿])([¥$€£])\s?([0-9]+(?:\.[0-9]+)?)([万亿]*)")
 _MONEY_AFTER = re.compile(r"(?<=[0-9万亿])\s?([¥$€£])")
@@ -54,6 +61,7 @@ def normalize(text: str) -> str:
     if "○" in text:
         text = _ZEROS.sub(lambda match: "零" * len(match.group()), text)
     if _HAS_DIGIT.search(text):
+        grouped = {match.replace(",", "") for match in _GROUPED.findall(text)}
         text = _GROUPED.sub(lambda match: match.group().replace(",", ""), text)
         text = text.replace("°c", "摄氏度").replace("°", "度")
         text = _MONEY_BEFORE.sub(lambda match: f"{match[2]}{match[3]}{_CURRENCIES[match[1]]}", text)
@@ -62,7 +70,7 @@ def normalize(text: str) -> str:
         text = _RANGE.sub(_read_range, _YEAR.sub(_read_year, _TO.sub("到", text)))
         text = _RATIO.sub("比", _CLOCK.sub(_read_clock, text))
         text = _FRACTION.sub(_read_fraction, text)
-        text = _NUMBER.sub(_read_number, text)
+        text = _NUMBER.sub(lambda match: _read_number(match, match[2] in grouped), text)
     return any_script.normalize(text.replace("〇", "零"))
 
 
@@ -142,10 +150,12 @@ def _read_clock(match: "re.Match[str]") -> str:
     return words + (f"{'零' if second < 10 else ''}{number_words(second)}秒" if second else "")
 
 
-def _read_number(match: "re.Match[str]") -> str:
+def _read_number(match: "re.Match[str]", grouped: bool) -> str:
+    """Return a number in words; one of a mobile telephone by digits, unless it was printed in groups."""
     minus, digits, decimals, part, counter = match.groups()
     words = _whole(digits)
-    if _TELEPHONE.fullmatch(digits) and not (minus or decimals or part or counter):
+    counts = grouped or minus or decimals or part or counter or _AMOUNT.match(match.string, match.end())
+    if _TELEPHONE.fullmatch(digits) and not counts:
         return digit_by_digit(digits)
     if decimals:
         words += "点" + digit_by_digit(decimals[1:])
