@@ -116,8 +116,10 @@ def test_parts_of_books_and_their_errors(language, tmp_path: Path, monkeypatch) 
 
 def test_single_quotes_and_books_without_marks(tmp_path: Path, monkeypatch) -> None:
     lines = {"one": "'Yes,' said he, 'it's the boys' boat.' The sea was calm.",
-             "two": "The sea was calm. He left."}
-    cut = {"one": ("it's the boys' boat.", "The sea was calm."), "two": ("The sea was calm.",)}
+             "two": "The sea was calm. He left.",
+             "curly": "“He cried, ‘Stop,’ and ran.” ‘Twas calm on the sea.\n\n“So it was.”"}
+    cut = {"one": ("it's the boys' boat.", "The sea was calm."), "two": ("The sea was calm.",),
+           "curly": ("and ran.", "‘Twas calm on the sea.", "So it was.")}
     rows = []
     for book, line in lines.items():
         (tmp_path / f"{book}.txt").write_text(line, encoding="utf-8")
@@ -128,4 +130,5 @@ def test_single_quotes_and_books_without_marks(tmp_path: Path, monkeypatch) -> N
     run_bench("dialogue.py", monkeypatch, "--books", tmp_path, "--utterances", source, "--write",
               tmp_path / "parts.json", tmp_path / "out.json")
     assert json.loads((tmp_path / "parts.json").read_text()) == {
-        "one0": "dialogue", "one1": "narration", "two0": "unmarked"}
+        "one0": "dialogue", "one1": "narration", "two0": "unmarked",
+        "curly0": "dialogue", "curly1": "narration", "curly2": "dialogue"}

@@ -82,7 +82,7 @@ def parts_of_book(text: str, utterances: Iterable[Mapping[str, Any]]) -> dict[st
         text: of the book.
         utterances: with ``id`` and ``cased``, in the order of the book.
     """
-    single = len(_SINGLE_CLOSING.findall(text)) > text.count('"') / 2
+    single = len(_SINGLE_CLOSING.findall(text)) > text.count('"') / 2 + text.count("“")
     letters, mask = [], []
     for paragraph in paragraphs(text):
         for letter, spoken in zip(paragraph, speech_mask(paragraph, single)):
