@@ -109,6 +109,10 @@ class DelayedFusion(LmFusion):
         self._tokenizer.check_acoustic(tokens)
         prompts = prompt_tokens(self.lm, self.prompt, ids)
         prompted = [bool(prompt) for prompt in prompts]
+        if self.look_ahead is not None and self.weight > 0:
+            self.look_ahead.ngram.check_size(tokens.size)
+        self._scored = np.zeros(0, np.bool_)  # tree nodes at which a text was scored
+        self._events, self._words_asked = 0, np.zeros(2, np.int64)  # words known before, and others
         self._open(beam, index, ids, prompts, aside=self.late > 0 or self._in_turns)
         self._texts = self._tree, beam.arena, tokens, self._tokenizer, prompted, ids
         self._flying: Optional[LateScores] = None
@@ -123,12 +127,9 @@ class DelayedFusion(LmFusion):
         self._ahead: Optional[LookAheadRun] = None
         self._look: Optional[AheadTerms] = None
         if self.look_ahead is not None and self.weight > 0:
-            self.look_ahead.ngram.check_size(tokens.size)
             weight = self.weight * self.look_ahead.scale
             self._look = AheadTerms(self.look_ahead.ngram, weight, self.word_bonus, self.look_ahead.every)
-        self._events, self._cleaned_at = 0, len(self._tree.tree)
-        self._scored = np.zeros(0, np.bool_)  # tree nodes at which a text was scored
-        self._words_asked = np.zeros(2, np.int64)  # words known before, and others
+        self._cleaned_at = len(self._tree.tree)
 
     def stop_rule(self) -> Optional[StopRule]:
         """Return when to call `fuse_now`; None: the fusion must be asked after every frame."""
@@ -156,7 +157,7 @@ class DelayedFusion(LmFusion):
                 if bool(lands.any()):
                     yield
                     landed = self._land(beam, lands)
-                    beam.landed = landed if self._look is not None else None
+                    beam.landed = None if self._look is None or landed[0] is None else landed
             yield from self._fuse_in_steps(beam, fires, 0)
 
     def _scores_in_steps(self) -> bool:

@@ -132,9 +132,15 @@ class VocabularyFusion(HotWordFusion):
 
 
 def join_oov(nbests: Iterable[NBest], source: str = "wordngram", oov: str = "oov") -> list[NBest]:
-    """Return lists in which the score of unknown words, of the same weight, is part of the n-gram's."""
+    """Return lists in which the score of unknown words is part of the n-gram's.
+
+    A list stays as it is where the two have different weights, as in a stream whose n-gram has failed.
+    """
     joined = []
     for nbest in nbests:
+        if nbest.weights[source] != nbest.weights[oov]:
+            joined.append(nbest)
+            continue
         hypotheses = []
         for found in nbest:
             scores = dict(found.scores)

@@ -145,6 +145,8 @@ class TreeLanes:
             for (scorer, nodes), new, known in zip(parts, todo, had):
                 scorer.take_back(np.setdiff1d(new, nodes[known]))
             raise
+        for (scorer, _), new in zip(parts, todo):
+            scorer.count(new)
 
     def _forwarded(self, parts: Sequence[tuple[LaneScorer, ndarray]],
                    todo: Sequence[ndarray]) -> Iterator[_Part]:
@@ -172,22 +174,26 @@ class LaneScorer(TreeScorer):
 
     def __init__(self, lanes: TreeLanes, lane: int, start: Sequence[int]) -> None:
         super().__init__(lanes.lm, [start], lanes.options)
-        self._lanes, self.lane, self._cache = lanes, lane, lanes.cache
+        self._lanes, self.lane, self._cache, self._closed = lanes, lane, lanes.cache, False
 
     def close(self) -> None:
-        """Free the lane; the tree cannot be asked any more."""
-        self._lanes.give_back(self)
+        """Free the lane, once; the tree cannot be asked any more."""
+        if not self._closed:
+            self._closed = True
+            self._lanes.give_back(self)
 
     def move_root(self, node: int) -> None:
         """Let a node below the root be the root: `roots` and `keep` go no further up. Scores stay."""
         self._nodes([node])
         self.tree.roots[0] = node
 
-    def make_ready(self, nodes: ndarray) -> ndarray:
-        """See `TreeScorer.make_ready`; counted for all trees too."""
-        todo = super().make_ready(nodes)
-        self._lanes.counters.lm_tokens_forwarded += len(todo)
-        return todo
+    def _count(self, forwarded: ndarray) -> None:
+        """Count nothing yet: the forward may fail."""
+
+    def count(self, forwarded: ndarray) -> None:
+        """Count nodes whose forward has succeeded, for all trees too."""
+        super()._count(forwarded)
+        self._lanes.counters.lm_tokens_forwarded += len(forwarded)
 
     def take_back(self, nodes: ndarray) -> None:
         """Free the slots of nodes whose forward has failed: asked for again, they are forwarded again."""

@@ -251,10 +251,13 @@ class TreeScorer:
             rule = f"have at most {self.model.max_tokens} tokens (the model's positions), prompt included"
             check(longest <= self.model.max_tokens, "the text", rule, longest)
         tree.assign_slots(todo)
-        self.counters.lm_tokens_forwarded += len(todo)
-        self.counters.lm_tokens_recomputed += int(tree.was_forwarded[todo].sum())
-        tree.was_forwarded[todo] = True
+        self._count(todo)
         return todo
+
+    def _count(self, forwarded: ndarray) -> None:
+        self.counters.lm_tokens_forwarded += len(forwarded)
+        self.counters.lm_tokens_recomputed += int(self.tree.was_forwarded[forwarded].sum())
+        self.tree.was_forwarded[forwarded] = True
 
     def _keep_distributions(self, nodes: ndarray, log_probs: Tensor) -> None:
         rows = self._store.take(len(nodes))

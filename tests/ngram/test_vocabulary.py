@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from icefall_fusion.fusion.word_ngram import VocabularyFusion, word_automaton
+from icefall_fusion.fusion.word_ngram import VocabularyFusion, join_oov, word_automaton
+from icefall_fusion.nbest import Hypothesis, NBest
 from icefall_fusion.ngram.phrases import PhraseTensors
 from icefall_fusion.ngram.vocabulary import FORBIDDEN, WordAutomaton
 from icefall_fusion.search import PrefixSearchOptions, ctc_prefix_search
@@ -147,3 +148,14 @@ def test_bad_lists_and_scores(words, oov, message) -> None:
 def test_a_word_without_letters_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one letter"):
         WordAutomaton([[1], []], [None, [1]], [False, False], -1.0)
+
+
+def test_scores_of_unlike_weights_are_not_joined() -> None:
+    """An n-gram that has failed in a stream has the weight 0, its list of words has not."""
+    scores = {"ctc": -2.0, "wordngram": -3.0, "oov": -1.5, "words": 1.0}
+    for weight, sources in ((0.3, scores.keys() - {"oov"}), (0.0, scores.keys())):
+        weights = {"ctc": 1.0, "wordngram": weight, "oov": 0.3, "words": 0.2}
+        total = sum(weights[source] * value for source, value in scores.items())
+        [nbest] = join_oov([NBest("talk", [Hypothesis([], "sea", {**scores, "total": total})], weights)])
+        assert nbest.weights.keys() == sources == nbest[0].scores.keys() - {"total"}
+        assert nbest.reweight(nbest.weights)[0].total == pytest.approx(total)

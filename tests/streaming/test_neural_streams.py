@@ -15,9 +15,13 @@ from stream_tools import (
     layer_of,
     matched_lm,
     noise,
+    same,
     whole,
 )
+from torch import Tensor
 
+from icefall_fusion.nbest import NBest
+from icefall_fusion.search.engines.extension_scores import ExtensionScores
 from icefall_fusion.streaming import EndpointOptions, StreamingDecoder
 
 
@@ -70,3 +74,31 @@ def test_a_model_that_fails_is_taken_out_of_all_hypotheses(made, first) -> None:
     if first == 0:
         wanted = whole(made[0], [audio], names=["talk"])[0]
         assert found[0].tokens == wanted[0].tokens
+
+
+@pytest.mark.parametrize("first", range(1, 12))
+def test_a_model_that_fails_in_a_frame_has_no_score_in_it(made, first, monkeypatch) -> None:
+    """The result is that of a search whose model was taken out just before the frame."""
+    frames: list = []
+    plain = ExtensionScores.rank
+
+    def decode(taken_out) -> NBest:
+        frames.clear()
+
+        def rank(self, *args) -> Tensor:
+            [fusion] = self.fusions.shallow
+            if len(frames) == taken_out:
+                fusion._fail(self.beam, RuntimeError("taken out"))
+            frames.append(fusion.failed)
+            found = plain(self, *args)
+            frames[-1] = frames[-1], fusion.failed
+            return found
+
+        monkeypatch.setattr(ExtensionScores, "rank", rank)
+        decoder = StreamingDecoder(made[0], fusions_of(made, "nlm"), replace(SEARCH, beam=3), OPTIONS)
+        return decode_in_packets(decoder, noise(6, 40_007), [3000])
+
+    with failing(layer_of(matched_lm()), range(first, 10_000)):
+        found = decode(None)
+    [frame] = [number for number, failed in enumerate(frames) if failed == (False, True)]
+    same(found, decode(frame))

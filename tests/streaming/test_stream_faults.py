@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from stream_tools import (
     OPTIONS,
@@ -22,14 +23,17 @@ from stream_tools import (
     whole,
 )
 
-from icefall_fusion.fusion import DelayedFusion, FixedInterval
+from icefall_fusion.fusion import DelayedFusion, FixedInterval, LookAhead
+from icefall_fusion.lm.tree_lanes import TreeLanes
 from icefall_fusion.lm.tree_memory import TreeCache, TreeLayer
+from icefall_fusion.ngram.piece_ngram import PieceNgram
 from icefall_fusion.streaming import EndpointOptions, StreamingDecoder
 
 FORGETFUL = replace(OPTIONS, window=0.6, context_words=4)
+AHEAD = "look-ahead", "late look-ahead", "late, seldom ahead"
 
 
-@pytest.mark.parametrize("name", ["shortest", "late", "look-ahead", "interval", "at-end", "hotwords"])
+@pytest.mark.parametrize("name", ["shortest", "late", *AHEAD, "interval", "at-end", "hotwords"])
 def test_a_dead_llm_is_no_llm(made, name) -> None:
     audio = noise(1, 41_003)
     fusions = [f for f in fusions_of(made, name) if not isinstance(f, DelayedFusion)]
@@ -37,7 +41,7 @@ def test_a_dead_llm_is_no_llm(made, name) -> None:
     decoder = StreamingDecoder(made[0], fusions_of(made, name), SEARCH, OPTIONS)
     with failing(layer_of(made[1]), range(10_000)):
         found = decode_in_packets(decoder, audio, [3000])
-    if name != "look-ahead":  # which stays as a guide
+    if name not in AHEAD:  # which stays as a guide
         assert [h.tokens for h in found] == [h.tokens for h in wanted]
         for one, other in zip(found, wanted):
             assert one.scores["llm"] == 0 and one.total == pytest.approx(other.total, abs=1e-3)
@@ -51,7 +55,7 @@ def check_totals(nbest) -> None:
         assert one.total == pytest.approx(total, abs=1e-3)
 
 
-@pytest.mark.parametrize("name", ["shortest", "late", "look-ahead", "both", "hotwords"])
+@pytest.mark.parametrize("name", ["shortest", "late", *AHEAD, "both", "hotwords"])
 @pytest.mark.parametrize("first", [1, 5, 9])
 @pytest.mark.parametrize("options", [OPTIONS, FORGETFUL], ids=["", "forgetful"])
 def test_an_llm_that_fails_midway_is_taken_out_of_all_hypotheses(made, name, first, options) -> None:
@@ -178,6 +182,40 @@ def test_a_stream_that_cannot_begin_takes_no_lane(made) -> None:
         with pytest.raises(ValueError, match="have one stop rule together in a stream"):
             decoder.open()
     assert not decoder.streams
+
+
+def test_a_look_ahead_of_another_size_takes_no_lane(made, tmp_path) -> None:
+    letters = ["<blk>", "▁a", "b"]
+    path = tmp_path / "letters.arpa"
+    path.write_text(tiny.arpa_text("\n".join(f"-1.0\t{piece}" for piece in ["<s>", "</s>", *letters])))
+    look = LookAhead(PieceNgram.load(path, letters))
+    decoder = StreamingDecoder(made[0], [DelayedFusion(made[1], 0.4, look_ahead=look)], SEARCH,
+                               replace(OPTIONS, streams=2))
+    for _ in range(4):
+        with pytest.raises(ValueError, match="be over .* acoustic pieces, but is '?3"):
+            decoder.open()
+
+
+def test_a_lane_is_given_back_once(made) -> None:
+    lanes = TreeLanes(made[1], 2)
+    tree = lanes.open_tree(1)
+    tree.close()
+    tree.close()
+    assert [lanes.open_tree(1).lane for _ in "12"] == [0, 1]
+
+
+def test_tokens_are_counted_once_if_the_call_of_all_fails(made) -> None:
+    counts = []
+    for calls in ((), (0,)):
+        lanes = TreeLanes(made[1], 2)
+        trees = [lanes.open_tree(1) for _ in "12"]
+        with failing(layer_of(made[1]), calls):
+            nodes = [tree.insert(tree.root(0), made[1].encode("the sea at dawn")) for tree in trees]
+            for wait in [tree.launch(torch.tensor([node])) for tree, node in zip(trees, nodes)]:
+                wait()
+        own = [(tree.stats()["lm_tokens_forwarded"], tree.stats()["lm_tokens_recomputed"]) for tree in trees]
+        counts.append((lanes.counters.lm_tokens_forwarded, own))
+    assert counts[0][0] > 0 and counts[1] == counts[0]
 
 
 def test_bad_names_and_contexts_are_named(made) -> None:

@@ -58,13 +58,17 @@ class ExtensionScores:
         self._raw = []
         anyone = bool(active.any())  # waits for the device
         for fusion in self.fusions.shallow:
-            raw, expected = torch.zeros_like(out.new_total), (*beam.last.shape, piece.shape[1])
-            if anyone:
-                scores = fusion.extension_scores(beam, piece, active)
-                check(scores.shape == expected, f"extension_scores of {fusion.source!r}",
-                      f"have shape {expected}", tuple(scores.shape))
-                raw = scores.to(extra.dtype).flatten(1).index_select(1, at)
-            self._raw.append(raw)
+            if not anyone:
+                self._raw.append(torch.zeros_like(out.new_total))
+                continue
+            expected = (*beam.last.shape, piece.shape[1])
+            scores = fusion.extension_scores(beam, piece, active)
+            check(scores.shape == expected, f"extension_scores of {fusion.source!r}",
+                  f"have shape {expected}", tuple(scores.shape))
+            self._raw.append(scores.to(extra.dtype).flatten(1).index_select(1, at))
+        if anyone:  # a fusion whose model fails takes its scores out of all hypotheses
+            extra = beam.fused.index_select(1, slot)
+        for fusion, raw in zip(self.fusions.shallow, self._raw):
             if fusion.weight != 0:
                 extra = extra + fusion.weight * raw
             if fusion.word_bonus != 0:
