@@ -111,9 +111,9 @@ train_ngram() { # name of a stream of pieces, folder of the pieces: the n-gram g
 
 estimate_internal_lm() { # utterances: the bigram of what the exported model says of them goes to $pretrained_dir
   job internal-lm --emissions.model "$pretrained_dir/ctc_aed" --limit "$1" --out "$exp_dir/internal-lm" \
-    --cuts "$data_dir/fbank/${corpus}_cuts_train.jsonl.gz"
-  cp "$exp_dir/internal-lm/lodr.arpa.gz" "$pretrained_dir/.new"
-  mv "$pretrained_dir/.new" "$pretrained_dir/lodr.arpa.gz"
+    --cuts "$data_dir/fbank/${corpus}_cuts_train.jsonl.gz" &&
+    cp "$exp_dir/internal-lm/lodr.arpa.gz" "$pretrained_dir/.new" &&
+    mv "$pretrained_dir/.new" "$pretrained_dir/lodr.arpa.gz"
 }
 
 export_models() { # names of language models: they and the averaged acoustic model go to $pretrained_dir

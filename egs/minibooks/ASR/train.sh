@@ -63,7 +63,10 @@ if wanted 5 export; then
   finish export
 fi
 if wanted 6 internal-lm; then
-  estimate_internal_lm 2000
-  finish internal-lm
+  if estimate_internal_lm 2000; then
+    finish internal-lm
+  else
+    log "methods with lodr will be left out (above is why: a model of few steps hears no text)"
+  fi
 fi
 log "finished"
