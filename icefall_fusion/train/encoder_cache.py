@@ -11,7 +11,7 @@ import hashlib
 import json
 import secrets
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Iterator, Optional, Sequence, Union
+from typing import TYPE_CHECKING, Any, Iterator, Mapping, Optional, Sequence, Union
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from icefall_fusion.common.processes import gather_over_processes, to_device
 from icefall_fusion.data.cut_lines import CutLine
 from icefall_fusion.data.datamodule import EvalBatches
 from icefall_fusion.data.loading import Batch, Encode, cut_text
+from icefall_fusion.train.checkpoints import load_checkpoint, newest_checkpoint
 
 if TYPE_CHECKING:
     from icefall_fusion.train.acoustic_model import TrainOptions
@@ -113,8 +114,8 @@ class EncoderCache:
 class KeptFrames(Dataset):
     """What `loading.Loading` is, for kept frames: batches of [B,T,D] in place of features, ``encoded``."""
 
-    def __init__(self, cache: EncoderCache, encode: Optional[Encode]) -> None:
-        self._cache, self._encode = cache, encode
+    def __init__(self, cache: EncoderCache, encode: Optional[Encode], errors: Mapping[str, str]) -> None:
+        self._cache, self._encode, self._errors = cache, encode, errors  # by id: why there are no frames
 
     def __getitem__(self, item: tuple[int, list[Union[CutLine, MonoCut]]]) -> Batch:
         frames, kept, skipped = [], [], []
@@ -123,7 +124,7 @@ class KeptFrames(Dataset):
             try:
                 frames.append(self._cache.read(cut.id))
             except (OSError, ValueError) as error:
-                skipped.append({"id": cut.id, "error": str(error)})
+                skipped.append({"id": cut.id, "error": self._errors.get(cut.id, str(error))})
                 continue
             kept.append(cut)
         texts, counts = [cut_text(cut) for cut in kept], [len(one) for one in frames]
@@ -141,11 +142,18 @@ def keep_frames(options: TrainOptions, manifest: Path, encode: Optional[Encode],
     """Encode what is not kept yet of a manifest by the encoder of ``options.init``; each process a share.
 
     Raises:
-        ValueError: the folder holds frames of another encoder or manifest.
+        ValueError: the folder holds frames of another encoder or manifest, or the training that goes on has
+            another encoder.
     """
     model = load(options.init, str(device))
+    newest, digest = newest_checkpoint(options.exp), _digest(model.encoder.state_dict())
+    if newest is not None:
+        state, start = load_checkpoint(newest)["model"], "encoder."
+        kept = {name[len(start):]: value for name, value in state.items() if name.startswith(start)}
+        rule = f"have the encoder of {newest}, from which training goes on with TrainOptions.encoder_cache"
+        check(_digest(kept) == digest, "TrainOptions.init", rule, options.init)
     cache = EncoderCache(options.encoder_cache, model.options.encoder.size)
-    about = {"encoder": _digest(model), "manifest": fingerprint(manifest)}
+    about = {"encoder": digest, "manifest": fingerprint(manifest)}
     path = cache.folder / "encoder.json"
     known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else about
     rule = f"be empty or of the encoder of {options.init} and of {manifest}"
@@ -166,8 +174,9 @@ def keep_frames(options: TrainOptions, manifest: Path, encode: Optional[Encode],
             ids, frames = [], []
     if ids:  # the last batches could not be read
         cache.add(ids, frames)
-    gather_over_processes(None)
-    return KeptFrames(EncoderCache(options.encoder_cache, cache.size), encode)
+    shares = gather_over_processes(batches.skipped)  # all have written their frames too
+    errors = {entry["id"]: entry["error"] for share in shares for entry in share}
+    return KeptFrames(EncoderCache(options.encoder_cache, cache.size), encode, errors)
 
 
 @torch.inference_mode()
@@ -178,9 +187,9 @@ def _encoded(model: CtcAed, batch: Batch, device: torch.device, half: bool) -> l
     return [one[:count].float().cpu() for one, count in zip(frames, lens.tolist())]
 
 
-def _digest(model: CtcAed) -> str:
+def _digest(encoder: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha1()
-    for name, value in sorted(model.encoder.state_dict().items()):
+    for name, value in sorted(encoder.items()):
         digest.update(name.encode())
         digest.update(value.float().cpu().numpy().tobytes())
     return digest.hexdigest()

@@ -4,7 +4,9 @@ Knows: the job. Must not know: search, fusion.
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -164,6 +166,21 @@ def test_what_does_not_go_with_kept_frames_is_refused(data_dir, trained, tmp_pat
     other = dataclasses.replace(good, init=str(tmp_path / "second" / "export"), exp=str(tmp_path / "other"))
     with pytest.raises(ValueError, match="encoder_cache .* must be empty or of the encoder of"):
         run(other)
+    resumed = dataclasses.replace(other, exp=good.exp, encoder_cache=str(tmp_path / "empty"))
+    with pytest.raises(ValueError, match="TrainOptions.init must have the encoder of .*checkpoint-12.pt"):
+        run(resumed)
+
+
+def test_an_utterance_without_frames_is_listed_with_its_error(data_dir, trained, tmp_path) -> None:  # noqa: F811
+    broken = shutil.copytree(data_dir, tmp_path / "data")
+    path = cuts_path(broken / "fbank", "train")
+    cuts = [json.loads(line) for line in gzip.open(path, "rt")]
+    cuts[0]["recording"]["sources"][0]["source"] = str(tmp_path / "nowhere.wav")
+    with gzip.open(path, "wt") as file:
+        file.write("".join(json.dumps(cut) + "\n" for cut in cuts))
+    assert run(on_kept_frames(broken, trained, tmp_path / "exp")) == 0
+    [skipped] = json.loads((tmp_path / "exp" / "skipped.json").read_text())["skipped"]
+    assert skipped["id"] == cuts[0]["id"] and "nowhere" in skipped["error"]
 
 
 def test_a_frozen_encoder_has_no_dropout(data_dir, tmp_path) -> None:  # noqa: F811
