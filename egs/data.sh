@@ -45,7 +45,7 @@ data_stages() { # number of the first of three stages: pieces, features, LM text
   depends pieces "$pieces $bpe"
   if wanted "$first" pieces; then
     if [ -n "$changed" ]; then
-      while folder=$(pieces_folder) && [ -n "$folder" ]; do set_aside "$folder"; done
+      pieces_folders | while read -r folder; do set_aside "$folder"; done
     fi
     # shellcheck disable=SC2086 # several names
     job export-transcripts --data_dir "$data_dir" --corpus "$corpus" --dev "$dev_set" --held_out $test_sets

@@ -46,7 +46,9 @@ prepare_training() { # the command line of train.sh: takes its options, sets the
     acoustic+=(--data.noise "$noise")
   fi
   # the data themselves: prepare.sh may have been called again with options that leave them as they are
-  depends data "$(sum_of "$data_dir/fbank/${corpus}_cuts_train.jsonl.gz") $(sum_of "$(pieces_folder)/bpe.model")"
+  local pieces_dir
+  pieces_dir=$(pieces_folder)
+  depends data "$(sum_of "$data_dir/fbank/${corpus}_cuts_train.jsonl.gz") $(sum_of "$pieces_dir/bpe.model")"
   depends acoustic ${acoustic[@]+"${acoustic[@]}"}
   depends further ${further[@]+"${further[@]}"}
 }

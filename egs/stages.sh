@@ -147,8 +147,18 @@ finish() { # name: leave the stage's mark
   rm -f "$marks/.$1.begun"
 }
 
-pieces_folder() { # prints that of the acoustic pieces, as prepare.sh made it; nothing if there is none
-  find "$data_dir" -maxdepth 1 -name "lang_bpe_*" ! -name "*.*" 2>/dev/null | head -n 1 || true # a dot: set aside
+pieces_folders() { # prints those of acoustic pieces, as prepare.sh made them, a line each
+  find "$data_dir" -maxdepth 1 -name "lang_bpe_*" ! -name "*.*" 2>/dev/null | sort || true # a dot: set aside
+}
+
+pieces_folder() { # prints that of the acoustic pieces; nothing if there is none; two are an error
+  local found
+  found=$(pieces_folders)
+  if [ "$(printf '%s\n' "$found" | wc -l)" -gt 1 ]; then
+    echo "$script: there must be one folder of pieces, but there are" $found "(rename all but one to NAME.1)" >&2
+    return 1
+  fi
+  if [ -n "$found" ]; then printf '%s\n' "$found"; fi
 }
 
 demo_books() { # folder: the demo's stories go there, one book each; of other languages those of local/

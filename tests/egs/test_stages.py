@@ -105,6 +105,23 @@ def test_a_stage_that_is_left_out_tells_of_other_options(script: Path) -> None:
     assert "stage 0: manifests, again" in run(script, "--subset", "medium")
 
 
+def test_one_folder_of_pieces_is_found_and_two_are_refused(tmp_path: Path) -> None:
+    code = f'set -euo pipefail; . {EGS}/stages.sh; script=s; data_dir={tmp_path}; '
+    code += 'found=$(pieces_folder); echo "[$found]"'
+
+    def found() -> subprocess.CompletedProcess:
+        return subprocess.run(["bash", "-c", code], capture_output=True, text=True)
+
+    assert found().stdout == "[]\n"
+    for name in ("lang_bpe_500", "lang_bpe_80.1"):  # that with a dot is set aside
+        (tmp_path / name).mkdir()
+    assert found().stdout == f"[{tmp_path}/lang_bpe_500]\n"
+    (tmp_path / "lang_bpe_80").mkdir()
+    two = found()
+    assert two.returncode == 1 and not two.stdout
+    assert f"{tmp_path}/lang_bpe_500 {tmp_path}/lang_bpe_80" in two.stderr
+
+
 def write_download(folder: Path) -> None:
     """Write LibriHeavy's manifests of two cuts each, all with audio."""
     for name in ("small", "medium", "dev", "test_clean", "test_other"):
