@@ -109,9 +109,10 @@ def run(options: TuneOptions) -> int:
         spec = parse_method(method)
         if not spec.sources:
             continue
-        if _ILM in spec.sources and options.confirm is None and _ILM not in _scored(lists):
+        lacking = {_ILM, CTC_HEAD} & set(spec.sources) - _scored(lists)
+        if lacking and options.confirm is None:
             logging.warning("%s is skipped: no list has scores of %s, and nothing is decoded to confirm",
-                            method, _ILM)
+                            method, ", ".join(sorted(lacking)))
             continue
         decoded = {} if options.confirm is None else _BY_DECODING
         sources, acoustic = [one for one in spec.sources if one not in decoded], spec.acoustic
@@ -161,7 +162,7 @@ def _available(options: TuneOptions, lists: Sequence[NBest]) -> set[str]:
     if options.confirm is None:
         lattices = {"graph", "word_ngram"} if "hlg" in scored else set()
         ahead = set() if options.methods == "all" else {"ngram"}  # look-ahead of a named method has no score
-        return scored | lattices | ahead | transducer
+        return scored | lattices | ahead | transducer | {CTC_HEAD}
     models = options.confirm.named_models() | {"attention", CTC_HEAD}
     scored |= {HOT_WORDS, CTC_HEAD}  # no score is needed: dev is decoded with them
     return (scored & models) | options.confirm.k2.sources() | transducer

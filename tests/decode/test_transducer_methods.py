@@ -117,6 +117,9 @@ def test_tuning_the_comparison_finds_the_internal_models_weight_by_decoding(both
     joint = "rnnt-ctc-shallow"
     without, tuned = tmp_path / "without.yaml", tmp_path / "weights.yaml"
     assert main([*job, str(without)]) == 0
+    alone = [joint if word == "rnnt-all" else word for word in job]
+    assert main([*alone, str(tmp_path / "alone.yaml")]) == 0
+    assert f"{joint} is skipped: no list has scores of ctc_head" in caplog.text
     method = "rnnt-ilm-shallow+llm-delayed-shortest"
     assert f"{method} is skipped: no list has scores of ilm" in caplog.text
     found = yaml.safe_load(without.read_text())["weights"]
