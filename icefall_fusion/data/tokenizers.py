@@ -37,6 +37,7 @@ class TokenizerOptions:
         piece_lines: number of normalized utterances to learn the acoustic pieces from.
         coverage: share of the characters of these utterances that have a piece (0.98 to 1), the frequent
             ones; others are the unknown piece. Below 1 for Chinese, whose rare characters are thousands.
+            1 with pieces_from, which are not learned.
         llm_tokens: size of the LLM's vocabulary; 0 makes none (the LLM has its own).
         llm_cased_lines: number of cased utterances to learn the LLM's tokens from.
         llm_normalized_lines: number of normalized utterances to learn them from.
@@ -60,6 +61,8 @@ class TokenizerOptions:
         rule = "be 0, or from 258 (bytes, <s>, </s>) to 65536 (uint16)"
         good = self.llm_tokens == 0 or 258 <= self.llm_tokens <= 65536
         check(good, "TokenizerOptions.llm_tokens", rule, self.llm_tokens)
+        rule = "be 1.0 with TokenizerOptions.pieces_from, whose pieces are not learned"
+        check(not self.pieces_from or self.coverage == 1, "TokenizerOptions.coverage", rule, self.coverage)
         lines = self.llm_cased_lines + self.llm_normalized_lines
         rule = "be at least 1 (with llm_normalized_lines)"
         check(lines >= 1, "TokenizerOptions.llm_cased_lines", rule, lines)

@@ -54,7 +54,8 @@ class TranscribeOptions(RecognizerOptions):
         words: YAML file of the job tune-words; empty: that of the shipped models, or the usual constants.
         json: write the JSON lines to this file too.
         batch_size: files (or segments of long ones) decoded together.
-        language: ISO 639 code, which lhotse and JSON lines name; empty: that of the acoustic model.
+        language: ISO 639 code, which lhotse and JSON lines name unless it is English; empty: that of the
+            acoustic model.
     """
 
     files: list[str] = field(metadata={"positional": True})

@@ -145,6 +145,8 @@ def test_rare_characters_may_have_no_piece(tmp_path) -> None:
     assert tokens.unk_id in tokens.encode(lines[-1]) and tokens.unk_id not in tokens.encode(lines[0])
     with pytest.raises(ValueError, match="coverage must be from 0.98 to 1, but is 0.9"):
         TokenizerOptions(coverage=0.9)
+    with pytest.raises(ValueError, match="coverage must be 1.0 with TokenizerOptions.pieces_from"):
+        TokenizerOptions(coverage=0.99, pieces_from="other")
 
 
 def test_books_of_another_language_are_refused(tmp_path, capsys) -> None:

@@ -35,7 +35,7 @@ from icefall_fusion.data.manifests import spread  # noqa: E402
 from icefall_fusion.fusion.boundaries import BOUNDARIES, HoldingTokenizer  # noqa: E402
 from icefall_fusion.fusion.retokenize import WordTokenizer  # noqa: E402
 from icefall_fusion.lm import CausalLm  # noqa: E402
-from icefall_fusion.text.language import Language  # noqa: E402
+from icefall_fusion.text.language import Language, language_of  # noqa: E402
 from icefall_fusion.text.scripts import join_words  # noqa: E402
 from icefall_fusion.text.tokens import AcousticTokens  # noqa: E402
 from icefall_fusion.text.vocabularies import NAMES  # noqa: E402
@@ -156,7 +156,7 @@ def sample(args: argparse.Namespace, tokens: Optional[AcousticTokens]) -> list[s
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Return the rows of both tables, and print them."""
-    language = Language(args.language)
+    language = language_of(args.language)
     pieces = AcousticTokens.load(args.pieces) if args.pieces else None
     texts = sample(args, pieces)
     print(f"{len(texts)} utterances, {sum(len(language.split(text)) for text in texts)} {language.unit}")

@@ -31,6 +31,7 @@ from icefall_fusion.common.environment import describe_environment
 from icefall_fusion.common.files import write_json
 from icefall_fusion.data.audio import SAMPLE_RATE
 from icefall_fusion.data.fbank import extract
+from icefall_fusion.data.manifests import spread
 from icefall_fusion.decode.utterances import read_audio_files, read_cuts
 from icefall_fusion.scoring.wer import compare_words, word_errors
 from icefall_fusion.search import PrefixSearchOptions
@@ -53,7 +54,7 @@ class Speech(NamedTuple):
 def read_speech(args: argparse.Namespace) -> Speech:
     """Return the utterances of a manifest, spread over it, or of audio files."""
     found = read_cuts(args.cuts, "audio") if args.cuts else list(read_audio_files(args.audio, "audio"))
-    found = found[:: max(1, len(found) // args.utterances)][: args.utterances]
+    found = spread(found, args.utterances)
     return Speech([np.asarray(one.load(), np.float32) for one in found], [one.text for one in found])
 
 
