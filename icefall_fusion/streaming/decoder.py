@@ -3,7 +3,8 @@ Knows: the acoustic model, lanes of language models, streams. Must not know: whe
 
 A round takes one chunk of every stream whose audio for it is there, wherever the stream is: one encoder call,
 one search a stream up to its next fusion event, one call of the language model for all that wait, and so on
-to the end of the chunk. No result depends on what other streams there are.
+to the end of the chunk (but see `StreamingDecoder` for `ShallowFusion`). No result depends on what other
+streams there are.
 
 An error in one stream breaks that stream, and an error in a language model takes the model out of a segment
 (see fusion/streaming.py); the others go on. Only an error in the encoder breaks all streams of its round.
@@ -58,8 +59,8 @@ class StreamingDecoder:
         model: the acoustic model.
         fusions: `DelayedFusion`, `WordNgramFusion`, `NgramFusion`, `LodrFusion`, `HotWordFusion`,
             `VocabularyFusion`, `ShallowFusion`; their settings are copied for each stream. With a
-            `ShallowFusion` tensors search, its model is asked for each stream by itself, and all of a segment
-            is held until it ends: let `StreamOptions.endpoint` end them.
+            `ShallowFusion` tensors search, its model is asked for each stream by itself and reads no earlier
+            text, and all of a segment is held until it ends: let `StreamOptions.endpoint` end them.
         search: the prefix search; its frame shift is the model's.
         options: chunks, commitment, endpoints.
         tokens: the vocabulary; none: the model's own.
@@ -106,9 +107,9 @@ class StreamingDecoder:
 
         Args:
             name: in N-best lists; none: a number.
-            context: what was said before, for the language model; read, not scored.
+            context: what was said before, for language models of delayed fusion; read, not scored.
             hotwords: phrases of this stream in the place of the decoder's own (see `HotWordFusion`), whose
-                weight they keep; none: the decoder's own.
+                weight and word bonus they keep; none: the decoder's own.
 
         Raises:
             TypeError, ValueError: `StreamOptions.streams` are open, or hot words are bad.
@@ -231,7 +232,8 @@ class StreamingDecoder:
         if not len(hotwords):
             return others
         automaton = make_automaton(hotwords, self.tokens)
-        return [*others, HotWordFusion(automaton, own[0].weight if own else 1.0, source=HOT_WORDS)]
+        weight, bonus = (own[0].weight, own[0].word_bonus) if own else (1.0, 0.0)
+        return [*others, HotWordFusion(automaton, weight, source=HOT_WORDS, word_bonus=bonus)]
 
     def _open_segment(self, own: Sequence[Fusion], stream: Stream, start: int,
                       context: Sequence[str]) -> Union[Segment, GreedySegment]:

@@ -42,9 +42,10 @@ class StreamOptions:
         commit_after: seconds; words that ended longer ago are committed even where hypotheses differ: those
             that contradict the best one are dropped. none: only what all hypotheses share is committed, and
             memory is bounded only as far as they agree.
-        window: seconds of audio that the search holds before it forgets what is committed.
-        context_words: most words of earlier text that the language model reads. It forgets older ones when
-            there are twice as many.
+        window: seconds of audio that the search holds before it forgets what is committed. With a
+            `ShallowFusion` it forgets nothing before the segment ends.
+        context_words: most words of earlier text that a language model of delayed fusion reads. It forgets
+            older ones when there are twice as many.
         endpoint: when a segment ends and a new one begins (the language model reads on); none: a stream is
             one segment, whose text is all that grows.
     """

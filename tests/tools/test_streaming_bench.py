@@ -161,6 +161,16 @@ def test_a_neural_model_at_every_step_and_late_scores_beside_look_ahead_are_meas
 
 
 @pytest.mark.skipif(not espeak.available(), reason="espeakng-loader is not installed")
+@pytest.mark.parametrize("method", ["attention-rescoring", "ngram-nbest-rescoring"])
+def test_what_streams_do_not_serve_is_refused_at_once(tmp_path, bench, method) -> None:
+    output = tmp_path / "rows.json"
+    given = ["--sentences", "2", "--speech", str(tmp_path / "speech"), "--json", str(output)]
+    with pytest.raises(ValueError, match="then N-best rescoring by an LM at most"):
+        bench("streaming").main([*given, "--methods", "ctc-greedy", method])
+    assert not output.exists()
+
+
+@pytest.mark.skipif(not espeak.available(), reason="espeakng-loader is not installed")
 def test_the_memory_of_a_long_stream_is_measured(tmp_path, bench) -> None:
     output = tmp_path / "rows.json"
     given = ["--sentences", "4", "--speech", str(tmp_path / "speech"), "--json", str(output)]

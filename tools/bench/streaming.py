@@ -8,9 +8,9 @@ Knows: the shipped models, methods, speech with known word times. Must not know:
 Sentences of the demo are spoken by eSpeak NG, half clean and half noisy, which tells when each word ends.
 Each is a stream of its own; the last packet tells that it ends. Rows are written one by one; a run that was
 stopped goes on (--restart begins anew). Rows ``whole`` decode each utterance at its end, without chunk mask.
-N-best rescoring shows the words of the first pass until the end. What streams do not serve is refused:
-methods with nlm-shallow or llm-shallow, and look-ahead with late scores. Streams are searched on the CPU;
---device is that of the models (never measured on a GPU so far).
+N-best rescoring shows the words of the first pass until the end. Refused are transducers, lattices, other
+second passes, and what `StreamingDecoder` refuses (models that stop the search at different frames, for one).
+Streams are searched on the CPU; --device is that of the models (never measured on a GPU so far).
 """
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ from streaming_memory import long_stream  # noqa: E402
 
 from icefall_fusion.acoustic.models import ChunkOptions  # noqa: E402
 from icefall_fusion.acoustic.sources import EmissionOptions  # noqa: E402
+from icefall_fusion.common.checks import check  # noqa: E402
 from icefall_fusion.common.files import write_text  # noqa: E402
 from icefall_fusion.common.memory import peak_memory_bytes, reset_peak_memory  # noqa: E402
 from icefall_fusion.decode.demo import STORIES  # noqa: E402
@@ -88,12 +89,17 @@ class Bench:
 
     def decoder(self, method: Method, chunk: int, streams: int = 1, **more: Any) -> StreamingDecoder:
         """Return a decoder of streams by a method in chunks of so many ms."""
+        rule = "be greedy or the prefix search in a stream, then N-best rescoring by an LM at most"
+        second = {spec.source for spec in method.spec.rescorers}
+        good = method.spec.search in ("greedy", "prefix") and second <= {"nlm", "llm", "matched_llm"}
+        check(good, "--methods", rule, method.name)
         left = round(self.args.left * 1000 / chunk)
         options = StreamOptions(chunk=ChunkOptions(chunk // FRAME, left), streams=streams,
                                 commit_after=self.args.commit_after or None, **more)
         recognizer = self.recognizer
         return StreamingDecoder(recognizer.source.model, method.make_fusions({}), recognizer.options.search,
-                                options, recognizer.source.tokens, method.spec.search == "greedy")
+                                options, recognizer.source.tokens, method.spec.search == "greedy",
+                                method.join)
 
     def rescorer(self, method: Method) -> Optional[Callable[[NBest], NBest]]:
         """Return the second pass of a method, if it has one."""
