@@ -136,7 +136,7 @@ def test_bad_input_is_named(made, internal, tmp_path, capsys, emitted):
     more = [*prior, "--save_emissions", str(tmp_path / "saved"), "--methods", "ctc-prefix"]
     assert main(arguments(made, tmp_path / "a", *more)) != 0
     assert "prior must be left out with DecodeOptions.save_emissions" in capsys.readouterr().err
-    assert main(arguments(made, tmp_path / "b", "--methods", "lodr-shallow")) != 0
+    assert main(arguments(made, tmp_path / "b", "--lodr=", "--methods", "lodr-shallow")) != 0
     assert "lodr must name an n-gram over the acoustic pieces" in capsys.readouterr().err
     job = ["internal-lm", "--emissions.model", made["model"], *prior, "--cuts", made["cuts"], "--out", "x"]
     assert main(job) != 0
