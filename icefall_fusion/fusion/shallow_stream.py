@@ -6,12 +6,12 @@ as if its weight had been 0 (see streaming.py).
 """
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Callable, Sequence
+from typing import TYPE_CHECKING, Callable
 
 import torch
 
 from icefall_fusion.fusion.base import live_slots
-from icefall_fusion.fusion.shallow import ShallowFusion, check_same_pieces
+from icefall_fusion.fusion.shallow import ShallowFusion
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,14 +32,7 @@ class ShallowStream(ShallowFusion):
     def __init__(self, fusion: ShallowFusion, lanes: TreeLanes,
                  tell: Callable[[str, Exception], None]) -> None:
         vars(self).update(vars(fusion))
-        self.lm, self._model, self._tell, self.failed = lanes, fusion.lm, tell, False
-
-    def begin(self, beam: Beam, index: int, tokens: Any, ids: Sequence[str]) -> None:
-        """Start a stream (see ``Fusion.begin``)."""
-        if tokens is not self._matched:
-            check_same_pieces(self._model, tokens)
-            self._matched = tokens
-        super().begin(beam, index, tokens, ids)
+        self.lm, self._tell, self.failed = lanes, tell, False
 
     def extension_scores(self, beam: Beam, pieces: Tensor, active: Tensor) -> Tensor:
         """Return log P(piece | pieces so far) [B, K, C], 0 if the language model fails or has failed."""

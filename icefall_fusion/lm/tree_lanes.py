@@ -44,7 +44,7 @@ class TreeLanes:
     def __init__(self, lm: CausalLm, lanes: int, options: Optional[TreeOptions] = None) -> None:
         check(is_count(lanes), "lanes", "be an integer, at least 1", lanes)
         self.lm, self.name, self.eos_id, self.device = lm, lm.name, lm.eos_id, lm.device
-        self.max_tokens = lm.max_tokens
+        self.max_tokens, self.pieces, self.tokenizer = lm.max_tokens, lm.pieces, lm.tokenizer
         self.options = TreeOptions() if options is None else options
         self.counters = TreeCounters()
         self.cache = TreeCache(lm.layers, 1, FIRST_SLOTS)
