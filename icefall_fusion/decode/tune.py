@@ -32,7 +32,7 @@ from icefall_fusion.decode.utterances import read_cuts
 from icefall_fusion.decode.weights import weights_of
 from icefall_fusion.fusion.ctc_head import CTC_HEAD
 from icefall_fusion.fusion.hotwords import HOT_WORDS
-from icefall_fusion.nbest import NBest, read_nbests
+from icefall_fusion.nbest import read_nbests
 from icefall_fusion.scoring.phrases import PhraseScores, score_phrases
 from icefall_fusion.scoring.score import kept_language, read_texts
 from icefall_fusion.scoring.wer import word_errors
@@ -105,11 +105,12 @@ def run(options: TuneOptions) -> int:
     wer: dict[str, float] = {}
     hot: dict[str, dict[str, float]] = {}
     code = 0
-    for method in choose_methods(options.methods, _available(options, lists)):
+    scored = {source for nbest in lists for hypothesis in nbest for source in hypothesis.scores}
+    for method in choose_methods(options.methods, _available(options, scored)):
         spec = parse_method(method)
         if not spec.sources:
             continue
-        lacking = {_ILM, CTC_HEAD} & set(spec.sources) - _scored(lists)
+        lacking = {_ILM, CTC_HEAD} & set(spec.sources) - scored
         if lacking and options.confirm is None:
             logging.warning("%s is skipped: no list has scores of %s, and nothing is decoded to confirm",
                             method, ", ".join(sorted(lacking)))
@@ -151,21 +152,16 @@ def _with_language(decode: DecodeOptions, weights: Any, language: Language) -> D
     return replace(decode, weights=weights, language=language.name, normalizer=language.normalizer)
 
 
-def _scored(lists: Sequence[NBest]) -> set[str]:
-    return {source for nbest in lists for hypothesis in nbest for source in hypothesis.scores}
-
-
-def _available(options: TuneOptions, lists: Sequence[NBest]) -> set[str]:
+def _available(options: TuneOptions, scored: set[str]) -> set[str]:
     """Return the sources that N-best lists have scores of, and models if dev is decoded to confirm."""
-    scored = _scored(lists)
     transducer = {"transducer"} if "rnnt" in scored else set()
     if options.confirm is None:
         lattices = {"graph", "word_ngram"} if "hlg" in scored else set()
         ahead = set() if options.methods == "all" else {"ngram"}  # look-ahead of a named method has no score
         return scored | lattices | ahead | transducer | {CTC_HEAD}
     models = options.confirm.named_models() | {"attention", CTC_HEAD}
-    scored |= {HOT_WORDS, CTC_HEAD}  # no score is needed: dev is decoded with them
-    return (scored & models) | options.confirm.k2.sources() | transducer
+    by_decoding = {HOT_WORDS, CTC_HEAD}  # no score is needed: dev is decoded with them
+    return ((scored | by_decoding) & models) | options.confirm.k2.sources() | transducer
 
 
 def _write(path: str, weights: Mapping[str, Mapping[str, float]], wer: Mapping[str, float],
