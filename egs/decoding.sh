@@ -93,9 +93,11 @@ name_models() { # --pretrained-dir: with --emissions only then its LMs over acou
     scores+=+matched-nbest-rescoring
   fi
   for name in nlm ngram lodr; do
-    path=$pretrained_dir/nlm option=--$name.path
-    if [ "$name" != nlm ]; then path=$pretrained_dir/$name.arpa.gz; fi
-    if [ "$name" = lodr ]; then option=--lodr; fi
+    case "$name" in
+      nlm) path=$pretrained_dir/nlm option=--nlm.path ;;
+      ngram) path=$pretrained_dir/ngram.arpa.gz option=--ngram.path ;;
+      lodr) path=$pretrained_dir/lodr.arpa.gz option=--lodr ;;
+    esac
     if [ "$own" = no ]; then
       log "methods with $name are left out: with --emissions, --pretrained-dir must name LMs over its pieces"
     elif [ -e "$path" ]; then

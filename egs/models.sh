@@ -111,11 +111,17 @@ train_ngram() { # name of a stream of pieces, folder of the pieces: the n-gram g
     --out "$pretrained_dir/ngram.arpa.gz"
 }
 
+put_file() { # file, its place: a kill never leaves half a file under its final name
+  local new
+  new=$(dirname "$2")/.new
+  cp "$1" "$new"
+  mv "$new" "$2"
+}
+
 estimate_internal_lm() { # utterances: the bigram of what the exported model says of them goes to $pretrained_dir
   job internal-lm --emissions.model "$pretrained_dir/ctc_aed" --limit "$1" --out "$exp_dir/internal-lm" \
-    --cuts "$data_dir/fbank/${corpus}_cuts_train.jsonl.gz" &&
-    cp "$exp_dir/internal-lm/lodr.arpa.gz" "$pretrained_dir/.new" &&
-    mv "$pretrained_dir/.new" "$pretrained_dir/lodr.arpa.gz"
+    --cuts "$data_dir/fbank/${corpus}_cuts_train.jsonl.gz"
+  put_file "$exp_dir/internal-lm/lodr.arpa.gz" "$pretrained_dir/lodr.arpa.gz"
 }
 
 export_models() { # names of language models: they and the averaged acoustic model go to $pretrained_dir
@@ -125,10 +131,7 @@ export_models() { # names of language models: they and the averaged acoustic mod
     --exp "$exp_dir/ctc_aed" ${acoustic[@]+"${acoustic[@]}"} --export_to "$pretrained_dir/ctc_aed"
   for name in "$@"; do
     mkdir -p "$pretrained_dir/$name"
-    for file in "$exp_dir/$name/export/"*; do # a kill never leaves half a file under its final name
-      cp "$file" "$pretrained_dir/$name/.new"
-      mv "$pretrained_dir/$name/.new" "$pretrained_dir/$name/$(basename "$file")"
-    done
+    for file in "$exp_dir/$name/export/"*; do put_file "$file" "$pretrained_dir/$name/$(basename "$file")"; done
   done
   du -sh "$pretrained_dir"/*
 }
