@@ -22,22 +22,40 @@ from typing import Any, Callable, NamedTuple, Optional, Sequence
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
-from icefall_fusion.acoustic.models import load
-from icefall_fusion.acoustic.sherpa_export import export_sherpa
-from icefall_fusion.acoustic.sources import EmissionOptions, open_source
-from icefall_fusion.common.environment import describe_environment
-from icefall_fusion.common.files import write_json
-from icefall_fusion.data.audio import SAMPLE_RATE
-from icefall_fusion.data.fbank import extract
-from icefall_fusion.data.manifests import spread
-from icefall_fusion.decode.utterances import read_audio_files, read_cuts
-from icefall_fusion.scoring.wer import compare_words, word_errors
-from icefall_fusion.search import PrefixSearchOptions
-from icefall_fusion.search.transducer import transducer_search
+import figures  # noqa: E402
+import gpu_tables  # noqa: E402
+from gpu_tables import Column  # noqa: E402
+
+from icefall_fusion.acoustic.models import load  # noqa: E402
+from icefall_fusion.acoustic.sherpa_export import export_sherpa  # noqa: E402
+from icefall_fusion.acoustic.sources import EmissionOptions, open_source  # noqa: E402
+from icefall_fusion.data.audio import SAMPLE_RATE  # noqa: E402
+from icefall_fusion.data.fbank import extract  # noqa: E402
+from icefall_fusion.data.manifests import spread  # noqa: E402
+from icefall_fusion.decode.utterances import read_audio_files, read_cuts  # noqa: E402
+from icefall_fusion.scoring.wer import compare_words, word_errors  # noqa: E402
+from icefall_fusion.search import PrefixSearchOptions  # noqa: E402
+from icefall_fusion.search.transducer import transducer_search  # noqa: E402
 
 PARTS = ("features", "encoder", "search")
+
+
+def _ms(*names: str) -> Callable[[dict[str, Any]], str]:
+    """Return what writes these times of a row."""
+    return lambda row: ", ".join(f"{1000 * row[name] / row['audio_seconds']:.2f}" for name in names)
+
+
+COLUMNS = [
+    Column("beam", "beam"), Column("sherpa-onnx, ms", _ms("theirs")), Column("ours, ms", _ms("ours")),
+    Column("of it features, encoder, search", _ms(*(f"ours_{part}" for part in PARTS))),
+    Column("ratio", "ratio", "{:.2f}"), Column("of the search", "search_ratio", "{:.2f}"),
+    Column("same texts", lambda row: f"{row['same_texts']} of {row['utterances']}"),
+    Column("different words", lambda row: f"{row['different_words']} of {row['words']}"),
+    Column("WER theirs %", "wer_theirs", "{:.1f}"), Column("WER ours %", "wer_ours", "{:.1f}"),
+]
 
 
 class Speech(NamedTuple):
@@ -143,18 +161,7 @@ def _row(sides: dict[str, Any], speech: Speech, beam: int, rounds: int) -> dict[
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Return the rows as a Markdown table: milliseconds of the processor a second of audio."""
-    heads = ("beam", "sherpa-onnx, ms", "ours, ms", "of it features, encoder, search", "ratio",
-             "of the search", "same texts", "different words", "WER theirs, ours %")
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for row in rows:
-        ms = {name: 1000 * row[name] / row["audio_seconds"] for name in ("theirs", "ours")}
-        parts = ", ".join(f"{1000 * row[f'ours_{part}'] / row['audio_seconds']:.2f}" for part in PARTS)
-        rates = f"{row['wer_theirs']:.1f}, {row['wer_ours']:.1f}" if "wer_ours" in row else "–"
-        cells = (row["beam"], f"{ms['theirs']:.2f}", f"{ms['ours']:.2f}", parts, f"{row['ratio']:.2f}",
-                 f"{row['search_ratio']:.2f}", f"{row['same_texts']} of {row['utterances']}",
-                 f"{row['different_words']} of {row['words']}", rates)
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines)
+    return "\n".join(gpu_tables.table(rows, COLUMNS))
 
 
 def arguments(given: Optional[Sequence[str]] = None) -> argparse.Namespace:
@@ -168,7 +175,8 @@ def arguments(given: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument("--utterances", type=int, default=40, help="at most")
     parser.add_argument("--beams", type=int, nargs="+", default=[4, 10])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--output", default="", help="JSON file of the rows")
+    parser.add_argument("--output", default="bench/transducer.json", help="JSON file of the rows")
+    parser.set_defaults(device="cpu")
     return parser.parse_args(given)
 
 
@@ -176,9 +184,7 @@ def main() -> None:
     args = arguments()
     rows = measure(args)
     print(table(rows))
-    if args.output:
-        about = describe_environment("cpu")
-        write_json(args.output, {"arguments": vars(args), "rows": rows, "environment": about})
+    figures.write(args, rows)
 
 
 if __name__ == "__main__":
