@@ -155,7 +155,7 @@ pieces_folder() { # prints that of the acoustic pieces; nothing if there is none
   local found
   found=$(pieces_folders)
   if [ "$(printf '%s\n' "$found" | wc -l)" -gt 1 ]; then
-    echo "$script: there must be one folder of pieces, but there are" $found "(rename all but one to NAME.1)" >&2
+    echo "$script: there must be one folder of pieces, but there are ${found//$'\n'/ } (rename all but one to NAME.1)" >&2
     return 1
   fi
   if [ -n "$found" ]; then printf '%s\n' "$found"; fi
