@@ -28,8 +28,9 @@ STORIES = Path(__file__).resolve().parents[2] / "tools" / "demo" / "stories.txt"
 SETS = {"clean": "test-clean", "other": "test-other"}  # name here -> population of voices and conditions
 #: What a look at the project needs, in minutes on two cores; "all" has the methods that take longer too.
 METHODS = (
-    "ctc-greedy", "ctc-prefix", "attention-rescoring", "nlm-shallow", "ngram-shallow", "llm-nbest-rescoring",
-    "llm-delayed-shortest", "llm-delayed-shortest-ahead", "ngram-shallow+llm-delayed-shortest",
+    "ctc-greedy", "ctc-prefix", "attention-rescoring", "nlm-shallow", "ngram-shallow",
+    "ngram-shallow+lodr-shallow", "llm-nbest-rescoring", "llm-delayed-shortest", "llm-delayed-shortest-ahead",
+    "ngram-shallow+lodr-shallow+llm-delayed-shortest",
 )
 
 
@@ -42,7 +43,7 @@ class DemoOptions:
     Args:
         out: folder; audio is made once and kept there, results are made anew.
         stories: text, a sentence a line; lines that start with "#" are titles.
-        pretrained: folder with ctc_aed, nlm, llm, matched_llm, ngram.arpa.gz and weights.yaml.
+        pretrained: folder with ctc_aed, nlm, llm, matched_llm, ngram.arpa.gz, lodr.arpa.gz and weights.yaml.
         methods: comma-separated or a list; "all" is the whole comparison. Default: `METHODS`.
         quick: only 16 sentences; everything then lies in the folder ``quick`` of ``out``.
         search: the prefix search.
