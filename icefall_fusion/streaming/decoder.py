@@ -229,7 +229,7 @@ class StreamingDecoder:
         own = [f for f in self.fusions if isinstance(f, HotWordFusion) and f.source == HOT_WORDS]
         others = [fusion for fusion in self.fusions if fusion not in own]
         HotWordFusion(hotwords)  # refuses what is no list of phrases
-        if not len(hotwords):
+        if not own and not len(hotwords):
             return others
         automaton = make_automaton(hotwords, self.tokens)
         weight, bonus = (own[0].weight, own[0].word_bonus) if own else (1.0, 0.0)

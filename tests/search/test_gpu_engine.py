@@ -195,6 +195,7 @@ def _another_weight(search):
         ("ahead", _another_weight),
         ("ngram", _another_weight),
         ("phrases", _another_weight),
+        ("phrases+ngram", _another_weight),
     ],
 )
 def test_a_trial_sees_a_wrong_kernel(form, spoil, monkeypatch):
@@ -234,7 +235,8 @@ def test_what_a_search_needs_of_the_kernel(llm, ngram, tokens):  # noqa: F811
         ([DelayedFusion(llm, 0.3, trigger=pieces)], None, "pieces"),
         ([DelayedFusion(llm, 0.3, look_ahead=look)], None, "ahead"),
         ([NgramFusion(ngram, 0.0)], None, "ngram"),
-        ([NgramFusion(ngram, 0.3), HotWordFusion(["sea"])], None, "phrases"),
+        ([NgramFusion(ngram, 0.3), HotWordFusion(["sea"])], None, "phrases+ngram"),
+        ([HotWordFusion(["sea"])], None, "phrases"),
     ):
         inputs, together = check_input(log_probs, lens, 0, tokens, None), FusionSet(fusions, tokens)
         starts_word = torch.tensor(tokens.starts_word)

@@ -171,11 +171,13 @@ def test_each_stream_may_have_hot_words_of_its_own(made) -> None:
     delayed = fusions_of(made, "hotwords")[1]
     for nbest, phrases in zip(found, lists):
         hot = fusions_of(made, "hotwords")[:1] if phrases is None else [HotWordFusion(phrases, 0.7)]
-        fusions = [*([] if phrases == [] else hot), delayed]
-        same(nbest, whole(made[0], [audio], fusions, names=[nbest.utterance])[0])
+        same(nbest, whole(made[0], [audio], [*hot, delayed], names=[nbest.utterance])[0])
     plain = StreamingDecoder(made[0], [], SEARCH, OPTIONS)
     paid = StreamingDecoder(made[0], [HotWordFusion(["sean sea"], 0.7, word_bonus=0.5)], SEARCH, OPTIONS)
     stream = paid.open("talk", hotwords=["a sailor"])  # weight and word bonus are the decoder's
+    stream.accept(audio)
+    assert stream.finish().weights == {"ctc": 1.0, "hotwords": 0.7, "words": 0.5}
+    stream = paid.open("talk", hotwords=[])  # no phrases: words are paid for still
     stream.accept(audio)
     assert stream.finish().weights == {"ctc": 1.0, "hotwords": 0.7, "words": 0.5}
     stream = plain.open("talk", hotwords=["a sailor"])

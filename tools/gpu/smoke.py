@@ -33,7 +33,7 @@ LM = "icefall_fusion.lm.fused_kernels"
 PRODUCTS = "icefall_fusion.lm.fused_matmul"
 GRAPHS = "icefall_fusion.lm.graphs"
 PRODUCT_PARTS = 4
-FORMS = ("alone", "ranked", "pieces", "ahead", "ngram", "phrases")
+FORMS = ("alone", "ranked", "pieces", "ahead", "ngram", "phrases", "phrases+ngram")
 _MARK = "SMOKE "  # before the row that a process prints
 
 
@@ -77,17 +77,17 @@ def _search(form: str) -> Callable[[str], float]:
         log_probs = logits.log_softmax(-1).to(device)
         lens = torch.randint(frames // 2, frames + 1, (batch,), generator=generator).to(device)
         lm = _tiny_lm(tokens, device) if form in ("ranked", "pieces", "ahead", "phrases") else None
-        ngram = _random_ngram(tokens).to(torch.device(device)) if form in ("ahead", "ngram") else None
+        ngram = _random_ngram(tokens).to(torch.device(device)) if form == "ahead" or "ngram" in form else None
         found = []
         for engine in ("triton", "torch"):
             fusions: list[Any] = []
-            if form == "ngram":
+            if "ngram" in form:
                 fusions = [NgramFusion(ngram, 0.3, 0.2)]
             elif lm is not None:
                 look = LookAhead(ngram, 0.6) if form == "ahead" else None
                 trigger = Shortest("pieces", 2) if form == "pieces" else Shortest()
                 fusions = [DelayedFusion(lm, 0.4, 0.5, trigger, look_ahead=look)]
-            if form == "phrases":
+            if "phrases" in form:
                 fusions.append(HotWordFusion(["the white rabbit", "the sea", ("white", 2.0)]))
             options = PrefixSearchOptions(beam=4 if small else 10, engine=engine)
             found.append(ctc_prefix_search(log_probs, lens, options, tokens, fusions))

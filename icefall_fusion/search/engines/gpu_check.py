@@ -56,6 +56,7 @@ _TRIALS = {
     "ahead": Trial(rule=StopRule(1, "words"), ngram="ahead", words=True),
     "ngram": Trial(ngram="shallow", words=True),
     "phrases": Trial(words=True, phrases=True),
+    "phrases+ngram": Trial(ngram="shallow", words=True, phrases=True),
 }
 
 
@@ -174,7 +175,8 @@ def form_of(fusions: FusionSet, score_beam: Optional[float] = None) -> str:
     """Return the name of the trial that is nearest to a search; the fusions have begun."""
     rule = fusions.stop_rule() or StopRule(0)
     if any(fusion.phrases is not None for fusion in fusions.shallow):
-        return "phrases"
+        with_ngram = any(fusion.piece_ngram is not None for fusion in fusions.shallow)
+        return "phrases+ngram" if with_ngram else "phrases"
     if fusions.shallow or rule.ahead is not None:
         return "ngram" if fusions.shallow else "ahead"
     if score_beam is not None or (fusions.ranks and rule.unit == "pieces"):
