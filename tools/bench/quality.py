@@ -110,15 +110,17 @@ class Pair:
 
 
 def picture(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draw word errors over perplexity, a panel a test set and a line an acoustic model."""
+    """Draw word errors over perplexity, a panel a test set and a line an acoustic model and method."""
     panels = []
     for test_set in rows[0]["wer"]:
         lines = []
-        for acoustic in dict.fromkeys(row["acoustic"] for row in rows):
-            some = [row for row in rows if row["acoustic"] == acoustic and row["perplexity"] is not None]
+        known = [row for row in rows if row["perplexity"] is not None]
+        for acoustic, method in dict.fromkeys((row["acoustic"], row["method"]) for row in known):
+            some = [row for row in known if (row["acoustic"], row["method"]) == (acoustic, method)]
             some.sort(key=lambda row: row["perplexity"])
             errors = [row["wer"][test_set] for row in some]
-            lines.append(Line(acoustic, [r["perplexity"] for r in some], errors, [r["lm"] for r in some]))
+            name = f"{acoustic}, {method}" if len({row["acoustic"] for row in known}) > 1 else method
+            lines.append(Line(name, [r["perplexity"] for r in some], errors, [r["lm"] for r in some]))
         panels.append(Panel(test_set, "perplexity a word of dev (log)", "WER (%)", lines, True))
     draw(path, panels)
 
