@@ -12,7 +12,6 @@ from typing import Mapping, NamedTuple, Optional, Sequence
 from icefall_fusion.acoustic.models.subsampling import FACTOR
 from icefall_fusion.data.features import HOP
 from icefall_fusion.decode.words import WordModel
-from icefall_fusion.fusion import DelayedFusion, ShallowFusion
 from icefall_fusion.nbest import WORDS, NBest
 from icefall_fusion.serve.changes import WordNote, word_notes
 from icefall_fusion.serve.limits import Limits
@@ -63,7 +62,6 @@ class Engine(threading.Thread):
         super().__init__(name="decoding", daemon=True)
         self._words = words
         self.decoder, self.limits, self.counters = decoder, limits, Counters()
-        self._neural = [f for f in decoder.fusions if type(f) in (DelayedFusion, ShallowFusion)]
         self._step = decoder.options.chunk.size * FACTOR * HOP
         self._lock = threading.Condition()
         self._talks: set[Talk] = set()
@@ -257,7 +255,7 @@ class Engine(threading.Thread):
 
     def without_llm(self, weights: Mapping[str, float]) -> dict[str, float]:
         """Return the weights of a list as they are without neural language models; n-grams stay."""
-        joined = [fusion for fusion in self._neural if weights.get(fusion.source)]  # else it has failed
+        joined = [one for one in self.decoder.neural if weights.get(one.source)]  # else it has failed
         bonus = sum(fusion.word_bonus for fusion in joined)
         none = {fusion.source: 0.0 for fusion in joined}
         return {**weights, **none, WORDS: weights.get(WORDS, 0.0) - bonus}

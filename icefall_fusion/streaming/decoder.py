@@ -91,8 +91,9 @@ class StreamingDecoder:
             check(type(fusion) in _KINDS, f"fusions[{number}]", rule, type(fusion).__name__)
         check(not (greedy and fusions), "fusions", "be none in greedy search", len(fusions))
         self.fusions, self._greedy, self.join = list(fusions), greedy, join
-        self._lanes = {id(fusion): TreeLanes(fusion.lm, self.options.streams)
-                       for fusion in fusions if type(fusion) in (DelayedFusion, ShallowFusion)}
+        #: the fusions whose language model is a neural one: all streams share its lanes
+        self.neural = [fusion for fusion in self.fusions if type(fusion) in (DelayedFusion, ShallowFusion)]
+        self._lanes = {id(fusion): TreeLanes(fusion.lm, self.options.streams) for fusion in self.neural}
         self._streams: list[Stream] = []
         self._opened, self._freed = 0, FreedMemory(_GROWTH)
 
