@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Speak six short stories with unseen voices in noise, decode them by several methods, print WER against speed.
 #
-#   bash tools/demo.sh                  # ten methods:  under 5 minutes on 2 cores after installation
+#   bash tools/demo.sh                  # ten methods: under 5 minutes on 2 cores after installation
 #   bash tools/demo.sh --methods all    # the whole comparison: about three times as long
 #   bash tools/demo.sh --quick          # 16 sentences
 #   bash tools/demo.sh --quick --methods ctc-greedy,llm-delayed-shortest
