@@ -128,7 +128,7 @@ def test_streams_are_measured(tmp_path, bench, capsys) -> None:
     streaming, output = bench("streaming"), tmp_path / "rows.json"
     page = tmp_path / "page.md"
     page.write_text("before\n" + "\n".join(streaming.MARKS) + "\nafter\n")
-    given = ["--sentences", "4", "--speech", str(tmp_path / "speech"), "--json", str(output), "--methods",
+    given = ["--sentences", "4", "--speech", str(tmp_path / "speech"), "--output", str(output), "--methods",
              "ctc-prefix", "llm-nbest-rescoring", "llm-delayed-shortest", "--capacity", "1",
              "--most-streams", "2", "--page", str(page), "--figure", str(tmp_path / "plot.png")]
     streaming.main([*given, "--chunks", "640"])
@@ -152,7 +152,7 @@ def test_streams_are_measured(tmp_path, bench, capsys) -> None:
 @pytest.mark.skipif(not espeak.available(), reason="espeakng-loader is not installed")
 def test_a_neural_model_at_every_step_and_late_scores_beside_look_ahead_are_measured(tmp_path, bench) -> None:
     output = tmp_path / "rows.json"
-    given = ["--sentences", "2", "--speech", str(tmp_path / "speech"), "--json", str(output)]
+    given = ["--sentences", "2", "--speech", str(tmp_path / "speech"), "--output", str(output)]
     methods = ["nlm-shallow", "llm-delayed-shortest-late-4-ahead"]
     bench("streaming").main([*given, "--chunks", "640", "--capacity", "0", "--methods", *methods])
     rows = {(row["kind"], row["method"]): row for row in json.loads(output.read_text())["rows"]}
@@ -164,7 +164,7 @@ def test_a_neural_model_at_every_step_and_late_scores_beside_look_ahead_are_meas
 @pytest.mark.parametrize("method", ["attention-rescoring", "ngram-nbest-rescoring"])
 def test_what_streams_do_not_serve_is_refused_at_once(tmp_path, bench, method) -> None:
     output = tmp_path / "rows.json"
-    given = ["--sentences", "2", "--speech", str(tmp_path / "speech"), "--json", str(output)]
+    given = ["--sentences", "2", "--speech", str(tmp_path / "speech"), "--output", str(output)]
     with pytest.raises(ValueError, match="then N-best rescoring by an LM at most"):
         bench("streaming").main([*given, "--methods", "ctc-greedy", method])
     assert not output.exists()
@@ -173,7 +173,7 @@ def test_what_streams_do_not_serve_is_refused_at_once(tmp_path, bench, method) -
 @pytest.mark.skipif(not espeak.available(), reason="espeakng-loader is not installed")
 def test_the_memory_of_a_long_stream_is_measured(tmp_path, bench) -> None:
     output = tmp_path / "rows.json"
-    given = ["--sentences", "4", "--speech", str(tmp_path / "speech"), "--json", str(output)]
+    given = ["--sentences", "4", "--speech", str(tmp_path / "speech"), "--output", str(output)]
     bench("streaming").main([*given, "--methods", "llm-delayed-shortest", "--minutes", "0.8"])
     rows = json.loads(output.read_text())["rows"]
     assert [row["minutes"] for row in rows] == [round((n + 1) * 2 / 60, 2) for n in range(24)] * 2

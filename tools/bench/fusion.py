@@ -37,7 +37,7 @@ import hypothesis_caches  # noqa: E402
 import speech  # noqa: E402
 from fusion_columns import SHOWN  # noqa: E402
 from rates import rates  # noqa: E402
-from shapes import SHAPES, of_shape  # noqa: E402
+from shapes import SHAPES, faint, of_shape  # noqa: E402
 from timeline import watching  # noqa: E402
 
 from icefall_fusion.common.devices import weight_bytes  # noqa: E402
@@ -65,7 +65,6 @@ TARGETS = (
     ("kv_of_rows", 0.2, "keys and values <= 1/5 of caches by hypothesis"),
 )
 
-_FAINT = 1e-3  # weight of an LLM that knows nothing
 _NO_BOUND = 1e9  # seconds in a batch: --batches says how many utterances
 _LONGEST_WATCHED = 10.0  # seconds of a decode that is watched by the profiler
 _SUMMED = ("search_seconds", "lm_seconds", "audio_seconds", "words", "lm_tokens_forwarded", "lm_forwards")
@@ -162,11 +161,6 @@ def decode(
         except RuntimeError as error:
             print(f"the device's time cannot be had: {error}")
     return [row]
-
-
-def faint(method: str) -> dict[str, float]:
-    """Return weights with which a method does all its work and finds what the acoustic model finds."""
-    return {"words": 0.0, **dict.fromkeys(parse_method(method).sources, _FAINT)}
 
 
 def together(found: list[dict[str, Any]], methods: list[str]) -> list[dict[str, Any]]:

@@ -83,6 +83,27 @@ COLUMNS["kernels"] = [
     Column("share %", "share", "{:.1f}", 100),
 ]
 
+_NAMES = [Column("method", "method"), Column("chunk ms", "chunk_ms")]
+COLUMNS["streams"] = [
+    *_NAMES, Column("WER %", "wer", "{:.2f}"), Column("heard p90", "heard_p90_ms", "{:.0f}"),
+    *(Column(f"first {point}", f"first_{point}_ms", "{:.0f}") for point in ("mean", "p50", "p90", "p99")),
+    *(Column(f"commit {point}", f"commit_{point}_ms", "{:.0f}") for point in ("mean", "p50", "p90", "p99")),
+    Column("final p50", "final_p50_ms", "{:.0f}"), Column("final p99", "final_p99_ms", "{:.0f}"),
+    Column("taken back %", "instability", "{:.1f}", 100),
+    Column("unstable texts %", "unstable_texts", "{:.1f}", 100),
+    Column("RTF", "rtf", "{:.4f}"), Column("peak MB", "peak_bytes", "{:,.0f}", 1e-6),
+    Column("KV MB", "kv_bytes", "{:.1f}", 1e-6), Column("LM calls", "lm_forwards", "{:,.0f}"),
+    Column("tokens", "lm_tokens_forwarded", "{:,.0f}"),
+]
+COLUMNS["capacity"] = [
+    *_NAMES, Column("streams", "streams"), Column("heard p99", "heard_p99_ms", "{:.0f}"),
+    Column("first p90", "first_p90_ms", "{:.0f}"), Column("first p99", "first_p99_ms", "{:.0f}"),
+    Column("busy %", "busy", "{:.0f}", 100), Column("failed with", "failed"),
+    Column("its heard p99", "failed_p99_ms", "{:.0f}"),
+]
+_ROWS = Column("rows", "kind")
+COLUMNS["streaming"] = list(dict.fromkeys([_ROWS, *COLUMNS["streams"], *COLUMNS["capacity"]]))
+
 
 class Aim(NamedTuple):
     """An aim: how it is said, the figure that tells (None: not measured), its bound, how it is written."""

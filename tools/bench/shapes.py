@@ -13,11 +13,13 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from icefall_fusion.decode.method_names import parse_method
 from icefall_fusion.decode.pretrained import FOLDER
 from icefall_fusion.lm import CausalLm
 from icefall_fusion.lm.adapters import base_of, has_pieces
 from icefall_fusion.lm.loading import Vocabulary, model_source
 
+_FAINT = 1e-3  # weight of an LLM that knows nothing
 _LLAMA = {"kind": "Llama", "vocab_size": 32000, "max_position_embeddings": 2048}
 #: Configurations by name.
 SHAPES: dict[str, dict[str, Any]] = {
@@ -110,3 +112,8 @@ def of_shape(name: str) -> Iterator[None]:
         yield
     finally:
         CausalLm.from_pretrained = before
+
+
+def faint(method: str) -> dict[str, float]:
+    """Return weights with which a method does all its work and finds what the acoustic model finds."""
+    return {"words": 0.0, **dict.fromkeys(parse_method(method).sources, _FAINT)}

@@ -10,7 +10,8 @@ Each is a stream of its own; the last packet tells that it ends. Rows are writte
 stopped goes on (--restart begins anew). Rows ``whole`` decode each utterance at its end, without chunk mask.
 N-best rescoring shows the words of the first pass until the end. Refused are transducers, lattices, other
 second passes, and what `StreamingDecoder` refuses (models that stop the search at different frames, for one).
-Streams are searched on the CPU; --device is that of the models (never measured on a GPU so far).
+Streams are searched on the CPU; --device is that of the models (never measured on a GPU so far). With --shape
+the LLM has random weights of a published size and --llm's tokens: its words are those of the acoustic model.
 """
 from __future__ import annotations
 
@@ -31,6 +32,7 @@ sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 import figures  # noqa: E402
 import word_times  # noqa: E402
 from gpu_page import put  # noqa: E402
+from shapes import SHAPES, faint, of_shape  # noqa: E402
 from streaming_clock import Clock, Played, Speaker, Talk, play  # noqa: E402
 from streaming_figures import BUSY, CAPACITY, CTC, LLM, STREAM, WHOLE, draw, measures, page  # noqa: E402
 from streaming_memory import long_stream  # noqa: E402
@@ -71,7 +73,10 @@ class Bench:
         options = RecognizerOptions(emissions=named, weights=args.weights)
         options = with_shipped_lms(options) if args.model else with_pretrained(options)
         llm = replace(options.llm, dtype=args.dtype, path=args.llm or options.llm.path)
-        self.recognizer = Recognizer(replace(options, llm=llm), args.methods)
+        if args.shape:
+            options = replace(options, weights={method: faint(method) for method in args.methods})
+        with of_shape(args.shape):
+            self.recognizer = Recognizer(replace(options, llm=llm), args.methods)
         self.methods = {method.name: method for method in self.recognizer.methods}
         self.talks: list[Talk] = []
         self.utterances: dict[str, Utterance] = {}
@@ -210,7 +215,7 @@ def plan(args: argparse.Namespace) -> list[tuple[str, str, Optional[int]]]:
              for method in args.methods]
     if args.capacity:
         rows += [(CAPACITY, method, args.capacity_chunk) for method in (CTC, LLM) if method in args.methods]
-    return rows
+    return [row for row in rows if row[0] in args.kinds]
 
 
 def earlier_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -219,7 +224,8 @@ def earlier_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     if args.restart or not path.is_file():
         return []
     found = json.loads(path.read_text(encoding="utf-8"))
-    free = ("restart", "page", "figure", "methods", "chunks", "capacity_chunk", "minutes", "long_chunk")
+    free = ("restart", "page", "figure", "methods", "chunks", "kinds", "capacity_chunk", "minutes",
+            "long_chunk")
     if {k: v for k, v in found["options"].items() if k not in free} != {
             k: v for k, v in json.loads(json.dumps(vars(args))).items() if k not in free}:
         print(f"{path} was measured with other options: all is measured anew")
@@ -252,9 +258,11 @@ def arguments(given: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--model", default="", help="acoustic model; none: the shipped one")
     parser.add_argument("--llm", default="", help="model folder or hub name; none: the shipped LLM")
+    parser.add_argument("--shape", default="", choices=["", *SHAPES], help="a random LLM of this size")
     parser.add_argument("--weights", default="", help="YAML file; none: the shipped one")
     parser.add_argument("--dtype", default="float32", help="of the LLM's weights")
     parser.add_argument("--methods", nargs="+", help=f"none: {', '.join(METHODS)}; of a long stream two")
+    parser.add_argument("--kinds", nargs="+", default=[WHOLE, STREAM, CAPACITY], help="of rows")
     parser.add_argument("--chunks", type=int, nargs="+", default=[160, 320, 640, 1280], help="ms")
     parser.add_argument("--left", type=float, default=20.0, help="seconds before a chunk that it sees")
     parser.add_argument("--commit-after", type=float, default=5.0, help="seconds; 0: where all agree alone")
@@ -269,7 +277,7 @@ def arguments(given: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=0.0, help="of one long stream: its memory alone")
     parser.add_argument("--long-chunk", type=int, default=640, help="ms, of the long stream")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--json", default="bench/streaming.json", dest="output", help="figures")
+    parser.add_argument("--output", default="bench/streaming.json", help="JSON file of figures")
     parser.add_argument("--restart", action="store_true", help="measure rows that are there again")
     parser.add_argument("--figure", default="", help="PNG: WER against latency")
     parser.add_argument("--page", default="", help="page whose section is filled")

@@ -9,7 +9,7 @@ from typing import Any, Iterable, Iterator, Mapping, Optional, Sequence
 
 import numpy as np
 import pictures
-from gpu_tables import Column, table
+from gpu_tables import COLUMNS, Column, table
 from pictures import Line, Panel
 from streaming_clock import Played
 
@@ -145,32 +145,14 @@ def aims(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 # --- pages ----------------------------------------------------------------------------------------------
 
-_NAMES = [Column("method", "method"), Column("chunk ms", "chunk_ms")]
-_TABLE = [
-    *_NAMES, Column("WER %", "wer", "{:.2f}"), Column("heard p90", "heard_p90_ms", "{:.0f}"),
-    *(Column(f"first {point}", f"first_{point}_ms", "{:.0f}") for point in ("mean", "p50", "p90", "p99")),
-    *(Column(f"commit {point}", f"commit_{point}_ms", "{:.0f}") for point in ("mean", "p50", "p90", "p99")),
-    Column("final p50", "final_p50_ms", "{:.0f}"), Column("final p99", "final_p99_ms", "{:.0f}"),
-    Column("taken back %", "instability", "{:.1f}", 100),
-    Column("unstable texts %", "unstable_texts", "{:.1f}", 100),
-    Column("RTF", "rtf", "{:.4f}"), Column("peak MB", "peak_bytes", "{:,.0f}", 1e-6),
-    Column("KV MB", "kv_bytes", "{:.1f}", 1e-6), Column("LM calls", "lm_forwards", "{:,.0f}"),
-    Column("tokens", "lm_tokens_forwarded", "{:,.0f}"),
-]
-_CAPACITY = [*_NAMES, Column("streams", "streams"), Column("heard p99", "heard_p99_ms", "{:.0f}"),
-             Column("first p90", "first_p90_ms", "{:.0f}"), Column("first p99", "first_p99_ms", "{:.0f}"),
-             Column("busy %", "busy", "{:.0f}", 100), Column("failed with", "failed"),
-             Column("its heard p99", "failed_p99_ms", "{:.0f}")]
-
-
 def page(rows: Sequence[Row]) -> list[str]:
     """Return the tables as lines of Markdown."""
     played = [{**row, "chunk_ms": row["chunk_ms"] or "whole"} for row in rows if row["kind"] != CAPACITY]
-    lines = table(played, _TABLE) if played else []
+    lines = table(played, COLUMNS["streams"]) if played else []
     capacity = [row for row in rows if row["kind"] == CAPACITY]
     if capacity:
         lines += ["", f"Streams that one core holds, so that 99 % of words are heard within {BUSY} ms:", "",
-                  *table(capacity, _CAPACITY)]
+                  *table(capacity, COLUMNS["capacity"])]
     found = aims(rows)
     columns = [Column("aim", "aim"), Column("measured", "figure"),
                Column("", lambda row: "met" if row["met"] else "missed")]

@@ -28,7 +28,7 @@ ROOT = HERE.parents[1]
 sys.path[:0] = [str(HERE), str(ROOT / "tools" / "bench")]
 
 import lean  # noqa: E402
-from steps import EVENTS, SHIPPED_METHODS  # noqa: E402
+from steps import EVENTS, SHIPPED_METHODS, STREAMS  # noqa: E402
 from wheels import make_wheels, unserved  # noqa: E402
 
 MOST = 60 * 2**20  # bytes of one call; 64 MiB are allowed
@@ -47,7 +47,8 @@ LEFT_OUT = tuple(
 )
 #: Ignored paths of each call; those of .gpu need not be there.
 CARRIED = {
-    1: (".gpu/pack.json", ".gpu/wheels", ".gpu/speech", f"{MODELS}/ngram.arpa.gz"),
+    1: (".gpu/pack.json", ".gpu/wheels", ".gpu/speech", ".gpu/streams", f"{MODELS}/ctc_aed/model.safetensors",
+        f"{MODELS}/ngram.arpa.gz"),
     2: (".gpu/pack.json", ".gpu/wheels", ".gpu/call2"),
 }
 TIMEOUTS = {1: 480, 2: 330}
@@ -55,8 +56,8 @@ COMMANDS = {
     1: 'bash tools/gpu_day.sh --call 1 --out "$OUT"',
     2: 'bash tools/gpu_day.sh --call 2 --out "$OUT" --budget 290',
 }
-SENTENCES = 64
-NEEDED = ("speech/cuts.jsonl.gz", "speech/llm/config.json", "pack.json")
+SENTENCES, SENTENCES_OF_STREAMS = 64, 16
+NEEDED = ("speech/cuts.jsonl.gz", STREAMS[0], "speech/llm/config.json", "pack.json")
 
 
 # --- speech -------------------------------------------------------------------------------------------
@@ -65,7 +66,7 @@ NEEDED = ("speech/cuts.jsonl.gz", "speech/llm/config.json", "pack.json")
 def make_speech(out: Path) -> None:
     """Make log-probs of the demo's sentences by the shipped model, the LLM's events, and a CPU's rows.
 
-    With these neither speech nor the acoustic model travels. The LLM is too large: its events and its tokens
+    With these speech does not travel. The LLM is too large: its events and its tokens
     travel, with a few random weights. The rows of a CPU stay here, to compare with.
     """
     import numpy as np
@@ -90,6 +91,24 @@ def make_speech(out: Path) -> None:
         bench("fusion", *given, "--methods", *methods, "--output", out / "cpu-fusion.json")
         shutil.rmtree(work, ignore_errors=True)
         stamp.write_text(made_of)
+
+
+def make_streams(out: Path) -> None:
+    """Speak sentences that are streams there: audio, and when each word sounds."""
+    from lhotse import CutSet, load_manifest
+    from word_times import parser_of, speech
+
+    folder = out / "streams"
+    if (out / STREAMS[0]).is_file():
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    args = parser_of(None, "streams", "").parse_args(
+        ["--speech", str(folder), "--sentences", str(SENTENCES_OF_STREAMS // 2)])
+    cuts = [cut for split in ("test-clean", "test-other") for cut in load_manifest(speech(args, split))]
+    for cut in cuts:
+        [source] = cut.recording.sources
+        source.source = os.path.relpath(source.source, ROOT)  # where steps run
+    CutSet.from_cuts(cuts).to_file(out / STREAMS[0])
 
 
 def bench(program: str, *options: object) -> None:
@@ -120,6 +139,7 @@ def make(out: Path, books: str) -> None:
     """Make everything that is missing or old."""
     make_wheels(out)
     make_speech(out)
+    make_streams(out)
     if books:
         text = out / "call2" / "text"
         shutil.rmtree(text, ignore_errors=True)

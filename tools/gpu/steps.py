@@ -12,6 +12,7 @@ from typing import Optional, Sequence
 
 #: Options that follow where a file of the payload is: the file, the options.
 SPEECH = ("speech/cuts.jsonl.gz", "--emissions {payload}/speech --llm {payload}/speech/llm")
+STREAMS = ("streams/cuts.jsonl.gz", "--cuts {payload}/streams/cuts.jsonl.gz --llm {payload}/speech/llm")
 EVENTS = {size: (f"speech/events-{size}.json.gz", f"--events {{payload}}/speech/events-{size}.json.gz")
           for size in (32, 64)}
 #: What is decoded by a stand-in of the shipped LLM, which is too large to travel; a CPU's rows of the same
@@ -106,6 +107,10 @@ STEPS = (
     _bench("memory", 75, "memory --dtype bfloat16 --shapes mistral-7b --batch 8",
            cpu="--dtype '' --shapes tiny --batch 2 --seconds 3 --methods llm-delayed-interval-16",
            small="--batch 2 --seconds 5", given=SPEECH),
+    _bench("streaming", 90, f"streaming {_7B} --methods ctc-prefix llm-delayed-shortest "
+           "--kinds stream capacity --chunks 640 --capacity 6 --most-streams 256",
+           cpu="--shape '' --dtype float32 --sentences 4 --capacity 1 --most-streams 2",
+           small="--kinds stream", given=STREAMS),
     _training("training", 40, "--optimizers [muon,adamw]"),
     # if time is left
     _frames("frame_loop-warps", 70, "--batches 128 --beams 10 --engines triton --warps 1 2 4 8 --rounds 3"),
