@@ -62,6 +62,16 @@ class HotWordFusion(Fusion):
         self._made: dict[Any, PhraseAutomaton] = {}
         self._made_for: Any = None
 
+    def with_phrases(self, phrases: Phrases, tokens: AcousticTokens) -> HotWordFusion:
+        """Return one of the same settings with other phrases, made ready for searches with these tokens.
+
+        Raises:
+            TypeError, ValueError: see the class.
+        """
+        _check_list(phrases, "phrases")
+        automaton = make_automaton(phrases, tokens, self._boost)
+        return HotWordFusion(automaton, self.weight, self._boost, self.source, self.word_bonus)
+
     def for_groups(self, count: int) -> list[Fusion]:
         """Return copies (see ``Fusion.for_groups``)."""
         return [copy.copy(self) for _ in range(count)]

@@ -24,7 +24,7 @@ from icefall_fusion.common.checks import check, check_text
 from icefall_fusion.common.memory import FreedMemory
 from icefall_fusion.data.features import FRAME_SHIFT
 from icefall_fusion.fusion import DelayedFusion, NgramFusion, ShallowFusion
-from icefall_fusion.fusion.hotwords import HOT_WORDS, HotWordFusion, Phrases, make_automaton
+from icefall_fusion.fusion.hotwords import HOT_WORDS, HotWordFusion, Phrases
 from icefall_fusion.fusion.lodr import LodrFusion
 from icefall_fusion.fusion.shallow_stream import ShallowStream
 from icefall_fusion.fusion.streaming import DelayedStream
@@ -110,7 +110,7 @@ class StreamingDecoder:
             name: in N-best lists; none: a number.
             context: what was said before, for language models of delayed fusion; read, not scored.
             hotwords: phrases of this stream in the place of the decoder's own (see `HotWordFusion`), whose
-                weight and word bonus they keep; none: the decoder's own.
+                weight, boost and word bonus they keep; none: the decoder's own.
 
         Raises:
             TypeError, ValueError: `StreamOptions.streams` are open, or hot words are bad.
@@ -229,12 +229,8 @@ class StreamingDecoder:
         check(not self._greedy, "hotwords", "be none in greedy search", hotwords)
         own = [f for f in self.fusions if isinstance(f, HotWordFusion) and f.source == HOT_WORDS]
         others = [fusion for fusion in self.fusions if fusion not in own]
-        HotWordFusion(hotwords)  # refuses what is no list of phrases
-        if not own and not len(hotwords):
-            return others
-        automaton = make_automaton(hotwords, self.tokens)
-        weight, bonus = (own[0].weight, own[0].word_bonus) if own else (1.0, 0.0)
-        return [*others, HotWordFusion(automaton, weight, source=HOT_WORDS, word_bonus=bonus)]
+        fusion = (own[0] if own else HotWordFusion([])).with_phrases(hotwords, self.tokens)
+        return [*others, fusion] if own or len(hotwords) else others
 
     def _open_segment(self, own: Sequence[Fusion], stream: Stream, start: int,
                       context: Sequence[str]) -> Union[Segment, GreedySegment]:

@@ -180,6 +180,11 @@ def test_each_stream_may_have_hot_words_of_its_own(made) -> None:
     stream = paid.open("talk", hotwords=[])  # no phrases: words are paid for still
     stream.accept(audio)
     assert stream.finish().weights == {"ctc": 1.0, "hotwords": 0.7, "words": 0.5}
+    eager = StreamingDecoder(made[0], [HotWordFusion(["sean sea"], 0.7, boost=9.0)], SEARCH, OPTIONS)
+    stream = eager.open("talk", hotwords=["a sailor"])  # and so is its boost
+    stream.accept(audio)
+    hot = HotWordFusion(["a sailor"], 0.7, boost=9.0)
+    same(eager.finish([stream])[0], whole(made[0], [audio], [hot], names=["talk"])[0])
     stream = plain.open("talk", hotwords=["a sailor"])
     stream.accept(audio)
     same(plain.finish([stream])[0], whole(made[0], [audio], [HotWordFusion(["a sailor"])], names=["talk"])[0])
