@@ -5,6 +5,7 @@ Knows: the standard library, torch. Must not know: speech.
     unavailable.py    the exception for what is missing on a machine (a compiler, Triton)
     files.py          files that are whole or absent; fingerprints
     devices.py        devices, Triton kernels, bytes of a model's weights
+    precision.py      the number type in which a device computes best
     processes.py      data parallel processes
     memory.py         memory in use, peaks, the allocator
     environment.py    versions, commit and device of a run

@@ -14,6 +14,7 @@ from typing import Any, Union
 from icefall_fusion.common.checks import check, check_at_least
 from icefall_fusion.common.command_line import SKIPPED_SOME
 from icefall_fusion.common.files import write_text
+from icefall_fusion.common.precision import FAST
 from icefall_fusion.data import synthesis
 from icefall_fusion.data.manifests import cuts_path
 from icefall_fusion.decode.job import DecodeOptions, DecodeRun
@@ -51,7 +52,8 @@ class DemoOptions:
         workers: processes that speak, and then decode a set each.
         seed: of voices and noise.
         threads: of torch in each process; 0 leaves its default.
-        lm_dtype: of the language models' weights: bfloat16 is up to twice as fast where the processor has it.
+        lm_dtype: of the language models' weights; fast: bfloat16 where the processor has it, which is up to
+            twice as fast, else float32.
     """
 
     out: str = "demo"
@@ -64,7 +66,7 @@ class DemoOptions:
     workers: int = 2
     seed: int = 7
     threads: int = 1
-    lm_dtype: str = "bfloat16"
+    lm_dtype: str = FAST
 
     def __post_init__(self) -> None:
         check(bool(self.out), "DemoOptions.out", "name a folder", self.out)

@@ -12,6 +12,7 @@ import torch
 from icefall_fusion.common.checks import check, check_at_least, check_choice
 from icefall_fusion.common.devices import check_device, weight_bytes
 from icefall_fusion.common.files import PathLike
+from icefall_fusion.common.precision import FAST
 from icefall_fusion.decode.hotwords import HotWords
 from icefall_fusion.fusion.boundaries import BOUNDARIES
 from icefall_fusion.fusion.delayed import Prompt
@@ -39,7 +40,8 @@ class LmOptions:
         path: folder, GGUF file (also package:NAME/FILE), Hugging Face name, or the PEFT folder of an adapter,
             which names its base; empty: there is none.
         adapter: PEFT folder of a LoRA adapter of this model, e.g. of train-lm --base; empty: none.
-        dtype: float32, bfloat16, float16 or auto.
+        dtype: float32, bfloat16, float16, auto (as saved), or fast: bfloat16 where the device is faster with
+            it than with float32, else float32.
         device: e.g. cpu or cuda; empty: that of the acoustic model.
         device_map: for models that need more than one device, e.g. auto.
         quantization: 8bit or 4bit (by bitsandbytes), or int8 (weights alone, by torchao).
@@ -75,7 +77,7 @@ class LmOptions:
     boundaries: str = "words"
 
     def __post_init__(self) -> None:
-        check_choice(self.dtype, ("float32", "bfloat16", "float16", "auto"), "LmOptions.dtype")
+        check_choice(self.dtype, ("float32", "bfloat16", "float16", "auto", FAST), "LmOptions.dtype")
         check_choice(self.text, TEXT_STYLES, "LmOptions.text")
         check_choice(self.quantization, QUANTIZATIONS, "LmOptions.quantization")
         check_choice(self.boundaries, BOUNDARIES, "LmOptions.boundaries")
@@ -162,9 +164,8 @@ class LanguageModels:
             options = self.options.get(source, LmOptions())
             check(bool(options.path), f"{source}.path", "name a language model for this method", options.path)
             check_device(options.device or self._device, f"{source}.device")
-            dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
             self._loaded[source] = CausalLm.from_pretrained(
-                options.path, dtype=dtype, device=options.device or self._device,
+                options.path, dtype=options.dtype, device=options.device or self._device,
                 device_map=options.device_map, quantization=options.quantization,
                 adapter=options.adapter or None, bos_token=options.bos_token,
                 eos_token=options.eos_token,

@@ -98,7 +98,7 @@ class CausalLm:
             path_or_name: folder with config.json, weights and tokenizer (or ``bpe.model``); a ``.gguf`` file,
                 which is converted once into the cache; either as ``package:NAME/FILE``; a hub name; or a PEFT
                 folder, which names its base.
-            dtype: torch dtype, its name, or "auto" (as saved).
+            dtype: torch dtype, its name, "auto" (as saved), or "fast" (see `fast_dtype`).
             device: the model's device; not used with ``device_map``.
             device_map: as in transformers, e.g. "auto" to spread over GPUs and host (needs accelerate).
             quantization: None; "8bit" or "4bit" (by bitsandbytes); "int8" (weights alone, by torchao).

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 
 from icefall_fusion.common.checks import check
 from icefall_fusion.common.files import PathLike
+from icefall_fusion.common.precision import FAST, fast_dtype
 from icefall_fusion.lm.tree_forward import PACKED_ATTENTION
 from icefall_fusion.text.tokens import AcousticTokens
 
@@ -56,6 +57,9 @@ def load_model(
     _check_folder(name)
     rule = "not be set with a quantization (quantized weights cannot take it in exactly)"
     check(not adapter or quantization is None, "adapter", rule, str(adapter))
+    if dtype == FAST:
+        spread = device_map is not None and torch.cuda.is_available()
+        dtype = fast_dtype("cuda" if spread else torch.device(device).type)
     options = {"dtype": dtype, "device_map": device_map}
     if quantization is not None:
         from icefall_fusion.lm.quantization import quantization_options

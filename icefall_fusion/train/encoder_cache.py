@@ -24,6 +24,7 @@ from tqdm import tqdm
 from icefall_fusion.acoustic.models import CtcAed, load
 from icefall_fusion.common.checks import check
 from icefall_fusion.common.files import PathLike, atomic_path, fingerprint, write_json
+from icefall_fusion.common.precision import in_bf16
 from icefall_fusion.common.processes import gather_over_processes, to_device
 from icefall_fusion.data.cut_lines import CutLine
 from icefall_fusion.data.datamodule import EvalBatches
@@ -162,7 +163,7 @@ def keep_frames(options: TrainOptions, manifest: Path, encode: Optional[Encode],
     if rank == 0:
         write_json(path, about)
     batches = EvalBatches(manifest, options.data, None, None, list(cache), rank, world)
-    half = options.trainer.precision == "bf16"
+    half = in_bf16(options.trainer.precision, device)
     ids: list[str] = []
     frames: list[Tensor] = []
     bar = tqdm(batches, desc="frames of the encoder", unit="batch", disable=rank > 0 or not len(batches))

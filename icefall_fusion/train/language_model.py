@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from icefall_fusion.common.checks import check, check_at_least
+from icefall_fusion.common.precision import in_bf16
 from icefall_fusion.common.processes import check_compiler, to_device
 from icefall_fusion.lm.adapters import save_adapter
 from icefall_fusion.lm.starts import BetterStart
@@ -169,7 +170,7 @@ def make_trainer(options: TrainLmOptions, device: torch.device, rank: int = 0, w
 def make_adapter_trainer(options: TrainLmOptions, device: torch.device, rank: int, world: int) -> Trainer:
     """Build the loop of an adapter with its base and batches."""
     torch.manual_seed(options.trainer.seed)
-    dtype = torch.bfloat16 if options.trainer.precision == "bf16" else torch.float32  # of the frozen weights
+    dtype = torch.bfloat16 if in_bf16(options.trainer.precision, device) else torch.float32  # frozen weights
     base = Base.load(options.base, dtype, device, options.compile and device.type == "cpu",
                      options.bos_token, options.eos_token)
     base.check_length(options.length)

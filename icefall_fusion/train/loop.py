@@ -58,7 +58,7 @@ class Trainer:
     Args:
         options: see TrainerOptions.
         model: on ``device``; its ``forward`` must be what ``compute_loss`` calls (data parallel needs it).
-        compute_loss: see LossFunction; runs under autocast when ``precision`` is bf16.
+        compute_loss: see LossFunction; runs under autocast where ``precision`` means bf16.
         train_batches: a BatchSource; with several processes each has its own share of the batches.
         valid_batches: can be iterated again and again.
         folder: gets checkpoints, ``log.jsonl`` and tensorboard events.

@@ -10,6 +10,8 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
+from icefall_fusion.common.precision import fast_dtype
+
 
 class BatchedMuon(torch.optim.Muon):
     """``torch.optim.Muon`` in a few calls a step, equal to it within rounding; states can be exchanged.
@@ -78,7 +80,7 @@ class BatchedMuon(torch.optim.Muon):
 def orthogonalized(
     matrices: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float
 ) -> Tensor:
-    """Return about U V^T of every matrix U S V^T, in bfloat16, by Newton-Schulz (Jordan et al. 2024).
+    """Return about U V^T of every matrix U S V^T by Newton-Schulz (Jordan et al. 2024).
 
     Args:
         matrices: [N,rows,columns] with rows <= columns.
@@ -87,7 +89,7 @@ def orthogonalized(
         eps: least norm that is divided by.
     """
     a, b, c = coefficients
-    x = matrices.bfloat16()
+    x = matrices.to(fast_dtype(matrices.device.type))  # bfloat16 is exact enough (the same paper)
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
     for _ in range(steps):
         gram = torch.bmm(x, x.mT)

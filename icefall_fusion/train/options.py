@@ -10,6 +10,7 @@ from icefall_fusion.common.checks import check, check_at_least, check_choice
 from icefall_fusion.train.schedule import PROGRESS, SCHEDULES, learning_rate, learning_rate_by_time
 
 OPTIMIZERS = ("adamw", "muon")
+PRECISIONS = ("bf16", "float32", "fast")
 EXPORT_DTYPES = ("float16", "float32")
 
 
@@ -38,7 +39,8 @@ class TrainerOptions:
         ema_decay: of an exponential moving average of the weights, which validation then uses, and exports
             can; 0 = none.
         accumulate: batches in one optimizer step.
-        precision: "bf16" (autocast, float32 weights) or "float32".
+        precision: "bf16" (autocast, float32 weights), "float32", or "fast": bf16 where the device is
+            faster with it than with float32.
         save_every_steps: steps between checkpoints; 0 = never by steps.
         save_every_minutes: minutes between checkpoints; 0 = never by time.
         keep_checkpoints: newest checkpoints to keep.
@@ -65,7 +67,7 @@ class TrainerOptions:
     grad_clip: float = 1.0
     ema_decay: float = 0.0
     accumulate: int = 1
-    precision: str = "bf16"
+    precision: str = "fast"
     save_every_steps: int = 0
     save_every_minutes: float = 10.0
     keep_checkpoints: int = 3
@@ -79,7 +81,7 @@ class TrainerOptions:
         check_choice(self.optimizer, OPTIMIZERS, "TrainerOptions.optimizer")
         check_choice(self.schedule, SCHEDULES, "TrainerOptions.schedule")
         check_choice(self.progress, PROGRESS, "TrainerOptions.progress")
-        check_choice(self.precision, ("bf16", "float32"), "TrainerOptions.precision")
+        check_choice(self.precision, PRECISIONS, "TrainerOptions.precision")
         check(self.lr > 0, "TrainerOptions.lr", "be above 0", self.lr)
         check(0 <= self.min_lr <= self.lr, "TrainerOptions.min_lr", "be between 0 and lr", self.min_lr)
         if self.max_steps is not None:

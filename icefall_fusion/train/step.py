@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from icefall_fusion.common.precision import in_bf16
 from icefall_fusion.common.processes import sum_over_processes, to_device
 from icefall_fusion.train.late_values import LateValues
 from icefall_fusion.train.optimizers import make_optimizer
@@ -35,7 +36,7 @@ class TrainingStep:
     Args:
         options: see TrainerOptions.
         model: on ``device``; its ``forward`` must be what ``compute_loss`` calls (data parallel needs it).
-        compute_loss: see LossFunction; runs under autocast when ``precision`` is bf16.
+        compute_loss: see LossFunction; runs under autocast where ``precision`` means bf16.
         device: of the model.
 
     Attributes:
@@ -105,7 +106,7 @@ class TrainingStep:
 
     def loss_of(self, model: nn.Module, batch: Any) -> tuple[Tensor, Metrics]:
         """Return the summed loss of a batch and all its sums: "loss", "weight" (items) and metrics."""
-        autocast = self.options.precision == "bf16"
+        autocast = in_bf16(self.options.precision, self.device)
         batch = to_device(batch, self.device)
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=autocast):
             loss, weight, metrics = self.compute_loss(model, batch)

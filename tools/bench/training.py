@@ -41,6 +41,7 @@ from icefall_fusion.common.command_line import REFUSED, parse_options  # noqa: E
 from icefall_fusion.common.environment import describe_environment  # noqa: E402
 from icefall_fusion.common.files import write_json  # noqa: E402
 from icefall_fusion.common.memory import keep_freed_memory  # noqa: E402
+from icefall_fusion.common.precision import in_bf16  # noqa: E402
 from icefall_fusion.common.processes import to_device  # noqa: E402
 from icefall_fusion.train.acoustic_loss import compute_loss  # noqa: E402
 from icefall_fusion.train.acoustic_model import TrainOptions, compile_layers  # noqa: E402
@@ -99,7 +100,7 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return REFUSED
     keep_freed_memory()
-    kind = "bfloat16" if train.trainer.precision == "bf16" else "float32"
+    kind = "bfloat16" if in_bf16(train.trainer.precision, torch.device(bench.device)) else "float32"
     product = rates(bench.device, kind)[1]
     rows: list[dict[str, Any]] = []
     for optimizer in bench.optimizers or (train.trainer.optimizer,):
