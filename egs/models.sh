@@ -92,8 +92,8 @@ train_acoustic() {
     ${acoustic[@]+"${acoustic[@]}"}
 }
 
-train_lm() { # name, tokenizer folder
-  configs_of "$1"
+train_lm() { # name, tokenizer folder, configuration: a Llama from random weights
+  configs_of "${3:-$1}"
   train_in "$exp_dir/$1" train-lm "${configs[@]}" --data "$data_dir/lm/$1" --tokenizer "$2"
 }
 

@@ -87,7 +87,7 @@ if wanted 1 select; then
   finish select
 fi
 if wanted 2 vocabularies; then
-  run_job train-tokenizers --llm_tokens 0 # the LLM has its own
+  run_job train-tokenizers
   finish vocabularies
 fi
 if wanted 3 speech; then
@@ -101,7 +101,7 @@ if wanted 4 features; then
   finish features
 fi
 if wanted 5 lm-text; then
-  run_job prepare-lm-text --workers "$workers" --streams "[nlm, matched_llm]"
+  run_job prepare-lm-text --workers "$workers"
   finish lm-text
 fi
 log "finished: $data_dir"

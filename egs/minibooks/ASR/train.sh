@@ -8,9 +8,10 @@
 #   bash train.sh --language es                     # Spanish (zh: Mandarin), after prepare.sh with the same
 #
 # Stages: 0 acoustic model (CTC-AED), 1 NLM, 2 LLM (a LoRA adapter of SmolLM2, from the package that setup_env.sh
-# installs), 3 matched LLM (the same base on the acoustic pieces), 4 n-gram, 5 export all to --pretrained-dir
-# (default: pretrained/ in --exp-dir, where decode.sh looks first; the published models stay as they are), 6 the
-# acoustic model's own language model, which lodr-shallow subtracts.
+# installs; of another language than English a small Llama of its own), 3 matched LLM (the same on the acoustic
+# pieces), 4 n-gram, 5 export all to --pretrained-dir (default: pretrained/ in --exp-dir, where decode.sh looks
+# first; the published models stay as they are), 6 the acoustic model's own language model, which lodr-shallow
+# subtracts.
 # Every stage can be killed and run again: it goes on from its newest checkpoint. A finished stage leaves a
 # .done mark, which lists its options, and is skipped. With other data or another --acoustic it runs again
 # from the beginning, and the old models are kept as NAME.1; with other options after "--" it goes on from its
@@ -45,13 +46,15 @@ if wanted 1 nlm; then
   train_lm nlm "$lang"
   finish nlm
 fi
+small=false # SmolLM2 was made for English: another language gets LLMs of its own unless --base names one
+if [ "$language" != en ] && [ -z "$base" ]; then small=true; fi
 depends base "${base:-that of the configuration}"
 if wanted 2 llm; then
-  train_adapter llm
+  if $small; then train_lm llm "$data_dir/llm_tokenizer" small_llm; else train_adapter llm; fi
   finish llm
 fi
 if wanted 3 matched_llm; then
-  train_adapter matched_llm --tokenizer "$lang"
+  if $small; then train_lm matched_llm "$lang" small_llm; else train_adapter matched_llm --tokenizer "$lang"; fi
   finish matched_llm
 fi
 if wanted 4 ngram; then
