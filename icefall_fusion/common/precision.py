@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import time
 
 import torch
@@ -26,20 +27,18 @@ def fast_dtype(kind: str) -> torch.dtype:
     if kind != "cpu":
         good = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if good else torch.float32
-    seconds = {dtype: _seconds_of_a_product(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    sides = {dtype: (torch.ones(256, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype))
+             for dtype in (torch.float32, torch.bfloat16)}
+    seconds = dict.fromkeys(sides, math.inf)
+    for _ in range(5):  # in turns: what else the machine does meanwhile strikes both
+        for dtype, (rows, weights) in sides.items():
+            begun = time.perf_counter()
+            torch.nn.functional.linear(rows, weights)
+            seconds[dtype] = min(seconds[dtype], time.perf_counter() - begun)
     found = min(seconds, key=lambda dtype: seconds[dtype])
     times = seconds[torch.bfloat16] / seconds[torch.float32]
     logging.info("this CPU takes %.1f times as long with bfloat16 as with float32: %s is used", times, found)
     return found
-
-
-def _seconds_of_a_product(dtype: torch.dtype) -> float:
-    left, right, seconds = torch.ones(256, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype), []
-    for _ in range(5):
-        begun = time.perf_counter()
-        torch.nn.functional.linear(left, right)
-        seconds.append(time.perf_counter() - begun)
-    return min(seconds)
 
 
 def in_bf16(precision: str, device: torch.device) -> bool:
