@@ -31,6 +31,7 @@ SETS = ("dev", "test-clean", "test-other")
 METHODS = "ctc-greedy,ctc-prefix"
 LM_SHARE, LM_FROM = 0.15, 7.0  # in fewer minutes the acoustic model needs them all
 CHARACTERS = 14.5  # that a voice reads in a second
+LLM_TOKENS = 8192  # of the LLM that is trained here
 TO_START = 20.0  # seconds of a training before its clock begins: imports, features into the GPU's memory
 
 
@@ -103,9 +104,9 @@ class Run:
         hours = [] if self.args.tiny else ["--train_hours", str(self.args.hours)]
         chosen = [*self.config("select-utterances"), *hours, "--at_most", "true"]
         self.job("selection", "select-utterances", *chosen, *data)
-        llm = ["--llm_tokens", "0"] if self.args.lm_share == 0 else []
-        self.job("vocabularies", "train-tokenizers", *self.config("train-tokenizers"), *data, *llm,
-                 "--pieces_from", str(RECIPE / "pretrained/ctc_aed"))
+        llm = 0 if self.args.lm_share == 0 else LLM_TOKENS
+        self.job("vocabularies", "train-tokenizers", *self.config("train-tokenizers"), *data,
+                 "--llm_tokens", str(llm), "--pieces_from", str(RECIPE / "pretrained/ctc_aed"))
 
     def speak(self) -> None:
         """Dev, both tests and, until its share of the minutes is over, training speech: all at once.
