@@ -25,7 +25,7 @@ def fast_dtype(kind: str) -> torch.dtype:
         kind: type of the device: cpu, cuda.
     """
     if kind != "cpu":
-        good = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        good = kind == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
         return torch.bfloat16 if good else torch.float32
     sides = {dtype: (torch.ones(256, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype))
              for dtype in (torch.float32, torch.bfloat16)}

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import time
 
-import pytest
 import tiny
 import torch
 
@@ -38,9 +37,3 @@ def test_what_a_precision_is_on_a_device() -> None:
 def test_a_language_model_is_loaded_in_the_fast_type(tmp_path) -> None:
     lm = CausalLm.from_pretrained(tiny.language_model(tmp_path, 1, pieces=True), dtype="fast")
     assert {weight.dtype for weight in lm.model.parameters()} == {fast_dtype("cpu")}
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_gpu_that_has_bfloat16_takes_it() -> None:
-    assert (fast_dtype("cuda") == torch.bfloat16) == (torch.cuda.get_device_capability() >= (8, 0))
