@@ -19,7 +19,7 @@ def fast_dtype(kind: str) -> torch.dtype:
     """Return bfloat16 where a device multiplies matrices faster with it than with float32, else float32.
 
     GPUs have it since Ampere. A CPU without its instructions takes up to ten times as long as with float32,
-    and no flag of PyTorch's tells them all apart: a trial by the clock does (0.1 s, once a process).
+    and no flag of PyTorch's tells them all apart: a trial by the clock does (milliseconds, once a process).
 
     Args:
         kind: type of the device: cpu, cuda.

@@ -171,6 +171,19 @@ def test_what_streams_do_not_serve_is_refused_at_once(tmp_path, bench, method) -
 
 
 @pytest.mark.skipif(not espeak.available(), reason="espeakng-loader is not installed")
+def test_a_random_llm_of_a_size_does_its_work_and_changes_no_word(tmp_path, bench) -> None:
+    output = tmp_path / "rows.json"
+    given = ["--sentences", "2", "--speech", str(tmp_path / "speech"), "--output", str(output)]
+    asked = ["--shape", "tiny", "--kinds", "stream", "--chunks", "640"]
+    bench("streaming").main([*given, *asked, "--methods", "ctc-prefix", "llm-delayed-shortest"])
+    rows = json.loads(output.read_text())["rows"]
+    assert [row["kind"] for row in rows] == ["stream"] * 2
+    assert rows[1]["lm_forwards"] > 5 and rows[1]["wer"] == rows[0]["wer"]
+    with pytest.raises(SystemExit):
+        bench("streaming").main([*given, "--kinds", "streams"])
+
+
+@pytest.mark.skipif(not espeak.available(), reason="espeakng-loader is not installed")
 def test_the_memory_of_a_long_stream_is_measured(tmp_path, bench) -> None:
     output = tmp_path / "rows.json"
     given = ["--sentences", "4", "--speech", str(tmp_path / "speech"), "--output", str(output)]

@@ -262,7 +262,8 @@ def arguments(given: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument("--weights", default="", help="YAML file; none: the shipped one")
     parser.add_argument("--dtype", default="float32", help="of the LLM's weights")
     parser.add_argument("--methods", nargs="+", help=f"none: {', '.join(METHODS)}; of a long stream two")
-    parser.add_argument("--kinds", nargs="+", default=[WHOLE, STREAM, CAPACITY], help="of rows")
+    kinds = [WHOLE, STREAM, CAPACITY]
+    parser.add_argument("--kinds", nargs="+", choices=kinds, default=kinds, help="of rows")
     parser.add_argument("--chunks", type=int, nargs="+", default=[160, 320, 640, 1280], help="ms")
     parser.add_argument("--left", type=float, default=20.0, help="seconds before a chunk that it sees")
     parser.add_argument("--commit-after", type=float, default=5.0, help="seconds; 0: where all agree alone")
