@@ -101,7 +101,7 @@ class Launches(TorchDispatchMode):
 
 
 def test_a_step_of_the_acoustic_model_is_a_hundred_launches() -> None:
-    """The 77 matrices of MiniBooks' model, a quarter as wide: 1,773 launches by torch's own, 94 in batches."""
+    """The 77 matrices of MiniBooks' model, made narrow: 1,773 launches by torch's own, 94 in batches."""
     recipe = ModelOptions.from_dict({
         "encoder": {"size": 64, "heads": 4, "feedforward": 192, "layers": [2, 4, 1], "kernel": 15},
         "decoder": {"heads": 4, "feedforward": 192, "layers": 3},
