@@ -29,7 +29,8 @@ SENTENCE_PIECE_FILES = ("tokenizer.model", "spiece.model")
 TOKENIZER_FILES = (*SENTENCE_PIECE_FILES, "tokenizer.json", "tokenizer_config.json", "vocab.json")
 CHECK_SEED = 7
 CHECK_ROUNDS = 3
-TOLERANCE_FLOAT32 = 2e-4  # natural log a token
+TOLERANCE_FLOAT32 = 2e-4  # natural log a token, of three quarters of the paths
+TOLERANCE_STEEP = 0.01  # of the others; SmolLM2 after a few steps of an adapter: 0.0009
 TOLERANCE_HALF = 0.25  # of the median; SmolLM2: up to 0.12, with wrong masks or positions from 0.6
 
 # --- weights and what the config says -------------------------------------------------------------------
@@ -259,14 +260,17 @@ def check_tree(lm: CausalLm) -> None:
     except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{refusal}: {type(error).__name__}: {error}") from error
     full = {p.dtype for p in lm.model.parameters()} == {torch.float32}
-    # Halves round the steep logits after some random paths by up to 1 nat; a wrong mask is wrong in all.
-    allowed = TOLERANCE_FLOAT32 if full else TOLERANCE_HALF
-    worst = float(differences.max() if full else np.median(differences))  # both keep nan
-    if not worst <= allowed:
-        raise ValueError(
-            f"{refusal}: its scores must differ from plain forwards by at most {allowed:g} a token, but "
-            f"differ by {worst:.3g} (it ignores position ids or masks, as ALiBi models such as BLOOM do)"
-        )
+    # The steep logits after some random paths are rounded by up to 1 nat in halves, by 0.001 in float32;
+    # a wrong mask is wrong in all.
+    allowed = {0.75: TOLERANCE_FLOAT32, 1.0: TOLERANCE_STEEP} if full else {0.5: TOLERANCE_HALF}
+    for share, most in allowed.items():
+        found = float(np.quantile(differences, share))  # keeps nan
+        if not found <= most:
+            raise ValueError(
+                f"{refusal}: its scores must differ from plain forwards by at most {most:g} a token in "
+                f"{100 * share:.0f} % of the paths, but differ by {found:.3g} (it ignores position ids or "
+                "masks, as ALiBi models such as BLOOM do)"
+            )
 
 
 def _differences(lm: CausalLm) -> np.ndarray:

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from icefall_fusion.common.devices import weight_bytes
-from icefall_fusion.lm import CausalLm
+from icefall_fusion.lm import CausalLm, loading
 from icefall_fusion.lm.loading import Vocabulary, check_tree
 from icefall_fusion.lm.tree_scorer import TreeOptions
 from tests import tiny
@@ -361,6 +361,30 @@ def test_wrong_masks_and_positions_are_refused(dtype: torch.dtype, wrong: str, m
     monkeypatch.setattr(lm, "tree_logits", other)
     with pytest.raises(ValueError, match="cannot be used in a token tree: its scores must differ"):
         check_tree(lm)
+
+
+@pytest.mark.parametrize("more, good", [(0.5, True), (30.0, False)])
+def test_a_path_after_which_logits_are_steep_may_be_rounded(more: float, good: bool, monkeypatch) -> None:
+    """A float32 model with huge activations differs by 0.001 in one path; what differs by more is wrong."""
+    lm = CausalLm(random_model("llama"), Vocabulary(None, None, 1, 2), "llama")
+    logits, calls = lm.tree_logits, []
+
+    def rounded(*given):
+        found = logits(*given).clone()
+        calls.append(found)
+        if len(calls) == 3:  # the last event: one token of it
+            found[-1, 0] += more
+        return found
+
+    monkeypatch.setattr(lm, "tree_logits", rounded)
+    worst = loading._differences(lm).max()
+    assert len(calls) == 3 and worst > loading.TOLERANCE_FLOAT32
+    calls.clear()
+    if good:
+        check_tree(lm)
+    else:
+        with pytest.raises(ValueError, match="by at most 0.01 a token in 100 % of the paths"):
+            check_tree(lm)
 
 
 def test_folders_that_are_no_models_are_refused(tmp_path: Path) -> None:
