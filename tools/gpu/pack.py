@@ -66,8 +66,8 @@ NEEDED = ("speech/cuts.jsonl.gz", STREAMS[0], "speech/llm/config.json", "pack.js
 def make_speech(out: Path) -> None:
     """Make log-probs of the demo's sentences by the shipped model, the LLM's events, and a CPU's rows.
 
-    With these speech does not travel. The LLM is too large: its events and its tokens
-    travel, with a few random weights. The rows of a CPU stay here, to compare with.
+    With these no speech of theirs travels. The LLM is too large: its events and its tokens travel, with a few
+    random weights. The rows of a CPU stay here, to compare with.
     """
     import numpy as np
     import shapes
