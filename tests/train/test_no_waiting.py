@@ -59,7 +59,8 @@ def _nothing() -> None:
 
 @pytest.fixture
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What has no fake form: pinned memory needs a driver, and torch's CTC loss asks cuDNN."""
+    """What has no fake form: pinned memory and number types need a driver, torch's CTC loss asks cuDNN."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(Tensor, "pin_memory", lambda self, device=None: self.clone())
 
     def ctc_loss(log_probs: Tensor, targets: Tensor, lens: Tensor, sizes: Tensor, **more: Any) -> Tensor:
