@@ -10,7 +10,7 @@ set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 . "$here/../../stages.sh"
 text=()
-device=cpu
+decode=()
 
 while [ $# -gt 0 ]; do
   case "$1" in --stage | --stop-stage) unknown_option "$1" ;; esac # stages belong to the three scripts
@@ -18,15 +18,18 @@ while [ $# -gt 0 ]; do
   if [ "$taken" -gt 0 ]; then shift "$taken"; continue; fi
   case "$1" in
     --text) text=(--text "$(absolute "$2")"); shift 2 ;;
-    --device) device=$2; shift 2 ;;
+    --device) decode+=("$1" "$2"); shift 2 ;;
     *) unknown_option "$1" ;;
   esac
 done
 set_folders
+if [ "$config" = tiny ]; then decode+=(--confirm 4); fi
 
+folders=(--config "$config" --language "$language" --data-dir "$data_dir")
 code=0
-bash "$here/prepare.sh" --config "$config" --language "$language" --data-dir "$data_dir" ${text[@]+"${text[@]}"} || code=$?
+bash "$here/prepare.sh" "${folders[@]}" ${text[@]+"${text[@]}"} || code=$?
 if [ "$code" -ne 0 ] && [ "$code" -ne 3 ]; then exit "$code"; fi
-bash "$here/train.sh" --config "$config" --language "$language" --data-dir "$data_dir" --exp-dir "$exp_dir"
-bash "$here/decode.sh" --config "$config" --language "$language" --data-dir "$data_dir" --exp-dir "$exp_dir" --device "$device"
+folders+=(--exp-dir "$exp_dir")
+bash "$here/train.sh" "${folders[@]}"
+bash "$here/decode.sh" "${folders[@]}" ${decode[@]+"${decode[@]}"}
 exit "$code"
