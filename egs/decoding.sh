@@ -5,7 +5,7 @@
 methods=all
 device=cpu
 limit=0
-confirm=64
+confirm=          # utterances of dev that tuning decodes; empty: 64, of --config tiny 4
 emissions=         # the user's acoustic model; empty: that of $pretrained_dir
 emission_options=() # further ones of it: kind K tokens T ...
 k2_tokens=         # its bpe.model, where that is not beside it
@@ -25,7 +25,7 @@ decode_option() { # as common_option
     --methods) methods=$2 ;;
     --device) device=$2 ;;
     --limit) limit=$(number "$1" "$2") ;;     # utterances of each set to decode; 0: all
-    --confirm) confirm=$(number "$1" "$2") ;; # utterances of dev that tuning decodes; 0: N-best lists alone
+    --confirm) confirm=$(number "$1" "$2") ;; # 0: tune on N-best lists alone
     --test-sets) test_sets=$2 ;;
     --printed-wer) scoring=(--printed_wer "$2") ;;
     --k2) if declare -F k2_stages >/dev/null; then with_k2=$2; else taken=0; fi ;;
@@ -183,6 +183,10 @@ for path in sorted(Path(sys.argv[2]).glob("nbest-*.jsonl")):
 decode_stages() {
   local weights=$exp_dir/weights.yaml tuning=$exp_dir/tune sets=() files=() name kinds
   kinds=$(search_kinds)
+  if [ -z "$confirm" ]; then
+    confirm=64
+    if [ "$config" = tiny ]; then confirm=4; fi
+  fi
   conf_file=$conf/decode.yaml
   [ -f "$conf_file" ] || conf_file=conf/decode.yaml
   mkdir -p "$exp_dir"

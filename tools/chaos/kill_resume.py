@@ -156,7 +156,7 @@ class Chaos:
             "bash", str(RECIPE / "decode.sh"), "--config", "tiny", "--data-dir", str(self.data),
             "--exp-dir", str(folder / "exp"), "--pretrained-dir", str(MINIBOOKS),
             "--llm", str(MINIBOOKS / "llm"), "--world-size", str(self.options.world_size),
-            *(quick if self.options.quick else ["--confirm", "4"]),
+            *(quick if self.options.quick else []),
         ]
 
     def _stages(self) -> list[Stage]:

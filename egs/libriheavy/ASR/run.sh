@@ -31,10 +31,7 @@ while [ $# -gt 0 ]; do
   shift 2
 done
 set_folders
-if [ "$config" != full ]; then
-  llm=${llm:-$here/../../minibooks/ASR/pretrained/llm}
-  if [ "$config" = tiny ]; then decode+=(--confirm 4); fi
-fi
+if [ "$config" != full ]; then llm=${llm:-$here/../../minibooks/ASR/pretrained/llm}; fi
 if [ -z "$llm" ]; then
   echo "run.sh: --llm must name a language model (see --help)" >&2
   exit 2

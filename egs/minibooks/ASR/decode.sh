@@ -8,7 +8,7 @@
 #
 # Stages: 0 decode dev for tuning (all scores of an N-best list), 1 tune weights (on dev alone) into
 # weights.yaml of --exp-dir, 2 decode the test sets, 3 report. --limit N decodes N utterances of each set,
-# --confirm N (64) those of dev that tuning decodes. Every stage can be killed and run again: finished
+# --confirm N (64; tiny: 4) those of dev that tuning decodes. Every stage can be killed and run again: finished
 # utterances are kept. A finished stage leaves a .done mark, which lists its options, and is skipped; with
 # other options it runs again, and old results are kept as NAME.1. Remove the mark to run a
 # stage again.

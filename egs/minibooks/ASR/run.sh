@@ -23,7 +23,6 @@ while [ $# -gt 0 ]; do
   esac
 done
 set_folders
-if [ "$config" = tiny ]; then decode+=(--confirm 4); fi
 
 folders=(--config "$config" --language "$language" --data-dir "$data_dir")
 code=0
