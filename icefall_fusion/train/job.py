@@ -19,9 +19,9 @@ from icefall_fusion.common.processes import Processes, gather_over_processes, in
 from icefall_fusion.train.loop import FINISHED, Trainer
 from icefall_fusion.train.options import TrainingOptions
 
-#: Largest change of a log-probability, in nats, by the dtype of exported weights. Float16 changes those of
-#: models of the shipped size by 0.007 (acoustic) to 0.02 (LLM).
-EXPORT_TOLERANCE = 0.1
+#: Largest mean change of log-probabilities, in nats, by the dtype of exported weights. Float16: 0.005
+#: with the acoustic models of MiniBooks; single pieces that are all but impossible move by up to 0.15.
+EXPORT_TOLERANCE = 0.02
 
 
 def run_training(
@@ -72,6 +72,8 @@ def report_size(model: nn.Module, more: str, rank: int) -> None:
 def check_export(model: nn.Module, dtype: str, log_probs: Callable[[nn.Module], Tensor]) -> None:
     """Raise ValueError if storing the weights of a model as ``dtype`` changes its log-probs too much.
 
+    A change counts by its probability: what a model holds for all but impossible may move further.
+
     Args:
         model: on the CPU, in eval mode, with float32 weights.
         dtype: of the exported weights.
@@ -80,6 +82,7 @@ def check_export(model: nn.Module, dtype: str, log_probs: Callable[[nn.Module], 
     rounded = copy.deepcopy(model)
     for tensor in rounded.state_dict().values():
         tensor.copy_(tensor.to(getattr(torch, dtype)))
-    change = float((log_probs(model) - log_probs(rounded)).abs().max())
-    rule = f"keep log-probs within {EXPORT_TOLERANCE} nats of the trained model's (float32 does)"
+    trained = log_probs(model)
+    change = float((trained.exp() * (trained - log_probs(rounded)).abs()).sum(dim=-1).max())
+    rule = f"keep log-probs, on average, within {EXPORT_TOLERANCE} nats of the trained model's (float32 does)"
     check(change <= EXPORT_TOLERANCE, f"export_dtype {dtype}", rule, change)

@@ -63,7 +63,8 @@ class Trainer:
         valid_batches: can be iterated again and again.
         folder: gets checkpoints, ``log.jsonl`` and tensorboard events.
         device: of the model.
-        on_save: called (first process only) with the step after each checkpoint, e.g. to export the model.
+        on_save: called (first process only) with the step after each checkpoint, e.g. to export the model. A
+            ValueError of it ends the training after its last step, and is told before.
         describe: turns validation means ({"loss", "weight", metrics...}) into further values to log.
         now: seconds from any origin, by which the training counts its time.
 
@@ -82,7 +83,7 @@ class Trainer:
         valid_batches: Iterable[Any],
         folder: Union[str, Path],
         device: Union[str, torch.device] = "cpu",
-        on_save: Optional[Callable[[int], None]] = None,
+        on_save: Callable[[int], Any] = lambda step: None,
         describe: Optional[Callable[[dict[str, float]], dict[str, float]]] = None,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -97,9 +98,8 @@ class Trainer:
         self.unread: list[tuple[int, Report]] = []  # steps with figures that may still be on the device
         self.step = self.items_seen = 0
         self.total_steps = options.max_steps or 0  # those of epochs are counted below
-        self.step_seconds = 0.0
         self.last_valid: dict[str, float] = {}
-        self.agreed_stop = ""
+        self.step_seconds, self.agreed_stop = 0.0, ""
         self.clock = Clock(options, self.rank, now)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.log, self.signals = TrainingLog(self.folder, self.rank == 0, options.tensorboard), StopSignals()
@@ -116,8 +116,7 @@ class Trainer:
         """Train; return {"step", "reason", "valid", "skipped", "minutes", "data_wait"}.
 
         ``reason`` is FINISHED, "max_minutes" or "signal" (a training by the clock is finished when its time
-        is over); ``data_wait`` is the share of the steps' time in
-        which they waited for a batch (of this run and process).
+        is over); ``data_wait``: the share of its time that this process waited for batches in this run.
 
         Raises:
             RuntimeError: ``nan_limit`` steps in a row had a non-finite loss or gradient norm.
@@ -223,9 +222,13 @@ class Trainer:
         self.clock.saved()
 
     def _export(self) -> None:
-        if self.on_save:
+        try:
             with self._averaged():
                 self.on_save(self.step)
+        except ValueError as error:  # weights on their way need not fit the number type of the export
+            if self.is_over:
+                raise
+            self.log.print(f"warning: step {self.step} is not exported: {error}")
 
     def _averaged(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if self.ema is None else self.ema.applied()

@@ -152,6 +152,21 @@ def test_a_kill_between_the_last_checkpoint_and_its_export_leaves_no_old_export(
     assert exported == [4, 8, 8]
 
 
+def test_weights_that_cannot_be_exported_end_a_training_after_its_last_step_alone(tmp_path, capfd) -> None:
+    def export(step: int) -> None:
+        if step >= fails_from:
+            raise ValueError("export_dtype float16 must keep log-probs")
+
+    for fails_from in (4, 8):
+        settings, folder, lines = options(save_every_steps=4), tmp_path / str(fails_from), Lines()
+        trainer = Trainer(settings, make_model(), squared_error, lines, list(lines), folder, on_save=export)
+        with pytest.raises(ValueError, match="export_dtype float16"):
+            trainer.run()
+        assert list_checkpoints(folder)[-1] == checkpoint_path(folder, 8)
+        told = "warning: step 4 is not exported: export_dtype float16 must keep" in capfd.readouterr().err
+        assert told == (fails_from == 4)
+
+
 def test_muon_takes_the_matrices_of_blocks_alone() -> None:
     model = make_model()
     assert hidden_matrices(model) == {"3.blocks.0.weight"}
