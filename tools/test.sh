@@ -14,4 +14,5 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # tiny tensors: more threads only g
 workers=$(getconf _NPROCESSORS_ONLN)
 if [ "$workers" -gt 4 ]; then workers=4; fi # each needs some 2 GB
 if [ $# -gt 0 ]; then workers=0; fi         # a few tests: in this process
-"$venv/bin/python" -m pytest --numprocesses "$workers" --dist loadfile --no-loadscope-reorder "$@"
+"$venv/bin/python" -m pytest --numprocesses "$workers" --dist loadfile --no-loadscope-reorder \
+  --durations 20 --durations-min 5 "$@"

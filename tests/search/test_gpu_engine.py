@@ -78,8 +78,14 @@ def test_many_frames_do_not_run_out_of_numbers():
     assert_same(listing(kernel[0]), listing(tensors[0]), 1e-3)
 
 
-@pytest.mark.parametrize(("every", "late"), [(None, 0), (1, 0), (3, 0), (1, 2), (2, 3)])
-@pytest.mark.parametrize("trigger", [AtEnd(), FixedInterval(3), Shortest(), Shortest("pieces", 2)], ids=repr)
+@pytest.mark.parametrize(
+    ("trigger", "every", "late"),
+    [
+        (AtEnd(), None, 0), (AtEnd(), 3, 0), (FixedInterval(3), 1, 0), (FixedInterval(3), 2, 3),
+        (Shortest(), None, 0), (Shortest(), 1, 0), (Shortest(), 1, 2), (Shortest(), 2, 3),
+        (Shortest("pieces", 2), None, 0), (Shortest("pieces", 2), 3, 0), (Shortest("pieces", 2), 1, 2),
+    ], ids=str,
+)
 def test_delayed_fusion_equals_that_by_tensors(llm, ngram, tokens, trigger, every, late):  # noqa: F811
     log_probs, lens = emissions(batch=2, frames=14, seed=3, peak=2.0)
     nbests = []
