@@ -90,6 +90,13 @@ class ScoreTable:
         best = totals.argmax(axis=2)  # [M,U]
         return np.take_along_axis(self.errors, best.T, axis=1).sum(axis=0)
 
+    def costs(self, weights: Mapping[str, float]) -> dict[str, float]:
+        """Return the nats that each source takes a word, in the best hypotheses under weights."""
+        totals = self.base + self.scores @ np.array([weights[source] for source in self.sources])
+        best = np.take_along_axis(self.scores, totals.argmax(axis=1)[:, None, None], axis=1)
+        *scores, words = best.sum(axis=(0, 1)).tolist()
+        return {source: -score / max(words, 1.0) for source, score in zip(self.sources, scores)}
+
 
 def coordinate_search(
     table: ScoreTable, highest: float, bonus: float, rounds: int, acoustic: str = "ctc"

@@ -17,6 +17,7 @@ from icefall_fusion.common.checks import check, check_at_least, is_number
 from icefall_fusion.common.command_line import SKIPPED_SOME
 from icefall_fusion.common.files import write_text
 from icefall_fusion.data.manifests import spread
+from icefall_fusion.decode.climb import Climb
 from icefall_fusion.decode.job import DecodeOptions
 from icefall_fusion.decode.method_names import (
     DEFAULT_WEIGHTS,
@@ -38,8 +39,7 @@ from icefall_fusion.scoring.score import kept_language, read_texts
 from icefall_fusion.scoring.wer import word_errors
 from icefall_fusion.text.language import Language, language_of
 
-#: Where a climb by decoding starts too, and its first step of the bonus (nats).
-FIRST_PASS_WEIGHT, FIRST_PASS_BONUS, BONUS_STEP = 0.4, 2.0, 1.0
+FIRST_PASS_WEIGHT = 0.4  # where a climb by decoding starts too
 _ACOUSTIC = ("ctc", "rnnt")  # sources of weight 1
 _ILM = "ilm"
 #: Where sources start whose weight is found by decoding: no list need have their scores.
@@ -104,6 +104,7 @@ def run(options: TuneOptions) -> int:
     weights: dict[str, dict[str, float]] = {}
     wer: dict[str, float] = {}
     hot: dict[str, dict[str, float]] = {}
+    costs: dict[str, dict[str, float]] = {}
     code = 0
     scored = {source for nbest in lists for hypothesis in nbest for source in hypothesis.scores}
     for method in choose_methods(options.methods, _available(options, scored)):
@@ -120,6 +121,7 @@ def run(options: TuneOptions) -> int:
         scores = ScoreTable.make(lists, references, sources, language, acoustic)
         weights[method], errors = coordinate_search(scores, options.highest, options.bonus, options.rounds,
                                                     acoustic)
+        costs[method] = scores.costs(weights[method])
         starts = {one: decoded[one] for one in spec.sources if one in decoded}
         weights[method] = {acoustic: 1.0, **starts, **weights[method]}
         wer[method] = 100.0 * errors / scores.words
@@ -131,10 +133,11 @@ def run(options: TuneOptions) -> int:
         confirmation = _Confirmation(options, options.confirm, tuned, language)
         for method in fused:
             simpler = [other for other in weights.values() if set(other) < set(weights[method])]
-            weights[method], wer[method] = confirmation.improve(method, weights[method], simpler)
+            found = confirmation.improve(method, weights[method], costs[method], simpler)
+            weights[method], wer[method] = found
             if HOT_WORDS in weights[method]:
-                found = confirmation.weigh_phrases(method, weights[method])
-                weights[method], hot[method], wer[method] = found
+                told = confirmation.weigh_phrases(method, weights[method])
+                weights[method], hot[method], wer[method] = told
             _write(options.out, weights, wer, hot)  # hours with a large LM: a kill loses one method at most
         code = SKIPPED_SOME if confirmation.skipped else 0
     print(_write(options.out, weights, wer, hot))
@@ -213,7 +216,8 @@ class _Confirmation:
         recognizer.models.remember()
 
     def improve(
-        self, method: str, weights: Mapping[str, float], simpler: Sequence[Mapping[str, float]] = ()
+        self, method: str, weights: Mapping[str, float], costs: Mapping[str, float],
+        simpler: Sequence[Mapping[str, float]] = (),
     ) -> tuple[dict[str, float], float]:
         """Climb from the best of several starts, with ever smaller steps; return weights and WER in percent.
 
@@ -226,41 +230,31 @@ class _Confirmation:
         Args:
             method: its name.
             weights: those from N-best lists.
+            costs: nats that a source takes a word.
             simpler: weights of methods that have some of its sources.
         """
         seen: dict[tuple[float, ...], float] = {}
+        names = tuple(weights)
 
         def wer(tried: Mapping[str, float]) -> float:
-            key = tuple(tried.values())
+            ordered = {name: tried[name] for name in names}
+            key = tuple(ordered.values())
             if key not in seen:
-                seen[key] = self._wer(method, tried)
+                seen[key] = self._wer(method, ordered)
                 logging.info("%s: dev %s %.2f %% by decoding with %s", method, self._language.rate, seen[key],
-                             dict(tried))
+                             ordered)
             return seen[key]
 
-        names = tuple(weights)
-        usual = {**weights, "words": FIRST_PASS_BONUS}
+        usual = dict(weights)
         for fusion in parse_method(method).fusions:
             usual[fusion.source] = _BY_DECODING.get(fusion.source, FIRST_PASS_WEIGHT)
-        fewer = [{**usual, **other} for other in simpler if HOT_WORDS not in other]
-        best = min([dict(weights), usual, *fewer, *self._best.get(names, [])], key=wer)
-        for fineness in range(self.options.confirm_rounds):
-            for source in [name for name in names if name not in (*_ACOUSTIC, HOT_WORDS)]:
-                for direction in (1, -1):
-                    tried = self._step(best, source, direction, fineness)
-                    while wer(tried) < wer(best):  # of equals, stay
-                        best, tried = tried, self._step(tried, source, direction, fineness)
+        options, fixed = self.options, (*_ACOUSTIC, HOT_WORDS)
+        climb = Climb(wer, costs, fixed, options.confirm_step, options.confirm_rounds)
+        simpler = [{"words": 0.0}, *(other for other in simpler if HOT_WORDS not in other)]
+        starts = [weights, *(climb.with_more(other, usual) for other in simpler), *self._best.get(names, [])]
+        best, rate = climb.from_best(starts)
         self._best.setdefault(names, []).append(best)
-        return best, wer(best)
-
-    def _step(
-        self, weights: Mapping[str, float], source: str, direction: int, fineness: int
-    ) -> dict[str, float]:
-        """Return weights with one of them moved: by a factor, the bonus by some nats; halved each round."""
-        share, value = direction * 0.5**fineness, weights[source]
-        if source == "words":
-            return {**weights, source: value + share * BONUS_STEP}
-        return {**weights, source: (value or 0.1) * self.options.confirm_step**share}
+        return {name: best[name] for name in names}, rate
 
     def weigh_phrases(self, method: str, weights: Mapping[str, float]
                       ) -> tuple[dict[str, float], dict[str, float], float]:

@@ -12,6 +12,7 @@ import tiny
 import yaml
 
 from icefall_fusion.__main__ import main
+from icefall_fusion.decode.climb import Climb
 from icefall_fusion.decode.score_table import ScoreTable, coordinate_search
 from icefall_fusion.decode.tune_hotwords import choose_weight
 from icefall_fusion.decode.weights import read_weights, weights_of
@@ -61,6 +62,36 @@ def test_the_search_beats_every_point_of_a_coarse_grid() -> None:
     assert errors <= table.count(grid).min() + 1
     assert weights["llm"] > 0.3 and errors < table.count(np.zeros((1, 2)))[0]
     assert int(table.count(np.array([[weights["llm"], weights["words"]]]))[0]) == errors
+
+
+def test_what_a_source_takes_a_word_is_that_of_the_best_hypotheses() -> None:
+    nbests, references = make(9)
+    table = ScoreTable.make(nbests, references, ["llm"])
+    for weights in ({"ctc": 1.0, "llm": 0.0, "words": 0.0}, {"ctc": 1.0, "llm": 0.7, "words": -0.4}):
+        best = [nbest.reweight(weights)[0].scores for nbest in nbests]
+        taken = -sum(scores["llm"] for scores in best) / sum(scores["words"] for scores in best)
+        assert table.costs(weights) == {"llm": pytest.approx(taken)}
+
+
+def along_a_valley(weights) -> float:
+    """Errors of texts: their length is right where the bonus pays for the LLM, whose best weight is 0.5."""
+    length = weights["words"] - 6.0 * weights["llm"]
+    return 10 * abs(length) + abs(weights["llm"] - 0.5)
+
+
+@pytest.mark.parametrize("cost", [6.0, 4.5])
+def test_a_climb_follows_the_valley_of_a_bonus_that_pays(cost) -> None:
+    start, climbed = {"ctc": 1.0, "llm": 0.1, "words": 0.6}, {}
+    for name, costs in (("paid", {"llm": cost}), ("unpaid", {})):
+        climb = Climb(along_a_valley, costs, ("ctc",), 1.6, 2)
+        weights, rate = climbed[name] = climb.from_best([start, {**start, "words": -1.0}])
+        assert rate == along_a_valley(weights) <= along_a_valley(start) and weights["ctc"] == 1.0
+    assert climbed["unpaid"][0] == start  # every step of one weight alone makes texts too short or too long
+    if cost == 6.0:
+        assert climbed["paid"][1] < 0.1
+    climb = Climb(along_a_valley, {"llm": cost}, ("ctc",), 1.6, 0)
+    more = climb.with_more({"words": 0.5, "nlm": 0.3}, {"nlm": 0.4, "llm": 0.2})
+    assert more == {"llm": 0.2, "nlm": 0.3, "words": pytest.approx(0.5 + 0.2 * cost)}
 
 
 def test_lists_of_several_files_are_joined() -> None:
