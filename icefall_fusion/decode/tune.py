@@ -238,7 +238,7 @@ class _Confirmation:
 
         def wer(tried: Mapping[str, float]) -> float:
             ordered = {name: tried[name] for name in names}
-            key = tuple(ordered.values())
+            key = tuple(round(value, 9) for value in ordered.values())
             if key not in seen:
                 seen[key] = self._wer(method, ordered)
                 logging.info("%s: dev %s %.2f %% by decoding with %s", method, self._language.rate, seen[key],
