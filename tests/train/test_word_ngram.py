@@ -54,7 +54,7 @@ def test_without_lmplz_the_remedy_is_told(text, tmp_path, capsys) -> None:
 def test_what_lmplz_or_the_text_cannot_give_is_told(text, tmp_path, capsys) -> None:
     job = ["train-word-ngram", "--out", str(tmp_path / "x.arpa"), "--lmplz", str(LMPLZ), "--memory", "100M"]
     assert main([*job, "--text", str(text), "--min_count", "1"]) == 2
-    assert "lmplz must take the text" in capsys.readouterr().err  # too little for its discounts
+    assert "lmplz must accept the text" in capsys.readouterr().err  # too little for its discounts
     assert not (tmp_path / "x.arpa").exists()
     assert main([*job, "--text", str(text), "--min_count", "99"]) == 2
     assert "must have a word with a count of at least 99" in capsys.readouterr().err
