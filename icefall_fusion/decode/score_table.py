@@ -17,6 +17,7 @@ from icefall_fusion.scoring.wer import compare_words
 from icefall_fusion.text.language import ENGLISH, Language, check_texts
 
 _LOWEST = -1e9  # the score of a hypothesis that is not there
+_HIGHEST_COST = 7.0  # nats a word, a perplexity of 1,100: texts of few long words would have hundreds
 
 
 @dataclass
@@ -91,11 +92,12 @@ class ScoreTable:
         return np.take_along_axis(self.errors, best.T, axis=1).sum(axis=0)
 
     def costs(self, weights: Mapping[str, float]) -> dict[str, float]:
-        """Return the nats that each source takes a word, in the best hypotheses under weights."""
+        """Return the nats that each source takes a word (7 at most), in the best hypotheses under weights."""
         totals = self.base + self.scores @ np.array([weights[source] for source in self.sources])
         best = np.take_along_axis(self.scores, totals.argmax(axis=1)[:, None, None], axis=1)
         *scores, words = best.sum(axis=(0, 1)).tolist()
-        return {source: -score / max(words, 1.0) for source, score in zip(self.sources, scores)}
+        costs = np.clip(-np.array(scores) / max(words, 1.0), -_HIGHEST_COST, _HIGHEST_COST)
+        return dict(zip(self.sources, costs.tolist()))
 
 
 def coordinate_search(
