@@ -151,12 +151,13 @@ class Chaos:
         ]
 
     def _decode(self, folder: Path) -> list[str]:
-        quick = ["--stage", "2", "--stop-stage", "2", "--limit", "4", "--methods", QUICK_METHODS]
+        quick = []
+        if self.options.quick:
+            quick = ["--stage", "2", "--stop-stage", "2", "--limit", "4", "--methods", QUICK_METHODS]
         return [
             "bash", str(RECIPE / "decode.sh"), "--config", "tiny", "--data-dir", str(self.data),
             "--exp-dir", str(folder / "exp"), "--pretrained-dir", str(MINIBOOKS),
-            "--llm", str(MINIBOOKS / "llm"), "--world-size", str(self.options.world_size),
-            *(quick if self.options.quick else []),
+            "--llm", str(MINIBOOKS / "llm"), "--world-size", str(self.options.world_size), *quick,
         ]
 
     def _stages(self) -> list[Stage]:
