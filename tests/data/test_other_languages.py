@@ -158,12 +158,15 @@ def test_letters_that_are_not_kept_are_told(tmp_path, capsys) -> None:
     folder = tmp_path / "books"
     folder.mkdir()
     for number in range(3):
-        text = "El viejo capitán miró la carta que decía мир y no supo qué decir."
+        text = "El viejo capitán miró la carta que decía мир y no supo qué decir.\n\n"
+        text += "Старый капитан посмотрел на письмо и не знал, что сказать.\n\n1867. 1868. 1869.\n"
         (folder / f"{number}.txt").write_text(text, encoding="utf-8")
     options = ["prepare-text", "--text", str(folder), "--data_dir", str(tmp_path), "--test_books", "1",
                "--dev_books", "1", "--workers", "1", "--language", "es"]
     assert main(options) == 0
-    assert "3 utterances have letters that es does not keep, e.g. 'El viejo" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "3 utterances have letters that es does not keep, e.g. 'El viejo" in told
+    assert "3 sentences are left out: they are not of the language 'es', e.g. 'Старый капитан" in told
 
 
 def test_punctuation_of_mandarin_shapes_the_melody() -> None:

@@ -122,7 +122,7 @@ class Book:
         start = 0  # bytes before the paragraph
         for paragraph in self._paragraphs:
             position = 0
-            for utterance in book_utterances(paragraph, "", self._options):
+            for utterance in book_utterances(paragraph, "", self._options)[0]:
                 cased, text = utterance["cased"], utterance["text"]
                 span = _find(cased, paragraph, position)
                 if span is None:
