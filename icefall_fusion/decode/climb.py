@@ -8,7 +8,6 @@ from typing import Callable, Container, Iterable, Mapping
 
 #: The first step of the bonus, in nats.
 BONUS_STEP = 1.0
-_HIGHEST_BONUS = 6.0  # nats, either sign; with more, untrained models say words without end
 _UNUSED = 0.1  # where a weight of 0 moves from
 
 Weights = Mapping[str, float]
@@ -28,6 +27,7 @@ class Climb:
         fixed: sources whose weights stay as they are.
         factor: between neighboring weights of the first pass, above 1.
         rounds: passes over the sources, each with half the step of the one before.
+        bonus: largest word bonus, either sign; without a bound untrained models say words without end.
     """
 
     rate: Callable[[Weights], float]
@@ -35,12 +35,13 @@ class Climb:
     fixed: Container[str]
     factor: float
     rounds: int
+    bonus: float
 
     def with_more(self, tuned: Weights, more: Weights) -> dict[str, float]:
         """Return tuned weights with those of further sources, which the bonus pays for."""
         added = {source: weight for source, weight in more.items() if source not in tuned}
         paid = sum(weight * self.costs.get(source, 0.0) for source, weight in added.items())
-        return {**added, **tuned, "words": _bounded(tuned["words"] + paid)}
+        return {**added, **tuned, "words": self._bounded(tuned["words"] + paid)}
 
     def from_best(self, starts: Iterable[Weights]) -> tuple[dict[str, float], float]:
         """Climb from the best of several weights; return where it ends, and the rate there."""
@@ -57,11 +58,10 @@ class Climb:
         """Return weights with one of them moved: by a factor, the bonus by some nats."""
         value = weights[source]
         if source == "words":
-            return {**weights, source: _bounded(value + share * BONUS_STEP)}
+            return {**weights, source: self._bounded(value + share * BONUS_STEP)}
         moved = (value or _UNUSED) * self.factor**share
         paid = (moved - value) * self.costs.get(source, 0.0)
-        return {**weights, source: moved, "words": _bounded(weights["words"] + paid)}
+        return {**weights, source: moved, "words": self._bounded(weights["words"] + paid)}
 
-
-def _bounded(bonus: float) -> float:
-    return max(-_HIGHEST_BONUS, min(_HIGHEST_BONUS, bonus))
+    def _bounded(self, bonus: float) -> float:
+        return max(-self.bonus, min(self.bonus, bonus))

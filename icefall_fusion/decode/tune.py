@@ -56,8 +56,8 @@ class TuneOptions:
         ref: references of dev: a manifest of cuts, JSON lines or lines of ``id text``.
         out: the YAML file of weights, for ``decode --weights``.
         methods: comma-separated or a list; "all" is the whole comparison.
-        highest: largest weight tried for a language model or the attention decoder.
-        bonus: word bonuses tried, from -bonus to +bonus.
+        highest: largest weight of a language model or the attention decoder tried on N-best lists.
+        bonus: word bonuses tried on N-best lists, from -bonus to +bonus; by decoding up to twice that.
         rounds: passes over all coordinates from each start.
         confirm: a decode job whose test_sets name dev (its methods and weights are not used): dev is decoded
             around the optimum of each method that has a fusion. Left out: no confirmation.
@@ -249,7 +249,8 @@ class _Confirmation:
         for fusion in parse_method(method).fusions:
             usual[fusion.source] = _BY_DECODING.get(fusion.source, FIRST_PASS_WEIGHT)
         options, fixed = self.options, (*_ACOUSTIC, HOT_WORDS)
-        climb = Climb(wer, costs, fixed, options.confirm_step, options.confirm_rounds)
+        climb = Climb(wer, costs, fixed, options.confirm_step, options.confirm_rounds,
+                      2 * options.bonus)
         simpler = [{"words": 0.0}, *(other for other in simpler if HOT_WORDS not in other)]
         starts = [weights, *(climb.with_more(other, usual) for other in simpler), *self._best.get(names, [])]
         best, rate = climb.from_best(starts)

@@ -4,6 +4,7 @@ Knows: a word n-gram, the token tree. Must not know: acoustic models, files.
 from __future__ import annotations
 
 import time
+import weakref
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Callable, Iterable, Optional, Sequence
 
@@ -179,7 +180,7 @@ class _WordLm:
     def __init__(self, ngram: WordNgram, boundary: bool, oov_score: Optional[float]) -> None:
         self.ngram, self.name, self._first = ngram, ngram.name, START_ID if boundary else EMPTY_ID
         self._oov_score = oov_score
-        self.tokenizer = _Words(ngram)
+        self.tokenizer = _Words(weakref.proxy(ngram))  # what is made for a tokenizer lives as long as it does
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of earlier words."""

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
 import numpy as np
 
-from icefall_fusion.data.audio import SAMPLE_RATE
 from icefall_fusion.serve.samples import SampleFormat, SampleReader
 
 if TYPE_CHECKING:
@@ -144,8 +143,3 @@ class Talk:
     def received(self) -> float:
         """Seconds of audio received."""
         return self.kind.seconds(self.bytes)
-
-
-def seconds(samples: int) -> float:
-    """Return how long so many samples at 16 kHz last."""
-    return samples / SAMPLE_RATE

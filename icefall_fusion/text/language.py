@@ -18,7 +18,6 @@ from icefall_fusion.common.checks import check
 from icefall_fusion.text.scripts import split_units
 
 GENERIC = "generic"
-UNITS = ("words", "characters")
 _NORMALIZERS = {
     "en": "icefall_fusion.text.normalizer:normalize",
     "es": "icefall_fusion.text.spanish:normalize",

@@ -28,11 +28,6 @@ class Lexicon:
     spellings: list[list[int]]
     marks: list[int]
 
-    @property
-    def most_marks(self) -> int:
-        """The highest number of a disambiguation symbol."""
-        return max(self.marks, default=0)
-
 
 def make_lexicon(words: Iterable[str], tokens: AcousticTokens) -> Lexicon:
     """Spell words as SentencePiece does.

@@ -149,10 +149,10 @@ def exported_weights(options: TrainOptions, paths: list[Path]) -> dict[str, Tens
     return {**state["model"], **state["ema"]["weights"]}
 
 
-def log_probs_of_noise(model: CtcAed) -> Tensor:
-    """Return log-probs [B,T,...] of the CTC and transducer heads for noise with the features' statistics.
+def log_probs_of_noise(model: CtcAed) -> list[Tensor]:
+    """Return log-probs [B,T,...,V] of the CTC and transducer heads for noise with the features' statistics.
 
-    Those of the attention decoder stand for a model that has neither.
+    Those of the attention decoder for a text's first piece stand for a model that has neither.
     """
     noise = torch.randn(2, 400, model.options.encoder.bins, generator=torch.Generator().manual_seed(0))
     features = noise * model.encoder.deviation + model.encoder.mean
@@ -164,9 +164,9 @@ def log_probs_of_noise(model: CtcAed) -> Tensor:
         states = head.predict(torch.tensor([head.start]))
         found.append(head.join(head.project(frames), states))
     if model.decoder is not None and not found:
-        scores = model.score_tokens(frames, lens, [[[], [model.options.sos_eos_id]]] * 2)
-        found.append(torch.stack(scores)[:, None])
-    return torch.cat(found, dim=-1)
+        start = torch.full((2, 1, 1), model.options.sos_eos_id)
+        found.append(model.decoder(start, frames, lens).float().log_softmax(dim=-1))
+    return found
 
 
 def new_model(options: TrainOptions) -> CtcAed:

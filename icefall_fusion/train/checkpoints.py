@@ -7,16 +7,14 @@ import errno
 import random
 import re
 from pathlib import Path
-from typing import Any, Optional, Sequence, Union
+from typing import Any, Optional, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from icefall_fusion.common.checks import check
-from icefall_fusion.common.files import atomic_path
-
-PathLike = Union[str, Path]
+from icefall_fusion.common.files import PathLike, atomic_path
 
 
 def checkpoint_path(folder: PathLike, step: int) -> Path:
@@ -57,8 +55,12 @@ def save_checkpoint(state: dict[str, Any], path: PathLike, keep: int) -> None:
         old.unlink(missing_ok=True)
 
 
-def load_checkpoint(path: PathLike) -> dict[str, Any]:
+def load_checkpoint(path: PathLike, mmap: bool = False) -> dict[str, Any]:
     """Read a checkpoint to the CPU (tensors and plain values only).
+
+    Args:
+        path: of the file.
+        mmap: read tensors when they are used, for a few of them.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -67,7 +69,7 @@ def load_checkpoint(path: PathLike) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint {path} does not exist")
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     if not isinstance(state, dict) or "model" not in state:
         raise ValueError(f"{path} must be a training checkpoint with the key 'model', but is not")
     return state

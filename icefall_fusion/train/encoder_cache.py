@@ -149,7 +149,7 @@ def keep_frames(options: TrainOptions, manifest: Path, encode: Optional[Encode],
     model = load(options.init, str(device))
     newest, digest = newest_checkpoint(options.exp), _digest(model.encoder.state_dict())
     if newest is not None:
-        state, start = load_checkpoint(newest)["model"], "encoder."
+        state, start = load_checkpoint(newest, mmap=True)["model"], "encoder."
         kept = {name[len(start):]: value for name, value in state.items() if name.startswith(start)}
         rule = f"have the encoder of {newest}, from which training goes on with TrainOptions.encoder_cache"
         check(_digest(kept) == digest, "TrainOptions.init", rule, options.init)

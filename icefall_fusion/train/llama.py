@@ -201,11 +201,11 @@ def export(lm: nn.Module, vocabulary: Vocabulary, folder: PathLike, dtype: str, 
         sample: [1, T] token ids on which the rounded weights are compared with the trained ones.
 
     Raises:
-        ValueError: the weights do not fit ``dtype``; nothing is written.
+        DoesNotFit: the weights do not fit ``dtype``; nothing is written.
     """
     folder = Path(folder)
     copied = copy.deepcopy(lm).to("cpu", torch.float32).eval()
-    check_export(copied, dtype, lambda model: model(sample, use_cache=False).logits.log_softmax(-1))
+    check_export(copied, dtype, lambda model: [model(sample, use_cache=False).logits.log_softmax(-1)])
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
         copied.to(getattr(torch, dtype)).save_pretrained(temporary)

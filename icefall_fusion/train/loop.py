@@ -33,6 +33,10 @@ from icefall_fusion.train.training_log import StopSignals, TrainingLog
 FINISHED = "finished"  # the reason to stop of a training that has done its last step
 
 
+class DoesNotFit(ValueError):
+    """The weights of a model cannot be stored as the number type of its export."""
+
+
 class BatchSource(Protocol):
     """Batches that a resumed run can continue.
 
@@ -225,7 +229,7 @@ class Trainer:
         try:
             with self._averaged():
                 self.on_save(self.step)
-        except ValueError as error:  # weights on their way need not fit the number type of the export
+        except DoesNotFit as error:  # on their way they need not fit
             if self.is_over:
                 raise
             self.log.print(f"warning: step {self.step} is not exported: {error}")

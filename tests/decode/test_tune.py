@@ -88,13 +88,13 @@ def along_a_valley(weights) -> float:
 def test_a_climb_follows_the_valley_of_a_bonus_that_pays(cost) -> None:
     start, climbed = {"ctc": 1.0, "llm": 0.1, "words": 0.6}, {}
     for name, costs in (("paid", {"llm": cost}), ("unpaid", {})):
-        climb = Climb(along_a_valley, costs, ("ctc",), 1.6, 2)
+        climb = Climb(along_a_valley, costs, ("ctc",), 1.6, 2, 6.0)
         weights, rate = climbed[name] = climb.from_best([start, {**start, "words": -1.0}])
         assert rate == along_a_valley(weights) <= along_a_valley(start) and weights["ctc"] == 1.0
     assert climbed["unpaid"][0] == start  # every step of one weight alone makes texts too short or too long
     if cost == 6.0:
         assert climbed["paid"][1] < 0.1
-    climb = Climb(along_a_valley, {"llm": cost}, ("ctc",), 1.6, 0)
+    climb = Climb(along_a_valley, {"llm": cost}, ("ctc",), 1.6, 0, 6.0)
     more = climb.with_more({"words": 0.5, "nlm": 0.3}, {"nlm": 0.4, "llm": 0.2})
     assert more == {"llm": 0.2, "nlm": 0.3, "words": pytest.approx(0.5 + 0.2 * cost)}
 

@@ -4,9 +4,11 @@ Knows: ARPA files, small searches. Must not know: trained models.
 from __future__ import annotations
 
 import copy
+import gc
 import importlib.util
 import math
 import pickle
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -222,6 +224,17 @@ def test_scores_are_those_of_the_whole_text(tmp_path, tokens, reader) -> None:  
             expected = ngram.log_prob(hypothesis.words(), boundary)
             assert hypothesis.scores["wordngram"] == pytest.approx(expected, abs=1e-4)
     assert fusion.stats()["word_ngram_words"] > 0
+
+
+def test_an_ngram_goes_when_its_user_goes(tmp_path, tokens) -> None:  # noqa: F811
+    ngram = WordNgram(trained(tmp_path))
+    log_probs, lens = emissions(seed=3)
+    options = PrefixSearchOptions(beam=4)
+    assert ctc_prefix_search(log_probs, lens, options, tokens, [WordNgramFusion(ngram, 0.5)])
+    gone = weakref.ref(ngram)
+    del ngram
+    gc.collect()
+    assert gone() is None
 
 
 def test_weight_zero_is_no_ngram_bit_for_bit(ngram, tokens) -> None:  # noqa: F811

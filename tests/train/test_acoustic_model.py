@@ -28,10 +28,11 @@ from icefall_fusion.data.datamodule import DataOptions, EvalBatches
 from icefall_fusion.data.manifests import cut_of, cuts_path, write_cuts
 from icefall_fusion.text.language import Language
 from icefall_fusion.text.tokens import AcousticTokens
-from icefall_fusion.train.acoustic_model import TrainOptions, make_trainer, run
+from icefall_fusion.train.acoustic_model import TrainOptions, log_probs_of_noise, make_trainer, run
 from icefall_fusion.train.checkpoints import average_checkpoints, list_checkpoints, newest_checkpoint
 from icefall_fusion.train.curriculum import feature_statistics
-from icefall_fusion.train.job import EXPORT_TOLERANCE
+from icefall_fusion.train.job import EXPORT_TOLERANCE, check_export
+from icefall_fusion.train.loop import DoesNotFit
 from icefall_fusion.train.options import TrainerOptions
 from icefall_fusion.train.spelling import check_spelling
 
@@ -238,6 +239,22 @@ def test_exports_keep_the_log_probs_of_the_trained_model(data_dir: Path, tmp_pat
     with pytest.raises(ValueError, match="export_dtype float16 must keep log-probs, on average, within 0.1"):
         run(refused)
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("heads", ["ctc", "aed", "transducer"])
+def test_every_head_alone_is_checked_before_an_export(heads: str) -> None:
+    torch.manual_seed(0)
+    encoder = EncoderOptions(layers=(1, 1, 1), kernel=5, size=16, heads=2, feedforward=16)
+    decoder = DecoderOptions(layers=1, heads=2, feedforward=16)
+    options = ModelOptions(vocab_size=20, encoder=encoder, decoder=decoder, heads=(heads,))
+    model = CtcAed(options).eval()
+    check_export(model, "float16", log_probs_of_noise)
+    head = {"ctc": model.ctc, "aed": model.decoder, "transducer": model.transducer}[heads]
+    with torch.no_grad():
+        for weights in head.parameters():
+            weights[0] = 7e4  # infinite in float16
+    with pytest.raises(DoesNotFit, match="export_dtype float16 must keep log-probs"):
+        check_export(model, "float16", log_probs_of_noise)
 
 
 @pytest.mark.parametrize("ctc_weight, middle_weight", [(0.4, 0.3), (1.0, 0.0)])

@@ -24,7 +24,7 @@ from icefall_fusion.train.checkpoints import (
     load_checkpoint,
     save_checkpoint,
 )
-from icefall_fusion.train.loop import Trainer
+from icefall_fusion.train.loop import DoesNotFit, Trainer
 from icefall_fusion.train.optimizers import hidden_matrices, make_optimizer
 from icefall_fusion.train.options import TrainerOptions
 from icefall_fusion.train.schedule import learning_rate
@@ -155,7 +155,7 @@ def test_a_kill_between_the_last_checkpoint_and_its_export_leaves_no_old_export(
 def test_weights_that_cannot_be_exported_end_a_training_after_its_last_step_alone(tmp_path, capfd) -> None:
     def export(step: int) -> None:
         if step >= fails_from:
-            raise ValueError("export_dtype float16 must keep log-probs")
+            raise DoesNotFit("export_dtype float16 must keep log-probs")
 
     for fails_from in (4, 8):
         settings, folder, lines = options(save_every_steps=4), tmp_path / str(fails_from), Lines()

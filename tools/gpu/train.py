@@ -124,7 +124,12 @@ class Run:
             limits = ["--max_minutes", f"{self.args.minutes * self.args.speak_share:.3f}"]
             limits += [] if self.args.tiny else ["--shard_size", "200"]
             jobs.append(self.speech("train", self.workers, *limits))
-        at_once(jobs)
+        try:
+            at_once(jobs)
+        except BaseException:
+            if warm is not None:
+                end_group(warm)
+            raise
         if warm is not None:
             self.facts["compiled"] = self.end_compiling(warm)
 

@@ -9,11 +9,10 @@ the phrases. Each list has a table of its own, made once; those of a batch lie e
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING, MutableMapping, NamedTuple, Sequence
+from typing import TYPE_CHECKING, MutableMapping, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from icefall_fusion.common.unavailable import Unavailable
 from icefall_fusion.search.engines.gpu_layout import BUCKET, MOST_COLUMNS, Phrases
@@ -25,20 +24,8 @@ if TYPE_CHECKING:
 MOST_EDGES = 2**23  # of one list: about 256 MB
 
 
-class _List(NamedTuple):
-    """One list: `Phrases` without what tells the lists of a batch apart."""
-
-    key: Tensor
-    child: Tensor
-    held: Tensor
-    root_child: Tensor
-    root_held: Tensor
-    pending: Tensor
-    complete: Tensor
-    most: Tensor
-
-
-_LISTS: MutableMapping[PhraseAutomaton, dict[tuple[torch.device, int], _List]] = weakref.WeakKeyDictionary()
+_TABLES = Phrases._fields.index("mask")  # the fields before it; the others tell the lists of a batch apart
+_LISTS: MutableMapping[PhraseAutomaton, dict[tuple[torch.device, int], Phrases]] = weakref.WeakKeyDictionary()
 
 
 def phrases_of(automata: Sequence[PhraseAutomaton], base: int, device: torch.device) -> Phrases:
@@ -55,8 +42,11 @@ def phrases_of(automata: Sequence[PhraseAutomaton], base: int, device: torch.dev
         raise Unavailable(f"with phrases it has at most {MOST_COLUMNS} pieces", unusual=True)
     different = list(dict.fromkeys(automata))
     lists = [_list_of(automaton, base, device) for automaton in different]
-    tables = lists[0] if len(lists) == 1 else [torch.cat(parts) for parts in zip(*lists)]
-    cells, roots, nodes = (_begins([len(one[field]) for one in lists]) for field in (0, 3, 5))
+    parts = zip(*(one[:_TABLES] for one in lists))
+    tables = lists[0][:_TABLES] if len(lists) == 1 else [torch.cat(part) for part in parts]
+    cells = _begins([len(one.key) for one in lists])
+    roots = _begins([len(one.root_child) for one in lists])
+    nodes = _begins([len(one.pending) for one in lists])
     at = np.array([different.index(automaton) for automaton in automata])
     masks = np.array([len(one.key) // BUCKET - 1 for one in lists])
     begins = [torch.from_numpy(values[at]).to(device) for values in (masks, cells, roots, nodes)]
@@ -67,7 +57,7 @@ def _begins(sizes: Sequence[int]) -> np.ndarray:
     return np.cumsum([0, *sizes[:-1]])
 
 
-def _list_of(automaton: PhraseAutomaton, base: int, device: torch.device) -> _List:
+def _list_of(automaton: PhraseAutomaton, base: int, device: torch.device) -> Phrases:
     """Return the tables of a list on a device, made once."""
     made = _LISTS.setdefault(automaton, {})
     if (device, base) not in made:
@@ -75,7 +65,7 @@ def _list_of(automaton: PhraseAutomaton, base: int, device: torch.device) -> _Li
     return made[device, base]
 
 
-def _make_list(one: PhraseAutomaton, base: int, device: torch.device) -> _List:
+def _make_list(one: PhraseAutomaton, base: int, device: torch.device) -> Phrases:
     node, piece, child = all_edges(one)
     keys = torch.from_numpy(node * base + piece)
     buckets, cells = place_keys(keys)
@@ -84,7 +74,7 @@ def _make_list(one: PhraseAutomaton, base: int, device: torch.device) -> _List:
     children, held = torch.zeros(len(key), dtype=torch.int32), torch.zeros(len(key))
     children[cells], held[cells] = torch.from_numpy(child), torch.from_numpy(one.pending[child])
     roots = (one.from_root, one.pending[one.from_root], one.pending, one.complete, one.most)
-    return _List(*(part.to(device) for part in (key, children, held, *map(torch.from_numpy, roots))))
+    return Phrases(*(part.to(device) for part in (key, children, held, *map(torch.from_numpy, roots))))
 
 
 def all_edges(one: PhraseAutomaton) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
