@@ -17,6 +17,10 @@ from icefall_fusion.common.checks import check
 from icefall_fusion.common.files import PathLike, atomic_path
 
 
+class DoesNotFit(ValueError):
+    """The weights of a model cannot be stored as the number type of its export."""
+
+
 def checkpoint_path(folder: PathLike, step: int) -> Path:
     """Return the path of the checkpoint of a step."""
     return Path(folder) / f"checkpoint-{step}.pt"

@@ -15,7 +15,8 @@ from icefall_fusion.common.command_line import UNFINISHED
 from icefall_fusion.common.files import write_text
 from icefall_fusion.common.memory import keep_freed_memory
 from icefall_fusion.common.processes import Processes, gather_over_processes, init_distributed
-from icefall_fusion.train.loop import FINISHED, DoesNotFit, Trainer
+from icefall_fusion.train.checkpoints import DoesNotFit
+from icefall_fusion.train.loop import FINISHED, Trainer
 from icefall_fusion.train.options import TrainingOptions
 
 #: Largest mean change of log-probabilities, in nats, by the dtype of exported weights. Float16: 0.005 to

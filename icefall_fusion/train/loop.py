@@ -16,6 +16,7 @@ from torch import nn
 
 from icefall_fusion.common.processes import gather_over_processes, merge_over_processes
 from icefall_fusion.train.checkpoints import (
+    DoesNotFit,
     checkpoint_path,
     load_checkpoint,
     newest_checkpoint,
@@ -31,10 +32,6 @@ from icefall_fusion.train.step import LossFunction, Report, TrainingStep, add_su
 from icefall_fusion.train.training_log import StopSignals, TrainingLog
 
 FINISHED = "finished"  # the reason to stop of a training that has done its last step
-
-
-class DoesNotFit(ValueError):
-    """The weights of a model cannot be stored as the number type of its export."""
 
 
 class BatchSource(Protocol):
@@ -197,8 +194,7 @@ class Trainer:
             for batch in self.valid_batches:
                 add_sums(totals, self.train_step.loss_of(self.model, batch)[1])
         values = means(merge_over_processes(totals))
-        if self.describe:
-            values.update(self.describe(values))
+        values.update(self.describe(values) if self.describe else {})
         self.last_valid = {"step": self.step, **values}
         line = {f"valid_{name}": value for name, value in values.items()}
         self._log_line({**line, "data_wait": round(self.data_wait, 4)})

@@ -29,10 +29,14 @@ from icefall_fusion.data.manifests import cut_of, cuts_path, write_cuts
 from icefall_fusion.text.language import Language
 from icefall_fusion.text.tokens import AcousticTokens
 from icefall_fusion.train.acoustic_model import TrainOptions, log_probs_of_noise, make_trainer, run
-from icefall_fusion.train.checkpoints import average_checkpoints, list_checkpoints, newest_checkpoint
+from icefall_fusion.train.checkpoints import (
+    DoesNotFit,
+    average_checkpoints,
+    list_checkpoints,
+    newest_checkpoint,
+)
 from icefall_fusion.train.curriculum import feature_statistics
 from icefall_fusion.train.job import EXPORT_TOLERANCE, check_export
-from icefall_fusion.train.loop import DoesNotFit
 from icefall_fusion.train.options import TrainerOptions
 from icefall_fusion.train.spelling import check_spelling
 

@@ -18,13 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from icefall_fusion.train.checkpoints import (
+    DoesNotFit,
     average_checkpoints,
     checkpoint_path,
     list_checkpoints,
     load_checkpoint,
     save_checkpoint,
 )
-from icefall_fusion.train.loop import DoesNotFit, Trainer
+from icefall_fusion.train.loop import Trainer
 from icefall_fusion.train.optimizers import hidden_matrices, make_optimizer
 from icefall_fusion.train.options import TrainerOptions
 from icefall_fusion.train.schedule import learning_rate
