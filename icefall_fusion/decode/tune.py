@@ -249,8 +249,7 @@ class _Confirmation:
         for fusion in parse_method(method).fusions:
             usual[fusion.source] = _BY_DECODING.get(fusion.source, FIRST_PASS_WEIGHT)
         options, fixed = self.options, (*_ACOUSTIC, HOT_WORDS)
-        climb = Climb(wer, costs, fixed, options.confirm_step, options.confirm_rounds,
-                      2 * options.bonus)
+        climb = Climb(wer, costs, fixed, options.confirm_step, options.confirm_rounds, 2 * options.bonus)
         simpler = [{"words": 0.0}, *(other for other in simpler if HOT_WORDS not in other)]
         starts = [weights, *(climb.with_more(other, usual) for other in simpler), *self._best.get(names, [])]
         best, rate = climb.from_best(starts)
