@@ -24,12 +24,11 @@ import gzip
 import hashlib
 import itertools
 import json
-import multiprocessing
 import re
 import sys
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Iterator, Optional, Sequence
+from typing import Any, Optional, Sequence
 
 import soundfile
 from librilike.chapters import Chapter, Planner, Sizes, title_of
@@ -39,6 +38,7 @@ from tqdm import tqdm
 from icefall_fusion.common.checks import check, check_at_least, check_choice
 from icefall_fusion.common.command_line import DONE, INTERRUPTED, REFUSED, parse_options
 from icefall_fusion.common.files import atomic_path, write_json, write_text
+from icefall_fusion.common.workers import in_workers
 from icefall_fusion.data.books import split_books
 from icefall_fusion.data.espeak import SAMPLE_RATE
 from icefall_fusion.data.noise import CLEAN, COLORS, OTHER, TRAIN, Conditions
@@ -153,7 +153,7 @@ def run(options: LibrilikeOptions) -> int:
         seconds = sum(job.chapter.seconds for job in jobs)
         with tqdm(total=round(seconds), unit="s", desc=name, smoothing=0.05) as bar:
             bar.update(round(seconds - sum(job.chapter.seconds for job in todo)))
-            for done in _each(options, todo):
+            for done in in_workers(functools.partial(_make, options), todo, options.workers, in_order=False):
                 bar.update(round(done))
         totals[name] = _join(jobs, out / "libriheavy" / f"libriheavy_cuts_{name}.jsonl.gz")
         print("{}: {hours:.3f} h, {cuts} cuts, {speakers} speakers -> {path}".format(name, **totals[name]))
@@ -217,15 +217,6 @@ def _is_done(job: _Job, out: Path) -> bool:
     with open(job.part, encoding="utf-8") as lines:
         head = json.loads(next(lines, "{}"))
     return head == {"fingerprint": job.fingerprint, "bytes": audio.stat().st_size}
-
-
-def _each(options: LibrilikeOptions, todo: list[_Job]) -> Iterator[float]:
-    make = functools.partial(_make, options)
-    if options.workers == 1 or len(todo) < 2:
-        yield from map(make, todo)
-        return
-    with multiprocessing.Pool(min(options.workers, len(todo))) as pool:
-        yield from pool.imap_unordered(make, todo)
 
 
 def _make(options: LibrilikeOptions, job: _Job) -> float:

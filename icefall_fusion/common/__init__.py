@@ -7,6 +7,7 @@ Knows: the standard library, torch. Must not know: speech.
     devices.py        devices, Triton kernels, bytes of a model's weights
     precision.py      the number type in which a device computes best
     processes.py      data parallel processes
+    workers.py        work on many jobs by processes of their own
     memory.py         memory in use, peaks, the allocator
     environment.py    versions, commit and device of a run
     counters.py       how counters of batches add up

@@ -5,7 +5,6 @@ Must not know: audio, tokenizers, models.
 from __future__ import annotations
 
 import json
-import multiprocessing
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from tqdm import tqdm
 
 from icefall_fusion.common.checks import check, check_at_least
 from icefall_fusion.common.files import PathLike, atomic_path, opener
+from icefall_fusion.common.workers import in_workers
 from icefall_fusion.data.paragraphs import gutenberg_body, is_hard_wrapped, paragraphs
 from icefall_fusion.data.reading import ENGLISH, Reading, reading_of
 from icefall_fusion.text.language import language_of
@@ -74,20 +74,19 @@ def run(options: PrepareTextOptions) -> int:
     lost: list[str] = []
     foreign: list[str] = []
     target = Path(options.data_dir) / "text"
-    with multiprocessing.Pool(options.workers) as pool:
-        done = pool.imap(_book_job, jobs)  # in order of jobs: the files do not depend on the workers
-        with tqdm(total=len(jobs), desc="books", unit="book") as progress:
-            for split in SPLITS:
-                with atomic_path(target / f"{split}.jsonl") as path, open(path, "wb") as file:
-                    for _ in splits[split]:
-                        book = next(done)
-                        lost += book.lost
-                        foreign += book.foreign
-                        file.write(book.lines)
-                        counts[split][0] += book.utterances
-                        counts[split][1] += book.words
-                        wrapped += book.wrapped
-                        progress.update()
+    done = in_workers(_book_job, jobs, options.workers)  # in order: the files do not depend on the workers
+    with tqdm(total=len(jobs), desc="books", unit="book") as progress:
+        for split in SPLITS:
+            with atomic_path(target / f"{split}.jsonl") as path, open(path, "wb") as file:
+                for _ in splits[split]:
+                    book = next(done)
+                    lost += book.lost
+                    foreign += book.foreign
+                    file.write(book.lines)
+                    counts[split][0] += book.utterances
+                    counts[split][1] += book.words
+                    wrapped += book.wrapped
+                    progress.update()
     unit = language_of(options.language, options.normalizer).unit
     for split in SPLITS:
         utterances, words = counts[split]

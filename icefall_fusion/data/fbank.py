@@ -7,12 +7,10 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
-import multiprocessing
 import random
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterator, Optional
+from typing import Optional
 
 import numpy as np
 import torch
@@ -23,6 +21,7 @@ from tqdm import tqdm
 from icefall_fusion.common.checks import check, check_at_least, check_choice
 from icefall_fusion.common.command_line import SKIPPED_SOME, UNFINISHED
 from icefall_fusion.common.files import atomic_path, write_json
+from icefall_fusion.common.workers import in_workers
 from icefall_fusion.data.audio import SAMPLE_RATE, AudioError, resample
 from icefall_fusion.data.cut_audio import read_ahead
 from icefall_fusion.data.cut_lines import parse_cut, read_lines
@@ -190,7 +189,9 @@ def _run_split(options: FbankOptions, split: str) -> int:
     print(f"compute-fbank {split}: {len(shards)} shards{share}, {len(mine) - len(todo)} already done")
     with tqdm(total=sum(shard.count for shard in mine), unit="cut", desc=split, smoothing=0.05) as bar:
         bar.update(bar.total - sum(shard.count for shard in todo))
-        for done in _each(options, todo):
+        workers = options.workers if options.device == "cpu" else 1
+        make, alone = functools.partial(_make_shard, options), functools.partial(torch.set_num_threads, 1)
+        for done in in_workers(make, todo, workers, in_order=False, begin=alone):
             bar.update(done)
     missing = [shard.number for shard in shards if not shard.features.exists()]
     if missing:
@@ -225,21 +226,6 @@ def _join(options: FbankOptions, split: str, shards: list[Shard]) -> int:
         logging.warning("... and %d more, see %s", number - SHOWN, report)
     print(f"{split}: {totals['hours']:.2f} h, {totals['utterances']} cuts, {number} skipped -> {target}")
     return SKIPPED_SOME if number else 0
-
-
-def _each(options: FbankOptions, todo: list[Shard]) -> Iterator[int]:
-    make = functools.partial(_make_shard, options)
-    if options.workers == 1 or len(todo) < 2 or options.device != "cpu":
-        yield from map(make, todo)
-        return
-    with ProcessPoolExecutor(
-        min(options.workers, len(todo)), multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)
-    ) as pool:  # raises when a process is killed; a multiprocessing.Pool would wait forever
-        try:
-            for future in as_completed([pool.submit(make, shard) for shard in todo]):
-                yield future.result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _make_shard(options: FbankOptions, shard: Shard) -> int:

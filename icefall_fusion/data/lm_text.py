@@ -3,19 +3,20 @@ Knows: utterance files, the two vocabularies. Must not know: audio, acoustic mod
 """
 from __future__ import annotations
 
+import functools
 import itertools
-import multiprocessing
 import os
 import random
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Callable, Iterator
 
 import numpy as np
 from tqdm import tqdm
 
 from icefall_fusion.common.checks import check, check_at_least, check_choice
 from icefall_fusion.common.files import atomic_path, write_json
+from icefall_fusion.common.workers import in_workers
 from icefall_fusion.data.books import read_jsonl
 from icefall_fusion.text.scripts import join_words, split_units
 
@@ -105,10 +106,10 @@ def _texts(path: Path, most: int = 100_000) -> Iterator[list[str]]:
 def _write_book_streams(root: Path, split: str, options: LmTextOptions) -> None:
     parts: dict[str, list[Documents]] = {"normalized": [], "cased": [], "pieces": []}
     books = _books(root / "text" / f"{split}.jsonl")
-    with multiprocessing.Pool(options.workers, _start_worker, (options, split)) as pool:
-        for streams in tqdm(pool.imap(_tokenize_book, books), desc=f"tokenize {split}", unit="book"):
-            for name, documents in streams.items():
-                parts[name].append(documents)
+    tokenized = in_workers(_BookTokenizer(options, split), books, options.workers)
+    for streams in tqdm(tokenized, desc=f"tokenize {split}", unit="book"):
+        for name, documents in streams.items():
+            parts[name].append(documents)
     folder = root / "lm"
     if "matched_llm" in options.streams:
         _write_stream(folder / "matched_llm" / split, parts["pieces"], options.seed)
@@ -215,23 +216,25 @@ def _books(path: Path) -> Iterator[list[dict]]:
         yield list(utterances)
 
 
-_worker: dict[str, Any] = {}  # a process's own tokenizers and options
+class _BookTokenizer:
+    """Lays out a book's documents for each stream, by tokenizers that each process loads for itself."""
 
+    def __init__(self, options: LmTextOptions, split: str) -> None:
+        self._options, self._split = options, split
 
-def _start_worker(options: LmTextOptions, split: str) -> None:
-    root = Path(options.data_dir)
-    _worker["options"], _worker["split"] = options, split
-    if "matched_llm" in options.streams:
-        _worker["pieces"] = piece_tokenizer(root / f"lang_bpe_{options.pieces}")
-    if "llm" in options.streams:
-        _worker["llm"] = llm_tokenizer(root / "llm_tokenizer")
+    @functools.cached_property
+    def _pieces(self) -> Callable[[list[str]], Documents]:
+        return piece_tokenizer(Path(self._options.data_dir) / f"lang_bpe_{self._options.pieces}")
 
+    @functools.cached_property
+    def _llm(self) -> Callable[[list[str]], Documents]:
+        return llm_tokenizer(Path(self._options.data_dir) / "llm_tokenizer")
 
-def _tokenize_book(utterances: list[dict]) -> dict[str, Documents]:
-    normalized, cased = book_documents(utterances, _worker["split"], _worker["options"])
-    streams = {}
-    if "matched_llm" in _worker["options"].streams:
-        streams["pieces"] = _worker["pieces"](normalized)
-    if "llm" in _worker["options"].streams:
-        streams.update(normalized=_worker["llm"](normalized), cased=_worker["llm"](cased))
-    return streams
+    def __call__(self, utterances: list[dict]) -> dict[str, Documents]:
+        normalized, cased = book_documents(utterances, self._split, self._options)
+        streams = {}
+        if "matched_llm" in self._options.streams:
+            streams["pieces"] = self._pieces(normalized)
+        if "llm" in self._options.streams:
+            streams.update(normalized=self._llm(normalized), cased=self._llm(cased))
+        return streams

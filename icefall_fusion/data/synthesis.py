@@ -8,12 +8,11 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import multiprocessing
 import random
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Callable, Iterator, Mapping, Optional, Sequence
+from typing import Any, Mapping, Optional, Sequence
 
 import numpy as np
 import soundfile
@@ -23,6 +22,7 @@ from tqdm import tqdm
 from icefall_fusion.common.checks import check, check_at_least, check_choice
 from icefall_fusion.common.command_line import UNFINISHED
 from icefall_fusion.common.files import atomic_path, write_json
+from icefall_fusion.common.workers import in_workers
 from icefall_fusion.data.espeak import ACCENTS, SAMPLE_RATE
 from icefall_fusion.data.manifests import (
     check_corpus,
@@ -141,7 +141,12 @@ def run(options: SynthesizeOptions) -> int:
     )
     with tqdm(total=len(utterances), unit="utt", desc=options.split, smoothing=0.05) as bar:
         bar.update(len(utterances) - sum(len(shard.utterances) for shard in todo))
-        for done in _each(options, utterances, todo, deadline):
+        speakers, conditions = _population(options)
+        babble = _babble_texts(options, utterances)
+        maker = Synthesizer(speakers, conditions, options.seed, babble, options.prosody)
+        make = functools.partial(_make_shard, maker, options, deadline)
+        # a process has one maker for all its shards: it speaks what babbles in the background once
+        for done in in_workers(make, todo, options.workers, in_order=False):
             bar.update(done)
     made = [shard for shard in shards if shard.manifest.exists()]
     check(len(made) > 0, "SynthesizeOptions.max_minutes", "be enough for a shard", options.max_minutes)
@@ -193,35 +198,6 @@ def _hash(content: Any) -> str:
 def _babble_texts(options: SynthesizeOptions, utterances: list[dict[str, Any]]) -> list[str]:
     chosen = np.random.default_rng(options.seed).permutation(len(utterances))[:BABBLE_VOICES]
     return [utterances[index]["text"] for index in chosen]
-
-
-_make: Callable[[_Shard], int]  # of a worker process
-
-
-def _begin_worker(maker: Synthesizer, options: SynthesizeOptions, deadline: float) -> None:
-    """Let a process have one maker for all its shards: it speaks what babbles in the background once."""
-    global _make
-    _make = functools.partial(_make_shard, maker, options, deadline)
-
-
-def _make_in_worker(shard: _Shard) -> int:
-    return _make(shard)
-
-
-def _each(
-    options: SynthesizeOptions, utterances: list[dict[str, Any]], todo: list[_Shard], deadline: float
-) -> Iterator[int]:
-    speakers, conditions = _population(options)
-    babble = _babble_texts(options, utterances)
-    work = Synthesizer(speakers, conditions, options.seed, babble, options.prosody), options, deadline
-    if options.workers == 1 or len(todo) < 2:
-        yield from map(functools.partial(_make_shard, *work), todo)
-        return
-    workers = min(options.workers, len(todo))
-    with multiprocessing.get_context("spawn").Pool(workers, _begin_worker, work) as pool:
-        yield from pool.imap_unordered(_make_in_worker, todo)
-        pool.close()
-        pool.join()  # lets workers leave by themselves and remove their temporary files
 
 
 def _make_shard(maker: Synthesizer, options: SynthesizeOptions, deadline: float, shard: _Shard) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import logging
-import multiprocessing
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from icefall_fusion.common.checks import check, check_at_least
 from icefall_fusion.common.command_line import SKIPPED_SOME
 from icefall_fusion.common.files import write_text
 from icefall_fusion.common.precision import FAST
+from icefall_fusion.common.workers import in_workers
 from icefall_fusion.data import synthesis
 from icefall_fusion.data.manifests import cuts_path
 from icefall_fusion.decode.job import DecodeOptions, DecodeRun
@@ -117,13 +117,8 @@ def _in_order(rows: list[dict[str, Any]], methods: list[str]) -> list[dict[str, 
 
 def _decode(jobs: list[DecodeOptions], workers: int) -> list[tuple[list[dict[str, Any]], int]]:
     """Decode all sets, a process for each and a thread for each process; in turn with one worker."""
-    if workers == 1:
-        return [decode_one((0, job)) for job in jobs]
-    with multiprocessing.get_context("spawn").Pool(min(workers, len(jobs))) as pool:
-        done = pool.map(decode_one, enumerate(jobs), chunksize=1)
-        pool.close()
-        pool.join()
-    return done
+    lines = range(len(jobs)) if workers > 1 else [0] * len(jobs)
+    return list(in_workers(decode_one, list(zip(lines, jobs)), workers))
 
 
 def _decode_options(options: DemoOptions, folder: Path, name: str, manifest: str) -> DecodeOptions:

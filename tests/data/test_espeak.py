@@ -226,9 +226,8 @@ def test_a_worker_speaks_the_background_once(tmp_path: Path, monkeypatch: pytest
     options = SynthesizeOptions("dev", tmp_path, shard_size=1)
     utterances = [json.loads(line) for line in (tmp_path / "text" / "selected_dev.jsonl").open()]
     maker = Synthesizer(SPEAKERS["dev"], (Conditions(noises=("babble",)),), 1, [TEXT] * 9)
-    synthesis._begin_worker(maker, options, float("inf"))
     for shard in synthesis._plan(options, utterances, tmp_path / "parts"):
-        synthesis._make_in_worker(shard)
+        synthesis._make_shard(maker, options, float("inf"), shard)
     assert len(spoken) == 9 + 4
 
 
