@@ -9,6 +9,7 @@ k2_word_count=8    # words that count less in the training text are not in the l
 k2_prune="0,3,6"   # of the trigram in HLG
 k2_reprune="0,1,2,3" # of the 4-gram that rescores
 k2_ngram=()        # further options of train-word-ngram
+k2_paths=100       # random paths of an N-best list
 
 find_k2() { # sets $k2_python to the first Python that has k2; logs why $python has none if there is none
   local candidate reason why=
@@ -48,7 +49,7 @@ make_graphs() { # from $data_dir/text/train.jsonl: HLG of a trigram, G of a 4-gr
 }
 
 lattices_of() { # test set: sets $k2_options of decode, after making lattices elsewhere if $python has no k2
-  local graphs=(--k2.graph "$exp_dir/graphs/HLG.npz" --k2.ngram "$exp_dir/graphs/G.npz")
+  local graphs=(--k2.graph "$exp_dir/graphs/HLG.npz" --k2.ngram "$exp_dir/graphs/G.npz" --k2.lattice.paths "$k2_paths")
   if [ "$k2_python" = "$python" ]; then
     k2_options=("${graphs[@]}")
     return
@@ -81,8 +82,8 @@ k2_stages() { # number
     return
   fi
   if ! find_k2 || ! find_lmplz; then return; fi
-  if [ "$config" != full ]; then # little text
-    k2_word_count=1 k2_prune=0 k2_reprune=0
+  if [ "$config" != full ]; then # little text; an LLM of 135 M parameters reads every path
+    k2_word_count=1 k2_prune=0 k2_reprune=0 k2_paths=20
     k2_ngram=(--discount_fallback true)
   fi
   made_from=$made_from_models # other test sets, methods or kinds of scoring leave the graphs as they are

@@ -27,3 +27,16 @@ quietly() { # run; on failure show the end of what it said, without addresses
 ensure_pip() { # of a Python whose environment was made by another tool, or cut short
   if ! "$1" -m pip --version >/dev/null 2>&1; then quietly "$1" -m ensurepip; fi
 }
+# shellcheck disable=SC2154 # $python and $wheels are of who sources it
+use_wheels() { # folder's name, modules: if $python lacks one of them, those of ${wheels[@]} go on its path
+  local folder=${TMPDIR:-/tmp}/icefall-fusion-gpu/$1
+  shift
+  if [ ! -e "${wheels[0]}" ]; then return; fi
+  # to import them would take seconds
+  if "$python" -c 'import importlib.util, sys; sys.exit(not all(map(importlib.util.find_spec, sys.argv[1:])))' "$@"; then
+    return
+  fi
+  "$python" -m pip install -q --disable-pip-version-check --no-index --no-deps --no-compile --no-cache-dir \
+    --upgrade --target "$folder" "${wheels[@]}" || echo "$(basename "$0"): the wheels could not be installed" >&2
+  export PYTHONPATH="$folder${PYTHONPATH:+:$PYTHONPATH}"
+}

@@ -23,14 +23,8 @@ for argument in "$@"; do
   last=$argument
 done
 python=${PYTHON:-python3}
-there() { "$python" -c 'import importlib.util, sys; sys.exit(not all(map(importlib.util.find_spec, sys.argv[1:])))' "$@"; }
 needed=(lhotse kaldialign jsonargparse num2words)
 wheels=("$payload"/wheels/*.whl)
 if [ "$call" = 2 ]; then needed+=(espeakng_loader) wheels+=("$payload"/call2/wheels/*.whl); fi
-if [ -e "${wheels[0]}" ] && ! there "${needed[@]}"; then
-  site=${TMPDIR:-/tmp}/icefall-fusion-gpu/site-$call
-  "$python" -m pip install -q --disable-pip-version-check --no-index --no-deps --no-compile --no-cache-dir \
-    --upgrade --target "$site" "${wheels[@]}" || echo "gpu_day.sh: the wheels could not be installed" >&2
-  export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
-fi
+use_wheels "site-$call" "${needed[@]}"
 exec "$python" tools/gpu/day.py "$@"

@@ -28,13 +28,6 @@ for argument in "$@"; do
 done
 python=${PYTHON:-python3}
 wheels=(.gpu/wheels/*.whl .gpu/call2/wheels/*.whl)
-# to import them would take seconds
-there() { "$python" -c 'import importlib.util, sys; sys.exit(not all(map(importlib.util.find_spec, sys.argv[1:])))' "$@"; }
-if [ -e "${wheels[0]}" ] && ! there lhotse jsonargparse num2words espeakng_loader; then
-  site=${TMPDIR:-/tmp}/icefall-fusion-gpu/site-train
-  "$python" -m pip install -q --disable-pip-version-check --no-index --no-deps --no-compile --no-cache-dir \
-    --upgrade --target "$site" "${wheels[@]}" || echo "gpu_train.sh: the wheels could not be installed" >&2
-  export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
-fi
+use_wheels site-train lhotse jsonargparse num2words espeakng_loader
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 exec "$python" tools/gpu/train.py "$@"

@@ -5,22 +5,18 @@ After a cut the arena's root stands for the words before it (search/streaming.py
 on: its root moves down to the node of those words, and no score changes. When the tree has become long, it is
 replaced: the new one has the last words as its prompt. What those before had scored is taken out of all
 hypotheses alike, so that their order stays, and is added again in the stream's result.
-
-A language model that fails is left out from then on, and what it has scored is taken out of all hypotheses,
-as if its weight had been 0: some would have its score for more words than others.
 """
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Callable, Iterator, Mapping, Optional, Sequence
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from icefall_fusion.common.checks import check
 from icefall_fusion.common.counters import add_counters
-from icefall_fusion.fusion.base import live_slots
 from icefall_fusion.fusion.delayed import DelayedFusion
+from icefall_fusion.fusion.lm_stream import LmStream
 from icefall_fusion.fusion.word_nodes import open_word_nodes
 from icefall_fusion.fusion.words import WordNodes
 from icefall_fusion.text.scripts import join_words, split_units
@@ -31,26 +27,22 @@ if TYPE_CHECKING:
     from icefall_fusion.search.beam import Beam
 
 
-class DelayedStream(DelayedFusion):
+class DelayedStream(LmStream, DelayedFusion):
     """A delayed fusion of one stream.
 
     Args:
-        fusion: whose settings it has.
-        lanes: of the fusion's language model, where its tree lies.
+        fusion, lanes, tell: see `LmStream`.
         context: earlier text, after the prompt; read, not scored.
         words: most words of prompt and text that the LLM keeps as its context.
-        tell: is called with the source and the error if the language model fails; None: it is raised.
 
     Attributes:
         base: log P of the words that are in the tree no more.
-        failed: whether the language model has failed.
     """
 
     def __init__(self, fusion: DelayedFusion, lanes: TreeLanes, context: Sequence[str], words: int,
                  tell: Optional[Callable[[str, Exception], None]] = None) -> None:
-        vars(self).update(vars(fusion))
-        self.failed, self._tell = False, tell
-        self.lm, self._most = lanes, words
+        super().__init__(fusion, lanes, tell)
+        self._most = words
         several = isinstance(fusion.prompt, Mapping)
         check(not several, "DelayedFusion.prompt", "be one text in a stream", fusion.prompt)
         rule = "be words in a stream: what is held back would be lost at a cut"
@@ -126,20 +118,9 @@ class DelayedStream(DelayedFusion):
         if landed and self._tree_is_long():
             self._renew_tree(beam)
 
-    def close(self) -> None:
-        """Free the tree of a stream that ends without a result."""
-        if self._tree is not None:
-            self._close()
-
     def _fail(self, beam: Beam, error: Exception) -> None:
-        """Leave the language model out."""
-        if self._tell is None:
-            raise error
-        slots = live_slots(beam)
-        self._put(beam, slots, torch.zeros(len(slots)), torch.zeros_like(slots))
-        self.weight, self.word_bonus, self.base, self.failed = 0.0, 0.0, 0.0, True
-        self.close()
-        self._tell(self.source, error)
+        super()._fail(beam, error)
+        self.base = 0.0
 
     def _tree_is_long(self) -> bool:
         deep = int(self._tree.tree.depth[self._root])
@@ -173,7 +154,3 @@ class DelayedStream(DelayedFusion):
         total = dict(self._past)
         add_counters(total, super()._count())
         return total
-
-    def _close(self) -> None:
-        self._tree.close()
-        super()._close()
