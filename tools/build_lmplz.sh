@@ -12,10 +12,12 @@ kenlm=0.3.0
 boost=1.87.0.1 # the last with boost_system, which KenLM asks for
 python=${PYTHON:-python3}
 work=${LMPLZ_DIR:-$PWD/.cache/lmplz}
-if [ -x "$work/build/bin/lmplz" ]; then
+done_before() {
+  if [ ! -x "$work/build/bin/lmplz" ]; then return; fi
   echo "$work/build/bin/lmplz"
   exit 0
-fi
+}
+done_before
 for tool in c++ cmake make; do
   if ! command -v "$tool" >/dev/null; then
     echo "build_lmplz.sh: needs $tool (a C++ compiler, cmake, make)" >&2
@@ -23,6 +25,9 @@ for tool in c++ cmake make; do
   fi
 done
 mkdir -p "$work"
+exec 9>"$work/.lock" # two recipes at once: the second waits; the lock goes with the last process that has it open
+"$python" -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX)'
+done_before
 quietly "$python" -m pip --disable-pip-version-check download --no-deps --no-binary kenlm -d "$work" "kenlm==$kenlm"
 quietly "$python" -m pip --disable-pip-version-check download --no-deps --only-binary :all: -d "$work" \
   "cmeel-boost==$boost"

@@ -3,6 +3,7 @@ Knows: scripts of tools/. Must not know: what k2 does.
 """
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -61,3 +62,18 @@ def test_a_k2_that_does_not_work_is_told_with_the_remedy(tmp_path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
     assert done.returncode == 1
     assert "undefined symbol" in done.stderr and "remedy: pip uninstall k2" in done.stderr
+
+
+def test_a_second_build_of_lmplz_waits_for_the_first(tmp_path) -> None:
+    with open(tmp_path / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        command = ["bash", str(ROOT / "tools" / "build_lmplz.sh")]
+        environment = {**os.environ, "LMPLZ_DIR": str(tmp_path), "PYTHON": sys.executable}
+        second = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT)
+        with pytest.raises(subprocess.TimeoutExpired):
+            second.communicate(timeout=2)
+        program = tmp_path / "build" / "bin" / "lmplz"
+        program.parent.mkdir(parents=True)
+        program.touch(0o755)
+    assert second.communicate()[0] == f"{program}\n" and second.returncode == 0
+    assert [path.name for path in tmp_path.iterdir() if path.name != ".lock"] == ["build"]  # no download
