@@ -6,7 +6,7 @@ pretrained_dir=
 world_size=1
 torchrun=--standalone
 acoustic=() # further options of the acoustic model's training and export: the recipe's, and of --acoustic
-further=()  # what follows "--" on the command line of train.sh: options of every training and of the export
+further=()  # what follows "--" on the command line of train.sh: options of every training, so --stage 1 can have a LM's own
 
 # Takes the options that train.sh and decode.sh have in common, and those of all scripts; as common_option.
 model_option() {
@@ -128,8 +128,7 @@ export_models() { # names of language models: they and the averaged acoustic mod
   local name file
   configs_of ctc_aed
   "$python" -m icefall_fusion train "${configs[@]}" --corpus "$corpus" --data_dir "$data_dir" \
-    --exp "$exp_dir/ctc_aed" ${acoustic[@]+"${acoustic[@]}"} ${further[@]+"${further[@]}"} \
-    --export_to "$pretrained_dir/ctc_aed"
+    --exp "$exp_dir/ctc_aed" ${acoustic[@]+"${acoustic[@]}"} --export_to "$pretrained_dir/ctc_aed"
   for name in "$@"; do
     mkdir -p "$pretrained_dir/$name"
     for file in "$exp_dir/$name/export/"*; do put_file "$file" "$pretrained_dir/$name/$(basename "$file")"; done

@@ -12,8 +12,8 @@
 # an epoch. A finished stage leaves a .done mark in --exp-dir, which lists its options, and is skipped. With
 # other data or another --acoustic it runs again from the beginning, and the old models are kept as NAME.1; with
 # other options after "--" it goes on from its newest checkpoint. Remove the mark to run a stage again. Options
-# after "--" go to every training and to the export, those of --acoustic "--init MODEL --data.noise_share 0.3"
-# to those of the acoustic model alone. A training that is stopped (Ctrl-C, SIGTERM) writes a checkpoint and
+# after "--" go to every training that is run, those of --acoustic "--init MODEL --data.noise_share 0.3" to the
+# training and the export of the acoustic model alone. A training that is stopped (Ctrl-C, SIGTERM) writes a checkpoint and
 # ends this script with exit code 4.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
